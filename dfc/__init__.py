@@ -1,0 +1,42 @@
+"""dfc: a declarative dataflow-graph compiler and runtime for PyTorch models.
+
+    graph    = dfc.trace(model, args, kwargs, dynamic_shapes)
+    compiled = dfc.compile(model, args, kwargs, dynamic_shapes)
+    compiled(*args, **kwargs);  compiled.report;  compiled.save("m.dfcpkg");  compiled.export("m.onnx")
+    dfc.load("m.dfcpkg");  dfc.parse(str(graph)) == graph
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dfc.errors import DfcError
+
+if TYPE_CHECKING:
+    from dfc.api import compile, load, parse, trace
+    from dfc.compiled import Compiled
+    from dfc.ir.graph import Graph
+    from dfc.rewrite.pass_ import Pass
+
+__version__ = "0.1.0"
+__all__ = ["Compiled", "DfcError", "Graph", "Pass", "compile", "load", "parse", "trace"]
+
+_HOMES = {
+    "compile": "dfc.api",
+    "load": "dfc.api",
+    "parse": "dfc.api",
+    "trace": "dfc.api",
+    "Compiled": "dfc.compiled",
+    "Graph": "dfc.ir.graph",
+    "Pass": "dfc.rewrite.pass_",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load the API when it is first used, so that `import dfc` stays fast."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'dfc' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(home), name)

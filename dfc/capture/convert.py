@@ -1,0 +1,518 @@
+"""torch.export's fx graph to a dfc graph: operators become nodes, size arithmetic vanishes.
+
+Every int, float or bool that torch computes from shapes becomes an expression inside types and
+attributes. Only what depends on data (`item`, `nonzero`) stays a node, and binds a symbol.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from dfc.errors import DfcError
+from dfc.ir.expr import Expr, Scalar, symbol
+from dfc.ir.graph import Bind, Graph, Input, Loc, Node, ParameterData, Value
+from dfc.ir.op import lookup
+from dfc.ir.types import BOOL, FLOAT, INT, NONE, TensorType, Type, dtype_of
+from dfc.ops.aten import ASSERTIONS, PLACEMENT, AtenOp, complete
+from dfc.ops.symbolic import from_sympy, identifier
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in ')
+_TORCH_FRAME = re.compile(r"(^|/)(torch|torch/.*|functorch)/[^\"]*\.py$")
+# Another spelling of the same value, once sizes and layouts are out of the picture.
+_SAME_AS_INPUT = frozenset(
+    "alias alias_copy lift lift_fresh lift_fresh_copy detach detach_ contiguous resolve_conj "
+    "resolve_neg".split()
+)
+_SKIPPED = frozenset({"_assert_tensor_metadata", "sym_constrain_range_for_size", "sym_constrain_range"})
+_RENAMED = {
+    "aten._unsafe_view.default": "aten.view.default",
+    "aten.reshape.default": "aten.view.default",
+}
+_INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "invoke_subgraph", "hints_wrapper",
+            "tag_activation_checkpoint", "checkpoint", "wrap")  # fmt: skip
+
+
+class Names:
+    """torch's size symbols under dfc's names, the same for every run."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, Scalar] = {}
+        self.ranges: dict[str, tuple[int, int | None]] = {}
+        self._next: dict[str, int] = {}
+
+    def add(self, sympy_symbol: Any, name: str) -> None:
+        self.known[sympy_symbol] = symbol(name)
+
+    def fresh(self, prefix: str) -> str:
+        n = self._next.get(prefix, 0)
+        self._next[prefix] = n + 1
+        return f"{prefix}{n}"
+
+    def scalar(self, value: Any) -> Scalar:
+        """A SymInt, SymFloat, SymBool or plain number as an expression."""
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            node = value.node
+            return from_sympy(node.expr if hasattr(node, "expr") else node._expr, self.known)
+        assert isinstance(value, (bool, int, float)), value
+        return value
+
+    def type_of(self, value: Any) -> Type:
+        if value is None:
+            return NONE
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided:
+                raise DfcError("T021", f"tensors of layout {value.layout} are not supported")
+            shape = tuple(self.scalar(s) for s in value.shape)
+            return TensorType(dtype_of(value.dtype), shape)  # type: ignore[arg-type]
+        if isinstance(value, (bool, torch.SymBool)):
+            return BOOL
+        if isinstance(value, (int, torch.SymInt)):
+            return INT
+        if isinstance(value, (float, torch.SymFloat)):
+            return FLOAT
+        raise DfcError("T021", f"a value of type {type(value).__name__} has no place in a graph")
+
+
+class Converter:
+    """Converts one fx graph; nested graphs get a converter of their own that shares the names."""
+
+    def __init__(self, graph: Graph, module: fx.GraphModule, names: Names) -> None:
+        self.graph = graph
+        self.module = module
+        self.names = names
+        self.env: dict[fx.Node, Any] = {}
+        self._counts: dict[str, int] = {}
+        self._locations: dict[str, tuple[str, int]] = {}
+
+    # names and places
+
+    def name(self, wish: str) -> str:
+        base = re.sub(r"(_\d+)+\Z", "", identifier(wish)) or "v"
+        while True:
+            n = self._counts.get(base, 0)
+            self._counts[base] = n + 1
+            name = f"{base}_{n}" if n else base
+            if name not in self.graph._names:
+                return name
+
+    def location(self, node: fx.Node) -> Loc | None:
+        trace = node.meta.get("stack_trace") or ""
+        place = self._locations.get(trace)
+        if place is None:
+            place = self._locations[trace] = user_frame(trace)
+        stack = node.meta.get("nn_module_stack") or {}
+        path = list(stack.values())[-1][0] if stack else ""
+        path = path.split("@")[0]
+        path = "" if path.startswith("_empty_nn") else path.removeprefix("L['self']").lstrip(".")
+        return Loc(place[0], place[1], path) if place[0] or path else None
+
+    # reading fx arguments
+
+    def scalar_or_none(self, x: Any) -> Any:
+        """The constant or expression behind an fx argument; NotImplemented for tensors."""
+        if isinstance(x, fx.Node):
+            found = self.env[x]
+            if isinstance(found, (Value, tuple)) :
+                return NotImplemented
+            return found
+        if isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return self.names.scalar(x)
+        return x
+
+    def operand(self, x: Any) -> Input:
+        if x is None:
+            return None
+        if isinstance(x, (list, tuple)):
+            return tuple(self.single(v) for v in x)
+        return self.single(x)
+
+    def single(self, x: Any) -> Value | None:
+        if x is None:
+            return None
+        found = self.env[x] if isinstance(x, fx.Node) else x
+        if isinstance(found, Value):
+            return found
+        if isinstance(found, (int, float, bool, Expr)):
+            return self.scalar_value(found)
+        raise DfcError("T021", f"`{x}` cannot be an operand")
+
+    def scalar_value(self, x: Scalar) -> Value:
+        """A number as a value, where an op wants one: control flow, lists of tensors."""
+        return self.graph.add("torch.scalar", [], {"value": x}, names=[self.name("scalar")]).result
+
+    def constant(self, x: Any) -> Any:
+        """An attribute."""
+        if isinstance(x, (list, tuple)):
+            return tuple(self.constant(v) for v in x)
+        if isinstance(x, torch.dtype):
+            return dtype_of(x)
+        x = self.scalar_or_none(x)
+        if x is NotImplemented:
+            raise DfcError("T021", "a tensor stands where a number is needed")
+        if isinstance(x, (torch.device, torch.layout, torch.memory_format)):
+            return None
+        return x
+
+    # converting
+
+    def convert(self, nodes: Sequence[fx.Node]) -> None:
+        for node in nodes:
+            if node.op in ("placeholder", "output") or node in self.env:
+                continue
+            try:
+                self.env[node] = self.node(node)
+            except DfcError as e:
+                place = self.location(node)
+                if place and not any("traced from" in n for d in e.diagnostics for n in d.notes):
+                    raise DfcError(
+                        e.code, e.message, help=e.diagnostics[0].help,
+                        notes=(*e.diagnostics[0].notes, f"traced from {place}"),
+                    ) from e
+                raise
+
+    def node(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            return self.attribute_tensor(node)
+        target = node.target
+        if target is operator.getitem:
+            source = self.env[node.args[0]]  # type: ignore[index]
+            return source[node.args[1]] if isinstance(source, tuple) else source
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            return self.higher_order(node, target)
+        value = node.meta.get("val")
+        bound = node.meta.get("unbacked_bindings")
+        is_number = isinstance(
+            value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+        )
+        if is_number and not bound:
+            return self.names.scalar(value)
+        if not isinstance(target, torch._ops.OpOverload):
+            raise DfcError("T022", f"`{target}` has no place in a graph")
+        return self.operator(node, target)
+
+    def attribute_tensor(self, node: fx.Node) -> Any:
+        owner: Any = self.module
+        for part in str(node.target).split("."):
+            owner = getattr(owner, part)
+        if isinstance(owner, fx.GraphModule):
+            return owner
+        if isinstance(owner, torch.Tensor):
+            return self.lifted(str(node.target), owner)
+        raise DfcError("T021", f"`{node.target}` is a {type(owner).__name__}")
+
+    def lifted(self, name: str, tensor: torch.Tensor) -> Value:
+        from dfc.ir.weights import TensorData
+
+        known = self.graph.parameters.get(name)
+        if known is not None:
+            return known
+        data: ParameterData = TensorData(name, tensor)
+        type = self.names.type_of(tensor)
+        assert isinstance(type, TensorType)
+        return self.graph.add_parameter(name, type, "constant", data)
+
+    def operator(self, node: fx.Node, target: torch._ops.OpOverload) -> Any:
+        namespace, _, base = target._schema.name.partition("::")
+        if namespace == "aten" and base in _SKIPPED:
+            return None
+        if base in _SAME_AS_INPUT and namespace == "aten":
+            return self.env[node.args[0]]  # type: ignore[index]
+        overload = target._overloadname
+        name = f"{namespace}.{base}.{overload}"
+        arguments = list(target._schema.arguments)
+        given: dict[str, Any] = dict(zip((a.name for a in arguments), node.args, strict=False))
+        given.update(node.kwargs)
+        if base in ("to", "_to_copy", "type_as"):
+            return self.cast(node, given)
+        name = _RENAMED.get(name, name)
+        if name == "aten.view.default" and "shape" in given:
+            given["size"] = given.pop("shape")
+        info = self.lookup(name, node)
+        if info.mutable:
+            raise DfcError("T022", f"`{name}` writes to its argument and was not functionalised")
+        if given.get("generator") is not None:
+            raise DfcError("T022", f"`{name}` draws from a generator object of its own")
+        return self.emit(node, info, given)
+
+    def cast(self, node: fx.Node, given: Mapping[str, Any]) -> Any:
+        """Every spelling of a change of dtype is `_to_copy`; a change of device or layout is none."""
+        source = self.env[given["self"]]
+        wanted = given.get("dtype")
+        if wanted is None and isinstance(given.get("other"), fx.Node):
+            wanted = self.env[given["other"]].tensor_type.dtype.to_torch()
+        if wanted is None or dtype_of(wanted) == source.tensor_type.dtype:
+            return source
+        info = self.lookup("aten._to_copy.default", node)
+        return self.emit(node, info, {"self": given["self"], "dtype": wanted})
+
+    def lookup(self, name: str, node: fx.Node) -> AtenOp:
+        from dfc.ir.op import register_namespace
+        from dfc.ops import aten
+
+        namespace = name.partition(".")[0]
+        if namespace not in ("aten", "prims"):  # a custom library that the process has loaded
+            register_namespace(namespace, aten._resolve, aten._names)
+        info = lookup(name)
+        assert isinstance(info, AtenOp)
+        return info
+
+    def emit(self, node: fx.Node, info: AtenOp, given: Mapping[str, Any]) -> Any:
+        number = self.number_operand(info, given)
+        name = info.name
+        if number and number in given:
+            info, given = self.scalar_overload(info, given, number)
+            name = info.name
+        inputs: list[Input] = []
+        attributes: dict[str, Any] = {}
+        for o in info.operands:
+            x = given.get(o.name)
+            scalar = NotImplemented if isinstance(x, (list, tuple)) else self.scalar_or_none(x)
+            if x is None or scalar is NotImplemented or o.variadic:
+                inputs.append(self.operand(x) if x is not None else None)
+            else:
+                inputs.append(None)
+                attributes[o.name] = scalar
+        for a in info.attributes:
+            if a.name in given:
+                attributes[a.name] = self.constant(given[a.name])
+        full = complete(info, attributes)
+        values = node.meta.get("val")
+        assertion = info.name.split(".")[1] in ASSERTIONS
+        types, as_list = self.result_types(values, node)
+        binds = self.binds(node)
+        made = self.graph.add(
+            name,
+            inputs,
+            full,
+            types=() if assertion else types,
+            names=[self.name(node.name) for _ in types],
+            binds=binds,
+            loc=self.location(node),
+        )
+        if assertion:
+            return None
+        if isinstance(values, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return self.names.scalar(values)
+        return made.results if as_list else made.result
+
+    def number_operand(self, info: AtenOp, given: Mapping[str, Any]) -> str | None:
+        """The last tensor operand when a Python number stands in its place."""
+        for o in info.operands[1:]:
+            if o.variadic:
+                return None
+            x = given.get(o.name)
+            if x is not None and self.scalar_or_none(x) is not NotImplemented:
+                return o.name
+        return None
+
+    def scalar_overload(
+        self, info: AtenOp, given: Mapping[str, Any], operand: str
+    ) -> tuple[AtenOp, Mapping[str, Any]]:
+        """`add.Tensor(x, 2)` is `add.Scalar(x, other=2)` where that overload exists."""
+        namespace, base, overload = info.name.split(".")
+        wish = {"Tensor": "Scalar", "Tensor_mode": "Scalar_mode", "Tensor_Tensor": "Tensor_Scalar"}
+        found = wish.get(overload)
+        if found and operand == "other":
+            from dfc.ops.aten import _resolve
+
+            other = _resolve(f"{namespace}.{base}.{found}")
+            if isinstance(other, AtenOp) and any(a.name == operand for a in other.attributes):
+                return other, given
+        return info, given
+
+    def result_types(self, values: Any, node: fx.Node) -> tuple[tuple[Type, ...], bool]:
+        if isinstance(values, (tuple, list)):
+            flat: list[Any] = []
+            for v in values:
+                flat.extend(v if isinstance(v, (tuple, list)) else (v,))
+            self.new_symbols(node, flat)
+            return tuple(self.names.type_of(v) for v in flat), True
+        self.new_symbols(node, [values])
+        return (self.names.type_of(values),), False
+
+    def new_symbols(self, node: fx.Node, values: Sequence[Any]) -> None:
+        """Name the symbols that this node binds, before types mention them."""
+        for s in node.meta.get("unbacked_bindings") or {}:
+            if s in self.names.known:
+                continue
+            prefix = "uf" if str(s).startswith("zuf") else "u"
+            self.names.add(s, self.names.fresh(prefix))
+
+    def binds(self, node: fx.Node) -> tuple[Bind, ...]:
+        found = []
+        for s in node.meta.get("unbacked_bindings") or {}:
+            known = self.names.known[s]
+            name = known.symbol if isinstance(known, Expr) else None
+            if name is None:
+                continue
+            low, high = self.names.ranges.get(str(s), (0, None))
+            found.append(Bind(name, low, high))
+        return tuple(found)
+
+    # control flow
+
+    def higher_order(self, node: fx.Node, target: Any) -> Any:
+        name = target.name() if callable(getattr(target, "name", None)) else str(target)
+        name = str(name)
+        if name in _INLINED:
+            return self.inline(node, name)
+        if name == "cond":
+            predicate, yes, no, operands = node.args
+            return self.with_graphs(node, "torch.cond", (yes, no), [predicate], operands, {})
+        if name == "while_loop":
+            condition, body, carried, more = node.args
+            attributes = {"carried": len(carried)}  # type: ignore[arg-type]
+            return self.with_graphs(
+                node, "torch.while_loop", (condition, body), [], [*carried, *more], attributes,  # type: ignore[misc]
+                loop=len(carried),  # type: ignore[arg-type]
+            )
+        if name == "scan":
+            combine, init, xs, *rest = node.args
+            more = rest[-1] if rest and isinstance(rest[-1], (list, tuple)) else ()
+            attributes = {"init": len(init), "xs": len(xs), "reverse": False}  # type: ignore[arg-type]
+            return self.with_graphs(
+                node, "torch.scan", (combine,), [], [*init, *xs, *more], attributes  # type: ignore[misc]
+            )
+        if name in ("map_impl", "map"):
+            body, xs, more = node.args
+            attributes = {"xs": len(xs)}  # type: ignore[arg-type]
+            return self.with_graphs(node, "torch.map", (body,), [], [*xs, *more], attributes)  # type: ignore[misc]
+        raise DfcError("T022", f"the control flow operator `{name}` is not supported")
+
+    def inline(self, node: fx.Node, name: str) -> Any:
+        """Put a wrapped sub-graph in place of the call."""
+        modules = [a for a in node.args if isinstance(a, fx.Node) and isinstance(self.env[a], fx.GraphModule)]
+        if not modules:
+            raise DfcError("T022", f"`{name}` without a graph")
+        at = node.args.index(modules[0])
+        inner = self.env[modules[0]]
+        operands = node.args[at + 1 :]
+        if name == "invoke_subgraph":
+            operands = operands[1:]
+        if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+            operands = tuple(operands[0])
+        nested = Converter(self.graph, inner, self.names)
+        nested._counts = self._counts
+        placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
+        for p, x in zip(placeholders, operands, strict=True):
+            nested.env[p] = self.env[x] if isinstance(x, fx.Node) else x
+        nested.convert(list(inner.graph.nodes))
+        (output,) = [n for n in inner.graph.nodes if n.op == "output"]
+        result = output.args[0]
+        if isinstance(result, (list, tuple)):
+            return tuple(nested.env[r] if isinstance(r, fx.Node) else r for r in result)
+        return nested.env[result]
+
+    def with_graphs(
+        self,
+        node: fx.Node,
+        op: str,
+        modules: Sequence[Any],
+        first: Sequence[Any],
+        operands: Sequence[Any],
+        attributes: dict[str, Any],
+        loop: int = 0,
+    ) -> Any:
+        outer = [self.scalar_or_none(x) for x in operands]
+        scalars = {i: x for i, x in enumerate(outer) if x is not NotImplemented and i >= loop}
+        kept = [x for i, x in enumerate(operands) if i not in scalars]
+        values = [self.single(x) for x in (*first, *kept)]
+        graphs = []
+        for index, m in enumerate(modules):
+            graphs.append(self.nested(self.env[m], f"{self.name(m.name)}", scalars, loop, index))
+        types, _ = self.result_types(node.meta.get("val"), node)
+        made = self.graph.add(
+            op,
+            [tuple(v for v in values if v is not None)],
+            attributes,
+            types=types,
+            names=[self.name(node.name) for _ in types],
+            graphs=graphs,
+            binds=self.binds(node),
+            loc=self.location(node),
+        )
+        return made.results
+
+    def nested(
+        self, module: fx.GraphModule, name: str, scalars: Mapping[int, Any], loop: int, index: int
+    ) -> Graph:
+        graph = Graph(name)
+        inner = Converter(graph, module, self.names)
+        placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+        arguments = []
+        from dfc.ir.graph import Argument
+        from dfc.ir.tree import LEAF
+
+        for i, p in enumerate(placeholders):
+            value = p.meta.get("val")
+            if i in scalars:
+                if isinstance(value, torch.SymInt) and value.node.expr not in self.names.known:
+                    self.names.known[value.node.expr] = scalars[i]
+                inner.env[p] = scalars[i]
+                continue
+            if isinstance(value, (torch.SymInt, torch.SymFloat)):
+                fresh = self.names.fresh("u")
+                self.names.known[value.node.expr] = symbol(fresh)
+                graph.add_input(fresh, INT)
+                inner.env[p] = symbol(fresh)
+                arguments.append(Argument(fresh, LEAF))
+                continue
+            if isinstance(value, int) and not isinstance(value, torch.Tensor):
+                fresh = self.names.fresh("u")
+                graph.add_input(fresh, INT)
+                inner.env[p] = symbol(fresh)
+                arguments.append(Argument(fresh, LEAF))
+                continue
+            v = graph.add_input(inner.name(p.name), self.names.type_of(value))
+            arguments.append(Argument(v.name, LEAF))
+            inner.env[p] = v
+        graph.arguments = tuple(arguments)
+        inner.convert(list(module.graph.nodes))
+        (output,) = [n for n in module.graph.nodes if n.op == "output"]
+        result = output.args[0]
+        leaves = list(result) if isinstance(result, (list, tuple)) else [result]
+        outputs = [inner.single(x) for x in leaves]
+        from dfc.ir.tree import Leaf, Seq
+
+        graph.set_outputs(
+            [v for v in outputs if v is not None], Seq("tuple", tuple(Leaf() for _ in outputs))
+        )
+        return graph
+
+
+def user_frame(trace: str) -> tuple[str, int]:
+    """The innermost frame of a stack trace that is not PyTorch's own, relative to its package."""
+    frames = _FRAME.findall(trace)
+    for file, line in reversed(frames):
+        short = package_path(file)
+        if not short.startswith(("torch/", "functorch/", "<")):
+            return short, int(line)
+    return "", 0
+
+
+def package_path(file: str) -> str:
+    """A file relative to where its package is installed, or to its package's parent folder."""
+    from pathlib import Path
+
+    for mark in ("/site-packages/", "/dist-packages/"):
+        if mark in file:
+            return file.split(mark, 1)[1]
+    path = Path(file)
+    if not path.is_absolute():
+        return file
+    top = path.parent
+    while (top / "__init__.py").exists() and top != top.parent:
+        top = top.parent
+    try:
+        return path.relative_to(top).as_posix()
+    except ValueError:
+        return path.name
+
+
+__all__ = ["PLACEMENT", "Converter", "Names", "Node", "package_path", "user_frame"]

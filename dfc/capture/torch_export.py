@@ -1,0 +1,807 @@
+"""Model to graph by `torch.export`: the way in, with what is known to help when it refuses.
+
+Dynamic dimensions are traced as `Dim.AUTO`, so that a size the model's own code bakes in is
+reported as a restriction instead of refusing the model; the user's names are put back afterwards.
+Examples of size 1 in a dynamic dimension are enlarged first, because torch would bake the 1 in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+
+from dfc.capture.call_structure import constant, flat_leaves, register_example, tree_of
+from dfc.capture.convert import Converter, Names, package_path
+from dfc.errors import DfcError, Span
+from dfc.ir.expr import Expr, symbol
+from dfc.ir.graph import Argument, Graph, ParameterData, Range, Value
+from dfc.ir.interpret import solve
+from dfc.ir.tree import Const, Leaf, Tree, leaf_count
+from dfc.ir.types import INT, TensorType
+from dfc.ir.weights import TensorData
+
+DynamicShapes = Mapping[str, Any] | Sequence[Any] | None
+_RESERVED = frozenset({"inf", "nan", "True", "False", "None", "in"})
+
+
+@dataclass(frozen=True)
+class DimWish:
+    """What the user said of one dimension of one input."""
+
+    name: str | None
+    low: int = 1
+    high: int | None = None
+
+
+@dataclass
+class Request:
+    """One tracing: the model, flat examples, and the wishes for their dimensions."""
+
+    model: torch.nn.Module
+    leaves: list[Any]
+    spec: Any
+    wishes: list[dict[int, DimWish]]
+    notes: list[str] = field(default_factory=list)
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = self.spec.unflatten(self.leaves)
+        return args, kwargs
+
+
+def trace(
+    model: torch.nn.Module | Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: DynamicShapes = None,
+) -> Graph:
+    """Capture a model as a graph.
+
+    Shapes:  `dynamic_shapes` is torch.export's: by argument name or position, then by dimension,
+             a `Dim`, a name, `Dim.AUTO`/`Dim.DYNAMIC`, or None.
+    Raises:  DfcError T001..T029 (exit status 3) when the model cannot be captured, T030.. (2) for
+             arguments that make no sense.
+    """
+    module = model if isinstance(model, torch.nn.Module) else _FunctionModule(model)
+    if not isinstance(args, (tuple, list)):
+        raise DfcError(
+            "T030", f"`args` must be a tuple of the model's arguments, got a {type(args).__name__}",
+            help="write `(x,)` for one argument", status=2,
+        )  # fmt: skip
+    given = dict(kwargs or {})
+    register_example([*args, given])
+    leaves, spec = flat_leaves(args, given)
+    request = Request(module, leaves, spec, wishes_of(module, args, given, dynamic_shapes))
+    return _build(request, *_export(request))
+
+
+class _FunctionModule(torch.nn.Module):
+    """A plain function as a module, so that torch.export takes it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self._function = function
+        self.__signature__ = inspect.signature(function)
+        self.forward = function  # type: ignore[method-assign]
+
+
+# What the user said of sizes
+
+
+def wishes_of(
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], shapes: DynamicShapes
+) -> list[dict[int, DimWish]]:
+    """The wishes for each flat leaf."""
+    leaves, _ = flat_leaves(args, dict(kwargs))
+    found: list[dict[int, DimWish]] = [{} for _ in leaves]
+    if not shapes:
+        return found
+    from torch.export.dynamic_shapes import _combine_args, _tree_map_with_path
+
+    try:
+        combined = _combine_args(model, tuple(args), dict(kwargs))
+    except (TypeError, ValueError) as e:
+        raise _bad_call(model, e) from e
+    if isinstance(shapes, Mapping) and "args" not in shapes:
+        unknown = [k for k in shapes if k not in combined]
+        if unknown and len(combined) and not (set(combined) & set(shapes)):
+            raise DfcError(
+                "T031", f"dynamic_shapes names `{unknown[0]}`, the arguments are {', '.join(combined)}",
+                status=2,
+            )  # fmt: skip
+        if isinstance(shapes, Mapping):
+            shapes = {k: shapes.get(k) for k in combined}
+    by_id = {id(x): i for i, x in reversed(list(enumerate(leaves))) if isinstance(x, torch.Tensor)}
+    taken: list[int] = []
+
+    def visit(path: Any, leaf: Any, spec: Any) -> None:
+        if isinstance(leaf, torch.Tensor) and spec:
+            at = by_id[id(leaf)]
+            # the same tensor passed twice keeps one entry a place
+            while at in taken and any(x is leaf for x in leaves[at + 1 :]):
+                at = next(i for i in range(at + 1, len(leaves)) if leaves[i] is leaf)
+            taken.append(at)
+            found[at] = _tensor_wishes(leaf, spec)
+        elif isinstance(leaf, int) and spec is not None and not isinstance(leaf, bool):
+            at = next(i for i, x in enumerate(leaves) if x is leaf and i not in taken)
+            taken.append(at)
+            found[at] = {-1: _wish(spec) or DimWish(None)}
+
+    try:
+        _tree_map_with_path(visit, combined, shapes, tree_name="inputs")
+    except DfcError:
+        raise
+    except Exception as e:  # torch raises its own UserError class among others
+        raise DfcError(
+            "T031", f"dynamic_shapes does not fit the arguments: {first_line(e)}",
+            help="give the same nesting as the arguments, with {dimension: Dim} at each tensor",
+            status=2,
+        ) from e  # fmt: skip
+    return found
+
+
+def _tensor_wishes(x: torch.Tensor, spec: Any) -> dict[int, DimWish]:
+    items = spec.items() if isinstance(spec, Mapping) else enumerate(spec)
+    found: dict[int, DimWish] = {}
+    for dim, wish in items:
+        if not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
+            raise DfcError(
+                "T031", f"dynamic_shapes names dimension {dim} of a tensor of rank {x.dim()}", status=2
+            )
+        made = _wish(wish)
+        if made is not None:
+            found[dim % x.dim()] = made
+    return found
+
+
+def _wish(wish: Any) -> DimWish | None:
+    if wish is None or isinstance(wish, int):
+        return None
+    if isinstance(wish, str):
+        return DimWish(_safe(wish))
+    if type(wish).__name__ == "_DimHint":
+        if "STATIC" in repr(wish):
+            return None
+        return DimWish(None, wish.min if wish.min is not None else 1, wish.max)
+    name = getattr(wish, "__name__", None)
+    if not isinstance(name, str):
+        raise DfcError("T031", f"dynamic_shapes holds {wish!r}, which is no dimension", status=2)
+    low, high = getattr(wish, "min", 1), getattr(wish, "max", None)
+    if not name.isidentifier():  # a derived dimension, `2*B`
+        return DimWish(None)
+    high = None if high is None or not isinstance(high, int) or high >= 2**62 else high
+    return DimWish(_safe(name), max(int(low), 1), high)
+
+
+def _safe(name: str) -> str:
+    from dfc.ir.types import DTYPES
+    from dfc.ops.symbolic import identifier
+
+    name = identifier(name)
+    reserved = name in _RESERVED or name in DTYPES or re.match(r"u[fb]?\d+\Z", name)
+    return f"{name}_" if reserved else name
+
+
+def enlarge(request: Request) -> Request:
+    """Examples in which no dynamic dimension has size 1: torch would take the 1 for a constant."""
+    small: dict[str, DimWish] = {}
+    used = {int(s) for x in request.leaves if isinstance(x, torch.Tensor) for s in x.shape}
+    plan: list[tuple[int, int, str]] = []
+    for i, wishes in enumerate(request.wishes):
+        for dim, wish in wishes.items():
+            key = wish.name or f"{i}.{dim}"
+            if dim >= 0 and request.leaves[i].shape[dim] == 1 and (wish.high is None or wish.high > 1):
+                small[key] = wish
+                plan.append((i, dim, key))
+    if not plan:
+        return request
+    sizes: dict[str, int] = {}
+    for key, wish in small.items():
+        free = [n for n in range(max(2, wish.low), 64) if n not in used]
+        fits = [n for n in free if wish.high is None or n <= wish.high]
+        sizes[key] = fits[0] if fits else wish.high or 2
+        used.add(sizes[key])
+    leaves = list(request.leaves)
+    for i, dim, key in plan:
+        leaves[i] = leaves[i].detach().repeat_interleave(sizes[key], dim)
+    return Request(request.model, leaves, request.spec, request.wishes, request.notes)
+
+
+# Exporting, with what is known to help
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One way to call torch.export, and what to tell the user when it was the one that worked."""
+
+    name: str
+    run: Callable[[Request], ExportedProgram]
+    note: str | None = None
+
+
+def _export(request: Request) -> tuple[ExportedProgram, Request]:
+    """Try the plain way; then what helps: draft export, eager attention, strict mode, fixed sizes."""
+    larger = enlarge(request)
+    first: Exception | None = None
+    for attempt in _ATTEMPTS:
+        for r in (larger,) if attempt.name != "static" else (request,):
+            try:
+                program = attempt.run(r)
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except Exception as e:  # torch.export raises many unrelated classes
+                if isinstance(e, TypeError) and _is_call_error(request, e):
+                    raise _bad_call(request.model, e) from e
+                if _raised_by_user_code(e) and first is None and _fails_eagerly(r):
+                    if r is larger and larger is not request and not _fails_eagerly(request):
+                        first = first or e
+                        continue  # the model takes only size 1: the static attempt settles it
+                    raise _user_error(e) from e
+                first = first or e
+                continue
+            if attempt.note:
+                request.notes.append(attempt.note)
+            return program, r
+    assert first is not None
+    raise refusal(first) from first
+
+
+def _plain(request: Request, **options: Any) -> ExportedProgram:
+    args, kwargs = request.arguments()
+    with _quiet(), _no_scalar_trap():
+        return torch.export.export(
+            request.model, args, kwargs, dynamic_shapes=_torch_shapes(request), **options
+        )
+
+
+def _draft(request: Request) -> ExportedProgram:
+    args, kwargs = request.arguments()
+    with _quiet():
+        return torch.export.draft_export(
+            request.model, args, kwargs, dynamic_shapes=_torch_shapes(request)
+        )
+
+
+def _eager_attention(request: Request) -> ExportedProgram:
+    config = getattr(request.model, "config", None)
+    if not hasattr(config, "_attn_implementation") or config._attn_implementation == "eager":
+        raise DfcError("T002", "the model has no other attention implementation")
+    before = config._attn_implementation
+    request.model.set_attn_implementation("eager")  # type: ignore[operator]
+    try:
+        return _plain(request)
+    finally:
+        request.model.set_attn_implementation(before)  # type: ignore[operator]
+
+
+def _static(request: Request) -> ExportedProgram:
+    fixed = Request(request.model, request.leaves, request.spec, [{} for _ in request.wishes])
+    try:
+        return _plain(fixed)
+    except Exception:
+        return _draft(fixed)
+
+
+_ATTEMPTS = (
+    Attempt("plain", _plain),
+    Attempt(
+        "draft",
+        _draft,
+        "a decision of the model depends on data: it was taken as the example takes it, "
+        "and is checked at run time",
+    ),
+    Attempt(
+        "eager attention",
+        _eager_attention,
+        "captured with the `eager` attention implementation: torch.export refuses the other",
+    ),
+    Attempt("strict", lambda r: _plain(r, strict=True), "captured in strict mode"),
+    Attempt(
+        "static",
+        _static,
+        "captured with every size fixed to the example's: torch.export refuses dynamic ones",
+    ),
+)
+
+
+def _torch_shapes(request: Request) -> Any:
+    """The wishes in torch's form, every dimension AUTO."""
+    specs: list[Any] = []
+    for x, wishes in zip(request.leaves, request.wishes, strict=True):
+        if -1 in wishes:
+            specs.append(Dim.DYNAMIC)
+        elif not isinstance(x, torch.Tensor) or not wishes:
+            specs.append(None)
+        else:
+            specs.append(
+                {
+                    d: Dim.AUTO(min=w.low if w.low > 1 else None, max=w.high)
+                    for d, w in wishes.items()
+                }
+            )
+    if not any(s is not None for s in specs):
+        return None
+    args, kwargs = request.spec.unflatten(specs)
+    return _combined(request, args, kwargs)
+
+
+def _combined(request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Specs by argument name; a `*args` tuple under its own name."""
+    from torch.export.dynamic_shapes import _combine_args
+
+    example_args, example_kwargs = request.arguments()
+    names = list(_combine_args(request.model, example_args, example_kwargs))
+    signature = inspect.signature(request.model.forward)
+    found: dict[str, Any] = {}
+    pending = list(args)
+    for p in signature.parameters.values():
+        if p.kind is p.VAR_POSITIONAL and p.name in names:
+            found[p.name] = tuple(pending)
+            pending = []
+        elif p.name in names and pending and p.name not in kwargs:
+            found[p.name] = pending.pop(0)
+    for k, v in kwargs.items():
+        found[k] = v
+    return {n: _spec_of(found.get(n)) for n in names}
+
+
+def _spec_of(x: Any) -> Any:
+    """torch wants containers as they are, and classes by their flat children."""
+    import torch.utils._pytree as pytree
+
+    if x is None or isinstance(x, (dict, list, tuple)) or type(x).__name__ == "_DimHint":
+        return x
+    if type(x) in pytree.SUPPORTED_NODES:
+        children, _ = pytree.SUPPORTED_NODES[type(x)].flatten_fn(x)
+        return list(children)
+    return x
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's warnings and logs off the user's terminal: what matters is reported by us."""
+    loggers = [logging.getLogger(n) for n in ("torch", "torch.export", "torch.fx", "torch._dynamo")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _no_scalar_trap() -> Iterator[None]:
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        yield
+
+
+# Errors in the user's words
+
+
+def first_line(e: BaseException) -> str:
+    text = str(e).strip()
+    return text.splitlines()[0] if text else type(e).__name__
+
+
+def _is_call_error(request: Request, e: TypeError) -> bool:
+    return bool(re.search(r"forward\(\)|missing .* argument|unexpected keyword|signature", str(e)))
+
+
+def _bad_call(model: torch.nn.Module, e: Exception) -> DfcError:
+    signature = inspect.signature(model.forward)
+    return DfcError(
+        "T032",
+        f"the arguments do not fit the model's forward: {first_line(e)}",
+        help=f"it is called as forward{signature}",
+        status=2,
+    )
+
+
+def _user_span(e: BaseException) -> Span | None:
+    """The innermost line of the user's code in the traceback."""
+    found: Span | None = None
+    trace = e.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        short = package_path(file)
+        ours = "/dfc/" in file or "/tests/" in file and "zoo" not in file
+        if not short.startswith(("torch/", "functorch/", "<", "dfc/", "importlib")) and not ours:
+            found = Span(short, trace.tb_lineno, text=_source_line(file, trace.tb_lineno))
+        trace = trace.tb_next
+    return found
+
+
+def _source_line(file: str, line: int) -> str | None:
+    import linecache
+
+    return linecache.getline(file, line).rstrip("\n") or None
+
+
+def _raised_by_user_code(e: Exception) -> bool:
+    return not type(e).__module__.startswith("torch")
+
+
+def _fails_eagerly(request: Request) -> bool:
+    """Whether the model itself fails on the example, without any tracing."""
+    import copy
+
+    if any(p.is_meta for p in request.model.parameters()):
+        return False
+    args, kwargs = copy.deepcopy(request.arguments())
+    state = {k: v.clone() for k, v in request.model.named_buffers()}
+    try:
+        with torch.no_grad():
+            request.model(*args, **kwargs)
+    except Exception:  # any failure of the user's code is the answer
+        return True
+    finally:
+        with torch.no_grad():
+            for name, buffer in request.model.named_buffers():
+                if name in state and buffer.shape == state[name].shape:
+                    buffer.copy_(state[name])
+    return False
+
+
+def _user_error(e: Exception) -> DfcError:
+    return DfcError(
+        "T003",
+        f"the model itself fails on the example: {type(e).__name__}: {first_line(e)}",
+        span=_user_span(e),
+    )
+
+
+_CAUSES = (
+    (
+        r"Eq\(u\d+, 1\)|Could not guard on data-dependent|data-dependent",
+        "a decision of the model depends on the data of a tensor",
+        "use torch.where or torch.cond instead of `if`, or torch._check to state what holds",
+    ),
+    (
+        r"Unsupported input type|not registered|type <class",
+        "an argument or result is of a class that torch does not know",
+        "register it by torch.export.register_dataclass or torch.utils._pytree",
+    ),
+    (
+        r"autograd|requires_grad|grad can be implicitly",
+        "the model differentiates inside forward",
+        "use torch.func.grad, or move the gradient out of the model",
+    ),
+    (
+        r"Constraints violated|specialized|not equal to",
+        "the model's own code fixes a size that was declared dynamic",
+        "drop the dimension from dynamic_shapes",
+    ),
+)
+
+
+def refusal(e: Exception) -> DfcError:
+    """torch.export's refusal in the user's words."""
+    if isinstance(e, DfcError):
+        return e
+    text = str(e)
+    reason, help = "torch.export refuses the model", None
+    for pattern, why, remedy in _CAUSES:
+        if re.search(pattern, text):
+            reason, help = why, remedy
+            break
+    user_code = re.findall(r'File "([^"]+)", line (\d+), in \w+\n\s*(.*)', text)
+    span = _user_span(e)
+    for file, line, source in reversed(user_code):
+        short = package_path(file)
+        if not short.startswith(("torch/", "functorch/", "<")):
+            span = Span(short, int(line), text=source)
+            break
+    return DfcError("T001", f"{reason}: {first_line(e)}", span=span, help=help)
+
+
+# From torch's program to ours
+
+
+def _build(request: Request, program: ExportedProgram, used: Request) -> Graph:
+    if _needs_functionalizing(program):
+        with _quiet():
+            program = program.run_decompositions({})
+    graph = Graph("main")
+    names = Names()
+    converter = Converter(graph, program.graph_module, names)
+    _name_sizes(program, used, names, request.notes)
+    arguments = _inputs(program, request, converter)
+    converter.convert(list(program.graph.nodes))
+    graph.arguments = arguments
+    graph.ranges = _ranges(graph, names)
+    _outputs(program, converter)
+    for note in request.notes:
+        graph.notes.append(note)
+    if request.model.training:
+        graph.notes.append("the model is in training mode: call `.eval()` first for inference")
+    return graph
+
+
+def _needs_functionalizing(program: ExportedProgram) -> bool:
+    """Whether some node writes to its argument, or hides that it does."""
+    modules = [m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    for module in modules:
+        for node in module.graph.nodes:
+            target = node.target
+            if isinstance(target, torch._ops.HigherOrderOperator):
+                return True
+            if not isinstance(target, torch._ops.OpOverload):
+                continue
+            if target._schema.is_mutable or "batch_norm" in target._schema.name:
+                return True
+            if target._schema.name in ("aten::instance_norm", "aten::lstm", "aten::gru"):
+                return True
+    return False
+
+
+def _name_sizes(
+    program: ExportedProgram, request: Request, names: Names, notes: list[str]
+) -> None:
+    """Give each of torch's symbols the user's name and range, and report what became fixed."""
+    for s, bounds in program.range_constraints.items():
+        names.ranges[str(s)] = _range(bounds)
+    values = _input_values(program)
+    by_name: dict[str, Range] = {}
+    anonymous: list[tuple[Any, DimWish]] = []
+    for x, wishes, value in zip(request.leaves, request.wishes, values, strict=True):
+        for dim, wish in wishes.items():
+            size = value if dim == -1 else value.shape[dim] if value is not None else None
+            label = wish.name or f"dimension {dim}"
+            if not isinstance(size, torch.SymInt):
+                actual = x if dim == -1 else x.shape[dim]
+                notes.append(f"`{label}` is fixed to {actual}: the model's own code bakes it in")
+                continue
+            expression = size.node.expr
+            if not expression.is_Symbol:
+                continue
+            if expression in names.known:
+                continue
+            if wish.name is None:
+                anonymous.append((expression, wish))
+                continue
+            low, high = names.ranges.get(str(expression), (1, None))
+            if low <= 2:
+                low = wish.low  # torch says 2 for "not 0 or 1"; size 1 is probed
+            if wish.name in by_name:
+                a, b = by_name[wish.name]
+                low, high = max(low, a), b if high is None else high if b is None else min(high, b)
+            if wish.high is not None and high is not None and high < wish.high:
+                notes.append(f"`{wish.name}` is at most {high}: the model's own code limits it")
+            by_name[wish.name] = (low, high)
+            names.add(expression, wish.name)
+    for expression, wish in anonymous:
+        if expression in names.known:
+            continue
+        name = names.fresh("s")
+        low, high = names.ranges.get(str(expression), (1, None))
+        by_name[name] = (wish.low if low <= 2 else low, high)
+        names.add(expression, name)
+    for value in values:
+        for size in value.shape if isinstance(value, torch.Tensor) else ():
+            if isinstance(size, torch.SymInt):
+                for s in sorted(size.node.expr.free_symbols, key=str):
+                    if s not in names.known:
+                        name = names.fresh("s")
+                        by_name[name] = names.ranges.get(str(s), (0, None))
+                        names.add(s, name)
+    names.ranges.update(by_name)
+
+
+def _range(bounds: Any) -> Range:
+    low = int(bounds.lower) if bounds.lower.is_Integer else 0
+    high = int(bounds.upper) if bounds.upper.is_Integer and int(bounds.upper) < 2**62 else None
+    return max(low, 0), high
+
+
+def _input_values(program: ExportedProgram) -> list[Any]:
+    """The fake value of each user input in order, None for constants."""
+    placeholders = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
+    return [
+        None if isinstance(s.arg, ConstantArgument) else placeholders[s.arg.name]
+        for s in program.graph_signature.input_specs
+        if s.kind == InputKind.USER_INPUT
+    ]
+
+
+def _ranges(graph: Graph, names: Names) -> dict[str, Range]:
+    used: dict[str, None] = {}
+    for v in graph.inputs:
+        if isinstance(v.type, TensorType):
+            for size in v.type.shape:
+                if isinstance(size, Expr):
+                    for name in sorted(size.symbols):
+                        used.setdefault(name)
+        elif v.type == INT:
+            used.setdefault(v.name)
+    return {name: names.ranges.get(name, (0, None)) for name in used}
+
+
+def _inputs(
+    program: ExportedProgram, request: Request, converter: Converter
+) -> tuple[Argument, ...]:
+    """Parameters, then the user's arguments with their structure."""
+    graph, names = converter.graph, converter.names
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    owner = _Parameters(program, request.model)
+    flat: list[Any] = []
+    for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
+        if spec.kind == InputKind.USER_INPUT:
+            flat.append((node, spec))
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            assert spec.target is not None
+            converter.env[node] = owner.add(graph, names, node, spec)
+        else:
+            raise DfcError("T022", f"an input of kind {spec.kind.name} is not supported")
+    used: set[str] = set()
+    args_spec, kwargs_spec = program.call_spec.in_spec.children()
+    signature = list(inspect.signature(request.model.forward).parameters.values())
+    labels = _labels(signature, args_spec.num_children)
+    pending = iter(flat)
+    found: list[Argument] = []
+
+    def argument(label: str, spec: Any, keyword_only: bool) -> None:
+        def leaf() -> Const | None:
+            node, input_spec = next(pending)
+            return _input_leaf(converter, node, input_spec, label, used)
+
+        found.append(Argument(label, tree_of(spec, leaf), keyword_only))
+
+    for label, spec in zip(labels, args_spec.children(), strict=True):
+        argument(label, spec, False)
+    keyword_only = {p.name for p in signature if p.kind is p.KEYWORD_ONLY}
+    for label, spec in zip(kwargs_spec.context or (), kwargs_spec.children(), strict=True):
+        out_of_order = len(labels) < len(signature) and label != (
+            signature[len(found)].name if len(found) < len(signature) else None
+        )
+        argument(label, spec, label in keyword_only or out_of_order or _any_keyword(found))
+    return tuple(found)
+
+
+def _any_keyword(found: Sequence[Argument]) -> bool:
+    return any(a.keyword_only for a in found)
+
+
+def _labels(signature: Sequence[inspect.Parameter], count: int) -> list[str]:
+    labels: list[str] = []
+    for p in signature:
+        if p.kind is p.VAR_POSITIONAL:
+            labels += [f"{p.name}_{i}" for i in range(count - len(labels))]
+        elif p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD):
+            labels.append(p.name)
+    return labels[:count]
+
+
+def _input_leaf(
+    converter: Converter, node: Any, spec: Any, label: str, used: set[str]
+) -> Const | None:
+    if isinstance(spec.arg, ConstantArgument):
+        converter.env[node] = spec.arg.value
+        return constant(spec.arg.value)
+    value = node.meta["val"]
+    graph, names = converter.graph, converter.names
+    if isinstance(value, torch.SymInt):
+        known = names.scalar(value)
+        name = known.symbol if isinstance(known, Expr) else None
+        if name is None or name in used:
+            raise DfcError("T022", f"the integer argument `{label}` is tied to another size")
+        used.add(name)
+        graph.add_input(name, INT)
+        converter.env[node] = symbol(name)
+        return None
+    if not isinstance(value, torch.Tensor):
+        converter.env[node] = value
+        return constant(value)
+    wish = label if label not in graph._names else node.name
+    from dfc.ops.symbolic import identifier
+
+    converter.env[node] = graph.add_input(
+        graph.fresh_name(identifier(wish)), names.type_of(value)
+    )
+    return None
+
+
+class _Parameters:
+    """The model's own tensors under their module names, tied ones once."""
+
+    def __init__(self, program: ExportedProgram, model: torch.nn.Module) -> None:
+        self.program = program
+        self.buffers = dict(model.named_buffers(remove_duplicate=False))
+        self.live: dict[str, torch.Tensor] = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **self.buffers,
+        }
+        self.mutated = set(program.graph_signature.buffers_to_mutate.values())
+        self.aliases: dict[int, list[str]] = {}
+        for name, tensor in self.live.items():
+            self.aliases.setdefault(id(tensor), []).append(name)
+        self.made: dict[int, Value] = {}
+
+    def add(self, graph: Graph, names: Names, node: Any, spec: Any) -> Value:
+        name = str(spec.target)
+        tensor = self.live.get(name)
+        if tensor is None:
+            tensor = self.program.state_dict.get(name)
+        if tensor is None:
+            tensor = self.program.constants[name]
+        known = self.made.get(id(tensor))
+        if known is not None:
+            return known
+        aliases = tuple(n for n in self.aliases.get(id(tensor), ()) if n != name)
+        type = names.type_of(tensor)
+        assert isinstance(type, TensorType)
+        kind = {InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer"}.get(
+            spec.kind, "constant"
+        )
+        data: ParameterData | None = None
+        if not tensor.is_meta:
+            # A buffer that the model writes to would change under us: small, so copied.
+            data = TensorData(name, tensor.detach().clone() if name in self.mutated else tensor)
+        made = graph.add_parameter(name, type, kind, data, aliases)
+        self.made[id(tensor)] = made
+        return made
+
+
+def _outputs(program: ExportedProgram, converter: Converter) -> None:
+    (output,) = [n for n in program.graph.nodes if n.op == "output"]
+    results = list(output.args[0])
+    by_name = {n.name: n for n in program.graph.nodes}
+    values: list[Value] = []
+    mutations: list[tuple[Value, Value]] = []
+    user: list[tuple[Any, Any]] = []
+    for spec, x in zip(program.graph_signature.output_specs, results, strict=True):
+        if spec.kind == OutputKind.USER_OUTPUT:
+            user.append((spec, x))
+        elif spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION):
+            target = _parameter(converter, str(spec.target))
+            mutations.append((target, _value(converter, x)))
+        elif spec.kind == OutputKind.USER_INPUT_MUTATION:
+            mutations.append((converter.env[by_name[spec.target]], _value(converter, x)))
+        else:
+            raise DfcError("T022", f"an output of kind {spec.kind.name} is not supported")
+    pending = iter(user)
+
+    def leaf() -> Const | None:
+        spec, x = next(pending)
+        found = converter.scalar_or_none(x)
+        if found is NotImplemented:
+            values.append(_value(converter, x))
+            return None
+        if isinstance(spec.arg, ConstantArgument):
+            return constant(spec.arg.value)
+        return constant(found)
+
+    tree = tree_of(program.call_spec.out_spec, leaf)
+    mutations = [(t, v) for t, v in mutations if t is not v]
+    converter.graph.set_outputs(values, tree, mutations)
+    assert leaf_count(tree) == len(values)
+
+
+def _value(converter: Converter, x: Any) -> Value:
+    found = converter.single(x)
+    assert found is not None
+    return found
+
+
+def _parameter(converter: Converter, name: str) -> Value:
+    for p in converter.graph.parameters.values():
+        if p.name == name or name in p.aliases:
+            return p
+    raise DfcError("T022", f"the buffer `{name}` is written to but never read")
+
+
+__all__ = ["Leaf", "Tree", "solve", "trace"]

@@ -1,0 +1,133 @@
+"""A compiled model: called like the original, saved as a package, exported as ONNX."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dfc.calling import build_outputs, flat_inputs, own_outputs
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph, Parameter
+from dfc.planning.engine import Engine, Runner
+from dfc.report import Report
+
+
+class Compiled:
+    """What `dfc.compile` and `dfc.load` return.
+
+    Buffers that the model writes to live here: each call continues from the last one's state.
+    Results never share memory with inputs or weights.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        engine: Engine,
+        runner: Runner | None,
+        report: Report,
+        probes: Sequence[Any] = (),
+        steps: Sequence[str] = (),
+        device: str = "cpu",
+    ) -> None:
+        self.graph = graph
+        self.engine = engine
+        self.report = report
+        self.probes = list(probes)
+        self.steps = tuple(steps)
+        self.device = device
+        self._runner = runner
+        self._state = self._initial_state()
+        self._outputs = len(graph.outputs)
+        self._owned: frozenset[int] | None = None
+
+    def _initial_state(self) -> dict[str, Any]:
+        """The current value of each mutated parameter."""
+        return {
+            m.target.name: m.target.data.tensor().clone()
+            for m in self.graph.mutations
+            if isinstance(m.target, Parameter) and m.target.data is not None
+        }
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """The buffers that calls write to, by name, as the last call left them."""
+        return dict(self._state)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model.
+
+        Raises:  DfcError K010..K016 when the arguments do not fit, K family when running fails.
+        """
+        inputs = flat_inputs(self.graph, args, kwargs)
+        results = self.run_flat(inputs)
+        for m, value in zip(self.graph.mutations, results[self._outputs :], strict=True):
+            if isinstance(m.target, Parameter):
+                self._state[m.target.name] = value.clone()
+            else:
+                inputs[self.graph.inputs.index(m.target)].copy_(value)
+        leaves = own_outputs(results[: self._outputs], inputs, self.owned)
+        return build_outputs(self.graph, inputs, iter(leaves))
+
+    def run_flat(self, inputs: Sequence[Any]) -> list[Any]:
+        """Flat inputs to output leaves and mutations, without checks or state changes."""
+        if self._runner is None:
+            missing = [p.name for p in self.graph.parameters.values() if p.data is None]
+            raise DfcError(
+                "K021",
+                f"the model has no weights (`{missing[0]}` is on the meta device)",
+                help="compile it with weights to run it",
+                status=2,
+            )
+        return self._runner([*inputs, *self._state.values()])
+
+    @property
+    def owned(self) -> frozenset[int]:
+        """The addresses of the weights' memory."""
+        if self._owned is None:
+            self._owned = frozenset(
+                p.data.tensor().untyped_storage().data_ptr()
+                for p in self.graph.parameters.values()
+                if p.data is not None
+            )
+        return self._owned
+
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write the package.
+
+        Raises:  DfcError D010.. when the target exists or cannot be written.
+        """
+        from dfc.package import write_package
+
+        write_package(self, path, force=force)
+
+    def export(self, path: str | os.PathLike[str], *, force: bool = False, **options: Any) -> None:
+        """Write plain ONNX, checked and run in ONNX Runtime against the probes first.
+
+        Raises:  DfcError X family when an op has no translation or the results differ.
+        """
+        from dfc.emit.onnx import export_onnx
+
+        export_onnx(self.graph, path, probes=self.probes, force=force, **options)
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+
+def with_state_inputs(graph: Graph) -> Graph:
+    """The graph with mutated parameters as extra inputs after the others: engines hold no state."""
+    targets = [m.target for m in graph.mutations if isinstance(m.target, Parameter)]
+    if not targets:
+        return graph
+    lifted, twin = graph.copy_with_map()
+    mutations = [(m.target, m.value) for m in lifted.mutations]
+    for target in targets:
+        p = twin[target]
+        name = lifted.fresh_name("state_" + "".join(c if c.isalnum() else "_" for c in p.name))
+        v = lifted.add_input(name, p.type)
+        lifted.replace_uses(p, v)
+        mutations = [(v if t is p else t, v if x is p else x) for t, x in mutations]
+    lifted.set_outputs(lifted.outputs, lifted.output_tree, mutations)
+    for target in targets:
+        lifted.drop_parameter(target.name)
+    return lifted

@@ -1,0 +1,1 @@
+"""Graph to something that runs elsewhere."""

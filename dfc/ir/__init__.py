@@ -1,0 +1,1 @@
+"""The dataflow graph: types, values, nodes, and what may be asked of them."""

@@ -1,0 +1,675 @@
+"""The graph: typed values, nodes in order, named parameters, and the only way to change them.
+
+Nodes form a doubly linked list, so inserting and erasing are O(1) in graphs of any size; each
+value knows its users. The graph's outputs are the operands of one hidden node, `graph.result`, so
+that "used by an output" is an ordinary use. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Union
+
+from dfc.ir.expr import Expr, Scalar, symbols
+from dfc.ir.op import OpInfo, lookup
+from dfc.ir.tree import LEAF, Leaf, Seq, Tree
+from dfc.ir.types import DType, TensorType, Type
+
+if TYPE_CHECKING:
+    import networkx
+    import torch
+
+RESULT = "dfc.return"
+CONTROL_FLOW = ("torch.cond", "torch.while_loop", "torch.scan", "torch.map")
+
+
+@dataclass(frozen=True)
+class Loc:
+    """Where a node comes from: Python file and line, and the module path. No part of equality."""
+
+    file: str = ""
+    line: int = 0
+    module: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}" if self.file else "unknown place"
+        return f"{place} ({self.module})" if self.module else place
+
+
+@dataclass(frozen=True)
+class Bind:
+    """A symbol that a node gives a value to, and the range the value lies in (None: unbounded)."""
+
+    symbol: str
+    low: int | None = None
+    high: int | None = None
+
+
+Range = tuple[int, Union[int, None]]
+
+
+class Attributes(Mapping[str, Any]):
+    """An immutable mapping compared by type and bits: 1, 1.0 and True differ, and so do 0.0, -0.0."""
+
+    __slots__ = ("_hash", "_items", "_key")
+
+    def __init__(self, items: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> None:
+        self._items: dict[str, Any] = {k: _frozen(v) for k, v in dict(items).items()}
+        self._key = tuple((k, attribute_key(v)) for k, v in self._items.items())
+        self._hash = hash(self._key)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._items[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Attributes) and self._key == other._key
+
+    def with_(self, **changes: Any) -> Attributes:
+        return Attributes({**self._items, **changes})
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+NO_ATTRIBUTES = Attributes()
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
+def attribute_key(value: Any) -> object:
+    """A hashable stand-in that is equal only for the same type and bits."""
+    if isinstance(value, bool) or value is None:
+        return value, "b"
+    if isinstance(value, int):
+        return value, "i"
+    if isinstance(value, float):
+        return struct.pack("<d", value), "f"
+    if isinstance(value, complex):
+        return struct.pack("<dd", value.real, value.imag), "c"
+    if isinstance(value, tuple):
+        return tuple(map(attribute_key, value))
+    if isinstance(value, (str, DType)):
+        return type(value).__name__, str(value)
+    if isinstance(value, Expr):
+        return value
+    raise TypeError(f"an attribute cannot be a {type(value).__name__}")
+
+
+class Value:
+    """A typed result of a node, an input, or a parameter. Its users are kept by the graph."""
+
+    __slots__ = ("_users", "index", "name", "node", "type")
+
+    def __init__(self, name: str, type: Type, node: Node | None = None, index: int = 0) -> None:
+        self.name = name
+        self.type = type
+        self.node = node
+        self.index = index
+        self._users: dict[Node, int] = {}
+
+    @property
+    def users(self) -> tuple[Node, ...]:
+        """The nodes that read the value, each once, in the order of first use."""
+        return tuple(self._users)
+
+    @property
+    def use_count(self) -> int:
+        """How often the value is read, counting each operand."""
+        return sum(self._users.values())
+
+    @property
+    def tensor_type(self) -> TensorType:
+        """The type, for a value that is known to be a tensor."""
+        assert isinstance(self.type, TensorType), f"%{self.name} is {self.type}, not a tensor"
+        return self.type
+
+    def __repr__(self) -> str:
+        return f"%{self.name}: {self.type}"
+
+
+class Parameter(Value):
+    """A named tensor that the model owns: a parameter, a buffer, or a lifted constant.
+
+    `data` is anything with `tensor()` and `sha256()`, or None for a model without weights.
+    """
+
+    __slots__ = ("aliases", "data", "kind")
+
+    def __init__(
+        self,
+        name: str,
+        type: TensorType,
+        kind: str = "parameter",
+        data: ParameterData | None = None,
+        aliases: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(name, type)
+        self.kind = kind
+        self.data = data
+        self.aliases = aliases
+
+    def __repr__(self) -> str:
+        return f"!{self.name}: {self.type}"
+
+
+class ParameterData:
+    """Where a parameter's numbers are."""
+
+    def tensor(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    def sha256(self) -> str:
+        """The digest of dtype, shape and bytes: 64 hex digits."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class HashOnly(ParameterData):
+    """Data that is known by its digest alone: a graph read from text."""
+
+    digest: str
+
+    def tensor(self) -> torch.Tensor:
+        from dfc.errors import DfcError
+
+        raise DfcError(
+            "D001",
+            "the graph was read from text and has no weights",
+            help="load the package that it came from",
+        )
+
+    def sha256(self) -> str:
+        return self.digest
+
+
+Input = Union[Value, None, tuple[Union[Value, None], ...]]
+
+
+class Node:
+    """One application of an op. Everything is read-only; change it through the graph."""
+
+    __slots__ = (
+        "_next", "_prev", "attributes", "binds", "graph", "graphs",
+        "inputs", "loc", "op", "results", "stage",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        graph: Graph,
+        op: str,
+        inputs: tuple[Input, ...],
+        attributes: Attributes,
+        graphs: tuple[Graph, ...] = (),
+        binds: tuple[Bind, ...] = (),
+        stage: int | None = None,
+        loc: Loc | None = None,
+    ) -> None:
+        self.graph: Graph | None = graph
+        self.op = op
+        self.inputs = inputs
+        self.attributes = attributes
+        self.graphs = graphs
+        self.binds = binds
+        self.stage = stage
+        self.loc = loc
+        self.results: tuple[Value, ...] = ()
+        self._prev: Node | None = None
+        self._next: Node | None = None
+
+    @property
+    def info(self) -> OpInfo:
+        return lookup(self.op)
+
+    @property
+    def pure(self) -> bool:
+        """Equal inputs give equal results: twins may be merged, constant ones folded."""
+        return lookup(self.op).is_pure(self.attributes)
+
+    @property
+    def effect(self) -> bool:
+        """The node must stay, in its order, even when nobody reads its results."""
+        if self.graphs:
+            return any(node.effect for g in self.graphs for node in g.walk() if not node.graphs)
+        return lookup(self.op).has_effect(self.attributes)
+
+    @property
+    def operands(self) -> Iterator[Value]:
+        """Every value that is read, lists flattened, None left out."""
+        for x in self.inputs:
+            if isinstance(x, tuple):
+                yield from (v for v in x if v is not None)
+            elif x is not None:
+                yield x
+
+    @property
+    def result(self) -> Value:
+        """The only result."""
+        (value,) = self.results
+        return value
+
+    @property
+    def users(self) -> tuple[Node, ...]:
+        """The nodes that read any result, each once."""
+        return tuple(dict.fromkeys(u for r in self.results for u in r._users))
+
+    @property
+    def symbols(self) -> frozenset[str]:
+        """The symbols that the attributes mention."""
+        return frozenset().union(*(_attribute_symbols(v) for v in self.attributes.values()))
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"%{r.name}" for r in self.results)
+        return f"<{names} = {self.op}>" if names else f"<{self.op}>"
+
+
+def _attribute_symbols(value: Any) -> frozenset[str]:
+    if isinstance(value, tuple):
+        return frozenset().union(*map(_attribute_symbols, value))
+    return symbols(value)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of the call: its name and its structure."""
+
+    name: str
+    tree: Tree
+    keyword_only: bool = False
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A parameter or input whose final value is an extra output."""
+
+    target: Value
+    value: Value
+
+
+@dataclass
+class Graph:
+    """A function from inputs and parameters to outputs.
+
+    C1:  every operand is an input, a parameter, or a result of an earlier node.
+    C2:  value names are unique; so are parameter names.
+    C3:  every symbol is bound by an input's shape or by an earlier node, or, in a nested graph,
+         by the graph around it.
+    """
+
+    name: str = "main"
+    arguments: tuple[Argument, ...] = ()
+    output_tree: Tree = field(default_factory=lambda: LEAF)
+    ranges: dict[str, Range] = field(default_factory=dict)
+    requires: tuple[Scalar, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._inputs: list[Value] = []
+        self._parameters: dict[str, Parameter] = {}
+        self._first: Node | None = None
+        self._last: Node | None = None
+        self._count = 0
+        self._names: set[str] = set()
+        self._next_name = 0
+        self._targets: tuple[Value, ...] = ()
+        # What capture wants the user to know: restrictions, another way taken. No part of equality.
+        self.notes: list[str] = []
+        self.result = Node(self, RESULT, (), NO_ATTRIBUTES)
+
+    # reading
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return tuple(self._inputs)
+
+    @property
+    def parameters(self) -> Mapping[str, Parameter]:
+        return self._parameters
+
+    @property
+    def nodes(self) -> Iterator[Node]:
+        """The nodes in order. The current node may be erased, and nodes inserted, while iterating."""
+        node = self._first
+        while node is not None:
+            following = node._next
+            yield node
+            if node.graph is self:
+                following = node._next
+            while following is not None and following.graph is not self:
+                following = following._next
+            node = following
+
+    @property
+    def reversed_nodes(self) -> Iterator[Node]:
+        """The nodes from last to first, under the same licence."""
+        node = self._last
+        while node is not None:
+            previous = node._prev
+            yield node
+            if node.graph is self:
+                previous = node._prev
+            while previous is not None and previous.graph is not self:
+                previous = previous._prev
+            node = previous
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def outputs(self) -> tuple[Value, ...]:
+        """The values of the output tree's leaves, in order."""
+        return self.result.inputs[: len(self.result.inputs) - len(self._targets)]  # type: ignore[return-value]
+
+    @property
+    def mutations(self) -> tuple[Mutation, ...]:
+        values = self.result.inputs[len(self.result.inputs) - len(self._targets) :]
+        return tuple(
+            Mutation(t, v)  # type: ignore[arg-type]
+            for t, v in zip(self._targets, values, strict=True)
+        )
+
+    def walk(self) -> Iterator[Node]:
+        """Every node, those of nested graphs too, outer before inner."""
+        pending: list[Graph] = [self]
+        while pending:
+            graph = pending.pop()
+            for node in graph.nodes:
+                yield node
+                pending.extend(node.graphs)
+
+    def is_output(self, value: Value) -> bool:
+        return self.result in value._users
+
+    # building
+
+    def fresh_name(self, wish: str | None = None) -> str:
+        """A value name that is not taken: the wish, the wish with a number, or a number."""
+        if wish and wish not in self._names:
+            return wish
+        if wish:
+            n = 1
+            while f"{wish}_{n}" in self._names:
+                n += 1
+            return f"{wish}_{n}"
+        while str(self._next_name) in self._names:
+            self._next_name += 1
+        return str(self._next_name)
+
+    def _claim(self, name: str) -> str:
+        assert name not in self._names, f"the name %{name} is taken"
+        self._names.add(name)
+        return name
+
+    def add_input(self, name: str, type: Type) -> Value:
+        """Append an input; the caller sets `arguments` to match."""
+        value = Value(self._claim(name), type)
+        self._inputs.append(value)
+        return value
+
+    def add_parameter(
+        self,
+        name: str,
+        type: TensorType,
+        kind: str = "parameter",
+        data: ParameterData | None = None,
+        aliases: tuple[str, ...] = (),
+    ) -> Parameter:
+        assert name not in self._parameters, f"the parameter !{name} exists"
+        self._parameters[name] = Parameter(name, type, kind, data, aliases)
+        return self._parameters[name]
+
+    def drop_parameter(self, name: str) -> None:
+        """Forget a parameter that nothing reads."""
+        assert not self._parameters[name]._users, f"!{name} is still used"
+        del self._parameters[name]
+
+    def add(
+        self,
+        op: str,
+        inputs: Sequence[Input],
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        types: Sequence[Type] | None = None,
+        names: Sequence[str | None] = (),
+        before: Node | None = None,
+        graphs: Sequence[Graph] = (),
+        binds: Sequence[Bind] = (),
+        stage: int | None = None,
+        loc: Loc | None = None,
+    ) -> Node:
+        """Insert a node before another (default: at the end). Without `types` they are inferred.
+
+        Raises:  DfcError V010 for an unknown op, V020 when the type rule refuses the operands.
+        """
+        frozen = tuple(tuple(x) if isinstance(x, (list, tuple)) else x for x in inputs)
+        given = attributes if isinstance(attributes, Attributes) else Attributes(attributes or {})
+        node = Node(self, op, frozen, given, tuple(graphs), tuple(binds), stage, loc)
+        if types is None:
+            from dfc.ir.verify import infer_types
+
+            types = infer_types(node)
+        values = []
+        for i, type in enumerate(types):
+            wish = names[i] if i < len(names) else None
+            values.append(Value(self._claim(self.fresh_name(wish)), type, node, i))
+        node.results = tuple(values)
+        self._link(node, before)
+        self._use(node)
+        return node
+
+    def _link(self, node: Node, before: Node | None) -> None:
+        if before is None:
+            node._prev = self._last
+            if self._last is None:
+                self._first = node
+            else:
+                self._last._next = node
+            self._last = node
+        else:
+            assert before.graph is self, "the anchor is not in this graph"
+            node._prev, node._next = before._prev, before
+            if before._prev is None:
+                self._first = node
+            else:
+                before._prev._next = node
+            before._prev = node
+        self._count += 1
+
+    def _unlink(self, node: Node) -> None:
+        if node._prev is None:
+            self._first = node._next
+        else:
+            node._prev._next = node._next
+        if node._next is None:
+            self._last = node._prev
+        else:
+            node._next._prev = node._prev
+        self._count -= 1
+
+    @staticmethod
+    def _use(node: Node) -> None:
+        for v in node.operands:
+            v._users[node] = v._users.get(node, 0) + 1
+
+    @staticmethod
+    def _unuse(node: Node) -> None:
+        for v in node.operands:
+            v._users[node] -= 1
+            if not v._users[node]:
+                del v._users[node]
+
+    # changing
+
+    def set_outputs(
+        self,
+        values: Sequence[Value],
+        tree: Tree | None = None,
+        mutations: Sequence[tuple[Value, Value]] = (),
+    ) -> None:
+        """Say what the graph returns. The default tree is the value alone, or a tuple of them."""
+        self._unuse(self.result)
+        self._targets = tuple(t for t, _ in mutations)
+        self.result.inputs = (*values, *(v for _, v in mutations))
+        self._use(self.result)
+        if tree is None:
+            tree = LEAF if len(values) == 1 else Seq("tuple", tuple(Leaf() for _ in values))
+        self.output_tree = tree
+
+    def set_inputs_of(self, node: Node, inputs: Sequence[Input]) -> None:
+        """Give a node other operands."""
+        self._unuse(node)
+        node.inputs = tuple(tuple(x) if isinstance(x, (list, tuple)) else x for x in inputs)
+        self._use(node)
+
+    def set_attributes(self, node: Node, **changes: Any) -> None:
+        node.attributes = node.attributes.with_(**changes)
+
+    def set_stage(self, node: Node, stage: int | None) -> None:
+        node.stage = stage
+
+    def set_type(self, value: Value, type: Type) -> None:
+        value.type = type
+
+    def replace_uses(
+        self, old: Value, new: Value, where: Callable[[Node], bool] | None = None
+    ) -> int:
+        """Let every user of one value read another instead; say how many nodes changed."""
+        if old is new:
+            return 0
+        users = [u for u in old._users if where is None or where(u)]
+        for user in users:
+            count = old._users.pop(user)
+            user.inputs = tuple(
+                tuple(new if v is old else v for v in x)
+                if isinstance(x, tuple)
+                else new
+                if x is old
+                else x
+                for x in user.inputs
+            )
+            new._users[user] = new._users.get(user, 0) + count
+        return len(users)
+
+    def replace(self, node: Node, by: Node | Sequence[Value]) -> None:
+        """Let the users of a node read another's results, and erase it."""
+        values = by.results if isinstance(by, Node) else tuple(by)
+        for old, new in zip(node.results, values, strict=True):
+            self.replace_uses(old, new)
+        self.erase(node)
+
+    def erase(self, node: Node) -> None:
+        """Remove a node that nobody uses."""
+        assert node.graph is self, f"{node} is not in this graph"
+        used = [r for r in node.results if r._users]
+        assert not used, f"{node} is still used: {used}"
+        self._unuse(node)
+        self._unlink(node)
+        self._names.difference_update(r.name for r in node.results)
+        node.graph = None
+
+    def move_before(self, node: Node, anchor: Node) -> None:
+        """Change a node's place in the order."""
+        self._unlink(node)
+        node._prev = node._next = None
+        self._link(node, anchor)
+
+    def rename(self, value: Value, name: str) -> None:
+        self._names.discard(value.name)
+        value.name = self._claim(name)
+
+    def copy(self) -> Graph:
+        """An independent graph that shares the parameters' data."""
+        other, _ = self.copy_with_map()
+        return other
+
+    def copy_with_map(self) -> tuple[Graph, dict[Value, Value]]:
+        """A copy, and which value of it stands for which of ours."""
+        other = Graph(
+            self.name, self.arguments, self.output_tree, dict(self.ranges), self.requires
+        )
+        twin: dict[Value, Value] = {}
+        for v in self._inputs:
+            twin[v] = other.add_input(v.name, v.type)
+        for p in self._parameters.values():
+            twin[p] = other.add_parameter(p.name, p.type, p.kind, p.data, p.aliases)  # type: ignore[arg-type]
+        for node in self.nodes:
+            copied = other.add(
+                node.op,
+                [map_input(x, twin) for x in node.inputs],
+                node.attributes,
+                types=[r.type for r in node.results],
+                names=[r.name for r in node.results],
+                graphs=[g.copy() for g in node.graphs],
+                binds=node.binds,
+                stage=node.stage,
+                loc=node.loc,
+            )
+            twin.update(zip(node.results, copied.results, strict=True))
+        other.set_outputs(
+            [twin[v] for v in self.outputs],
+            self.output_tree,
+            [(twin[m.target], twin[m.value]) for m in self.mutations],
+        )
+        return other, twin
+
+    # identity and views
+
+    def __eq__(self, other: object) -> bool:
+        """Same structure, types, attributes and weights; value names and locations do not count."""
+        from dfc.ir.printer import canonical_text
+
+        return isinstance(other, Graph) and (
+            self is other or canonical_text(self) == canonical_text(other)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def fingerprint(self) -> str:
+        """sha256 of the canonical text: equal graphs have equal fingerprints."""
+        import hashlib
+
+        from dfc.ir.printer import canonical_text
+
+        return hashlib.sha256(canonical_text(self).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        from dfc.ir.printer import print_graph
+
+        return print_graph(self)
+
+    def __repr__(self) -> str:
+        return f"<graph @{self.name}: {len(self._inputs)} inputs, {self._count} nodes>"
+
+    def to_networkx(self) -> networkx.MultiDiGraph:
+        """The analysis view: nodes are `Node` objects, edges carry the `value` that flows.
+
+        The hidden result node is in it; inputs and parameters are not (they have no node).
+        """
+        import networkx
+
+        view = networkx.MultiDiGraph()
+        view.add_nodes_from(self.nodes)
+        view.add_node(self.result)
+        for value in (r for n in self.nodes for r in n.results):
+            for user, count in value._users.items():
+                for _ in range(count):
+                    view.add_edge(value.node, user, value=value)
+        return view
+
+
+def map_input(x: Input, twin: Mapping[Value, Value]) -> Input:
+    """An operand with its values replaced."""
+    if isinstance(x, tuple):
+        return tuple(None if v is None else twin[v] for v in x)
+    return None if x is None else twin[x]

@@ -1,0 +1,342 @@
+"""How every ATen op is known without declaring it: PyTorch's schema, fake tensors and kernels.
+
+The same holds for any other operator library that is loaded in the process (`torch.library`).
+Arguments that say where or how a tensor lies in memory are not part of the graph: placement
+belongs to the stage, layout to the engine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from dfc.errors import DfcError
+from dfc.ir.expr import Expr, evaluate
+from dfc.ir.graph import Node
+from dfc.ir.op import REQUIRED, Attribute, Operand, OpInfo, register_namespace
+from dfc.ir.types import DType, TensorType, Type, dtype_of
+
+if TYPE_CHECKING:
+    import torch
+
+PLACEMENT = frozenset(
+    {"device", "layout", "pin_memory", "memory_format", "non_blocking", "generator"}
+)
+ASSERTIONS = frozenset(
+    {
+        "_assert_scalar",
+        "_assert_async",
+        "_assert_tensor_metadata",
+        "sym_constrain_range",
+        "sym_constrain_range_for_size",
+        "_functional_assert_scalar",
+        "_functional_assert_async",
+    }
+)
+# Strides are not part of a value, so what needs them is run by its stride-free twin.
+_STRIDE_FREE = {"aten.view.default": "reshape", "aten._unsafe_view.default": "reshape"}
+# The schema says random, but without dropout nothing is drawn.
+_RANDOM_ONLY_WITH = {
+    "scaled_dot_product_attention": ("dropout_p", 0.0),
+    "dropout": ("train", False),
+    "alpha_dropout": ("train", False),
+    "feature_dropout": ("train", False),
+    "feature_alpha_dropout": ("train", False),
+    "native_dropout": ("train", False),
+    "rrelu": ("training", False),
+}
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+
+
+@dataclass(frozen=True)
+class _Argument:
+    """One schema argument: which list it lies in, and how it is passed."""
+
+    name: str
+    is_operand: bool
+    keyword_only: bool
+
+
+class AtenOp:
+    """An operator of PyTorch's registry."""
+
+    def __init__(self, name: str, overload: torch._ops.OpOverload) -> None:
+        import torch
+
+        self.name = name
+        self.overload = overload
+        schema = overload._schema
+        self.operands: tuple[Operand, ...] = ()
+        self.attributes: tuple[Attribute, ...] = ()
+        self._arguments: list[_Argument] = []
+        self.takes_device = False
+        for a in schema.arguments:
+            if a.name in PLACEMENT:
+                self.takes_device |= a.name == "device"
+                continue
+            kind = str(a.real_type)
+            if "Tensor" in kind:
+                optional = kind.startswith("Optional") or "Optional[Tensor]" in kind
+                self.operands += (Operand(a.name, optional, "List" in kind),)
+            else:
+                default = a.default_value if a.has_default_value() else REQUIRED
+                self.attributes += (Attribute(a.name, default),)
+            self._arguments.append(_Argument(a.name, "Tensor" in kind, a.kwarg_only))
+        base = overload._schema.name.partition("::")[2]
+        self._base = base
+        self._assertion = base in ASSERTIONS
+        self._random = torch.Tag.nondeterministic_seeded in overload.tags
+        self.mutable = schema.is_mutable
+        twin = _STRIDE_FREE.get(name)
+        self._kernel = getattr(torch.ops.aten, twin).default if twin else overload
+        self.result_lists = tuple("List" in str(r.real_type) for r in schema.returns)
+
+    def _draws(self, attributes: Mapping[str, Any]) -> bool:
+        if not self._random:
+            return False
+        switch = _RANDOM_ONLY_WITH.get(self._base)
+        return switch is None or bool(attributes.get(switch[0]) != switch[1])
+
+    def is_pure(self, attributes: Mapping[str, Any]) -> bool:
+        return not (self._assertion or self.mutable or self._draws(attributes))
+
+    def has_effect(self, attributes: Mapping[str, Any]) -> bool:
+        return self._assertion or self.mutable or self._draws(attributes)
+
+    def bind(
+        self, operands: Sequence[Any], attributes: Mapping[str, Any], device: str | None
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Positional and keyword arguments for the kernel; a dtype may be ours or torch's."""
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        pending = iter(operands)
+        for a in self._arguments:
+            if a.is_operand:
+                value = next(pending)
+                if value is None and a.name in attributes:  # a Python number in a tensor's place
+                    value = attributes[a.name]
+            else:
+                value = attributes[a.name]
+            if isinstance(value, DType):
+                value = value.to_torch()
+            if a.keyword_only:
+                kwargs[a.name] = value
+            else:
+                args.append(value)
+        if self.takes_device and device is not None and not self.operands:
+            kwargs["device"] = device
+        return args, kwargs
+
+    def run(
+        self, operands: Sequence[Any], attributes: Mapping[str, Any], device: str = "cpu"
+    ) -> tuple[Any, ...]:
+        args, kwargs = self.bind(operands, attributes, device)
+        return flat_results(self._kernel(*args, **kwargs))
+
+    @property
+    def kernel(self) -> torch._ops.OpOverload:
+        """What engines call: the overload, or its stride-free twin."""
+        return self._kernel
+
+    def infer(self, node: Node) -> tuple[Type, ...]:
+        if self._assertion:
+            return ()
+        return _infer(self, node)
+
+
+def flat_results(result: Any) -> tuple[Any, ...]:
+    """What a kernel returned as a flat tuple; lists among several results are flattened too."""
+    if result is None:
+        return ()
+    if not isinstance(result, (tuple, list)):
+        return (result,)
+    flat: list[Any] = []
+    for r in result:
+        flat.extend(r if isinstance(r, (tuple, list)) else (r,))
+    return tuple(flat)
+
+
+@cache
+def _resolve(name: str) -> OpInfo | None:
+    parts = name.split(".")
+    if len(parts) != 3 or not all(map(_IDENTIFIER.match, parts)):
+        return None
+    import torch
+
+    namespace, base, overload = parts
+    try:
+        torch._C._dispatch_find_schema_or_throw(
+            f"{namespace}::{base}", "" if overload == "default" else overload
+        )
+    except RuntimeError:
+        return None
+    return AtenOp(name, getattr(getattr(getattr(torch.ops, namespace), base), overload))
+
+
+@cache
+def _names() -> tuple[str, ...]:
+    import torch
+
+    found = []
+    for schema in torch._C._jit_get_all_schemas():
+        namespace, _, base = schema.name.partition("::")
+        found.append(f"{namespace}.{base}.{schema.overload_name or 'default'}")
+    return tuple(sorted(found))
+
+
+# Inference
+
+# float -> same float, same shape: most nodes of most models, decided without a fake tensor
+_SAME = frozenset(
+    """abs ceil clone contiguous cos detach dropout elu erf exp floor gelu hardsigmoid hardswish
+    hardtanh leaky_relu log log_softmax mish neg reciprocal relu relu6 round rsqrt selu sigmoid
+    sign silu sin softmax softplus sqrt tan tanh tril triu alias lift_fresh_copy
+    layer_norm group_norm rms_norm""".split()
+)
+_BROADCAST = frozenset("add sub mul div maximum minimum".split())
+
+
+def _infer(op: AtenOp, node: Node) -> tuple[Type, ...]:
+    direct = _direct(op, node)
+    if direct is not None:
+        return (direct,)
+    types = tuple(
+        None if x is None else tuple(v and v.type for v in x) if isinstance(x, tuple) else x.type
+        for x in node.inputs
+    )
+    ranges = node.graph.ranges if node.graph else {}
+    free: set[str] = set(node.symbols)
+    for v in node.operands:
+        free |= v.type.symbols
+    bounds = tuple(sorted((s, ranges.get(s, (0, None))) for s in free))
+    binds = tuple(b.symbol for b in node.binds)
+    return _infer_fake(op.name, types, node.attributes, bounds, binds)
+
+
+def _direct(op: AtenOp, node: Node) -> TensorType | None:
+    """The type without asking PyTorch, for elementwise ops on floats of one dtype."""
+    first = node.inputs[0] if node.inputs else None
+    if first is None or isinstance(first, tuple) or not isinstance(first.type, TensorType):
+        return None
+    type = first.type
+    if not type.dtype.is_float or node.attributes.get("dtype") is not None:
+        return None
+    if op._base in _SAME and op.result_lists == (False,):
+        return type
+    if op._base in _BROADCAST and len(node.inputs) == 2:
+        second = node.inputs[1]
+        if second is None or isinstance(second, tuple) or second.type == type:
+            return type if second is not None else None
+    if op._base in _BROADCAST and op.name.endswith(".Scalar"):
+        other = node.attributes.get("other")
+        return type if isinstance(other, (int, float)) else None
+    return None
+
+
+@cache
+def _infer_fake(
+    name: str,
+    types: tuple[Any, ...],
+    attributes: Any,
+    bounds: tuple[tuple[str, tuple[int, int | None]], ...],
+    binds: tuple[str, ...],
+) -> tuple[Type, ...]:
+    """Run the operator on fake tensors. Memoised: a model repeats the same few signatures."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from dfc.ops.symbolic import SymbolTable
+
+    op = _resolve(name)
+    assert isinstance(op, AtenOp)
+    table = SymbolTable(dict(bounds), dynamic=bool(bounds) or bool(binds))
+
+    def fake(t: Any) -> Any:
+        if isinstance(t, tuple):
+            return [fake(x) for x in t]
+        if not isinstance(t, TensorType):
+            return None
+        shape = [table.concrete(s) for s in t.shape]
+        return torch.empty(shape, dtype=t.dtype.to_torch(), device="cpu")
+
+    with FakeTensorMode(shape_env=table.env, allow_non_fake_inputs=False), torch.no_grad():
+        values = {k: table.concrete_deep(v) for k, v in attributes.items()}
+        results = op.run([fake(t) for t in types], values)
+    return tuple(table.type_of(r, binds) for r in results)
+
+
+def sample_types(node: Node, bindings: Mapping[str, int]) -> tuple[Type, ...] | None:
+    """The result types with the symbols bound to numbers; None when they depend on data.
+
+    Cheaper than symbolic inference, and independent of it: the verifier compares with this.
+    """
+    op = node.info
+    if not isinstance(op, AtenOp) or op._assertion:
+        return None
+    types = tuple(
+        None
+        if x is None
+        else tuple(v and v.type.substitute(bindings) for v in x)
+        if isinstance(x, tuple)
+        else x.type.substitute(bindings)
+        for x in node.inputs
+    )
+    attributes = node.attributes
+    if node.symbols:
+        attributes = type(attributes)({k: _bound(v, bindings) for k, v in attributes.items()})
+    if node.binds:
+        return None
+    return _infer_fake(op.name, types, attributes, (), ())
+
+
+def _bound(value: Any, bindings: Mapping[str, int]) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_bound(v, bindings) for v in value)
+    return evaluate(value, bindings) if isinstance(value, Expr) else value
+
+
+def resolve_attributes(attributes: Mapping[str, Any], bindings: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes with every size replaced by a number."""
+    return {k: _bound(v, bindings) for k, v in attributes.items()}
+
+
+def complete(op: AtenOp, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes with the schema's defaults filled in, in the schema's order.
+
+    Raises:  DfcError V011 for a name that the op does not have or one that is missing.
+    """
+    known = {a.name for a in op.attributes} | {o.name for o in op.operands}
+    for name in given:
+        if name not in known:
+            raise DfcError("V011", f"`{op.name}` has no attribute `{name}`", status=2)
+    full: dict[str, Any] = {}
+    for a in op.attributes:
+        if a.name in given:
+            full[a.name] = given[a.name]
+        elif a.default is not REQUIRED:
+            full[a.name] = plain(a.default)
+        else:
+            raise DfcError("V011", f"`{op.name}` needs the attribute `{a.name}`", status=2)
+    for o in op.operands:
+        if o.name in given:
+            full[o.name] = given[o.name]
+    return full
+
+
+def plain(value: Any) -> Any:
+    """A schema default or traced constant as an attribute: torch's dtypes become ours."""
+    import torch
+
+    if isinstance(value, torch.dtype):
+        return dtype_of(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(plain(v) for v in value)
+    return value
+
+
+for _prefix in ("aten", "prims"):
+    register_namespace(_prefix, _resolve, _names)
+

@@ -1,0 +1,241 @@
+"""The artefact: a plain folder of graph text, weights, probes and the report, listed and hashed.
+
+    manifest.json        closed list of files with sha256
+    graph.dfc            the rewritten graph
+    weights.safetensors  its parameters
+    recipe.dfc           the steps that made it, resolved
+    probes.safetensors   probe inputs, the original's outputs and the witness's
+    lock.json            versions, seed, engine, device
+    report.json          what was done and why
+
+It holds graphs and numbers, never code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph, HashOnly
+from dfc.ir.types import DTYPES, TensorType, dtype_of
+from dfc.ir.weights import SafetensorsData, tensor_sha256
+from dfc.lang.graph_parser import parse_graph
+from dfc.manifest import check_manifest, write_manifest
+from dfc.publish import publish_folder
+from dfc.report import Report
+
+if TYPE_CHECKING:
+    import torch
+
+    from dfc.compiled import Compiled
+
+KIND = "package"
+_SAFETENSORS = {
+    "f64": "F64", "f32": "F32", "f16": "F16", "bf16": "BF16", "f8e4m3fn": "F8_E4M3",
+    "f8e5m2": "F8_E5M2", "i64": "I64", "i32": "I32", "i16": "I16", "i8": "I8", "u8": "U8",
+    "u16": "U16", "u32": "U32", "u64": "U64", "bool": "BOOL", "c64": "C64",
+}  # fmt: skip
+
+
+@dataclass
+class Package:
+    """What a package holds, read and checked."""
+
+    graph: Graph
+    report: Report
+    engine: str
+    steps: tuple[str, ...]
+    probes: list[Any]
+    lock: dict[str, Any]
+
+
+def write_package(compiled: Compiled, path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Write a package beside its place and rename it.
+
+    Raises:  DfcError D010 when the target exists, D012.. when it cannot be written.
+    """
+    graph = compiled.graph
+    weights = {name: p for name, p in graph.parameters.items() if p.data is not None}
+    total = sum(_bytes(p.type) for p in weights.values())
+    with publish_folder(path, force=force, expect_bytes=total + 1_000_000) as temp:
+        types = {n: p.type for n, p in weights.items()}
+        _write_safetensors(
+            temp / "weights.safetensors",
+            types,  # type: ignore[arg-type]
+            (p.data.tensor() for p in weights.values()),  # type: ignore[union-attr]
+        )
+        (temp / "graph.dfc").write_text(str(graph), encoding="utf-8")
+        (temp / "recipe.dfc").write_text(_recipe(compiled), encoding="utf-8")
+        (temp / "report.json").write_text(compiled.report.to_json(), encoding="utf-8")
+        (temp / "lock.json").write_text(_json(_lock(compiled)), encoding="utf-8")
+        _write_probes(temp / "probes.safetensors", compiled.probes)
+        write_manifest(temp, KIND)
+
+
+def read_package(path: Path) -> Package:
+    """Check every byte, then read.
+
+    Raises:  DfcError D family when the folder is not a package or was changed.
+    """
+    manifest = check_manifest(path)
+    if manifest["kind"] != KIND:
+        raise DfcError("D040", f"{path} is a {manifest['kind']}, not a package")
+    graph = parse_graph((path / "graph.dfc").read_text(encoding="utf-8"), str(path / "graph.dfc"))
+    _attach(graph, path / "weights.safetensors")
+    report = Report.from_json((path / "report.json").read_text(encoding="utf-8"))
+    lock = json.loads((path / "lock.json").read_text(encoding="utf-8"))
+    probes = _read_probes(path / "probes.safetensors")
+    return Package(graph, report, lock["engine"], tuple(lock["steps"]), probes, lock)
+
+
+def _attach(graph: Graph, path: Path) -> None:
+    """Give the parameters their data, after comparing names and types with the file's."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as f:
+        held = {k: f.get_slice(k) for k in f.keys()}  # noqa: SIM118 - not a dict
+        for name, p in graph.parameters.items():
+            if p.data is None:
+                continue
+            if name not in held:
+                raise DfcError("D041", f"{path}: the weights lack !{name}")
+            found = held[name]
+            assert isinstance(p.type, TensorType)
+            expected = _SAFETENSORS[p.type.dtype.name], list(p.type.shape)
+            if (found.get_dtype(), list(found.get_shape())) != expected:
+                raise DfcError(
+                    "D041",
+                    f"{path}: !{name} is {found.get_dtype()}{found.get_shape()}, the graph says {p.type}",
+                )
+            assert isinstance(p.data, HashOnly)
+            p.data = SafetensorsData(path, name, p.data.digest)
+
+
+def check_weights(graph: Graph) -> None:
+    """Compare each parameter's numbers with the digest that the graph states.
+
+    Raises:  DfcError D042 that names the parameter.
+    """
+    for name, p in graph.parameters.items():
+        if p.data is not None and tensor_sha256(p.data.tensor()) != p.data.sha256():
+            raise DfcError("D042", f"the numbers of !{name} are not those that the graph names")
+
+
+def _bytes(t: object) -> int:
+    assert isinstance(t, TensorType)
+    return int(t.numel) * t.dtype.itemsize  # type: ignore[arg-type]
+
+
+def _write_safetensors(
+    path: Path, types: Mapping[str, TensorType], tensors: Iterator[torch.Tensor]
+) -> None:
+    """Write tensors one at a time: the library's own writer copies all of them first."""
+    import torch
+
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, t in types.items():
+        if t.dtype.name not in _SAFETENSORS:
+            raise DfcError("D043", f"!{name}: a package cannot hold {t.dtype} yet", status=3)
+        end = offset + _bytes(t)
+        header[name] = {
+            "dtype": _SAFETENSORS[t.dtype.name],
+            "shape": list(t.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for x in tensors:
+            flat = x.detach().resolve_conj().resolve_neg().contiguous().cpu().reshape(-1)
+            if flat.numel():
+                f.write(memoryview(flat.view(torch.uint8).numpy()))
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=1, sort_keys=True) + "\n"
+
+
+def _recipe(compiled: Compiled) -> str:
+    """The steps in the language's form."""
+    lines = ["dfc 1", "recipe main {"]
+    lines += [f"  {step}" for step in compiled.steps]
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def _lock(compiled: Compiled) -> dict[str, Any]:
+    import torch
+
+    import dfc
+
+    return {
+        "dfc": dfc.__version__,
+        "torch": torch.__version__.split("+")[0],
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "engine": compiled.engine.name,
+        "device": compiled.device,
+        "steps": list(compiled.steps),
+        "seed": 0,
+    }
+
+
+def _write_probes(path: Path, probes: list[Any]) -> None:
+    """Tensors as they are; Python numbers in the metadata of the first entry's name."""
+    import torch
+
+    tensors: dict[str, torch.Tensor] = {}
+    for i, probe in enumerate(probes):
+        for kind in ("inputs", "original", "witness"):
+            for j, x in enumerate(getattr(probe, kind) or ()):
+                key = f"{i}.{kind}.{j}"
+                if isinstance(x, torch.Tensor):
+                    wide = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+                    tensors[key + (".complex" if x.is_complex() else "")] = wide
+                else:
+                    tensors[f"{key}.{type(x).__name__}"] = torch.tensor(x)
+    types = {k: TensorType.of(x) for k, x in tensors.items()}
+    _write_safetensors(path, types, iter(tensors.values()))
+
+
+def _read_probes(path: Path) -> list[Any]:
+    import torch
+    from safetensors import safe_open
+
+    from dfc.rewrite.probe import Probe
+
+    found: dict[int, dict[str, dict[int, Any]]] = {}
+    with safe_open(path, framework="pt") as f:
+        for key in f.keys():  # noqa: SIM118 - not a dict
+            parts = key.split(".")
+            x: Any = f.get_tensor(key)
+            if parts[3:] == ["complex"]:
+                x = torch.view_as_complex(x)
+            elif parts[3:]:
+                x = x.item()
+            found.setdefault(int(parts[0]), {}).setdefault(parts[1], {})[int(parts[2])] = x
+
+    def ordered(values: dict[int, Any]) -> list[Any]:
+        return [values[j] for j in sorted(values)]
+
+    return [
+        Probe(
+            f"probe {i}",
+            ordered(kinds.get("inputs", {})),
+            ordered(kinds.get("original", {})),
+            ordered(kinds.get("witness", {})),
+        )
+        for i, kinds in sorted(found.items())
+    ]
+
+
+__all__ = ["DTYPES", "Package", "check_weights", "dtype_of", "read_package", "write_package"]

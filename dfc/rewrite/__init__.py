@@ -1,0 +1,1 @@
+"""Changing graphs and proving that nothing else changed."""

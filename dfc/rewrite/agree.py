@@ -1,0 +1,147 @@
+"""When do floats agree? One rule for the whole project.
+
+Against the witness (the captured graph in float64), a result's error may be at most the larger of
+twice the original's own error and k units in the last place of the tensor's largest element, and
+non-finite elements must stand where the original's stand. Everything else must be equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+ULPS = 16
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one output is from the witness, and how far it may be.
+
+    Units:  absolute errors; `index` is the worst element.
+    """
+
+    output: int
+    reason: str
+    error: float
+    allowed: float
+    index: tuple[int, ...] = ()
+    got: float | None = None
+    expected: float | None = None
+
+    def __str__(self) -> str:
+        if not self.index:
+            return f"output {self.output}: {self.reason}"
+        at = ", ".join(map(str, self.index))
+        return (
+            f"output {self.output}[{at}]: {self.reason}: got {self.got:.9g}, "
+            f"the witness says {self.expected:.9g} (error {self.error:.3g}, allowed {self.allowed:.3g})"
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The worst error over all outputs, and the first difference that is too large."""
+
+    worst: float
+    difference: Difference | None = None
+
+    @property
+    def agrees(self) -> bool:
+        return self.difference is None
+
+
+def judge(
+    results: Sequence[Any],
+    original: Sequence[Any],
+    witness: Sequence[Any],
+    *,
+    exact: bool = False,
+    rtol: float = 0.0,
+) -> Verdict:
+    """Compare results with the original's and the witness, output by output."""
+    worst = 0.0
+    for i, (x, o, w) in enumerate(zip(results, original, witness, strict=True)):
+        found = _one(i, x, o, w, exact, rtol)
+        if isinstance(found, Difference):
+            return Verdict(max(worst, found.error), found)
+        worst = max(worst, found)
+    return Verdict(worst)
+
+
+def _one(i: int, x: Any, o: Any, w: Any, exact: bool, rtol: float) -> Difference | float:
+    if not isinstance(o, torch.Tensor):
+        same = type(x) is type(o) and (x == o or (x != x and o != o))
+        return 0.0 if same else Difference(i, f"got {x!r}, expected {o!r}", float("inf"), 0.0)
+    if not isinstance(x, torch.Tensor) or x.dtype != o.dtype or x.shape != o.shape:
+        return Difference(i, f"got {_brief(x)}, expected {_brief(o)}", float("inf"), 0.0)
+    if not x.numel():
+        return 0.0
+    x, o = x.detach().cpu(), o.detach().cpu()
+    if exact or not (o.is_floating_point() or o.is_complex()):
+        return _equal(i, x, o)
+    if o.is_complex():
+        x, o, w = (torch.view_as_real(t.resolve_conj()) for t in (x, o, w))
+    return _near(i, x, o, w.detach().cpu(), rtol)
+
+
+def _brief(x: Any) -> str:
+    return f"{x.dtype}{list(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    if x.is_complex():
+        x = torch.view_as_real(x.resolve_conj())
+    x = x.contiguous()
+    return x.view(integer[x.element_size()]) if x.is_floating_point() else x
+
+
+def _equal(i: int, x: torch.Tensor, o: torch.Tensor) -> Difference | float:
+    """Same bits; any NaN equals any NaN, because PyTorch promises no payload."""
+    a, b = _bits(x), _bits(o)
+    if torch.equal(a, b):
+        return 0.0
+    if x.is_complex():
+        x, o = torch.view_as_real(x.resolve_conj()), torch.view_as_real(o.resolve_conj())
+    wrong = a != b
+    if x.is_floating_point():
+        wrong &= ~(x.isnan() & o.isnan())
+    if not bool(wrong.any()):
+        return 0.0
+    at = tuple(int(n) for n in wrong.nonzero()[0])
+    got, expected = float(x[at]), float(o[at])
+    return Difference(i, "bits changed", abs(got - expected), 0.0, at or (0,), got, expected)
+
+
+def _near(
+    i: int, x: torch.Tensor, o: torch.Tensor, w: torch.Tensor, rtol: float
+) -> Difference | float:
+    finite = o.isfinite()
+    if not torch.equal(finite, x.isfinite()) or not torch.equal(o.isnan(), x.isnan()):
+        at = tuple(int(n) for n in (finite ^ x.isfinite() | (o.isnan() ^ x.isnan())).nonzero()[0])
+        got, expected = float(x[at]), float(o[at])
+        return Difference(
+            i, "a non-finite element moved", float("inf"), 0.0, at or (0,), got, expected
+        )
+    infinite = o.isinf()
+    if bool(infinite.any()) and not torch.equal(x[infinite], o[infinite]):
+        return Difference(i, "an infinity changed sign", float("inf"), 0.0)
+    wide = w.double()
+    # Where float64 and the original differ in kind (overflow of the narrow type) nothing is said.
+    known = finite & wide.isfinite()
+    zero = torch.zeros((), dtype=torch.float64)
+    error = torch.where(known, (x.double() - wide).abs(), zero)
+    own = float(torch.where(known, (o.double() - wide).abs(), zero).max())
+    scale = float(torch.where(known, wide.abs(), zero).max())
+    eps = torch.finfo(o.dtype).eps
+    allowed = max(2 * own, ULPS * eps * scale, rtol * scale)
+    worst = float(error.max())
+    if worst <= allowed:
+        return worst
+    at = tuple(int(n) for n in torch.unravel_index(error.argmax(), error.shape))
+    return Difference(
+        i, "too far from the witness", worst, allowed, at or (0,), float(x[at]), float(wide[at])
+    )

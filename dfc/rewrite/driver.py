@@ -1,0 +1,238 @@
+"""Runs passes and keeps their promises: validity, timing, proof, blame, and undoing what is wrong."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph, Value
+from dfc.ir.interpret import interpret
+from dfc.ir.verify import verify
+from dfc.rewrite.pass_ import CHANGES, EXACT, Context, Numerics, Pass, close
+
+VERIFY = ("none", "end", "each")
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did.
+
+    Units:  ms of wall clock for the pass alone; error against the witness, absolute.
+    """
+
+    step: str
+    changes: int
+    nodes_before: int
+    nodes_after: int
+    ms: float
+    verdict: str  # "proved", "unproved", "unchanged", "reverted"
+    reason: str = ""
+    error: float | None = None
+
+
+@dataclass
+class Outcome:
+    """The rewritten graph and the story of how it came about."""
+
+    graph: Graph
+    reports: list[PassReport]
+    probes: Any = None
+
+    @property
+    def reverted(self) -> list[PassReport]:
+        return [r for r in self.reports if r.verdict == "reverted"]
+
+
+def run_passes(
+    graph: Graph,
+    passes: Sequence[Pass],
+    *,
+    probes: Any = None,
+    mode: str = "each",
+    strict: bool = False,
+    print_after: Callable[[str, Graph], None] | None = None,
+    ctx: Context | None = None,
+) -> Outcome:
+    """Run passes on a copy of the graph.
+
+    Needs:   a valid graph; `probes` (dfc.rewrite.probe.Probes) unless the mode is "none". Without
+             them, passes run unproved and say so.
+    Raises:  DfcError V030 (status 4) under `strict` when a pass changes results beyond its claim.
+    """
+    if mode not in VERIFY:
+        raise DfcError("Q004", f"verify is one of {', '.join(VERIFY)}, got `{mode}`")
+    context = ctx or Context()
+    current = graph.copy()
+    reports: list[PassReport] = []
+    numerics: Numerics = EXACT
+    unproved: list[tuple[int, Graph]] = []
+    for p in passes:
+        before = current.copy()
+        report = _one(p, current, before, context)
+        promised = _weaker(numerics, p.numerics)
+        if report.changes and mode == "each" and probes is not None:
+            report, wrong = _prove(p, current, before, probes, promised, report)
+            if wrong is not None:
+                if strict:
+                    raise _blame_error(p, wrong)
+                current = before
+        elif report.changes and mode == "end":
+            unproved.append((len(reports), before))
+        if report.verdict != "reverted":
+            numerics = promised if report.changes else numerics
+        reports.append(report)
+        if print_after:
+            print_after(str(p), current)
+    if unproved and probes is not None:
+        current = _prove_at_end(graph, passes, current, reports, probes, numerics, strict)
+    return Outcome(current, reports, probes)
+
+
+def _one(p: Pass, graph: Graph, before: Graph, ctx: Context) -> PassReport:
+    """Run a pass and check what can be checked without running the graph."""
+    count = len(graph)
+    touched = {n: n.inputs for n in ()}
+    start = time.perf_counter()
+    changes = p.run(graph, ctx)
+    ms = (time.perf_counter() - start) * 1e3
+    del touched
+    try:
+        verify(graph, types=_new_nodes(graph, before))
+    except DfcError as e:
+        raise DfcError(
+            "V031", f"pass `{p.name}` left an invalid graph", notes=(e.render(),), status=1
+        ) from e
+    if not changes and graph != before:
+        raise DfcError("V032", f"pass `{p.name}` says 0 changes and changed the graph", status=1)
+    verdict = "unproved" if changes else "unchanged"
+    return PassReport(str(p), changes, count, len(graph), ms, verdict)
+
+
+def _new_nodes(graph: Graph, before: Graph) -> list[Any]:
+    """The nodes whose op, attributes or operand types the pass changed."""
+    known = {n.results[0].name: n for n in before.nodes if n.results}
+    found = []
+    for node in graph.nodes:
+        old = known.get(node.results[0].name) if node.results else None
+        if (
+            old is None
+            or old.op != node.op
+            or old.attributes != node.attributes
+            or [v.type for v in old.operands] != [v.type for v in node.operands]
+        ):
+            found.append(node)
+    return found
+
+
+def _weaker(a: Numerics, b: Numerics) -> Numerics:
+    """The promise of two passes in a row."""
+    if CHANGES in (a, b):
+        return CHANGES
+    if a.kind == b.kind == "close":
+        return close(a.rtol + b.rtol)
+    return a if a.kind == "close" else b
+
+
+def _prove(
+    p: Pass, graph: Graph, before: Graph, probes: Any, promised: Numerics, report: PassReport
+) -> tuple[PassReport, str | None]:
+    from dataclasses import replace
+
+    if promised.kind == "changes":
+        return replace(report, reason="judged by its metric, not by probes"), None
+    try:
+        verdict = probes.check(graph, promised)
+    except DfcError as e:
+        reason = f"the rewritten graph fails: {e.message}"
+        return replace(report, verdict="reverted", reason=reason), reason
+    if verdict.agrees:
+        return replace(report, verdict="proved", error=verdict.worst), None
+    where = first_divergence(before, graph, probes)
+    reason = f"{verdict.difference}" + (f"; first at {where}" if where else "")
+    return replace(report, verdict="reverted", reason=reason, error=verdict.worst), reason
+
+
+def _blame_error(p: Pass, reason: str) -> DfcError:
+    return DfcError(
+        "V030",
+        f"pass `{p.name}` changed the results: {reason}",
+        help="without --strict the pass is reverted and compilation goes on",
+        status=4,
+    )
+
+
+def _prove_at_end(
+    graph: Graph,
+    passes: Sequence[Pass],
+    current: Graph,
+    reports: list[PassReport],
+    probes: Any,
+    numerics: Numerics,
+    strict: bool,
+) -> Graph:
+    """One proof for all passes; when it fails, run again with a proof after each to find the one."""
+    from dataclasses import replace
+
+    if numerics.kind == "changes":
+        return current
+    verdict = None
+    try:
+        verdict = probes.check(current, numerics)
+    except DfcError:
+        pass
+    if verdict is not None and verdict.agrees:
+        for i, r in enumerate(reports):
+            if r.changes:
+                reports[i] = replace(r, verdict="proved", error=verdict.worst)
+        return current
+    again = run_passes(graph, passes, probes=probes, mode="each", strict=strict)
+    reports[:] = again.reports
+    return again.graph
+
+
+def first_divergence(before: Graph, after: Graph, probes: Any) -> str | None:
+    """The first node, by name, whose value differs between two graphs beyond rounding."""
+    import torch
+
+    from dfc.rewrite.agree import judge
+
+    probe = next(iter(probes.ready()))
+    values: dict[str, Any] = {}
+
+    def keep(node: Any, results: Sequence[Any]) -> None:
+        for r, x in zip(node.results, results, strict=True):
+            values[r.name] = x
+
+    torch.manual_seed(probes.seed)
+    interpret(before, probe.inputs, observe=keep)
+    wide: dict[str, Any] = {}
+
+    def keep_wide(node: Any, results: Sequence[Any]) -> None:
+        for r, x in zip(node.results, results, strict=True):
+            wide[r.name] = x
+
+    torch.manual_seed(probes.seed)
+    interpret(before, probe.inputs, double=True, observe=keep_wide)
+    found: list[Value] = []
+
+    def compare(node: Any, results: Sequence[Any]) -> None:
+        for r, x in zip(node.results, results, strict=True):
+            if not found and r.name in values:
+                verdict = judge([x], [values[r.name]], [wide[r.name]])
+                if not verdict.agrees:
+                    found.append(r)
+
+    try:
+        torch.manual_seed(probes.seed)
+        interpret(after, probe.inputs, observe=compare)
+    except DfcError as e:
+        return e.message
+    if not found:
+        return None
+    node = found[0].node
+    assert node is not None
+    place = f", traced from {node.loc}" if node.loc else ""
+    return f"%{found[0].name} = {node.op}{place}"

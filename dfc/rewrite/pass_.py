@@ -1,0 +1,132 @@
+"""What a pass is: a frozen dataclass whose fields are its options, found by file name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, ClassVar
+
+from dfc.errors import DfcError, did_you_mean
+from dfc.ir.graph import Graph
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """What a pass promises about results.
+
+    EXACT changes no bit; `close(rtol)` reorders arithmetic; CHANGES is judged by a metric instead.
+    """
+
+    kind: str
+    rtol: float = 0.0
+
+    def __str__(self) -> str:
+        return f"close({self.rtol:g})" if self.kind == "close" else self.kind
+
+
+EXACT = Numerics("exact")
+CHANGES = Numerics("changes")
+
+
+def close(rtol: float) -> Numerics:
+    """Results may differ by rounding; the driver's agreement rule bounds by how much."""
+    return Numerics("close", rtol)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass is handed that is not an option.
+
+    `progress(done, total)` reports long work; `products` takes what is made besides the graph.
+    """
+
+    target: object | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+    progress: Callable[[int, int], None] = lambda done, total: None
+    products: dict[str, Any] = field(default_factory=dict)
+
+
+class Pass:
+    """Graph to graph. `run` changes the graph in place and says how many changes it made.
+
+    C1:  0 means that the graph is untouched.
+    C2:  deterministic and stateless; a valid graph stays valid.
+    C3:  running it again finds nothing to do, unless `idempotent` is False.
+    """
+
+    name: ClassVar[str]
+    numerics: ClassVar[Numerics] = EXACT
+    idempotent: ClassVar[bool] = True
+
+    def run(self, graph: Graph, ctx: Context) -> int:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """The pass as a step of a pipeline: `cse{limit=3}`; defaults are left out."""
+        changed = [
+            f"{f.name}={getattr(self, f.name)}"
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            if getattr(self, f.name) != f.default
+        ]
+        return self.name + (f"{{{', '.join(changed)}}}" if changed else "")
+
+
+# The order in which the shipped passes run when the user names none.
+DEFAULT = (
+    "canonicalize",
+    "remove_noops",
+    "fold_constants",
+    "fold_batch_norm",
+    "remove_noops",
+    "cse",
+    "dce",
+)
+
+
+@cache
+def pass_classes() -> Mapping[str, type[Pass]]:
+    """Every pass by name: files in `dfc/passes`, then entry points of the group `dfc.passes`.
+
+    Raises:  DfcError Q003 when two packages bring a pass of the same name.
+    """
+    import dfc.passes
+
+    found: dict[str, type[Pass]] = {}
+    for module in pkgutil.iter_modules(dfc.passes.__path__):
+        loaded = importlib.import_module(f"dfc.passes.{module.name}")
+        for value in vars(loaded).values():
+            if isinstance(value, type) and issubclass(value, Pass) and "name" in vars(value):
+                found[value.name] = value
+    for entry in importlib.metadata.entry_points(group="dfc.passes"):
+        cls = entry.load()
+        if cls.name in found:
+            raise DfcError("Q003", f"the pass `{cls.name}` of {entry.value} exists already")
+        found[cls.name] = cls
+    return found
+
+
+def find_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
+    """A pass by name with its options.
+
+    Raises:  DfcError Q001 for an unknown pass, Q002 for an unknown option or a wrong type.
+    """
+    classes = pass_classes()
+    cls = classes.get(name)
+    if cls is None:
+        raise DfcError("Q001", f"unknown pass `{name}`", help=did_you_mean(name, list(classes)))
+    given = dict(options or {})
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for option in given:
+        if option not in fields:
+            raise DfcError(
+                "Q002",
+                f"pass `{name}` has no option `{option}`",
+                help=did_you_mean(option, list(fields))
+                or (f"it has {', '.join(fields)}" if fields else "it has no options"),
+            )
+    return cls(**given)

@@ -1,0 +1,157 @@
+"""Probes: inputs made from the user's example, with the original's outputs and the witness's.
+
+The example itself, the same sizes with other values, and other sizes, size 1 among them. Values
+are drawn from the example's own dtype and range: a token id stays a valid token id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dfc.errors import DfcError
+from dfc.ir.expr import evaluate
+from dfc.ir.graph import Graph
+from dfc.ir.interpret import bind_inputs, interpret
+from dfc.ir.types import TensorType
+from dfc.rewrite.agree import Verdict, judge
+from dfc.rewrite.pass_ import Numerics
+
+
+@dataclass
+class Probe:
+    """One set of flat inputs; the outputs are computed when they are first needed."""
+
+    label: str
+    inputs: list[Any]
+    original: list[Any] | None = None
+    witness: list[Any] | None = None
+
+
+@dataclass
+class Probes:
+    """The probes of one model.
+
+    Needs:  `graph` is the captured graph, with data, and nobody changes it.
+    """
+
+    graph: Graph
+    probes: list[Probe]
+    seed: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def check(self, graph: Graph, numerics: Numerics) -> Verdict:
+        """Run a rewritten graph on every probe and judge it."""
+        worst = 0.0
+        for probe in self.ready():
+            torch.manual_seed(self.seed)
+            results = interpret(graph, clone(probe.inputs))
+            assert probe.original is not None and probe.witness is not None
+            verdict = judge(
+                results,
+                probe.original,
+                probe.witness,
+                exact=numerics.kind == "exact",
+                rtol=numerics.rtol,
+            )
+            if not verdict.agrees:
+                return verdict
+            worst = max(worst, verdict.worst)
+        return Verdict(worst)
+
+    def judge(self, run: Any, rtol: float = 0.0) -> Verdict:
+        """The same for anything that takes flat inputs: an engine's runner."""
+        worst = 0.0
+        for probe in self.ready():
+            torch.manual_seed(self.seed)
+            assert probe.original is not None and probe.witness is not None
+            verdict = judge(run(clone(probe.inputs)), probe.original, probe.witness, rtol=rtol)
+            if not verdict.agrees:
+                return verdict
+            worst = max(worst, verdict.worst)
+        return Verdict(worst)
+
+    def ready(self) -> Iterator[Probe]:
+        """The probes that the original can run; the others are dropped with a note."""
+        for probe in list(self.probes):
+            if probe.original is None:
+                try:
+                    torch.manual_seed(self.seed)
+                    probe.original = interpret(self.graph, clone(probe.inputs))
+                    torch.manual_seed(self.seed)
+                    probe.witness = interpret(self.graph, clone(probe.inputs), double=True)
+                except DfcError as e:
+                    if probe is self.probes[0]:
+                        raise
+                    self.probes.remove(probe)
+                    self.notes.append(f"the probe with {probe.label} was dropped: {e.message}")
+                    continue
+            yield probe
+
+
+def clone(inputs: Sequence[Any]) -> list[Any]:
+    return [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+
+
+def make_probes(graph: Graph, inputs: Sequence[Any], *, count: int = 3, seed: int = 0) -> Probes:
+    """Probes around the user's flat example; `count` bounds how many."""
+    generator = torch.Generator().manual_seed(seed)
+    probes = [Probe("the example", clone(inputs))]
+    sizes = bind_inputs(graph, inputs)
+    plans: list[tuple[str, dict[str, Any]]] = []
+    if graph.ranges:
+        ones = {s: max(low, 1) for s, (low, _) in graph.ranges.items() if s in sizes}
+        plans.append((_label(ones), ones))
+        other = {s: _other(sizes[s], *graph.ranges[s]) for s in ones}
+        plans.append((_label(other), other))
+    plans.append(("other values", {}))
+    for label, changed in plans[: max(count - 1, 0)]:
+        bindings = {**sizes, **changed}
+        made = [
+            _like(x, v.type, bindings, generator) if isinstance(x, torch.Tensor) else x
+            for x, v in zip(inputs, graph.inputs, strict=True)
+        ]
+        made = [bindings.get(v.name, x) if not isinstance(x, torch.Tensor) else x
+                for x, v in zip(made, graph.inputs, strict=True)]  # fmt: skip
+        probes.append(Probe(label, made))
+    return Probes(graph, probes, seed)
+
+
+def _label(sizes: dict[str, Any]) -> str:
+    return ", ".join(f"{k}={v}" for k, v in sizes.items())
+
+
+def _other(size: int, low: int, high: int | None) -> int:
+    """Another size in range, not too far from the example's."""
+    for candidate in (size + 1, size - 1, size):
+        if candidate >= max(low, 1) and (high is None or candidate <= high):
+            return candidate
+    return size
+
+
+def _like(
+    x: torch.Tensor, type: Any, bindings: dict[str, Any], generator: torch.Generator
+) -> torch.Tensor:
+    """A tensor of the declared shape with values drawn from the example's."""
+    assert isinstance(type, TensorType)
+    shape = [int(evaluate(s, bindings)) for s in type.shape]
+    count = 1
+    for s in shape:
+        count *= s
+    if not x.numel() or not count:
+        return torch.zeros(shape, dtype=x.dtype)
+    flat = x.detach().reshape(-1)
+    at = torch.randint(flat.numel(), (count,), generator=generator)
+    drawn = flat[at].reshape(shape).clone()
+    if x.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        low, high = flat.min(), flat.max()
+        if bool(low.isfinite() and high.isfinite()) and bool((flat != flat.round()).any()):
+            noise = torch.randn(shape, generator=generator) * 0.05
+            drawn = (drawn.double() * (1 + noise)).clamp(low.double(), high.double()).to(x.dtype)
+    return drawn
+
+
+__all__ = ["Probe", "Probes", "clone", "make_probes"]

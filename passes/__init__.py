@@ -1,0 +1,1 @@
+"""The passes: graph in, graph out, one file each, found by file name."""

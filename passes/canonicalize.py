@@ -1,0 +1,141 @@
+"""One spelling for each thing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dfc.ir.graph import Graph, Node
+from dfc.ir.types import TensorType
+from dfc.rewrite.pass_ import Context, Pass
+
+# Ops that only regroup elements: written as `view` to the size that their type states.
+_RESHAPES = frozenset(
+    """aten.flatten.using_ints aten.unflatten.int aten.view_as.default aten.reshape_as.default
+    aten.reshape.default aten._unsafe_view.default aten._reshape_alias.default""".split()
+)
+# Another name for the same op: same operands, same attributes.
+_SYNONYMS = {
+    "absolute": "abs", "arccos": "acos", "arcsin": "asin", "arctan": "atan", "clip": "clamp",
+    "concat": "cat", "concatenate": "cat", "divide": "div", "greater": "gt",
+    "greater_equal": "ge", "less": "lt", "less_equal": "le", "moveaxis": "movedim",
+    "multiply": "mul", "negative": "neg", "not_equal": "ne", "subtract": "sub",
+    "swapaxes": "transpose", "swapdims": "transpose", "true_divide": "div",
+    "__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor",
+    "special_expit": "sigmoid", "fix": "trunc", "vstack": "vstack",
+}  # fmt: skip
+# Attributes that name a dimension of the first operand.
+_DIMS = ("dim", "dim0", "dim1", "start_dim", "end_dim")
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Write each op in one way: no synonyms, no negative dimensions, sizes spelt out.
+
+    Needs:    a valid graph.
+    Ensures:  `view` and `expand` state every size; dimension attributes are not negative.
+    Keeps:    every value, type and name.
+    Cost:     one walk.
+    """
+
+    name = "canonicalize"
+
+    def run(self, graph: Graph, ctx: Context) -> int:
+        changes = 0
+        for node in graph.nodes:
+            for inner in node.graphs:
+                changes += self.run(inner, ctx)
+            changes += _rewrite(graph, node)
+        return changes
+
+
+def _rewrite(graph: Graph, node: Node) -> int:
+    if len(node.results) == 0 or not node.op.startswith("aten."):
+        return 0
+    _, base, overload = node.op.split(".")
+    first = node.inputs[0] if node.inputs else None
+    if base in _SYNONYMS and _SYNONYMS[base] != base:
+        return _rename(graph, node, f"aten.{_SYNONYMS[base]}.{overload}")
+    result = node.results[0]
+    if node.op in _RESHAPES and isinstance(result.type, TensorType):
+        return _swap(graph, node, "aten.view.default", [first], {"size": result.type.shape})
+    if node.op == "aten.expand_as.default" and isinstance(result.type, TensorType):
+        attributes = {"size": result.type.shape, "implicit": False}
+        return _swap(graph, node, "aten.expand.default", [first], attributes)
+    if node.op in ("aten.view.default", "aten.expand.default") and -1 in node.attributes["size"]:
+        assert isinstance(result.type, TensorType)
+        graph.set_attributes(node, size=result.type.shape)
+        return 1
+    if node.op in ("aten.t.default", "aten.numpy_T.default") and len(node.inputs) == 1:
+        return _transposed(graph, node)
+    return _positive_dims(graph, node)
+
+
+def _swap(graph: Graph, node: Node, op: str, inputs: list[Any], attributes: dict[str, Any]) -> int:
+    """Put another op in a node's place; the value keeps its name, type, stage and place."""
+    results = node.results
+    made = graph.add(
+        op,
+        inputs,
+        attributes,
+        types=[r.type for r in results],
+        before=node,
+        stage=node.stage,
+        loc=node.loc,
+        binds=node.binds,
+    )
+    names = [r.name for r in results]
+    graph.replace(node, made)
+    for r, name in zip(made.results, names, strict=True):
+        graph.rename(r, name)
+    return 1
+
+
+def _rename(graph: Graph, node: Node, op: str) -> int:
+    from dfc.errors import DfcError
+    from dfc.ir.op import lookup
+
+    try:
+        names = {a.name for a in lookup(op).attributes}
+    except DfcError:
+        return 0
+    if any(a not in names for a in node.attributes if a not in {o.name for o in node.info.operands}):
+        return 0
+    return _swap(graph, node, op, list(node.inputs), dict(node.attributes))
+
+
+def _transposed(graph: Graph, node: Node) -> int:
+    source = node.inputs[0]
+    assert source is not None and not isinstance(source, tuple)
+    rank = source.tensor_type.rank
+    if rank < 2:
+        graph.replace(node, [source])
+        return 1
+    if rank > 2:
+        dims = tuple(reversed(range(rank)))
+        return _swap(graph, node, "aten.permute.default", [source], {"dims": dims})
+    return _swap(graph, node, "aten.transpose.int", [source], {"dim0": 0, "dim1": 1})
+
+
+def _positive_dims(graph: Graph, node: Node) -> int:
+    first = node.inputs[0] if node.inputs else None
+    if isinstance(first, tuple):
+        first = next((v for v in first if v is not None), None)
+    if first is None or not isinstance(first.type, TensorType):
+        return 0
+    rank = first.type.rank
+    if node.op.startswith(("aten.unsqueeze.", "aten.stack.")):
+        rank += 1
+    changed: dict[str, Any] = {}
+    for name in _DIMS:
+        dim = node.attributes.get(name)
+        if isinstance(dim, int) and not isinstance(dim, bool) and dim < 0 and rank:
+            changed[name] = dim % rank
+    dims = node.attributes.get("dims" if "dims" in node.attributes else "dim")
+    if isinstance(dims, tuple) and rank and any(isinstance(d, int) and d < 0 for d in dims):
+        key = "dims" if "dims" in node.attributes else "dim"
+        changed[key] = tuple(d % rank for d in dims)
+    if changed and node.op.split(".")[1] not in ("diagonal", "unflatten", "roll", "flip_dims"):
+        graph.set_attributes(node, **changed)
+        return 1
+    return 0

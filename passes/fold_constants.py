@@ -1,0 +1,75 @@
+"""Compute at compile time what depends on constants alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph, Node, Parameter, Value
+from dfc.ir.types import TensorType
+from dfc.rewrite.pass_ import Context, Pass
+
+
+@dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Replace pure nodes whose operands are all constant by their value.
+
+    Needs:    a valid graph; parameters without data are left alone.
+    Ensures:  no pure node of static shape reads only constants, unless its value is too large.
+    Keeps:    the model's size: a value may be at most `growth` bytes larger than what it replaces;
+              random ops; what the model mutates.
+    Cost:     one run of each folded node.
+    """
+
+    name = "fold_constants"
+    growth: int = 65536  # bytes that one folded value may add to the model
+
+    def run(self, graph: Graph, ctx: Context) -> int:
+        mutated = {m.target for m in graph.mutations}
+        folded = 0
+        for node in graph.nodes:
+            if self._foldable(node, mutated):
+                folded += _fold(graph, node)
+        return folded
+
+    def _foldable(self, node: Node, mutated: set[Value]) -> bool:
+        if node.graphs or node.binds or node.symbols or not node.results or not node.pure:
+            return False
+        read = 0
+        for v in node.operands:
+            if not isinstance(v, Parameter) or v in mutated or v.data is None:
+                return False
+            read += _bytes(v.type) if v.use_count == 1 else 0
+        types = [r.type for r in node.results]
+        if not all(isinstance(t, TensorType) and t.is_static for t in types):
+            return False
+        return sum(map(_bytes, types)) <= read + self.growth
+
+
+def _bytes(t: object) -> int:
+    assert isinstance(t, TensorType)
+    return int(t.numel) * t.dtype.itemsize  # type: ignore[arg-type]
+
+
+def _fold(graph: Graph, node: Node) -> int:
+    from dfc.ir.interpret import run_constant
+    from dfc.ir.weights import TensorData
+
+    try:
+        values = run_constant(node)
+    except DfcError:
+        return 0  # it fails at run time too, where the user sees it with its line
+    made: list[Value] = []
+    for r, x in zip(node.results, values, strict=True):
+        name = _free_name(graph, f"folded.{r.name}")
+        x = x.detach().contiguous().clone()
+        made.append(graph.add_parameter(name, TensorType.of(x), "constant", TensorData(name, x)))
+    graph.replace(node, made)
+    return 1
+
+
+def _free_name(graph: Graph, wish: str) -> str:
+    name, n = wish, 1
+    while name in graph.parameters:
+        name, n = f"{wish}.{n}", n + 1
+    return name

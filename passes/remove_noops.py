@@ -1,0 +1,160 @@
+"""Remove what gives back its operand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dfc.ir.graph import Graph, Node, Value
+from dfc.ir.types import TensorType
+from dfc.rewrite.pass_ import Context, Pass
+
+_END = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class RemoveNoops(Pass):
+    """Remove casts, views, slices, copies and dropouts that change nothing; merge views of views.
+
+    Needs:    a valid graph, canonical for best effect.
+    Ensures:  no node of the listed kinds gives back its operand unchanged.
+    Keeps:    additions of zero to floats (`-0.0 + 0` is `0.0`), and everything random.
+    Cost:     one walk.
+    """
+
+    name = "remove_noops"
+
+    def run(self, graph: Graph, ctx: Context) -> int:
+        changes = 0
+        for node in graph.nodes:
+            for inner in node.graphs:
+                changes += self.run(inner, ctx)
+            if len(node.results) != 1 or not node.op.startswith("aten."):
+                continue
+            source = node.inputs[0] if node.inputs else None
+            if isinstance(source, tuple):
+                source = source[0] if len(source) == 1 else None
+            if source is None or not isinstance(source.type, TensorType):
+                continue
+            test = _TESTS.get(node.op)
+            if test is not None and test(node, source):
+                graph.replace(node, [source])
+                changes += 1
+            elif _merge(graph, node, source):
+                changes += 1
+        return changes
+
+
+def _always(node: Node, x: Value) -> bool:
+    return True
+
+
+def _same_type(node: Node, x: Value) -> bool:
+    return node.result.type == x.type
+
+
+def _no_training(node: Node, x: Value) -> bool:
+    return not node.attributes["train"] or node.attributes["p"] == 0
+
+
+def _whole_slice(node: Node, x: Value) -> bool:
+    a = node.attributes
+    if a["start"] not in (None, 0) or a["step"] != 1:
+        return False
+    size = x.tensor_type.shape[a["dim"]]
+    return a["end"] is None or a["end"] == size or a["end"] == _END
+
+
+def _identity_order(node: Node, x: Value) -> bool:
+    return tuple(node.attributes["dims"]) == tuple(range(x.tensor_type.rank))
+
+
+def _same_dims(node: Node, x: Value) -> bool:
+    return bool(node.attributes["dim0"] == node.attributes["dim1"])
+
+
+def _integer_zero(node: Node, x: Value) -> bool:
+    other = node.attributes.get("other")
+    return (
+        x.tensor_type.dtype.is_integer
+        and isinstance(other, int)
+        and not isinstance(other, bool)
+        and other == 0
+        and _same_type(node, x)
+    )
+
+
+def _one(node: Node, x: Value) -> bool:
+    other = node.attributes.get("other")
+    return (
+        isinstance(other, (int, float))
+        and not isinstance(other, bool)
+        and other == 1
+        and _same_type(node, x)
+        and node.attributes.get("rounding_mode") is None
+    )
+
+
+def _no_padding(node: Node, x: Value) -> bool:
+    return all(p == 0 for p in node.attributes["pad"])
+
+
+def _once(node: Node, x: Value) -> bool:
+    return _same_type(node, x) and all(r == 1 for r in node.attributes["repeats"])
+
+
+def _single(node: Node, x: Value) -> bool:
+    return isinstance(node.inputs[0], tuple) and len(node.inputs[0]) == 1
+
+
+_TESTS: dict[str, Callable[[Node, Value], bool]] = {
+    "aten.clone.default": _always,
+    "aten.alias.default": _always,
+    "aten.detach.default": _always,
+    "aten.contiguous.default": _always,
+    "aten._to_copy.default": _same_type,
+    "aten.view.default": _same_type,
+    "aten.expand.default": _same_type,
+    "aten.squeeze.dim": _same_type,
+    "aten.squeeze.dims": _same_type,
+    "aten.squeeze.default": _same_type,
+    "aten.dropout.default": _no_training,
+    "aten.feature_dropout.default": _no_training,
+    "aten.alpha_dropout.default": _no_training,
+    "aten.slice.Tensor": _whole_slice,
+    "aten.permute.default": _identity_order,
+    "aten.transpose.int": _same_dims,
+    "aten.add.Scalar": _integer_zero,
+    "aten.sub.Scalar": _integer_zero,
+    "aten.mul.Scalar": _one,
+    "aten.div.Scalar": _one,
+    "aten.constant_pad_nd.default": _no_padding,
+    "aten.repeat.default": _once,
+    "aten.cat.default": _single,
+}
+
+
+def _merge(graph: Graph, node: Node, source: Value) -> bool:
+    """A view of a view, or a transposition undone: read what the inner one reads."""
+    inner = source.node
+    if inner is None or inner.op != node.op:
+        return False
+    origin = inner.inputs[0]
+    if origin is None or isinstance(origin, tuple):
+        return False
+    if node.op == "aten.view.default":
+        graph.set_inputs_of(node, [origin])
+        return True
+    if node.op == "aten.transpose.int":
+        if {node.attributes["dim0"], node.attributes["dim1"]} == {
+            inner.attributes["dim0"],
+            inner.attributes["dim1"],
+        }:
+            graph.replace(node, [origin])
+            return True
+    if node.op == "aten.permute.default":
+        dims = tuple(inner.attributes["dims"][d] for d in node.attributes["dims"])
+        graph.set_attributes(node, dims=dims)
+        graph.set_inputs_of(node, [origin])
+        return True
+    return False
