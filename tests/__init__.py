@@ -1,0 +1,1 @@
+"""Tests of dfc, and the assets and models they share."""
