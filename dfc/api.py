@@ -80,7 +80,7 @@ def compile(
     report.notes += graph.notes
     verify_graph(graph, types=isinstance(model, Graph))
     chosen = [p if isinstance(p, Pass) else find_pass(p) for p in (DEFAULT if passes is None else passes)]
-    probes = _probes(graph, args, kwargs, verify, report, say)
+    probes = _probes(model, graph, args, kwargs, verify, report, say)
     start = time.perf_counter()
     say("rewriting")
     outcome = run_passes(
@@ -132,7 +132,7 @@ def weight_bytes(graph: Graph) -> int:
 
 
 def _probes(
-    graph: Graph, args: Any, kwargs: Any, verify: str, report: Report, say: Progress
+    model: Any, graph: Graph, args: Any, kwargs: Any, verify: str, report: Report, say: Progress
 ) -> Any:
     """Probes with the original's results, or None with the reason in the report."""
     if any(p.data is None for p in graph.parameters.values()):
@@ -153,10 +153,34 @@ def _probes(
     if verify == "none":
         return make_probes(graph, inputs, count=1)
     say("running the original on probe inputs")
-    probes = make_probes(graph, inputs)
-    for _ in probes.ready():
-        pass
+    run_original = None
+    if not isinstance(model, Graph):
+        from dfc.capture.original import original_runner
+
+        run_original = original_runner(model, graph, args or (), kwargs or {})
+    probes = make_probes(graph, inputs, run_original=run_original)
+    _settle_size_one(graph, probes, report)
     return probes
+
+
+def _settle_size_one(graph: Graph, probes: Any, report: Report) -> None:
+    """Run every probe; where size 1 alone goes wrong, the graph is for sizes from 2 on."""
+    try:
+        for _ in probes.ready():
+            pass
+    except DfcError as e:
+        wrong = [p for p in probes.probes if p.original is None]
+        ones = {s for s, (low, _) in graph.ranges.items() if low == 1}
+        if e.code != "T010" or not wrong or not wrong[0].ones or not ones:
+            raise
+        for s in sorted(ones):
+            graph.ranges[s] = (2, graph.ranges[s][1])
+        report.notes.append(
+            f"{', '.join(f'`{s}`' for s in sorted(ones))} must be at least 2: "
+            "torch.export took another path for size 1"
+        )
+        probes.probes = [p for p in probes.probes if not p.ones]
+        _settle_size_one(graph, probes, report)
 
 
 def _find_engine(name: str) -> Engine:

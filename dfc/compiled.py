@@ -79,7 +79,10 @@ class Compiled:
                 help="compile it with weights to run it",
                 status=2,
             )
-        return self._runner([*inputs, *self._state.values()])
+        try:
+            return self._runner([*inputs, *self._state.values()])
+        except RuntimeError as e:
+            raise DfcError("K023", f"the `{self.engine.name}` engine failed: {e}") from e
 
     @property
     def owned(self) -> frozenset[int]:

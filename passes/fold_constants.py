@@ -62,7 +62,7 @@ def _fold(graph: Graph, node: Node) -> int:
     made: list[Value] = []
     for r, x in zip(node.results, values, strict=True):
         name = _free_name(graph, f"folded.{r.name}")
-        x = x.detach().contiguous().clone()
+        x = x.detach().clone()  # strides are kept: another layout rounds differently
         made.append(graph.add_parameter(name, TensorType.of(x), "constant", TensorData(name, x)))
     graph.replace(node, made)
     return 1

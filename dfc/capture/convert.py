@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from dfc.errors import DfcError
-from dfc.ir.expr import Expr, Scalar, symbol
+from dfc.ir.expr import Expr, Scalar, call, symbol
 from dfc.ir.graph import Bind, Graph, Input, Loc, Node, ParameterData, Value
 from dfc.ir.op import lookup
 from dfc.ir.types import BOOL, FLOAT, INT, NONE, TensorType, Type, dtype_of
@@ -29,7 +29,7 @@ _SAME_AS_INPUT = frozenset(
     "alias alias_copy lift lift_fresh lift_fresh_copy detach detach_ contiguous resolve_conj "
     "resolve_neg".split()
 )
-_SKIPPED = frozenset({"_assert_tensor_metadata", "sym_constrain_range_for_size", "sym_constrain_range"})
+_SKIPPED = frozenset({"is_same_size", "_has_same_storage_numel", "_assert_tensor_metadata", "sym_constrain_range_for_size", "sym_constrain_range"})
 _RENAMED = {
     "aten._unsafe_view.default": "aten.view.default",
     "aten.reshape.default": "aten.view.default",
@@ -191,10 +191,47 @@ class Converter:
             value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
         )
         if is_number and not bound:
+            if isinstance(value, (int, float)) and self.reads_tensor(node):
+                return self.specialised(node, value)
             return self.names.scalar(value)
         if not isinstance(target, torch._ops.OpOverload):
             raise DfcError("T022", f"`{target}` has no place in a graph")
         return self.operator(node, target)
+
+    def reads_tensor(self, node: fx.Node) -> bool:
+        """Whether this is `x.item()`, whose value was taken for a constant while tracing."""
+        return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in (
+            "aten::item",
+            "aten::_local_scalar_dense",
+        )
+
+    def specialised(self, node: fx.Node, value: int | float) -> Scalar:
+        """Keep the number as it was traced, and check at run time that it still is that."""
+        kind = "uf" if isinstance(value, float) else "u"
+        name = self.names.fresh(kind)
+        source = self.env[node.args[0]]  # type: ignore[index]
+        loc = self.location(node)
+        self.graph.add(
+            "aten._local_scalar_dense.default",
+            [source],
+            {},
+            types=(FLOAT if kind == "uf" else INT,),
+            names=[self.name("item")],
+            binds=(Bind(name),),
+            loc=loc,
+        )
+        expected = int(value) if isinstance(value, bool) else value
+        self.graph.add(
+            "aten._assert_scalar.default",
+            [],
+            {
+                "self": call("eq", symbol(name), expected),
+                "assert_msg": f"the model was traced for {expected} here, and decides by it",
+            },
+            types=(),
+            loc=loc,
+        )
+        return value
 
     def attribute_tensor(self, node: fx.Node) -> Any:
         owner: Any = self.module
@@ -212,6 +249,7 @@ class Converter:
         known = self.graph.parameters.get(name)
         if known is not None:
             return known
+        refuse_leaked(name, tensor)
         data: ParameterData = TensorData(name, tensor)
         type = self.names.type_of(tensor)
         assert isinstance(type, TensorType)
@@ -220,6 +258,8 @@ class Converter:
     def operator(self, node: fx.Node, target: torch._ops.OpOverload) -> Any:
         namespace, _, base = target._schema.name.partition("::")
         if namespace == "aten" and base in _SKIPPED:
+            return None
+        if base == "_assert_scalar" and node.args and self.scalar_or_none(node.args[0]) is True:
             return None
         if base in _SAME_AS_INPUT and namespace == "aten":
             return self.env[node.args[0]]  # type: ignore[index]
@@ -484,6 +524,21 @@ class Converter:
             [v for v in outputs if v is not None], Seq("tuple", tuple(Leaf() for _ in outputs))
         )
         return graph
+
+
+def refuse_leaked(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a constant that is a value of the tracing itself.
+
+    Raises:  DfcError T023 for fake tensors and functorch's wrappers.
+    """
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    if wrapped or not plain:
+        raise DfcError(
+            "T023",
+            f"`{name}` became a constant of type {type(tensor).__name__} while tracing",
+            help="a value computed inside an autograd or vmap transform leaked out of it",
+        )
 
 
 def user_frame(trace: str) -> tuple[str, int]:

@@ -9,26 +9,30 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import sympy
 import torch
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from dfc.capture.call_structure import constant, flat_leaves, register_example, tree_of
-from dfc.capture.convert import Converter, Names, package_path
+from dfc.capture.convert import Converter, Names, package_path, refuse_leaked
 from dfc.errors import DfcError, Span
-from dfc.ir.expr import Expr, symbol
+from dfc.ir.expr import Expr, Scalar, Size, symbol
 from dfc.ir.graph import Argument, Graph, ParameterData, Range, Value
 from dfc.ir.interpret import solve
 from dfc.ir.tree import Const, Leaf, Tree, leaf_count
 from dfc.ir.types import INT, TensorType
 from dfc.ir.weights import TensorData
+from dfc.ops.symbolic import from_sympy
 
 DynamicShapes = Mapping[str, Any] | Sequence[Any] | None
 _RESERVED = frozenset({"inf", "nan", "True", "False", "None", "in"})
@@ -41,6 +45,7 @@ class DimWish:
     name: str | None
     low: int = 1
     high: int | None = None
+    size: Size | None = None  # for a derived dimension such as `4*h`: the size in terms of `h`
 
 
 @dataclass
@@ -78,10 +83,14 @@ def trace(
             help="write `(x,)` for one argument", status=2,
         )  # fmt: skip
     given = dict(kwargs or {})
+    try:
+        inspect.signature(module.forward).bind(*args, **given)
+    except TypeError as e:
+        raise _bad_call(module, e) from e
     register_example([*args, given])
     leaves, spec = flat_leaves(args, given)
     request = Request(module, leaves, spec, wishes_of(module, args, given, dynamic_shapes))
-    return _build(request, *_export(request))
+    return _capture(request)
 
 
 class _FunctionModule(torch.nn.Module):
@@ -118,8 +127,9 @@ def wishes_of(
                 "T031", f"dynamic_shapes names `{unknown[0]}`, the arguments are {', '.join(combined)}",
                 status=2,
             )  # fmt: skip
-        if isinstance(shapes, Mapping):
-            shapes = {k: shapes.get(k) for k in combined}
+        shapes = {k: shapes.get(k) for k in combined}
+    elif not isinstance(shapes, Mapping):
+        combined = type(shapes)(combined.values())  # type: ignore[call-arg]
     by_id = {id(x): i for i, x in reversed(list(enumerate(leaves))) if isinstance(x, torch.Tensor)}
     taken: list[int] = []
 
@@ -176,8 +186,11 @@ def _wish(wish: Any) -> DimWish | None:
     if not isinstance(name, str):
         raise DfcError("T031", f"dynamic_shapes holds {wish!r}, which is no dimension", status=2)
     low, high = getattr(wish, "min", 1), getattr(wish, "max", None)
-    if not name.isidentifier():  # a derived dimension, `2*B`
-        return DimWish(None)
+    root = getattr(wish, "root", None)
+    if root is not None:  # a derived dimension, `2*B`
+        inner = _wish(root)
+        assert inner is not None and inner.name is not None
+        return DimWish(inner.name, inner.low, inner.high, wish.fn(symbol(inner.name)))
     high = None if high is None or not isinstance(high, int) or high >= 2**62 else high
     return DimWish(_safe(name), max(int(low), 1), high)
 
@@ -199,7 +212,7 @@ def enlarge(request: Request) -> Request:
     for i, wishes in enumerate(request.wishes):
         for dim, wish in wishes.items():
             key = wish.name or f"{i}.{dim}"
-            if dim >= 0 and request.leaves[i].shape[dim] == 1 and (wish.high is None or wish.high > 1):
+            if wish.size is None and dim >= 0 and request.leaves[i].shape[dim] == 1 and (wish.high is None or wish.high > 1):
                 small[key] = wish
                 plan.append((i, dim, key))
     if not plan:
@@ -228,19 +241,19 @@ class Attempt:
     note: str | None = None
 
 
-def _export(request: Request) -> tuple[ExportedProgram, Request]:
+def _capture(request: Request) -> Graph:
     """Try the plain way; then what helps: draft export, eager attention, strict mode, fixed sizes."""
     larger = enlarge(request)
     first: Exception | None = None
     for attempt in _ATTEMPTS:
         for r in (larger,) if attempt.name != "static" else (request,):
+            before = list(request.notes)
             try:
-                program = attempt.run(r)
+                graph = _build(request, attempt.run(r), r)
             except (KeyboardInterrupt, SystemExit):
                 raise
-            except Exception as e:  # torch.export raises many unrelated classes
-                if isinstance(e, TypeError) and _is_call_error(request, e):
-                    raise _bad_call(request.model, e) from e
+            except Exception as e:  # noqa: BLE001 - torch.export raises many unrelated classes
+                request.notes[:] = before
                 if _raised_by_user_code(e) and first is None and _fails_eagerly(r):
                     if r is larger and larger is not request and not _fails_eagerly(request):
                         first = first or e
@@ -249,17 +262,51 @@ def _export(request: Request) -> tuple[ExportedProgram, Request]:
                 first = first or e
                 continue
             if attempt.note:
-                request.notes.append(attempt.note)
-            return program, r
+                graph.notes.insert(0, attempt.note)
+            return graph
     assert first is not None
     raise refusal(first) from first
 
 
 def _plain(request: Request, **options: Any) -> ExportedProgram:
     args, kwargs = request.arguments()
-    with _quiet(), _no_scalar_trap():
+    with _quiet(), _no_scalar_trap(), _no_useless_casts():
         return torch.export.export(
             request.model, args, kwargs, dynamic_shapes=_torch_shapes(request), **options
+        )
+
+
+def _decided(request: Request) -> ExportedProgram:
+    """Let the example's values decide `if tensor:`, and check the decision at run time."""
+    import torch._functorch.config
+
+    original = torch.Tensor.__bool__
+
+    def decide(tensor: torch.Tensor) -> bool:
+        real = getattr(tensor, "real_tensor", None)
+        if real is None:
+            return original(tensor)
+        value = original(real)
+        holds = tensor.reshape(()) if value else tensor.reshape(()).logical_not()
+        message = f"the model was traced for {value} here, and decides by it"
+        torch.ops.aten._assert_async.msg(holds.to(torch.bool), message)
+        return value
+
+    torch.Tensor.__bool__ = decide  # type: ignore[assignment, method-assign]
+    try:
+        with torch._functorch.config.patch(fake_tensor_propagate_real_tensors=True):
+            return _plain(request)
+    finally:
+        torch.Tensor.__bool__ = original  # type: ignore[method-assign]
+
+
+def _below_autograd(request: Request, *, sizes: bool, functionalize: bool) -> Any:
+    from dfc.capture.below_autograd import trace_below_autograd
+
+    dynamic = [{d for d in w if d >= 0} if sizes else set() for w in request.wishes]
+    with _quiet(), _no_useless_casts():
+        return trace_below_autograd(
+            request.model, request.leaves, request.spec, dynamic, functionalize
         )
 
 
@@ -283,6 +330,20 @@ def _eager_attention(request: Request) -> ExportedProgram:
         request.model.set_attn_implementation(before)  # type: ignore[operator]
 
 
+def _batched_experts(request: Request) -> ExportedProgram:
+    """Experts as batched products: the loop over the experts that were hit depends on data."""
+    config = getattr(request.model, "config", None)
+    before = getattr(config, "_experts_implementation", None)
+    choose = getattr(request.model, "set_experts_implementation", None)
+    if config is None or choose is None or before == "batched_mm":
+        raise DfcError("T002", "the model has no other implementation of its experts")
+    choose("batched_mm")
+    try:
+        return _plain(request)
+    finally:
+        choose(before or "eager")
+
+
 def _static(request: Request) -> ExportedProgram:
     fixed = Request(request.model, request.leaves, request.spec, [{} for _ in request.wishes])
     try:
@@ -293,6 +354,14 @@ def _static(request: Request) -> ExportedProgram:
 
 _ATTEMPTS = (
     Attempt("plain", _plain),
+    # Guards that torch cannot prove become assertions, which may be over-strict and are dropped.
+    Attempt("deferred", lambda r: _plain(r, prefer_deferred_runtime_asserts_over_guards=True)),
+    Attempt(
+        "decided",
+        _decided,
+        "a decision of the model depends on data: it was taken as the example takes it, "
+        "and is checked at run time",
+    ),
     Attempt(
         "draft",
         _draft,
@@ -303,6 +372,21 @@ _ATTEMPTS = (
         "eager attention",
         _eager_attention,
         "captured with the `eager` attention implementation: torch.export refuses the other",
+    ),
+    Attempt(
+        "batched experts",
+        _batched_experts,
+        "captured with the `batched_mm` implementation of the experts: the other depends on data",
+    ),
+    *(
+        Attempt(
+            "below autograd",
+            partial(_below_autograd, sizes=sizes, functionalize=functionalize),
+            "captured below autograd, where composite operators are already taken apart: "
+            "torch.export refuses transforms inside forward",
+        )
+        for sizes in (True, False)
+        for functionalize in (False, True)
     ),
     Attempt("strict", lambda r: _plain(r, strict=True), "captured in strict mode"),
     Attempt(
@@ -325,6 +409,8 @@ def _torch_shapes(request: Request) -> Any:
             specs.append(
                 {
                     d: Dim.AUTO(min=w.low if w.low > 1 else None, max=w.high)
+                    if w.size is None
+                    else Dim.AUTO
                     for d, w in wishes.items()
                 }
             )
@@ -374,12 +460,32 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
+            logger.setLevel(logging.CRITICAL + 1)
         try:
-            yield
+            with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+                yield
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _no_useless_casts() -> Iterator[None]:
+    """`module.to(dtype)` inside forward does nothing when the module has that dtype already."""
+    original = torch.nn.Module.to
+
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and isinstance(args[0], torch.dtype) and not kwargs:
+            tensors = [*self.parameters(), *self.buffers()]
+            if all(x.dtype == args[0] or not x.is_floating_point() for x in tensors):
+                return self
+        return original(self, *args, **kwargs)
+
+    torch.nn.Module.to = to  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.to = original  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
@@ -396,10 +502,6 @@ def _no_scalar_trap() -> Iterator[None]:
 def first_line(e: BaseException) -> str:
     text = str(e).strip()
     return text.splitlines()[0] if text else type(e).__name__
-
-
-def _is_call_error(request: Request, e: TypeError) -> bool:
-    return bool(re.search(r"forward\(\)|missing .* argument|unexpected keyword|signature", str(e)))
 
 
 def _bad_call(model: torch.nn.Module, e: Exception) -> DfcError:
@@ -524,6 +626,9 @@ def _build(request: Request, program: ExportedProgram, used: Request) -> Graph:
     converter.convert(list(program.graph.nodes))
     graph.arguments = arguments
     graph.ranges = _ranges(graph, names)
+    graph.requires = _guards(program, graph, names)
+    for condition in graph.requires[:3]:
+        request.notes.append(f"the sizes must satisfy `{condition}`: the model's own code needs it")
     _outputs(program, converter)
     for note in request.notes:
         graph.notes.append(note)
@@ -532,8 +637,10 @@ def _build(request: Request, program: ExportedProgram, used: Request) -> Graph:
     return graph
 
 
-def _needs_functionalizing(program: ExportedProgram) -> bool:
+def _needs_functionalizing(program: Any) -> bool:
     """Whether some node writes to its argument, or hides that it does."""
+    if not isinstance(program, ExportedProgram):
+        return False
     modules = [m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
     for module in modules:
         for node in module.graph.nodes:
@@ -541,6 +648,8 @@ def _needs_functionalizing(program: ExportedProgram) -> bool:
             if isinstance(target, torch._ops.HigherOrderOperator):
                 return True
             if not isinstance(target, torch._ops.OpOverload):
+                if node.op == "call_function" and "functorch" in getattr(target, "__module__", ""):
+                    return True
                 continue
             if target._schema.is_mutable or "batch_norm" in target._schema.name:
                 return True
@@ -567,6 +676,9 @@ def _name_sizes(
                 notes.append(f"`{label}` is fixed to {actual}: the model's own code bakes it in")
                 continue
             expression = size.node.expr
+            if expression.is_Integer:
+                notes.append(f"`{label}` is fixed to {expression}: the model's own code bakes it in")
+                continue
             if not expression.is_Symbol:
                 continue
             if expression in names.known:
@@ -574,14 +686,20 @@ def _name_sizes(
             if wish.name is None:
                 anonymous.append((expression, wish))
                 continue
+            if wish.size is not None:
+                names.known[expression] = wish.size
+                by_name.setdefault(wish.name, (wish.low, wish.high))
+                continue
             low, high = names.ranges.get(str(expression), (1, None))
             if low <= 2:
                 low = wish.low  # torch says 2 for "not 0 or 1"; size 1 is probed
             if wish.name in by_name:
                 a, b = by_name[wish.name]
                 low, high = max(low, a), b if high is None else high if b is None else min(high, b)
-            if wish.high is not None and high is not None and high < wish.high:
+            if high is not None and (wish.high is None or high < wish.high):
                 notes.append(f"`{wish.name}` is at most {high}: the model's own code limits it")
+            if low > max(wish.low, 1):
+                notes.append(f"`{wish.name}` is at least {low}: the model's own code limits it")
             by_name[wish.name] = (low, high)
             names.add(expression, wish.name)
     for expression, wish in anonymous:
@@ -600,6 +718,34 @@ def _name_sizes(
                         by_name[name] = names.ranges.get(str(s), (0, None))
                         names.add(s, name)
     names.ranges.update(by_name)
+
+
+def _guards(program: ExportedProgram, graph: Graph, names: Names) -> tuple[Scalar, ...]:
+    """What torch assumed of the input sizes beyond their ranges, and would be wrong without."""
+    shape_env = next(
+        (s.node.shape_env for v in _input_values(program) if isinstance(v, torch.Tensor)
+         for s in v.shape if isinstance(s, torch.SymInt)),
+        None,
+    )  # fmt: skip
+    found: dict[Scalar, None] = {}
+    for guard in shape_env.guards if shape_env is not None else ():
+        for expression in sympy.And.make_args(guard.expr.xreplace(shape_env.replacements)):
+            if _about_size_one(expression):
+                continue
+            with contextlib.suppress(DfcError):  # an exotic guard is the model's own business
+                condition = from_sympy(expression, names.known)
+                if isinstance(condition, Expr) and condition.symbols <= set(graph.ranges):
+                    found[condition] = None
+    return tuple(found)
+
+
+def _about_size_one(guard: sympy.Basic) -> bool:
+    """Whether a guard only says "not 0 or 1", which torch assumes everywhere and probes settle."""
+    if isinstance(guard, sympy.Ne):
+        return any(a in (0, 1) for a in guard.args)
+    if isinstance(guard, (sympy.Ge, sympy.Gt, sympy.Le, sympy.Lt)):
+        return any(a.is_Integer and a <= 2 for a in guard.args)
+    return False
 
 
 def _range(bounds: Any) -> Range:
@@ -725,7 +871,11 @@ class _Parameters:
             **dict(model.named_parameters(remove_duplicate=False)),
             **self.buffers,
         }
-        self.mutated = set(program.graph_signature.buffers_to_mutate.values())
+        signature = program.graph_signature
+        self.mutated = {
+            *signature.buffers_to_mutate.values(),
+            *getattr(signature, "parameters_to_mutate", {}).values(),
+        }
         self.aliases: dict[int, list[str]] = {}
         for name, tensor in self.live.items():
             self.aliases.setdefault(id(tensor), []).append(name)
@@ -742,16 +892,17 @@ class _Parameters:
         if known is not None:
             return known
         aliases = tuple(n for n in self.aliases.get(id(tensor), ()) if n != name)
-        type = names.type_of(tensor)
-        assert isinstance(type, TensorType)
+        declared = names.type_of(tensor)
+        assert isinstance(declared, TensorType)
         kind = {InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer"}.get(
             spec.kind, "constant"
         )
         data: ParameterData | None = None
+        refuse_leaked(name, tensor)
         if not tensor.is_meta:
             # A buffer that the model writes to would change under us: small, so copied.
             data = TensorData(name, tensor.detach().clone() if name in self.mutated else tensor)
-        made = graph.add_parameter(name, type, kind, data, aliases)
+        made = graph.add_parameter(name, declared, kind, data, aliases)
         self.made[id(tensor)] = made
         return made
 
@@ -781,9 +932,10 @@ def _outputs(program: ExportedProgram, converter: Converter) -> None:
         if found is NotImplemented:
             values.append(_value(converter, x))
             return None
-        if isinstance(spec.arg, ConstantArgument):
-            return constant(spec.arg.value)
-        return constant(found)
+        if isinstance(found, Expr) and not found.symbols <= set(converter.graph.ranges):
+            values.append(converter.scalar_value(found))
+            return None
+        return constant(spec.arg.value if isinstance(spec.arg, ConstantArgument) else found)
 
     tree = tree_of(program.call_spec.out_spec, leaf)
     mutations = [(t, v) for t, v in mutations if t is not v]

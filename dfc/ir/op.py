@@ -14,12 +14,13 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from dfc.errors import DfcError, did_you_mean
+from dfc.ir.expr import Size
 from dfc.ir.types import NONE, TensorType, Type
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dfc.ir.graph import Node
+    from dfc.ir.graph import Node, Value
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,25 @@ class OpRefused(ValueError):
         self.label = label
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What one application of an op takes at least; sizes may be symbolic.
+
+    Units:  flops are additions, multiplications and calls of exp, erf and the like, each one;
+            bytes are those of operands and results, moved once.
+    """
+
+    flops: Size
+    bytes_read: Size
+    bytes_written: Size
+
+
 class Op:
     """A declared op: a frozen dataclass whose fields are the attributes.
 
-    `infer` and `reference` take the operands in the same order; an operand with the default None
-    is optional. `decompose` writes the op in terms of others; without it the op is primitive.
+    Every facet takes the operands in the same order; an operand with the default None is optional.
+    `decompose` writes the op in terms of others; without it the op is primitive. An op may say how
+    it is written in ONNX: `to_onnx(b, *values)` with the builder of dfc/emit/onnx_builder.py.
     """
 
     name: ClassVar[str]
@@ -127,11 +142,11 @@ class Op:
         if not holds:
             raise OpRefused(self.name, label, reason)
 
-    def infer(self, *operands: Any) -> TensorType | tuple[TensorType, ...]:
-        raise NotImplementedError
-
-    def reference(self, *operands: Any) -> Tensor | tuple[Tensor, ...]:
-        raise NotImplementedError
+    # `infer`, `reference` and the others have a signature of their own in each op: its operands.
+    infer: ClassVar[Callable[..., TensorType | tuple[TensorType, ...]]]
+    reference: ClassVar[Callable[..., Tensor | tuple[Tensor, ...]]]
+    decompose: ClassVar[Callable[..., Value | tuple[Value, ...]]]
+    cost: ClassVar[Callable[..., Cost]]
 
 
 @dataclass(frozen=True)
@@ -146,7 +161,7 @@ class DeclaredOp:
 
     @property
     def operands(self) -> tuple[Operand, ...]:
-        return _operands(self.cls)
+        return _operands(self.cls)  # type: ignore[arg-type]  # mypy takes a class for its instances
 
     @property
     def attributes(self) -> tuple[Attribute, ...]:
@@ -166,7 +181,11 @@ class DeclaredOp:
 
     def infer(self, node: Node) -> tuple[Type, ...]:
         types = [
-            None if v is None else tuple(w.type for w in v) if isinstance(v, tuple) else v.type
+            None
+            if v is None
+            else tuple(w and w.type for w in v)
+            if isinstance(v, tuple)
+            else v.type
             for v in node.inputs
         ]
         found = self.instance(node.attributes).infer(*types)
@@ -194,7 +213,7 @@ def declare(cls: type[Op]) -> type[Op]:
 
     Raises:  TypeError when the declaration itself is malformed.
     """
-    if not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+    if not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.frozen:
         raise TypeError(f"op {cls.__name__} must be a frozen dataclass")
     for field in ("cases", "rejects"):
         if not isinstance(getattr(cls, field), tuple):

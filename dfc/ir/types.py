@@ -119,6 +119,11 @@ class TensorType:
         return total
 
     @property
+    def nbytes(self) -> Size:
+        """Bytes of all elements, as an expression where sizes are symbolic."""
+        return self.numel * self.dtype.itemsize
+
+    @property
     def symbols(self) -> frozenset[str]:
         return frozenset().union(*(symbols(s) for s in self.shape))
 
@@ -178,3 +183,12 @@ class NoneType:
 
 INT, FLOAT, BOOL, NONE = ScalarType("int"), ScalarType("float"), ScalarType("bool"), NoneType()
 Type = Union[TensorType, ScalarType, NoneType]
+
+
+def total_bytes(*types: TensorType | None) -> Size:
+    """Bytes of several tensors; those that are absent have none."""
+    total: Size = 0
+    for t in types:
+        if t is not None:
+            total = total + t.nbytes
+    return total

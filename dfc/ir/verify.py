@@ -13,7 +13,7 @@ from dfc.ir.expr import Expr, evaluate, symbols
 from dfc.ir.graph import RESULT, Graph, Node, Parameter, Value
 from dfc.ir.op import OpRefused, lookup
 from dfc.ir.tree import leaf_count
-from dfc.ir.types import TensorType, Type
+from dfc.ir.types import ScalarType, TensorType, Type
 
 _MAX_REPORTED = 20
 
@@ -48,7 +48,7 @@ def verify(graph: Graph, *, types: bool | Iterable[Node] = True) -> None:
             break
     if not found and types is not False:
         nodes = graph.walk() if types is True else types
-        for problem in _types(nodes, sample_bindings(graph)):
+        for problem in _types(nodes, sample_bindings(graph), _decided_by_data(graph)):
             found.append(problem)
             if len(found) >= _MAX_REPORTED:
                 break
@@ -74,6 +74,8 @@ def _structure(graph: Graph, outer: frozenset[str]) -> Iterator[Diagnostic]:
             yield _problem("V002", None, f"two values are called %{v.name}")
         names.add(v.name)
         bound |= v.type.symbols
+        if isinstance(v.type, ScalarType):
+            bound.add(v.name)
     for p in graph.parameters.values():
         bound |= p.type.symbols
     count = 0
@@ -145,7 +147,7 @@ def sample_bindings(graph: Graph) -> dict[str, int]:
     for v in graph.inputs:
         for name in v.type.symbols:
             ranges.setdefault(name, (0, None))
-    return sample_sizes(ranges)
+    return sample_sizes(ranges, graph.requires)
 
 
 def _same_at_samples(a: Type, b: Type) -> bool:
@@ -158,10 +160,24 @@ def _same_at_samples(a: Type, b: Type) -> bool:
     return a.substitute(sizes) == b.substitute(sizes)
 
 
-def _types(nodes: Iterable[Node], bindings: Mapping[str, int]) -> Iterator[Diagnostic]:
+def _decided_by_data(graph: Graph) -> frozenset[str]:
+    """Symbols that nodes bind: sample numbers for them would break what ties them together."""
+    found = {b.symbol for node in graph.walk() for b in node.binds}
+    for node in graph.walk():
+        for inner in node.graphs:
+            found.update(v.name for v in inner.inputs if isinstance(v.type, ScalarType))
+    return frozenset(found)
+
+
+def _types(
+    nodes: Iterable[Node], bindings: Mapping[str, int], unknown: frozenset[str]
+) -> Iterator[Diagnostic]:
     from dfc.ops.aten import sample_types
 
     for node in nodes:
+        if unknown and not unknown.isdisjoint(_symbols(node)):
+            lookup(node.op)
+            continue
         try:
             info = lookup(node.op)
             found = sample_types(node, bindings) if node.op.startswith("aten.") else None
@@ -186,6 +202,11 @@ def _types(nodes: Iterable[Node], bindings: Mapping[str, int]) -> Iterator[Diagn
         for r, t, d in zip(node.results, found, declared, strict=True):
             if not _fits(t, d):
                 yield _problem("V021", node, f"%{r.name} is {r.type}, its op gives {t}")
+
+
+def _symbols(node: Node) -> frozenset[str]:
+    values = (*node.operands, *node.results)
+    return node.symbols.union(*(v.type.symbols for v in values))
 
 
 def _fits(found: Type, declared: Type) -> bool:

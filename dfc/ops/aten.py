@@ -48,6 +48,8 @@ _RANDOM_ONLY_WITH = {
     "native_dropout": ("train", False),
     "rrelu": ("training", False),
 }
+# Memory that nobody has written: two runs differ, so it is never folded or compared.
+_UNDEFINED = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"})
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
@@ -101,7 +103,9 @@ class AtenOp:
         return switch is None or bool(attributes.get(switch[0]) != switch[1])
 
     def is_pure(self, attributes: Mapping[str, Any]) -> bool:
-        return not (self._assertion or self.mutable or self._draws(attributes))
+        return not (
+            self._assertion or self.mutable or self._base in _UNDEFINED or self._draws(attributes)
+        )
 
     def has_effect(self, attributes: Mapping[str, Any]) -> bool:
         return self._assertion or self.mutable or self._draws(attributes)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 from dfc.errors import DfcError
-from dfc.ir.expr import Expr, Scalar, call, evaluate, symbol
+from dfc.ir.expr import Expr, Scalar, call, evaluate, symbol, symbols
 from dfc.ir.types import BOOL, FLOAT, INT, NONE, TensorType, Type, dtype_of
 
 if TYPE_CHECKING:
@@ -20,8 +21,30 @@ _PRIMES = (
 )  # fmt: skip
 
 
-def sample_sizes(ranges: Mapping[str, tuple[int, int | None]]) -> dict[str, int]:
-    """A number for each symbol, within its range and different from the others where possible."""
+def sample_sizes(
+    ranges: Mapping[str, tuple[int, int | None]], requires: Sequence[Scalar] = ()
+) -> dict[str, int]:
+    """A number for each symbol, within its range and different from the others where possible.
+
+    With `requires`, numbers that satisfy every condition, if a short search finds some.
+    """
+    chosen = _primes_in(ranges)
+    if all(evaluate(r, chosen) is not False for r in requires):
+        return chosen
+    free = sorted(set().union(*(symbols(r) for r in requires)) & set(chosen))
+    random = Random(0)
+    for _ in range(2000):
+        trial = dict(chosen)
+        for name in free:
+            low, high = ranges[name]
+            size = random.choice((1, 2, 4, 8, 16)) * random.randint(1, 24)
+            trial[name] = min(max(size, low), high if high is not None else size)
+        if all(evaluate(r, trial) is not False for r in requires):
+            return trial
+    return chosen
+
+
+def _primes_in(ranges: Mapping[str, tuple[int, int | None]]) -> dict[str, int]:
     chosen: dict[str, int] = {}
     taken: set[int] = set()
     for name, (low, high) in ranges.items():
@@ -137,6 +160,12 @@ def from_sympy(x: sympy.Basic, names: Mapping[Any, Scalar]) -> Scalar:
     kind = type(x).__name__
     if kind == "Identity":
         return from_sympy(x.args[0], names)
+    if kind == "Piecewise":
+        branches = [(from_sympy(e, names), from_sympy(c, names)) for e, c in x.args]
+        value = branches[-1][0]
+        for e, c in reversed(branches[:-1]):
+            value = call("where", c, e, value)
+        return value
     args = [from_sympy(a, names) for a in x.args]
     if kind == "Add" or kind == "Mul":
         return _arithmetic(kind, args)
@@ -147,13 +176,6 @@ def from_sympy(x: sympy.Basic, names: Mapping[Any, Scalar]) -> Scalar:
     if kind in _COMPARE:
         name, swap = _COMPARE[kind]
         return call(name, args[1], args[0]) if swap else call(name, *args)
-    if kind == "Piecewise":
-        value = args[-1]
-        branches = [(from_sympy(e, names), from_sympy(c, names)) for e, c in x.args]
-        value = branches[-1][0]
-        for e, c in reversed(branches[:-1]):
-            value = call("where", c, e, value)
-        return value
     if kind in _CALLS:
         return call(_CALLS[kind], *args)
     raise DfcError("T020", f"the size `{x}` uses `{kind}`, which dfc has no counterpart for")
