@@ -61,6 +61,7 @@ def compile(
     verify: str = "each",
     strict: bool = False,
     device: str = "cpu",
+    weights: str | os.PathLike[str] | None = None,
     print_after: Callable[[str, Graph], None] | None = None,
     progress: Progress | None = None,
 ) -> Compiled:
@@ -68,7 +69,8 @@ def compile(
 
     Args follow the model's forward. `passes` are names or `Pass` objects (default: the shipped
     set); `engine` is a name, or "auto" for the fastest that is right on the example; `verify` is
-    "each", "end" or "none".
+    "each", "end" or "none"; `weights` is a safetensors file for what the model has on the meta
+    device, read as it is needed.
     Raises:  DfcError.
     """
     say = progress or (lambda what: None)
@@ -78,6 +80,10 @@ def compile(
     graph = model if isinstance(model, Graph) else trace(model, args or (), kwargs, dynamic_shapes)
     report.capture_s = time.perf_counter() - start
     report.notes += graph.notes
+    if weights is not None:
+        from dfc.package import attach_weights
+
+        attach_weights(graph, Path(weights))
     verify_graph(graph, types=isinstance(model, Graph))
     chosen = [p if isinstance(p, Pass) else find_pass(p) for p in (DEFAULT if passes is None else passes)]
     probes = _probes(model, graph, args, kwargs, verify, report, say)
@@ -154,13 +160,18 @@ def _probes(
         return make_probes(graph, inputs, count=1)
     say("running the original on probe inputs")
     run_original = None
-    if not isinstance(model, Graph):
+    if not isinstance(model, Graph) and not _on_meta(model):
         from dfc.capture.original import original_runner
 
         run_original = original_runner(model, graph, args or (), kwargs or {})
     probes = make_probes(graph, inputs, run_original=run_original)
     _settle_size_one(graph, probes, report)
     return probes
+
+
+def _on_meta(model: Any) -> bool:
+    """Whether the model itself cannot run: its weights came from a file."""
+    return any(p.is_meta for p in getattr(model, "parameters", tuple)())
 
 
 def _settle_size_one(graph: Graph, probes: Any, report: Report) -> None:

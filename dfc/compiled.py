@@ -109,9 +109,10 @@ class Compiled:
 
         Raises:  DfcError X family when an op has no translation or the results differ.
         """
-        from dfc.emit.onnx import export_onnx
+        from dfc.emit.onnx_export import export_onnx
 
-        export_onnx(self.graph, path, probes=self.probes, force=force, **options)
+        probes = [(p.inputs, p.original) for p in self.probes]
+        export_onnx(self.graph, path, probes=probes, force=force, **options)
 
     def __str__(self) -> str:
         return str(self.report)

@@ -87,6 +87,16 @@ def read_package(path: Path) -> Package:
     manifest = check_manifest(path)
     if manifest["kind"] != KIND:
         raise DfcError("D040", f"{path} is a {manifest['kind']}, not a package")
+    try:
+        return _read(path)
+    except DfcError:
+        raise
+    except Exception as e:  # the bytes are those that were listed: somebody else wrote them
+        reason = f"{type(e).__name__}: {e}"
+        raise DfcError("D044", f"{path} holds what dfc does not write: {reason}") from e
+
+
+def _read(path: Path) -> Package:
     graph = parse_graph((path / "graph.dfc").read_text(encoding="utf-8"), str(path / "graph.dfc"))
     _attach(graph, path / "weights.safetensors")
     report = Report.from_json((path / "report.json").read_text(encoding="utf-8"))
@@ -118,6 +128,31 @@ def _attach(graph: Graph, path: Path) -> None:
             p.data = SafetensorsData(path, name, p.data.digest)
 
 
+def attach_weights(graph: Graph, path: Path) -> None:
+    """Give parameters without data their numbers from a safetensors file, by name or alias.
+
+    Raises:  DfcError D044 for a file that is not safetensors, D041 for what it lacks.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as f:
+            held = {k: (f.get_slice(k).get_dtype(), f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as e:
+        raise DfcError("D044", f"{path} cannot be read as safetensors: {e}") from e
+    for p in graph.parameters.values():
+        if p.data is not None:
+            continue
+        key = next((n for n in (p.name, *p.aliases) if n in held), None)
+        if key is None:
+            raise DfcError("D041", f"{path}: the weights lack !{p.name}")
+        assert isinstance(p.type, TensorType)
+        dtype, shape = held[key]
+        if (dtype, list(shape)) != (_SAFETENSORS.get(p.type.dtype.name), list(p.type.shape)):
+            raise DfcError("D041", f"{path}: !{key} is {dtype}{shape}, the graph says {p.type}")
+        p.data = SafetensorsData(path, key)
+
+
 def check_weights(graph: Graph) -> None:
     """Compare each parameter's numbers with the digest that the graph states.
 
@@ -134,12 +169,15 @@ def _bytes(t: object) -> int:
 
 
 def _write_safetensors(
-    path: Path, types: Mapping[str, TensorType], tensors: Iterator[torch.Tensor]
+    path: Path,
+    types: Mapping[str, TensorType],
+    tensors: Iterator[torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write tensors one at a time: the library's own writer copies all of them first."""
     import torch
 
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, t in types.items():
         if t.dtype.name not in _SAFETENSORS:
@@ -202,9 +240,11 @@ def _write_probes(path: Path, probes: list[Any]) -> None:
                     wide = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
                     tensors[key + (".complex" if x.is_complex() else "")] = wide
                 else:
-                    tensors[f"{key}.{type(x).__name__}"] = torch.tensor(x)
+                    wide_dtype = torch.float64 if isinstance(x, float) else None
+                    tensors[f"{key}.{type(x).__name__}"] = torch.tensor(x, dtype=wide_dtype)
     types = {k: TensorType.of(x) for k, x in tensors.items()}
-    _write_safetensors(path, types, iter(tensors.values()))
+    labels = {str(i): probe.label for i, probe in enumerate(probes)}
+    _write_safetensors(path, types, iter(tensors.values()), labels)
 
 
 def _read_probes(path: Path) -> list[Any]:
@@ -215,6 +255,7 @@ def _read_probes(path: Path) -> list[Any]:
 
     found: dict[int, dict[str, dict[int, Any]]] = {}
     with safe_open(path, framework="pt") as f:
+        labels = f.metadata() or {}
         for key in f.keys():  # noqa: SIM118 - not a dict
             parts = key.split(".")
             x: Any = f.get_tensor(key)
@@ -229,7 +270,7 @@ def _read_probes(path: Path) -> list[Any]:
 
     return [
         Probe(
-            f"probe {i}",
+            labels.get(str(i), f"probe {i}"),
             ordered(kinds.get("inputs", {})),
             ordered(kinds.get("original", {})),
             ordered(kinds.get("witness", {})),

@@ -22,10 +22,19 @@ _SYNONYMS = {
     "multiply": "mul", "negative": "neg", "not_equal": "ne", "subtract": "sub",
     "swapaxes": "transpose", "swapdims": "transpose", "true_divide": "div",
     "__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor",
-    "special_expit": "sigmoid", "fix": "trunc", "vstack": "vstack",
+    "special_expit": "sigmoid", "fix": "trunc",
 }  # fmt: skip
-# Attributes that name a dimension of the first operand.
+# Attributes that name a dimension of the first operand, and the ops for which they do: others count
+# the dimensions of their result or of a broadcast, or give -1 a meaning of its own.
 _DIMS = ("dim", "dim0", "dim1", "start_dim", "end_dim")
+_COUNT_FIRST = frozenset(
+    """all amax amin any argmax argmin argsort cat chunk cummax cummin cumprod cumsum flip gather
+    glu index_add index_copy index_fill index_select kthvalue log_softmax logcumsumexp logsumexp max
+    mean median min mode nansum narrow norm linalg_vector_norm permute prod scatter scatter_add
+    scatter_reduce select select_scatter slice slice_scatter softmax sort split split_with_sizes
+    squeeze stack std std_mean sum topk transpose unbind unsqueeze var var_mean _log_softmax
+    _softmax""".split()  # noqa: SIM905
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ def _rewrite(graph: Graph, node: Node) -> int:
         return 0
     _, base, overload = node.op.split(".")
     first = node.inputs[0] if node.inputs else None
-    if base in _SYNONYMS and _SYNONYMS[base] != base:
+    if base in _SYNONYMS:
         return _rename(graph, node, f"aten.{_SYNONYMS[base]}.{overload}")
     result = node.results[0]
     if node.op in _RESHAPES and isinstance(result.type, TensorType):
@@ -118,24 +127,25 @@ def _transposed(graph: Graph, node: Node) -> int:
 
 
 def _positive_dims(graph: Graph, node: Node) -> int:
+    _, base, _ = node.op.split(".")
     first = node.inputs[0] if node.inputs else None
-    if isinstance(first, tuple):
-        first = next((v for v in first if v is not None), None)
-    if first is None or not isinstance(first.type, TensorType):
+    listed = first if isinstance(first, tuple) else (first,)
+    ranks = [v.type.rank for v in listed if v is not None and isinstance(v.type, TensorType)]
+    if base not in _COUNT_FIRST or not ranks:
         return 0
-    rank = first.type.rank
-    if node.op.startswith(("aten.unsqueeze.", "aten.stack.")):
+    rank = max(ranks)  # `cat` skips operands of shape [0]
+    if base in ("unsqueeze", "stack"):
         rank += 1
     changed: dict[str, Any] = {}
     for name in _DIMS:
         dim = node.attributes.get(name)
-        if isinstance(dim, int) and not isinstance(dim, bool) and dim < 0 and rank:
+        if isinstance(dim, int) and dim < 0 and rank:
             changed[name] = dim % rank
-    dims = node.attributes.get("dims" if "dims" in node.attributes else "dim")
+    key = "dims" if "dims" in node.attributes else "dim"
+    dims = node.attributes.get(key)
     if isinstance(dims, tuple) and rank and any(isinstance(d, int) and d < 0 for d in dims):
-        key = "dims" if "dims" in node.attributes else "dim"
         changed[key] = tuple(d % rank for d in dims)
-    if changed and node.op.split(".")[1] not in ("diagonal", "unflatten", "roll", "flip_dims"):
+    if changed:
         graph.set_attributes(node, **changed)
         return 1
     return 0

@@ -13,7 +13,7 @@ class CommonSubexpressions(Pass):
     """Merge pure nodes that apply the same op to the same values.
 
     Needs:    a valid graph.
-    Ensures:  no two pure nodes share op, attributes, inputs and stage.
+    Ensures:  no two pure nodes of one graph share op, attributes, inputs and stage.
     Keeps:    inputs, outputs, impure nodes and their order; the earliest twin survives.
     Cost:     one walk; memory linear in distinct nodes.
     """
@@ -25,6 +25,9 @@ class CommonSubexpressions(Pass):
         first: dict[tuple[object, ...], Node] = {}
         merged = 0
         for node in graph.nodes:
+            for inner in node.graphs:
+                left = None if self.limit is None else self.limit - merged
+                merged += CommonSubexpressions(left).run(inner, ctx)
             if node.graphs or node.binds or not node.results or not node.pure:
                 continue
             key = (node.op, node.attributes, node.stage, *node.inputs)

@@ -37,14 +37,14 @@ def _sweep(graph: Graph) -> int:
     dropped = 0
     needed |= _tree_symbols(graph)
     for node in graph.reversed_nodes:
-        for inner in node.graphs:
-            dropped += _sweep(inner)
-            needed |= _all_symbols(inner)
         used = any(r.use_count for r in node.results)
         if used or node.effect or any(b.symbol in needed for b in node.binds):
             needed |= node.symbols
             for r in node.results:
                 needed |= r.type.symbols
+            for inner in node.graphs:
+                dropped += _sweep(inner)
+                needed |= _all_symbols(inner)
             continue
         graph.erase(node)
         dropped += 1

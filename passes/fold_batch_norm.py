@@ -58,10 +58,10 @@ def _fold(graph: Graph, norm: Node) -> int:
     for x in (weight, bias, gamma, beta, mean, variance):
         if x is not None and (not isinstance(x, Parameter) or x.data is None or x in mutated):
             return 0
-    if weight is None or mean is None or variance is None:
+    if not isinstance(weight, Parameter) or mean is None or variance is None:
         return 0
-    if layer.op == "aten.linear.default" and source.tensor_type.rank != 2:
-        return 0  # batch norm counts channels in dimension 1, linear in the last
+    if source.tensor_type.rank != weight.tensor_type.rank:
+        return 0  # sequences into linear, no batch into conv: dimension 1 is not the channels
     names = [x.name for x in (weight, norm.results[0]) if isinstance(x, Value)]
     scaled, shifted = _fused(weight, bias, gamma, beta, mean, variance, norm.attributes["eps"])
     new_weight = _parameter(graph, f"{names[0]}.{norm.results[0].name}", scaled)

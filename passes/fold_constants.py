@@ -9,6 +9,9 @@ from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.types import TensorType
 from dfc.rewrite.pass_ import Context, Pass
 
+# What these hold is whatever was in memory: a compiled model must not depend on it.
+_UNINITIALISED = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "empty_permuted"})
+
 
 @dataclass(frozen=True)
 class FoldConstants(Pass):
@@ -27,13 +30,16 @@ class FoldConstants(Pass):
     def run(self, graph: Graph, ctx: Context) -> int:
         mutated = {m.target for m in graph.mutations}
         folded = 0
-        for node in graph.nodes:
-            if self._foldable(node, mutated):
-                folded += _fold(graph, node)
-        return folded
+        while True:  # folding one reader of a parameter may let the last one replace it
+            now = sum(_fold(graph, n) for n in graph.nodes if self._foldable(n, mutated))
+            folded += now
+            if not now:
+                return folded
 
     def _foldable(self, node: Node, mutated: set[Value]) -> bool:
         if node.graphs or node.binds or node.symbols or not node.results or not node.pure:
+            return False
+        if node.op.split(".")[1] in _UNINITIALISED:
             return False
         read = 0
         for v in node.operands:

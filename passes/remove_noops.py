@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dfc.ir.expr import Expr
 from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.types import TensorType
 from dfc.rewrite.pass_ import Context, Pass
@@ -18,7 +19,8 @@ class RemoveNoops(Pass):
 
     Needs:    a valid graph, canonical for best effect.
     Ensures:  no node of the listed kinds gives back its operand unchanged.
-    Keeps:    additions of zero to floats (`-0.0 + 0` is `0.0`), and everything random.
+    Keeps:    additions of zero to floats (`-0.0 + 0` is `0.0`), and everything random; squeezes of
+              sizes that may be 1.
     Cost:     one walk.
     """
 
@@ -36,11 +38,12 @@ class RemoveNoops(Pass):
                 source = source[0] if len(source) == 1 else None
             if source is None or not isinstance(source.type, TensorType):
                 continue
+            merged = _merge(graph, node, source)
+            changes += merged is not None
+            source = merged or source
             test = _TESTS.get(node.op)
             if test is not None and test(node, source):
                 graph.replace(node, [source])
-                changes += 1
-            elif _merge(graph, node, source):
                 changes += 1
         return changes
 
@@ -49,8 +52,40 @@ def _always(node: Node, x: Value) -> bool:
     return True
 
 
+# Views in which several elements may share memory.
+_OVERLAPPING = ("aten.unfold.", "aten.as_strided.", "aten.expand.")
+
+
+def _apart(node: Node, x: Value) -> bool:
+    """Whether no two elements of a copied value share memory.
+
+    PyTorch's `*_scatter` kernels write through such overlaps, so the copy is kept.
+    """
+    while x.node is not None and x.node.inputs:
+        if x.node.op.startswith(_OVERLAPPING):
+            return False
+        if x.node.op not in _VIEWS or not isinstance(x.node.inputs[0], Value):
+            return True
+        x = x.node.inputs[0]
+    return True
+
+
 def _same_type(node: Node, x: Value) -> bool:
     return node.result.type == x.type
+
+
+def _no_ones(node: Node, x: Value) -> bool:
+    """A squeeze that has nothing to squeeze, whatever the dynamic sizes turn out to be."""
+    if not _same_type(node, x):
+        return False
+    shape = x.tensor_type.shape
+    dims = node.attributes.get("dim", tuple(range(len(shape))))
+    ranges = node.graph.ranges if node.graph else {}
+    for d in dims if isinstance(dims, tuple) else (dims,):
+        size = shape[d] if shape else 0
+        if isinstance(size, Expr) and ranges.get(size.symbol or "", (0, None))[0] < 2:
+            return False
+    return True
 
 
 def _no_training(node: Node, x: Value) -> bool:
@@ -90,6 +125,7 @@ def _one(node: Node, x: Value) -> bool:
         isinstance(other, (int, float))
         and not isinstance(other, bool)
         and other == 1
+        and not x.tensor_type.dtype.is_complex  # inf * (1 + 0i) is NaN in part
         and _same_type(node, x)
         and node.attributes.get("rounding_mode") is None
     )
@@ -107,17 +143,25 @@ def _single(node: Node, x: Value) -> bool:
     return isinstance(node.inputs[0], tuple) and len(node.inputs[0]) == 1
 
 
+_VIEWS = frozenset(
+    f"aten.{op}"
+    for op in (
+        "view.default", "select.int", "slice.Tensor", "transpose.int", "permute.default",
+        "unsqueeze.default", "squeeze.default", "squeeze.dim", "squeeze.dims", "diagonal.default",
+        "alias.default", "detach.default",
+    )
+)  # fmt: skip
 _TESTS: dict[str, Callable[[Node, Value], bool]] = {
-    "aten.clone.default": _always,
+    "aten.clone.default": _apart,
     "aten.alias.default": _always,
     "aten.detach.default": _always,
     "aten.contiguous.default": _always,
     "aten._to_copy.default": _same_type,
     "aten.view.default": _same_type,
     "aten.expand.default": _same_type,
-    "aten.squeeze.dim": _same_type,
-    "aten.squeeze.dims": _same_type,
-    "aten.squeeze.default": _same_type,
+    "aten.squeeze.dim": _no_ones,
+    "aten.squeeze.dims": _no_ones,
+    "aten.squeeze.default": _no_ones,
     "aten.dropout.default": _no_training,
     "aten.feature_dropout.default": _no_training,
     "aten.alpha_dropout.default": _no_training,
@@ -134,27 +178,28 @@ _TESTS: dict[str, Callable[[Node, Value], bool]] = {
 }
 
 
-def _merge(graph: Graph, node: Node, source: Value) -> bool:
-    """A view of a view, or a transposition undone: read what the inner one reads."""
+def _merge(graph: Graph, node: Node, source: Value) -> Value | None:
+    """Let a view of a view, or a permutation of one, read what the inner one reads."""
     inner = source.node
     if inner is None or inner.op != node.op:
-        return False
+        return None
     origin = inner.inputs[0]
     if origin is None or isinstance(origin, tuple):
-        return False
+        return None
     if node.op == "aten.view.default":
         graph.set_inputs_of(node, [origin])
-        return True
-    if node.op == "aten.transpose.int":
-        if {node.attributes["dim0"], node.attributes["dim1"]} == {
-            inner.attributes["dim0"],
-            inner.attributes["dim1"],
-        }:
-            graph.replace(node, [origin])
-            return True
+        return origin
     if node.op == "aten.permute.default":
         dims = tuple(inner.attributes["dims"][d] for d in node.attributes["dims"])
-        graph.set_attributes(node, dims=dims)
+        graph.set_attributes(node, dims=tuple(d % len(dims) for d in dims))
         graph.set_inputs_of(node, [origin])
-        return True
-    return False
+        return origin
+    if node.op == "aten.transpose.int" and _axes(node) == _axes(inner):
+        graph.set_attributes(node, dim0=0, dim1=0)
+        graph.set_inputs_of(node, [origin])
+        return origin
+    return None
+
+
+def _axes(node: Node) -> set[int]:
+    return {node.attributes["dim0"], node.attributes["dim1"]}

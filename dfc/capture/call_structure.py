@@ -96,9 +96,9 @@ def _register(cls: type, kind: Any, name: str, text: str, context: Any) -> None:
         return list(children), _context_text(kind, found)
 
     def build(children: Sequence[object], text: str) -> object:
-        known = _CONTEXTS.get((name, text))
-        if known is None:
-            return tree.Record(zip(json.loads(text), children, strict=False))
+        if (name, text) not in _CONTEXTS:
+            return tree.record(text, children)
+        known = _CONTEXTS[name, text]
         return pytree.SUPPORTED_NODES[kind].unflatten_fn(children, known)
 
     tree.register(cls, Structure(name, flatten, build))
@@ -127,6 +127,26 @@ def register_dataclass(cls: type) -> None:
         import torch
 
         torch.export.register_dataclass(cls, serialized_type_name=class_name(cls))
+
+
+def register_caches() -> None:
+    """Make transformers' key-value caches known, when transformers is in use."""
+    import sys
+
+    if "transformers" not in sys.modules:
+        return
+    from transformers import DynamicCache, EncoderDecoderCache
+    from transformers.integrations.executorch import register_dynamic_cache_export_support
+
+    if DynamicCache not in pytree.SUPPORTED_NODES:
+        register_dynamic_cache_export_support()
+    if EncoderDecoderCache not in pytree.SUPPORTED_NODES:
+        pytree.register_pytree_node(
+            EncoderDecoderCache,
+            lambda c: ([c.self_attention_cache, c.cross_attention_cache], ["self", "cross"]),
+            lambda children, _: EncoderDecoderCache(*children),
+            serialized_type_name="transformers.cache_utils.EncoderDecoderCache",
+        )
 
 
 def flat_leaves(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:

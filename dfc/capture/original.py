@@ -47,10 +47,18 @@ def original_runner(
         values = [v for v in graph.inputs if v.type.__class__.__name__ == "TensorType"]
         after = dict(zip(values, inputs_after, strict=True))
         now = _owned(model)
+        lost = [m.target.name for m in graph.mutations
+                if isinstance(m.target, Parameter) and m.target.name not in now]  # fmt: skip
+        if lost:
+            raise DfcError(
+                "T025", f"calling the model replaces its own parameter `{lost[0]}`", status=3
+            )
         mutated = [
             now[m.target.name].clone() if isinstance(m.target, Parameter) else after[m.target]
             for m in graph.mutations
         ]
+        # A result may be a buffer itself, which is about to be put back.
+        outputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in outputs]
         _restore(model, state)
         return [*outputs, *mutated]
 

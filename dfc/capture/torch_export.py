@@ -23,7 +23,13 @@ import torch
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
-from dfc.capture.call_structure import constant, flat_leaves, register_example, tree_of
+from dfc.capture.call_structure import (
+    constant,
+    flat_leaves,
+    register_caches,
+    register_example,
+    tree_of,
+)
 from dfc.capture.convert import Converter, Names, package_path, refuse_leaked
 from dfc.errors import DfcError, Span
 from dfc.ir.expr import Expr, Scalar, Size, symbol
@@ -88,6 +94,7 @@ def trace(
     except TypeError as e:
         raise _bad_call(module, e) from e
     register_example([*args, given])
+    register_caches()
     leaves, spec = flat_leaves(args, given)
     request = Request(module, leaves, spec, wishes_of(module, args, given, dynamic_shapes))
     return _capture(request)
@@ -730,7 +737,7 @@ def _guards(program: ExportedProgram, graph: Graph, names: Names) -> tuple[Scala
     found: dict[Scalar, None] = {}
     for guard in shape_env.guards if shape_env is not None else ():
         for expression in sympy.And.make_args(guard.expr.xreplace(shape_env.replacements)):
-            if _about_size_one(expression):
+            if _says_nothing_new(expression) or _narrows(expression, graph, names):
                 continue
             with contextlib.suppress(DfcError):  # an exotic guard is the model's own business
                 condition = from_sympy(expression, names.known)
@@ -739,13 +746,37 @@ def _guards(program: ExportedProgram, graph: Graph, names: Names) -> tuple[Scala
     return tuple(found)
 
 
-def _about_size_one(guard: sympy.Basic) -> bool:
-    """Whether a guard only says "not 0 or 1", which torch assumes everywhere and probes settle."""
+def _says_nothing_new(guard: sympy.Basic) -> bool:
+    """Whether a guard only says "not 0 or 1", which probes settle."""
     if isinstance(guard, sympy.Ne):
         return any(a in (0, 1) for a in guard.args)
     if isinstance(guard, (sympy.Ge, sympy.Gt, sympy.Le, sympy.Lt)):
         return any(a.is_Integer and a <= 2 for a in guard.args)
     return False
+
+
+def _narrows(guard: sympy.Basic, graph: Graph, names: Names) -> bool:
+    """Put a bound on one symbol into its range; whether the guard was one."""
+    if not isinstance(guard, (sympy.Ge, sympy.Gt, sympy.Le, sympy.Lt)):
+        return False
+    a, b = guard.args
+    if not (a.is_Symbol and b.is_Integer):
+        return False
+    known = names.known.get(a)
+    name = known.symbol if isinstance(known, Expr) else None
+    if name is None or name not in graph.ranges:
+        return False
+    low, high = graph.ranges[name]
+    limit = int(b)
+    if isinstance(guard, (sympy.Le, sympy.Lt)):
+        limit -= isinstance(guard, sympy.Lt)
+        high = limit if high is None else min(high, limit)
+    else:
+        low = max(low, limit + isinstance(guard, sympy.Gt))
+    if (low, high) != graph.ranges[name]:
+        graph.notes.append(f"`{name}` is limited to {low}..{high}: the model's own code needs it")
+        graph.ranges[name] = (low, high)
+    return True
 
 
 def _range(bounds: Any) -> Range:

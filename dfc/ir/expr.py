@@ -24,8 +24,20 @@ Atom = Union[str, "Call"]
 Monomial = tuple[tuple[Atom, int], ...]  # sorted (atom, power) pairs; () is the constant
 
 
+MAX_BITS = 4096  # of a number that a power or a shift may make: text must not fill the memory
+
+
 def _int_pow(a: int, b: int) -> int | float:
-    return a**b
+    if abs(a).bit_length() * b > MAX_BITS:
+        raise OverflowError(f"{a} to the power {b} has too many digits")
+    result: int | float = a**b
+    return result
+
+
+def _shift_left(a: int, b: int) -> int:
+    if b > MAX_BITS:
+        raise OverflowError(f"{a} shifted by {b} has too many digits")
+    return a << b
 
 
 # The closed list of what a Call may be; text can name nothing else.
@@ -38,7 +50,7 @@ FUNCTIONS: dict[str, Callable[..., int | float | bool]] = {
     "and_bits": operator.and_,
     "or_bits": operator.or_,
     "xor_bits": operator.xor,
-    "shl": operator.lshift,
+    "shl": _shift_left,
     "shr": operator.rshift,
     "where": lambda c, a, b: a if c else b,
     "eq": operator.eq,

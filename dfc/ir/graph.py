@@ -53,12 +53,20 @@ Range = tuple[int, Union[int, None]]
 class Attributes(Mapping[str, Any]):
     """An immutable mapping compared by type and bits: 1, 1.0 and True differ, and so do 0.0, -0.0."""
 
-    __slots__ = ("_hash", "_items", "_key")
+    __slots__ = ("_hash", "_items", "_key", "_symbols")
 
     def __init__(self, items: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> None:
         self._items: dict[str, Any] = {k: _frozen(v) for k, v in dict(items).items()}
         self._key = tuple((k, attribute_key(v)) for k, v in self._items.items())
         self._hash = hash(self._key)
+        self._symbols: frozenset[str] | None = None
+
+    @property
+    def symbols(self) -> frozenset[str]:
+        """The sizes that occur in the values."""
+        if self._symbols is None:
+            self._symbols = frozenset().union(*map(_attribute_symbols, self._items.values()))
+        return self._symbols
 
     def __getitem__(self, name: str) -> Any:
         return self._items[name]
@@ -268,7 +276,7 @@ class Node:
     @property
     def symbols(self) -> frozenset[str]:
         """The symbols that the attributes mention."""
-        return frozenset().union(*(_attribute_symbols(v) for v in self.attributes.values()))
+        return self.attributes.symbols
 
     def __repr__(self) -> str:
         names = ", ".join(f"%{r.name}" for r in self.results)

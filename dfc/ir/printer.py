@@ -146,6 +146,8 @@ class _Printer:
             shown.append(self.argument(a, leaves, names))
         outputs = iter(graph.outputs)
         results = tree_text(graph.output_tree, lambda: str(next(outputs).type))
+        if results.endswith('"'):
+            results = f"({results})"  # `"name" {` begins a named structure
         lines = [f"{indent}graph @{graph.name}({', '.join(shown)}) -> {results}"]
         if graph.ranges:
             shown = [range_text(n, r) for n, r in graph.ranges.items()]

@@ -106,6 +106,13 @@ class Record(dict[str, Any]):
             raise AttributeError(name) from None
 
 
+def record(context: str, parts: Sequence[object]) -> Record:
+    """The parts by field name where the context names them, else by position."""
+    fields = json.loads(context)
+    named = isinstance(fields, list) and len(fields) == len(parts)
+    return Record(zip(map(str, fields if named else range(len(parts))), parts, strict=True))
+
+
 def children(tree: Tree) -> tuple[Tree, ...]:
     return () if isinstance(tree, (Leaf, Const)) else tree.items
 
@@ -201,4 +208,4 @@ def build(tree: Tree, leaves: Iterator[object], bindings: Mapping[str, Any]) -> 
     structure = _BY_NAME.get(tree.name)
     if structure:
         return structure.build(parts, tree.context)
-    return Record(zip(map(str, _keys(tree)), parts, strict=True))
+    return record(tree.context, parts)

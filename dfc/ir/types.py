@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Union
 
 from dfc.ir.expr import Scalar, Size, evaluate, symbols
@@ -106,7 +107,7 @@ class TensorType:
     def rank(self) -> int:
         return len(self.shape)
 
-    @property
+    @cached_property
     def is_static(self) -> bool:
         return all(isinstance(s, int) for s in self.shape)
 
@@ -123,7 +124,7 @@ class TensorType:
         """Bytes of all elements, as an expression where sizes are symbolic."""
         return self.numel * self.dtype.itemsize
 
-    @property
+    @cached_property
     def symbols(self) -> frozenset[str]:
         return frozenset().union(*(symbols(s) for s in self.shape))
 

@@ -48,10 +48,10 @@ def _version(tensor: torch.Tensor) -> int:
 class SafetensorsData(ParameterData):
     """An entry of a safetensors file, read when it is asked for."""
 
-    def __init__(self, path: Path, key: str, digest: str) -> None:
+    def __init__(self, path: Path, key: str, digest: str | None = None) -> None:
         self.path = path
         self.key = key
-        self._digest = digest
+        self._digest = digest  # None: computed when it is asked for
         self._held: torch.Tensor | None = None
 
     def tensor(self) -> torch.Tensor:
@@ -63,6 +63,8 @@ class SafetensorsData(ParameterData):
         return self._held
 
     def sha256(self) -> str:
+        if self._digest is None:
+            self._digest = tensor_sha256(self.tensor())
         return self._digest
 
 

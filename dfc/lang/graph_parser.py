@@ -22,11 +22,13 @@ MAX_BYTES = 256 * 1024 * 1024
 MAX_DEPTH = 64
 MAX_DIGITS = 19
 MAX_RANK = 32
+MAX_NAME = 256
+MAX_TERMS = 256  # of one size: a product of sums grows beyond all bounds
 
 _TOKEN = re.compile(
     r"""
     (?P<space>[ \t\r\n]+|\#[^\n]*)
-  | (?P<type>[a-z][a-z0-9]*\[[^\]\n"]*\])
+  | (?P<type>(?!return\[)[a-z][a-z0-9]*\[[^\]\n"]*\])
   | (?P<hash>sha256:[0-9a-f]{64}(?![0-9A-Za-z]))
   | (?P<value>%\.?[A-Za-z0-9_]+)
   | (?P<param>!(?:[A-Za-z0-9_.]+|"(?:[^"\\\n]|\\.)*"))
@@ -42,6 +44,7 @@ _SCALARS: dict[str, Type] = {"int": INT, "float": FLOAT, "bool": BOOL, "none": N
 _NUMBERS = {"inf": float("inf"), "nan": float("nan")}
 _CONSTANTS: dict[str, Any] = {"None": None, "True": True, "False": False, **_NUMBERS}
 _KINDS = ("buffer", "constant", "state")
+_OPERATORS = ("+", "-", "*", "//", "%")
 
 
 def parse_graph(text: str, file: str = "<string>") -> Graph:
@@ -67,9 +70,10 @@ class _Parser:
         self.i = 0
         self.depth = 0
         self._tokenize(text, self.kinds, self.words, self.starts, 0)
-        self.kinds.append("end")
-        self.words.append("end of text")
-        self.starts.append(len(text))
+        for _ in range(2):  # two, so that looking at the word behind the last one is safe
+            self.kinds.append("end")
+            self.words.append("end of text")
+            self.starts.append(len(text))
 
     def _tokenize(
         self, text: str, kinds: list[str], words: list[str], starts: list[int], offset: int
@@ -110,7 +114,11 @@ class _Parser:
 
     def expected(self, what: str) -> NoReturn:
         got = self.words[self.i]
-        self.fail_here(f"expected {what}, got `{got}`" if self.kinds[self.i] != "end" else f"expected {what}, got the end of the text")
+        self.fail_here(
+            f"expected {what}, got `{got}`"
+            if self.kinds[self.i] != "end"
+            else f"expected {what}, got the end of the text"
+        )
 
     # tokens
 
@@ -138,7 +146,9 @@ class _Parser:
             self.expected("an integer")
         if len(word) > MAX_DIGITS:
             self.i -= 1
-            self.fail_here(f"an integer may have {MAX_DIGITS} digits, this one has {len(word)}", "P007")
+            self.fail_here(
+                f"an integer may have {MAX_DIGITS} digits, this one has {len(word)}", "P007"
+            )
         return -int(word) if negative else int(word)
 
     def string(self) -> str:
@@ -167,13 +177,15 @@ class _Parser:
         version = self.integer()
         if version != FORMAT_VERSION:
             self.i -= 1
-            self.fail_here(f"version {version} of the format is not known, only {FORMAT_VERSION}", "P006")
-        graph = self.graph({})
+            self.fail_here(
+                f"version {version} of the format is not known, only {FORMAT_VERSION}", "P006"
+            )
+        graph = self.graph()
         if self.kinds[self.i] != "end":
             self.expected("the end of the text")
         return graph
 
-    def graph(self, outer: dict[str, Graph]) -> Graph:
+    def graph(self) -> Graph:
         self.enter()
         self.need("graph")
         graph = Graph(self.take("graph", "a graph name such as `@main`")[1:])
@@ -181,7 +193,9 @@ class _Parser:
         graph.arguments = self.arguments(graph, values)
         self.need("->")
         header_types: list[tuple[int, Type]] = []
-        header_tree = self.tree(lambda: header_types.append((self.i, self.type())))
+        if self.kinds[self.i] == "string" and self.words[self.i + 1] not in ("{", "<"):
+            self.expected("a structure of types; a string alone stands in brackets")
+        header_tree = self.tree(lambda: header_types.append((self.i, self.type())), types=True)
         mutations: list[tuple[int, str, int, str]] = []
         if self.accept("where"):
             graph.ranges = self.ranges()
@@ -198,26 +212,37 @@ class _Parser:
                 self.expected("`return`")
             self.node(graph, values, pending)
         self.returns(graph, values, header_tree, header_types, mutations)
-        inner: dict[str, Graph] = {}
+        inner: dict[str, tuple[int, Graph]] = {}
         while self.words[self.i] == "graph":
             at = self.i + 1
-            nested = self.graph(inner)
+            nested = self.graph()
             if nested.name in inner:
                 self.i = at
                 self.fail_here(f"two nested graphs are called @{nested.name}", "P005")
-            inner[nested.name] = nested
+            inner[nested.name] = (at, nested)
         self.need("}")
+        resume = self.i
+        known = list(inner)
         for node, names in pending:
-            node.graphs = tuple(self.nested(inner, at, name) for at, name in names)
+            node.graphs = tuple(self.nested(inner, known, at, name) for at, name in names)
+        for name, (at, _) in inner.items():
+            self.i = at
+            self.fail_here(f"no node uses the nested graph @{name}", "P005")
+        self.i = resume
         self.depth -= 1
         return graph
 
-    def nested(self, inner: dict[str, Graph], at: int, name: str) -> Graph:
-        found = inner.get(name)
+    def nested(
+        self, inner: dict[str, tuple[int, Graph]], known: list[str], at: int, name: str
+    ) -> Graph:
+        found = inner.pop(name, None)
         if found is None:
             self.i = at
-            self.fail_here(f"there is no nested graph @{name}", "P004", did_you_mean(name, list(inner)))
-        return found
+            if name in known:
+                self.fail_here(f"another node uses the nested graph @{name}", "P005")
+            help = did_you_mean(name, known)
+            self.fail_here(f"there is no nested graph @{name}", "P004", help)
+        return found[1]
 
     def arguments(self, graph: Graph, values: dict[str, Value]) -> tuple[Argument, ...]:
         self.need("(")
@@ -260,6 +285,9 @@ class _Parser:
 
     def range(self) -> tuple[str, Range]:
         name = self.take("name", "a size such as `B`")
+        if "." in name:
+            self.i -= 1
+            self.expected("a size such as `B`")
         self.need("in")
         low = self.integer()
         self.need("..")
@@ -284,6 +312,8 @@ class _Parser:
             target = self.words[at]
             self.i += 1
             self.need("=")
+            if self.kinds[self.i] not in ("param", "value"):
+                self.expected("a value")
             found.append((at, target, self.i, self.words[self.i]))
             self.i += 1
             if not self.accept(","):
@@ -329,9 +359,11 @@ class _Parser:
             self.i += 1
             self.need(":")
             types.append(self.type())
-            if not self.accept(","):
-                self.need("=")
+            if self.accept("="):
                 break
+            self.need(",")
+            if kinds[self.i] != "value":
+                self.expected("a value such as `%x`")
         op = self.take("name", "an op such as `aten.relu.default`")
         self.need("(")
         inputs: list[Input] = []
@@ -372,7 +404,9 @@ class _Parser:
                 self.i = place
                 self.fail_here(f"two values are called %{name}", "P005")
             values[name] = None  # type: ignore[assignment]
-        node = graph.add(op, inputs, attributes, types=types, names=names, binds=binds, stage=stage, loc=loc)
+        node = graph.add(
+            op, inputs, attributes, types=types, names=names, binds=binds, stage=stage, loc=loc
+        )
         for name, r in zip(names, node.results, strict=True):
             values[name] = r
         if graphs:
@@ -450,55 +484,67 @@ class _Parser:
 
     # structures
 
-    def tree(self, leaf: Any) -> Tree:
+    def tree(self, leaf: Any, types: bool = False) -> Tree:
+        """A structure; `types` says that its leaves are types, as in the header of a graph."""
         self.enter()
-        tree = self._tree(leaf)
+        tree = self._tree(leaf, types)
         self.depth -= 1
         return tree
 
-    def _tree(self, leaf: Any) -> Tree:
-        kind, word = self.kinds[self.i], self.words[self.i]
-        if kind in ("value", "param", "type") or (kind == "name" and word in _SCALARS):
+    def _tree(self, leaf: Any, types: bool) -> Tree:
+        kind, word, following = self.kinds[self.i], self.words[self.i], self.words[self.i + 1]
+        scalar = types and kind == "name" and word in _SCALARS and following != "("
+        if scalar or kind in ("value", "param", "type"):
             leaf()
             return LEAF
-        if kind == "string" and self.words[self.i + 1] in ("{", "<"):
-            return self.named(leaf)
+        if kind == "string" and following in ("{", "<"):
+            return self.named(leaf, types)
         if kind == "punct" and word in ("(", "["):
+            start = self.i
             self.i += 1
             close = ")" if word == "(" else "]"
             items = []
+            comma = True
             while not self.accept(close):
-                items.append(self.tree(leaf))
-                if not self.accept(","):
+                items.append(self.tree(leaf, types))
+                comma = self.accept(",")
+                if not comma:
                     self.need(close)
                     break
-            return Seq("tuple" if word == "(" else "list", tuple(items))
+            if word == "[" or len(items) != 1 or comma:
+                return Seq("tuple" if word == "(" else "list", tuple(items))
+            if self.kinds[self.i] == "punct" and self.words[self.i] in _OPERATORS:
+                self.i = start  # `(B // 2) + 1`: the bracket belongs to an expression
+                return Const(self.expression())
+            return items[0]
         if kind == "punct" and word == "{":
-            keys, items = self.fields(leaf)
+            keys, items = self.fields(leaf, types)
             return Map(tuple(keys), tuple(items))
         return Const(self.attribute())
 
-    def fields(self, leaf: Any) -> tuple[list[Any], list[Tree]]:
+    def fields(self, leaf: Any, types: bool) -> tuple[list[Any], list[Tree]]:
         self.need("{")
         keys: list[Any] = []
         items: list[Tree] = []
         while not self.accept("}"):
-            if self.kinds[self.i] == "name" and self.words[self.i] not in _CONSTANTS:
-                keys.append(self.words[self.i])
+            word = self.words[self.i]
+            plain = self.kinds[self.i] == "name" and self.words[self.i + 1] == ":"
+            if plain and word not in _CONSTANTS and "." not in word:
+                keys.append(word)
                 self.i += 1
             else:
                 keys.append(self.attribute())
             self.need(":")
-            items.append(self.tree(leaf))
+            items.append(self.tree(leaf, types))
             if not self.accept(","):
                 self.need("}")
                 break
         return keys, items
 
-    def named(self, leaf: Any) -> Tree:
+    def named(self, leaf: Any, types: bool) -> Tree:
         name = self.string()
         if self.words[self.i] == "{":
-            keys, items = self.fields(leaf)
+            keys, items = self.fields(leaf, types)
             return Named(name, json.dumps(keys), tuple(items))
         self.need("<")
         context = self.string()
@@ -506,7 +552,7 @@ class _Parser:
         self.need("(")
         children: list[Tree] = []
         while not self.accept(")"):
-            children.append(self.tree(leaf))
+            children.append(self.tree(leaf, types))
             if not self.accept(","):
                 self.need(")")
                 break
@@ -531,7 +577,9 @@ class _Parser:
         name, _, inside = word.partition("[")
         dtype = DTYPES.get(name)
         if dtype is None:
-            self.fail_here(f"unknown element type `{name}`", "P003", did_you_mean(name, list(DTYPES)))
+            self.fail_here(
+                f"unknown element type `{name}`", "P003", did_you_mean(name, list(DTYPES))
+            )
         kinds: list[str] = []
         words: list[str] = []
         starts: list[int] = []
@@ -551,7 +599,9 @@ class _Parser:
             if not self.accept(",") and self.kinds[self.i] != "end":
                 self.expected("`,` or `]`")
         if len(shape) > MAX_RANK:
-            self.fail_here(f"a tensor may have {MAX_RANK} dimensions, this has {len(shape)}", "P007")
+            self.fail_here(
+                f"a tensor may have {MAX_RANK} dimensions, this has {len(shape)}", "P007"
+            )
         self.kinds, self.words, self.starts, self.i = saved
         return TensorType(dtype, tuple(shape))
 
@@ -587,18 +637,24 @@ class _Parser:
             else:
                 real = self.expression()
                 self.need(",")
-                value = complex(float(real), float(self.expression()))  # type: ignore[arg-type]
+                imaginary = self.expression()
+                if isinstance(real, Expr) or isinstance(imaginary, Expr):
+                    self.fail_here("a complex number is made of two numbers", "P008")
+                value = complex(float(real), float(imaginary))
             self.need(")")
             return value
-        if kind == "name" and word in ("None", *DTYPES):
+        if word in ("None", *DTYPES) and following not in _OPERATORS:
             self.i += 1
             return DTYPES.get(word)
         return self.expression()
 
     def size_symbol(self, word: str) -> Expr:
-        if "." in word or len(word) > 256:
+        if "." in word:
             self.i -= 1
             self.expected("a value")
+        if len(word) > MAX_NAME:
+            self.i -= 1
+            self.fail_here(f"a name may have {MAX_NAME} characters", "P007")
         return symbol(word)
 
     def number(self, word: str) -> int | float:
@@ -633,6 +689,8 @@ class _Parser:
             self.integers(at, total, right)
             if sign == "*":
                 total = total * right
+                if isinstance(total, Expr) and len(total.terms) > MAX_TERMS:
+                    self.fail_here(f"a size may have {MAX_TERMS} terms", "P007")
             elif right == 0:
                 self.i -= 1
                 self.fail_here("division by zero", "P008")
@@ -644,13 +702,16 @@ class _Parser:
         for x in operands:
             if isinstance(x, (float, bool)) or (isinstance(x, Expr) and x.kind != "int"):
                 self.i = at
-                self.fail_here("`+ - * // %` are for integers; floats use fadd(), fmul()", "P008")
+                self.fail_here("`+ - * // %` are for integers; floats use `fadd`, `fmul`", "P008")
 
     def factor(self) -> Any:
         if self.accept("-"):
             self.enter()
+            at = self.i
             inner = self.factor()
             self.depth -= 1
+            if not isinstance(inner, float):
+                self.integers(at, inner)
             return -inner
         if self.accept("("):
             inner = self.expression()
@@ -660,16 +721,20 @@ class _Parser:
         if kind == "number":
             self.i += 1
             return self.number(word)
-        if kind == "name" and self.words[self.i + 1] == "(" :
+        if kind == "name" and self.words[self.i + 1] == "(":
             return self.function(word)
+        if word == "None" or word in DTYPES:
+            self.fail_here(f"`{word}` is not a number", "P008")
         if kind == "name":
             self.i += 1
-            return _CONSTANTS[word] if word in _CONSTANTS and word != "None" else self.size_symbol(word)
+            return _CONSTANTS[word] if word in _CONSTANTS else self.size_symbol(word)
         self.expected("a number or a size")
 
     def function(self, word: str) -> Scalar:
         if word not in FUNCTIONS:
-            self.fail_here(f"unknown function `{word}`", "P004", did_you_mean(word, list(FUNCTIONS)))
+            self.fail_here(
+                f"unknown function `{word}`", "P004", did_you_mean(word, list(FUNCTIONS))
+            )
         at = self.i
         self.i += 2
         args = []

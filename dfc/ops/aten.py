@@ -7,6 +7,7 @@ belongs to the stage, layout to the engine.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -266,9 +267,17 @@ def _infer_fake(
         shape = [table.concrete(s) for s in t.shape]
         return torch.empty(shape, dtype=t.dtype.to_torch(), device="cpu")
 
-    with FakeTensorMode(shape_env=table.env, allow_non_fake_inputs=False), torch.no_grad():
-        values = {k: table.concrete_deep(v) for k, v in attributes.items()}
-        results = op.run([fake(t) for t in types], values)
+    # A refused operand is our caller's to report; torch would log a traceback as well.
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    mode = FakeTensorMode(shape_env=table.env, allow_non_fake_inputs=False)
+    try:
+        with mode, torch.no_grad():
+            values = {k: table.concrete_deep(v) for k, v in attributes.items()}
+            results = op.run([fake(t) for t in types], values)
+    finally:
+        logger.setLevel(level)
     return tuple(table.type_of(r, binds) for r in results)
 
 

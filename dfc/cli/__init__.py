@@ -1,0 +1,84 @@
+"""The `dfc` command: one file per verb, errors as text with an exit status, data on stdout.
+
+A verb's module is light; torch and onnx are imported inside the functions that need them, so that
+`dfc --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from dfc.cli.bench import bench as bench_
+from dfc.cli.check import check as check_
+from dfc.cli.compile import compile as compile_
+from dfc.cli.doctor import doctor as doctor_
+from dfc.cli.failures import guarded, usage
+from dfc.cli.fmt import fmt as fmt_
+from dfc.cli.list import list_
+from dfc.cli.run import run as run_
+from dfc.cli.show import show as show_
+from dfc.cli.verify import verify as verify_
+
+app = typer.Typer(
+    rich_markup_mode=None,  # plain help: examples keep their lines, and nothing slow is loaded
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (compile_, run_, bench_, show_, verify_, check_, fmt_, list_, doctor_):
+    app.command(name=verb.__name__.rstrip("_"))(verb)
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """A dataflow-graph compiler for PyTorch models: proved, never worse, explained.
+
+    MODEL is FILE.py:FUNCTION or package.module:FUNCTION (a function that returns (module, args),
+    (module, args, kwargs) or (module, args, kwargs, dynamic_shapes)), a model.pt2, a graph.dfc or
+    a package folder.
+
+    \b
+    Examples:
+      dfc compile encoder.py:build -o encoder.dfcpkg --onnx encoder.onnx
+      dfc run encoder.dfcpkg --random --size B=4
+      dfc doctor
+
+    \b
+    Exit status:
+      0  done                             5    a requirement is not met
+      1  internal error                   6    does not fit
+      2  bad input, packages included     7    environment: disk, libraries
+      3  capture failed, unsupported op   8    failed while running, your code raised
+      4  results differ                   9    a check found differences
+                                          130  interrupted
+    """
+    if version:
+        import dfc
+
+        typer.echo(f"dfc {dfc.__version__}")
+    elif ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status. The console script passes it to `sys.exit`."""
+    given = [*(sys.argv[1:] if argv is None else argv)]
+    return guarded(lambda: _dispatch(given), given)
+
+
+def _dispatch(argv: Sequence[str]) -> int:
+    try:
+        result: Any = app([*argv], prog_name="dfc", standalone_mode=False)
+    except (typer.Exit, typer.Abort) as e:
+        return getattr(e, "exit_code", 130)
+    except Exception as e:
+        if hasattr(e, "format_message"):  # typer's own: a wrong option, a missing argument
+            raise usage(e, [c.name or "" for c in app.registered_commands]) from e
+        raise
+    return result if isinstance(result, int) else 0

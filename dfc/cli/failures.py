@@ -1,0 +1,127 @@
+"""From an exception to an exit status and a text on stderr; a bug of ours leaves a reproducer."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from dfc.errors import DfcError, did_you_mean
+
+INTERNAL, DIFFERENT, INTERRUPTED = 1, 9, 130
+
+
+def guarded(action: Callable[[], int], argv: Sequence[str]) -> int:
+    """Run a command; every way to fail becomes its documented status."""
+    try:
+        status = action()
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        _say("dfc: interrupted; nothing was left half-written")
+        return INTERRUPTED
+    except BrokenPipeError:  # `dfc show ... | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except DfcError as e:
+        _say(e.render())
+        if e.status == INTERNAL:
+            _report_bug(e, argv)
+        return e.status
+    except Exception as e:  # noqa: BLE001 - the one place where a bug of ours is caught
+        _say(f"dfc: internal error: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
+        _report_bug(e, argv)
+        return INTERNAL
+
+
+def usage(error: Any, verbs: Sequence[str]) -> DfcError:
+    """A wrong command line in our words."""
+    message = str(error.format_message())
+    context = getattr(error, "ctx", None)
+    path = getattr(context, "command_path", "dfc")
+    hint = f"see `{path} --help`"
+    if message.startswith("No such command"):
+        hint = did_you_mean(message.split("'")[1], verbs) or hint
+    return DfcError("Q010", message[:1].lower() + message[1:].rstrip("."), help=hint)
+
+
+def user_error(error: BaseException, what: str, own: str) -> DfcError:
+    """The user's own code raised: its kind, its text, and the line of theirs where it happened."""
+    from dfc.errors import Span
+
+    place = None
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == own or (place is None and not _is_ours(frame.filename)):
+            place = frame
+    if isinstance(error, SyntaxError) and error.filename:
+        at = Span(error.filename, error.lineno or 1, error.offset or 0, 0, error.text)
+        return DfcError("K040", f"{what} is not valid Python: {error.msg}", span=at)
+    span = Span(place.filename, place.lineno or 1, 0, 0, place.line) if place else None
+    reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return DfcError("K040", f"{what} raised {reason}", span=span)
+
+
+def _is_ours(file: str) -> bool:
+    return file.startswith(("<frozen", str(Path(__file__).parent.parent) + os.sep))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _report_bug(error: BaseException, argv: Sequence[str]) -> None:
+    """Write what is needed to see the error again, and say where."""
+    import tempfile
+
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="dfc-reproducer-"))
+        text = "".join(traceback.format_exception(error))
+        (folder / "error.txt").write_text(f"{_versions()}\n\n{text}", encoding="utf-8")
+        (folder / "command.txt").write_text(_command(argv) + "\n", encoding="utf-8")
+        graph = _graph_at_fault(error.__traceback__)
+        if graph:
+            (folder / "graph.dfc").write_text(graph, encoding="utf-8")
+    except OSError as e:
+        _say(f"  note: the reproducer could not be written: {e}")
+        return
+    names = ", ".join(sorted(p.name for p in folder.iterdir()))
+    _say(f"  note: this is a bug in dfc; a reproducer is in {folder} ({names})")
+
+
+def _command(argv: Sequence[str]) -> str:
+    import shlex
+
+    return f"cd {shlex.quote(os.getcwd())}\n{shlex.join(['dfc', *argv])}"
+
+
+def _versions() -> str:
+    import platform
+
+    import dfc
+
+    torch = sys.modules.get("torch")
+    return (
+        f"dfc {dfc.__version__}, torch {getattr(torch, '__version__', 'not loaded')}, "
+        f"python {platform.python_version()}, {platform.platform()}"
+    )
+
+
+def _graph_at_fault(tb: TracebackType | None) -> str | None:
+    """The text of the graph that the innermost function had in hand."""
+    module = sys.modules.get("dfc.ir.graph")
+    found = None
+    while tb is not None and module is not None:
+        for value in tb.tb_frame.f_locals.values():
+            if isinstance(value, module.Graph):
+                found = value
+        tb = tb.tb_next
+    if found is None:
+        return None
+    try:
+        return str(found)
+    except Exception as e:  # noqa: BLE001 - a broken graph may not print; the error matters more
+        return f"# the graph does not print: {e!r}\n"

@@ -1,0 +1,118 @@
+"""`dfc list`: the passes, engines and ops that there are."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from dfc.cli.options import Json
+from dfc.errors import DfcError, did_you_mean
+
+_KINDS = ("passes", "engines", "ops")
+
+
+def list_(
+    kind: Annotated[
+        str, typer.Argument(metavar="[passes|engines|ops]", help="What to list.")
+    ] = "passes",
+    word: Annotated[
+        str, typer.Argument(metavar="[WORD]", help="Only names with this in them.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """List passes with their options, engines, or ops.
+
+    \b
+    Examples:
+      dfc list
+      dfc list engines
+      dfc list ops softmax
+    """
+    if kind not in _KINDS:
+        raise DfcError(
+            "Q010", f"there are {', '.join(_KINDS)} to list, not `{kind}`",
+            help=did_you_mean(kind, _KINDS),
+        )  # fmt: skip
+    from dfc.cli.progress import Progress
+
+    with Progress() as say:
+        say("loading")
+        rows = {"passes": _passes, "engines": engine_rows, "ops": _ops}[kind](word)
+    if as_json:
+        from dfc.cli.tables import print_json
+
+        print_json(rows)
+        return
+    from dfc.cli.tables import print_table, print_text
+
+    if kind == "passes":
+        shown = [[r["name"], r["numerics"], r["does"], _options(r["options"])] for r in rows]
+        print_table(["pass", "numerics", "does", "options"], shown)
+    elif kind == "engines":
+        shown = [[r["name"], ", ".join(r["devices"]), r["state"], r["does"]] for r in rows]
+        print_table(["engine", "devices", "", "does"], shown)
+    else:
+        print_table(["op", "means"], [[r["name"], r["does"]] for r in rows])
+        if not word:
+            print_text("\nand every functional aten op; `dfc list ops WORD` finds them by name")
+
+
+def _passes(word: str) -> list[dict[str, Any]]:
+    from dfc.cli.steps import option_rows
+    from dfc.rewrite.pass_ import DEFAULT, pass_classes
+
+    return [
+        {
+            "name": name,
+            "numerics": str(cls.numerics),
+            "default": name in DEFAULT,
+            "does": first_line(cls),
+            "options": option_rows(cls),
+        }
+        for name, cls in sorted(pass_classes().items())
+        if word in name
+    ]
+
+
+def _options(options: list[dict[str, str]]) -> str:
+    return ", ".join(f"{o['name']}: {o['type']} = {o['default']}" for o in options)
+
+
+def engine_rows(word: str = "") -> list[dict[str, Any]]:
+    """Every engine: where it runs, and what is missing if it cannot."""
+    from dfc.runtime.engines import engine_names, find_engine
+
+    rows = []
+    for name in engine_names():
+        try:
+            engine = find_engine(name)
+            found = {"devices": list(engine.devices), "state": "available",
+                     "does": first_line(type(engine))}  # fmt: skip
+        except DfcError as e:
+            found = {"devices": [], "state": f"missing: {e.message}", "does": ""}
+        if word in name:
+            rows.append({"name": name, **found})
+    return rows
+
+
+def _ops(word: str) -> list[dict[str, Any]]:
+    import dfc.ops  # noqa: F401 - declares them
+    from dfc.ir.op import declared_ops
+
+    found = [{"name": op.name, "does": first_line(op.cls)} for op in declared_ops()]
+    if word:
+        import torch
+
+        for schema in torch._C._jit_get_all_schemas():
+            space, _, base = schema.name.partition("::")
+            if space == "aten" and not schema.is_mutable:
+                overload = schema.overload_name or "default"
+                found.append({"name": f"aten.{base}.{overload}", "does": ""})
+    return sorted((op for op in found if word in op["name"]), key=lambda op: op["name"])
+
+
+def first_line(thing: Any) -> str:
+    """The first line of a docstring, without its full stop."""
+    doc = (getattr(thing, "__doc__", None) or "").strip()
+    return doc.splitlines()[0].rstrip(".") if doc else ""

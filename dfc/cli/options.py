@@ -1,0 +1,32 @@
+"""Command-line options that several verbs share, each worded once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+MODEL_HELP = "FILE.py:FUNCTION, package.module:FUNCTION, model.pt2, graph.dfc or a package folder."
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+Files = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[INPUTS]...",
+        help="Input values: .npz or .safetensors by name, .npy in order.",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print data as JSON on stdout, nothing else.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what stands at the output paths.")]
+Device = Annotated[str, typer.Option("--device", help="Where to run: cpu, cuda, cuda:1.")]
+Random = Annotated[
+    bool, typer.Option("--random", help="Draw random inputs within the declared shapes.")
+]
+Sizes = Annotated[
+    str | None,
+    typer.Option(
+        "--size", metavar="B=4,S=16", help="Sizes of dynamic dimensions; implies --random."
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of random inputs and random ops.")]

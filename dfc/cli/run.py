@@ -1,0 +1,176 @@
+"""`dfc run`: a compiled model on inputs from files, at random, or on its example."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dfc.cli.options import Device, Files, Force, Json, Model, Random, Seed, Sizes
+from dfc.errors import DfcError
+
+if TYPE_CHECKING:
+    from dfc.compiled import Compiled
+
+_FORMATS = (".npz", ".safetensors")
+
+
+def run(
+    model: Model,
+    inputs: Files = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "-o", "--output", metavar="PATH", help="Write the outputs: .npz, .safetensors."
+        ),
+    ] = None,
+    random: Random = False,
+    size: Sizes = None,
+    seed: Seed = 0,
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="Another engine than the package's.")
+    ] = None,
+    device: Device = "cpu",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Run a model and say what came out.
+
+    \b
+    Examples:
+      dfc run encoder.dfcpkg inputs.npz -o outputs.npz
+      dfc run encoder.dfcpkg --random --size B=4,S=16 --seed 0
+      dfc run encoder.py:build --engine eager --json
+    """
+    from dfc.cli.outputs import require_writable
+    from dfc.cli.progress import Progress
+
+    require_writable(output, force)
+    if output and Path(output).suffix not in _FORMATS:
+        raise DfcError("D056", f"`{output}` ends with neither {' nor '.join(_FORMATS)}")
+    with Progress() as say:
+        compiled = open_compiled(model, engine, device, say)
+        from dfc.cli.inputs import choose_inputs, output_names
+
+        example = compiled.probes[0].inputs if compiled.probes else None
+        given, origin = choose_inputs(compiled.graph, inputs, size, random, seed, example)
+        say(f"running on {compiled.engine.name}")
+        results = _call(compiled, given, seed)
+        named = dict(zip(output_names(compiled.graph), results, strict=True))
+        if output:
+            say(f"writing {output}")
+            write_tensors(output, named, force)
+    rows = [describe(name, x) for name, x in named.items()]
+    if as_json:
+        from dfc.cli.tables import print_json
+
+        print_json(
+            {"model": model, "engine": compiled.engine.name, "inputs": origin,
+             "outputs": rows, "written": output}
+        )  # fmt: skip
+        return
+    from dfc.cli.tables import print_table, print_text
+
+    print_text(f"{model} on {compiled.engine.name}, inputs: {origin}")
+    print_table(
+        ["output", "type", "min", "max", "mean", "first values"],
+        [
+            [r["name"], r["type"], *(_short(r[k]) for k in ("min", "max", "mean")), r["values"]]
+            for r in rows
+        ],
+        right=(2, 3, 4),
+    )
+    for row in rows:
+        if row["not_finite"]:
+            print_text(f"note: {row['not_finite']} elements of {row['name']} are not finite")
+    if output:
+        print_text(f"wrote {output}")
+
+
+def open_compiled(model: str, engine: str | None, device: str, say: Any) -> Compiled:
+    """A package loaded, or a model compiled, for an engine."""
+    say("loading PyTorch")
+    import dfc
+    from dfc.cli.compile import check_choices
+    from dfc.cli.sources import is_package, open_source
+
+    check_choices(engine or "auto", "each", device)
+    say(f"loading {model}")
+    if is_package(model):
+        return dfc.load(model, engine=None if engine == "auto" else engine, device=device)
+    source = open_source(model)
+    return dfc.compile(
+        source.model, source.args, source.kwargs, source.dynamic_shapes,
+        engine=engine or "eager", device=device, progress=say,
+    )  # fmt: skip
+
+
+def _call(compiled: Compiled, inputs: list[Any], seed: int) -> list[Any]:
+    """The output leaves; random ops follow the seed."""
+    import torch
+
+    from dfc.rewrite.probe import clone
+
+    torch.manual_seed(seed)
+    results = compiled.run_flat(clone(inputs))
+    return results[: len(compiled.graph.outputs)]
+
+
+def describe(name: str, x: Any) -> dict[str, Any]:
+    """A result in a few numbers."""
+    import torch
+
+    from dfc.ir.types import TensorType
+
+    if not isinstance(x, torch.Tensor):
+        return {"name": name, "type": type(x).__name__, "min": x, "max": x, "mean": x,
+                "values": str(x), "not_finite": 0}  # fmt: skip
+    found: dict[str, Any] = {"name": name, "type": str(TensorType.of(x))}
+    x = x.detach().cpu()
+    flat = torch.view_as_real(x.resolve_conj()).reshape(-1) if x.is_complex() else x.reshape(-1)
+    wide = flat.double()
+    finite = wide[wide.isfinite()]
+    some = finite.numel() > 0
+    found["min"] = float(finite.min()) if some else None
+    found["max"] = float(finite.max()) if some else None
+    found["mean"] = float(finite.mean()) if some else None
+    found["not_finite"] = int((~wide.isfinite()).sum())
+    shown = [_short(v) for v in x.reshape(-1)[:4].tolist()]
+    found["values"] = ", ".join(shown) + (" ..." if x.numel() > 4 else "")
+    return found
+
+
+def _short(x: Any) -> str:
+    if x is None:
+        return "-"
+    return f"{x:.4g}" if isinstance(x, (float, complex)) else str(x)
+
+
+def write_tensors(path: str, tensors: dict[str, Any], force: bool) -> None:
+    """Outputs by name as `.npz` or `.safetensors`, all or nothing.
+
+    Raises:  DfcError D056 for a type that the format cannot hold, D010..D013 for the file.
+    """
+    import numpy as np
+    import torch
+
+    from dfc.publish import publish_file
+
+    kept = {n: torch.as_tensor(x).detach().cpu().resolve_conj().resolve_neg().contiguous()
+            for n, x in tensors.items()}  # fmt: skip
+    size = sum(x.nbytes for x in kept.values())
+    with publish_file(path, force=force, expect_bytes=size) as temp:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            save_file({n: x.clone() for n, x in kept.items()}, temp)
+            return
+        try:
+            arrays = {n: x.numpy() for n, x in kept.items()}
+        except TypeError:
+            raise DfcError(
+                "D056", "numpy has no type for these outputs", help="write a .safetensors file"
+            ) from None
+        with temp.open("wb") as f:
+            np.savez(f, **arrays)  # type: ignore[arg-type]

@@ -1,0 +1,178 @@
+"""`dfc show`: a graph as text, in summary, or what was decided about it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dfc.cli.options import Json, Model
+
+if TYPE_CHECKING:
+    from dfc.ir.graph import Graph
+
+_COLOURS = {
+    r'(?P<a>"[^"\n]*")': "green",
+    r"(?P<a>%\.?\w+)": "cyan",
+    r"(?P<a>!(\"[^\"]*\"|[\w.]+))": "yellow",
+    r"(?P<a>\b(aten|dfc|torch|prims)\.[\w.]+)": "bold blue",
+    r"(?P<a>\b[a-z]+\d+\w*\[[^\]\n]*\]|\bbool\[[^\]\n]*\])": "magenta",
+    r"(?P<a>sha256:[0-9a-f]+|loc\(.*\)|#.*)$": "dim",
+}
+
+
+def show(
+    model: Model,
+    summary: Annotated[
+        bool, typer.Option("--summary", help="Inputs, outputs, sizes and ops, counted.")
+    ] = False,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Every pass and option, engine and version.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show the graph of a model (as traced) or of a package (as compiled).
+
+    \b
+    Examples:
+      dfc show encoder.dfcpkg --summary
+      dfc show encoder.py:build > encoder.dfc
+      dfc show encoder.dfcpkg --resolved --json
+    """
+    from dfc.cli.progress import Progress
+
+    with Progress() as say:
+        graph, decided = _read(model, say)
+        say("printing")
+        data: dict[str, Any] = {}
+        if summary or (as_json and not resolved):
+            data["summary"] = summarise(graph)
+        if resolved or (as_json and not summary):
+            data["resolved"] = decided
+        if not (summary or resolved):
+            data["text"] = str(graph)
+    if as_json:
+        from dfc.cli.tables import print_json
+
+        print_json({"model": model, **data})
+        return
+    if "summary" in data:
+        _print_summary(data["summary"])
+    if "resolved" in data:
+        _print_resolved(data["resolved"])
+    if "text" in data:
+        _print_graph(data["text"])
+
+
+def _read(model: str, say: Any) -> tuple[Graph, dict[str, Any]]:
+    from pathlib import Path
+
+    from dfc.cli.sources import is_package, open_source
+    from dfc.cli.steps import parse_steps, resolved
+    from dfc.rewrite.pass_ import DEFAULT, find_pass
+
+    if is_package(model):
+        from dfc.package import read_package
+
+        say(f"reading {model}")
+        package = read_package(Path(model))
+        steps = [resolved(p) for p in parse_steps(",".join(package.steps))]
+        return package.graph, {"steps": steps, "proof": package.report.proof, **package.lock}
+    if Path(model).suffix == ".dfc":
+        import dfc
+        from dfc.cli.sources import read_text
+
+        graph = dfc.parse(read_text(Path(model)), model)
+    else:
+        say("loading PyTorch")
+        source = open_source(model)
+        say("tracing")
+        graph = source.graph()
+    return graph, {"steps": [resolved(find_pass(p)) for p in DEFAULT], "engine": "auto"}
+
+
+def summarise(graph: Graph) -> dict[str, Any]:
+    """What a graph takes, gives and is made of."""
+    from dfc.cli.inputs import input_names, output_names
+    from dfc.ir.types import TensorType
+
+    ops = Counter(node.op for node in graph.walk())
+    dtypes: Counter[str] = Counter()
+    size = elements = 0
+    for p in graph.parameters.values():
+        assert isinstance(p.type, TensorType)
+        count = int(p.type.numel)  # type: ignore[arg-type]
+        size += count * p.type.dtype.itemsize
+        elements += count
+        dtypes[str(p.type.dtype)] += count
+    return {
+        "name": graph.name,
+        "inputs": {n: str(v.type) for n, v in zip(input_names(graph), graph.inputs, strict=True)},
+        "outputs": {
+            n: str(v.type) for n, v in zip(output_names(graph), graph.outputs, strict=True)
+        },
+        "mutates": [m.target.name for m in graph.mutations],
+        "ranges": {k: list(r) for k, r in graph.ranges.items()},
+        "requires": [str(r) for r in graph.requires],
+        "nodes": len(graph),
+        "ops": dict(ops.most_common()),
+        "parameters": {
+            "count": len(graph.parameters),
+            "elements": elements,
+            "bytes": size,
+            "dtypes": dict(dtypes),
+            "with_data": sum(p.data is not None for p in graph.parameters.values()),
+        },
+        "notes": list(graph.notes),
+    }
+
+
+def _print_summary(s: dict[str, Any]) -> None:
+    from dfc.cli.tables import bytes_text, print_table, print_text
+
+    held = s["parameters"]
+    dtypes = ", ".join(held["dtypes"]) or "none"
+    print_text(
+        f"@{s['name']}: {s['nodes']} nodes, {held['count']} parameters "
+        f"({held['elements']:,} elements, {bytes_text(held['bytes'])}, {dtypes})\n"
+    )
+    rows = [["input", n, t] for n, t in s["inputs"].items()]
+    rows += [["output", n, t] for n, t in s["outputs"].items()]
+    rows += [["mutates", n, ""] for n in s["mutates"]]
+    for name, (low, high) in s["ranges"].items():
+        rows.append(["size", name, f"{low}..{high}" if high is not None else f"at least {low}"])
+    rows += [["requires", r, ""] for r in s["requires"]]
+    print_table(["", "name", "type"], rows)
+    print_text("")
+    print_table(["op", "count"], [[op, str(n)] for op, n in s["ops"].items()], right=(1,))
+    for note in s["notes"]:
+        print_text(f"note: {note}")
+
+
+def _print_resolved(decided: dict[str, Any]) -> None:
+    from dfc.cli.tables import print_text
+
+    steps = "".join(f"  {step}\n" for step in decided["steps"])
+    print_text(f"passes\n{steps}".rstrip())
+    for key, value in decided.items():
+        if key != "steps":
+            print_text(f"{key:<8} {value}")
+
+
+def _print_graph(text: str) -> None:
+    import sys
+
+    if not sys.stdout.isatty():
+        print(text, end="" if text.endswith("\n") else "\n")
+        return
+    from rich.text import Text
+
+    from dfc.cli.tables import console
+
+    out = console()
+    for line in text.splitlines():
+        coloured = Text(line)
+        for pattern, style in _COLOURS.items():
+            coloured.highlight_regex(pattern.replace("(?P<a>", "("), style)
+        out.print(coloured, soft_wrap=True)

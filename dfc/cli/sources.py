@@ -1,0 +1,292 @@
+"""MODEL on the command line: a factory, a `.pt2`, graph text or a package."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dfc.cli.failures import user_error
+from dfc.errors import DfcError, did_you_mean
+
+if TYPE_CHECKING:
+    from dfc.ir.graph import Graph
+
+_FORMS = "write FILE.py:FUNCTION, package.module:FUNCTION, a .pt2, a .dfc or a package folder"
+_RETURNS = "return (module, args), (module, args, kwargs) or (module, args, kwargs, dynamic_shapes)"
+
+
+@dataclass
+class Source:
+    """What was named, ready for `dfc.trace` and `dfc.compile`."""
+
+    label: str
+    kind: str  # "factory", "pt2", "graph" or "package"
+    model: Any  # a module, or a Graph
+    args: Sequence[Any] | None = None
+    kwargs: Mapping[str, Any] | None = None
+    dynamic_shapes: Any = None
+
+    def graph(self) -> Graph:
+        """The graph as it is before any pass."""
+        import dfc
+        from dfc.ir.graph import Graph
+
+        if isinstance(self.model, Graph):
+            return self.model
+        return dfc.trace(self.model, tuple(self.args or ()), self.kwargs, self.dynamic_shapes)
+
+
+def is_package(text: str) -> bool:
+    """A folder is a package, or pretends to be one."""
+    return Path(text).is_dir()
+
+
+def open_source(text: str) -> Source:
+    """Find and load what MODEL names.
+
+    Raises:  DfcError D050..D052 for what is not there or not right, K040 (status 8) when the
+             user's code raises, D020.. for a package.
+    """
+    path = Path(text)
+    if path.is_dir():
+        return _package(path)
+    if path.suffix == ".dfc":
+        return Source(path.stem, "graph", read_graph(path))
+    if path.suffix == ".pt2":
+        return _exported(path)
+    if path.is_file() and path.suffix == ".py":
+        raise DfcError("D050", f"`{text}` needs a function", help=_candidates(path))
+    place, colon, function = text.rpartition(":")
+    if not colon or not function.isidentifier():
+        if path.exists():
+            raise DfcError("D050", f"dfc cannot read `{text}`", help=_FORMS)
+        raise DfcError("D050", f"there is no `{text}`", help=_near(path) or _FORMS)
+    return _factory(place, function)
+
+
+def read_graph(path: Path) -> Graph:
+    """Graph text as a graph without numbers.
+
+    Raises:  DfcError P family; D050 when the file cannot be read.
+    """
+    import dfc
+
+    graph = dfc.parse(read_text(path), str(path))
+    for p in graph.parameters.values():
+        p.data = None  # text names digests; the numbers are not here
+    return graph
+
+
+def read_text(path: Path) -> str:
+    """A text file.
+
+    Raises:  DfcError D050.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DfcError("D050", f"there is no `{path}`", help=_near(path)) from None
+    except UnicodeDecodeError as e:
+        raise DfcError("D050", f"`{path}` is not UTF-8 text: byte {e.start} is wrong") from None
+    except OSError as e:
+        raise DfcError("D050", f"cannot read `{path}`: {(e.strerror or str(e)).lower()}") from None
+
+
+def _near(path: Path) -> str | None:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"there is no folder `{folder}`"
+    return did_you_mean(path.name, sorted(p.name for p in folder.iterdir()))
+
+
+# Packages and exported programs
+
+
+def _package(path: Path) -> Source:
+    from dfc.package import read_package
+
+    package = read_package(path)
+    if not package.probes:
+        return Source(path.stem, "package", package.graph)
+    args, kwargs = call_of(package.graph, package.probes[0].inputs)
+    return Source(path.stem, "package", package.graph, args, kwargs)
+
+
+def call_of(graph: Graph, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call from the graph's flat inputs."""
+    from dfc.ir import tree
+    from dfc.ir.interpret import bind_inputs
+
+    rest = iter(leaves)
+    bindings = bind_inputs(graph, leaves)
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for a in graph.arguments:
+        value = tree.build(a.tree, rest, bindings)
+        if a.keyword_only:
+            kwargs[a.name] = value
+        else:
+            args.append(value)
+    return tuple(args), kwargs
+
+
+def _exported(path: Path) -> Source:
+    import torch
+
+    if not path.is_file():
+        raise DfcError("D050", f"there is no `{path}`", help=_near(path))
+    try:
+        program = torch.export.load(path)
+    except Exception as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise DfcError("D050", f"`{path}` is no exported program: {reason}") from e
+    args, kwargs = program.example_inputs or ((), {})
+    return Source(
+        path.stem, "pt2", program.module(), args, kwargs, _shapes_of(program, args, kwargs)
+    )
+
+
+def _shapes_of(program: Any, args: Any, kwargs: Any) -> Any:
+    """The dynamic dimensions of an exported program, by flat input."""
+    import torch
+    import torch.utils._pytree as pytree
+
+    dims: dict[str, Any] = {}
+
+    def dim(size: Any) -> Any:
+        if not isinstance(size, torch.SymInt):
+            return None
+        bounds = program.range_constraints.get(size.node.expr)
+        if bounds is None:
+            return torch.export.Dim.AUTO
+        name = str(size.node.expr)
+        high = int(bounds.upper) if str(bounds.upper).isdigit() else None
+        low = max(int(bounds.lower), 1)
+        return dims.setdefault(name, torch.export.Dim(name, min=low, max=high))
+
+    wanted = set(program.graph_signature.user_inputs)
+    shapes: list[Any] = []
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in wanted:
+            value = node.meta.get("val")
+            found = (
+                {i: d for i, s in enumerate(value.shape) if (d := dim(s)) is not None}
+                if isinstance(value, torch.Tensor)
+                else {}
+            )
+            shapes.append(found or None)
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    if len(leaves) != len(shapes) or not dims:
+        return None
+    given_args, given_kwargs = pytree.tree_unflatten(shapes, spec)
+    return given_kwargs if not given_args else given_args if not given_kwargs else None
+
+
+# Factories
+
+
+def _factory(place: str, function: str) -> Source:
+    module, own = _module(place)
+    label = f"{place}:{function}"
+    make = getattr(module, function, None)
+    if make is None:
+        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise DfcError(
+            "D051", f"`{place}` has no function `{function}`", help=did_you_mean(function, known)
+        )
+    if not callable(make):
+        raise DfcError("D051", f"`{label}` is a {type(make).__name__}, not a function")
+    if isinstance(make, type):
+        raise DfcError(
+            "D051", f"`{label}` is a class", help=f"write a function around it: {_RETURNS}"
+        )
+    try:
+        made = make()
+    except (Exception, SystemExit) as e:
+        raise user_error(e, f"`{label}`", own) from e
+    return _checked(function, label, made)
+
+
+def _module(place: str) -> tuple[Any, str]:
+    """A module by file or by name, and its file."""
+    path = Path(place)
+    if path.suffix == ".py" or path.is_file():
+        if not path.is_file():
+            raise DfcError("D050", f"there is no `{place}`", help=_near(path))
+        return _load_file(path.absolute()), str(path.absolute())
+    if not all(part.isidentifier() for part in place.split(".")):
+        raise DfcError("D050", f"there is no `{place}`", help=_near(path) or _FORMS)
+    if "" not in sys.path and (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(place)
+    except ModuleNotFoundError as e:
+        if e.name and (place == e.name or place.startswith(e.name + ".")):
+            raise DfcError(
+                "D050", f"there is no module `{place}`", help="run dfc where it can be imported"
+            ) from None
+        raise user_error(e, f"`{place}`", "") from e
+    except (Exception, SystemExit) as e:
+        raise user_error(e, f"`{place}`", "") from e
+    return module, str(module.__file__ or "")
+
+
+def _load_file(path: Path) -> Any:
+    """Import a file as `python file.py` would: what stands beside it can be imported."""
+    name = path.stem if path.stem.isidentifier() else "model"
+    if name in sys.modules:
+        name = f"_dfc_{name}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as e:
+        raise user_error(e, f"`{path.name}`", str(path)) from e
+    return module
+
+
+def _candidates(path: Path) -> str:
+    """The functions of a file that take no arguments, without running it."""
+    try:
+        body = ast.parse(read_text(path)).body
+    except SyntaxError:
+        return _FORMS
+    names = [
+        n.name
+        for n in body
+        if isinstance(n, ast.FunctionDef) and len(n.args.args) == len(n.args.defaults)
+    ]
+    shown = " or ".join(f"`{path}:{n}`" for n in names[:3])
+    return f"write {shown}" if names else _FORMS
+
+
+def _checked(name: str, label: str, made: Any) -> Source:
+    import torch
+
+    def wrong(what: str) -> DfcError:
+        return DfcError("D052", f"`{label}` returned {what}", help=_RETURNS)
+
+    if not isinstance(made, (tuple, list)):
+        raise wrong(f"a {type(made).__name__}, not a tuple")
+    if not 2 <= len(made) <= 4:
+        raise wrong(f"a tuple of {len(made)}")
+    module, args, kwargs, shapes = (*made, None, None)[:4]
+    if not isinstance(module, torch.nn.Module) and (
+        isinstance(module, type) or not callable(module)
+    ):
+        raise wrong(f"a {type(module).__name__} where the module should be")
+    if not isinstance(args, (tuple, list)):
+        raise wrong(f"a {type(args).__name__} where the tuple of arguments should be")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise wrong(f"a {type(kwargs).__name__} where the dict of keyword arguments should be")
+    return Source(name, "factory", module, tuple(args), kwargs, shapes)

@@ -1,0 +1,268 @@
+"""A graph as an .onnx file: written, checked, run in stock ONNX Runtime, and only then published."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph
+from dfc.ir.interpret import interpret
+
+if TYPE_CHECKING:
+    from onnxscript import ir
+
+Probe = tuple[Sequence[Any], Sequence[Any]]
+_LIMIT_BYTES = (2 << 30) - (32 << 20)  # protobuf's 2 GiB, with room for the graph itself
+_INLINE_BYTES = 1024  # a weight this small stays in the model when the others move out
+_ALIGN = 4096
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an export left on disk, and how far its outputs are from the expected ones."""
+
+    path: Path
+    data: Path | None
+    nodes: int
+    worst: float  # the largest error of any float output, relative to its largest value
+    proved: bool  # probes were run and agreed
+
+
+def export_onnx(
+    graph: Graph,
+    path: str | os.PathLike[str],
+    *,
+    probes: Sequence[Probe] = (),
+    force: bool = False,
+    opset: int | None = None,
+    name: str | None = None,
+    data_above_bytes: int = _LIMIT_BYTES,
+    rtol: float = 1e-4,
+) -> Written:
+    """Write a graph as ONNX; the file gets its name after it was checked and run on the probes.
+
+    Needs:   probes are (flat inputs, expected flat outputs), as `interpret` takes and gives them.
+    Raises:  DfcError X001 for an op without a translation, X002 for a model that is invalid or
+             fails to run, X003 (status 4) for a result that differs, D010.. for the file itself.
+    """
+    from dfc.emit.onnx import OPSET, build_onnx
+    from dfc.publish import publish_file
+
+    target = Path(path).absolute()
+    model = build_onnx(graph, opset=opset or OPSET, name=name)
+    size = sum(_nbytes(v) for v in model.graph.initializers.values())
+    external = size > data_above_bytes
+    with contextlib.ExitStack() as stack:
+        temp = stack.enter_context(publish_file(path, force=force, expect_bytes=size))
+        data = stack.enter_context(_data_file(model, target)) if external else None
+        _save(model, temp)
+        _check(temp, target)
+        worst = prove(graph, temp, probes, rtol=rtol)
+    return Written(target, data, len(model.graph), worst, bool(probes))
+
+
+def _nbytes(value: ir.Value) -> int:
+    return 0 if value.const_value is None else value.const_value.nbytes
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    from onnxscript import ir
+
+    data = ir.to_proto(model).SerializeToString()
+    path.write_bytes(data)
+
+
+@contextlib.contextmanager
+def _data_file(model: ir.Model, target: Path) -> Iterator[Path]:
+    """Move the large weights into a file named by its content, for the length of the block.
+
+    The file is published at once, before the model that names it; when the block fails, a file
+    that was not there before is removed.
+    """
+    from onnxscript import ir
+
+    from dfc.publish import publish_file
+
+    inside: dict[ir.Value, Any] = {}
+    places: list[tuple[ir.Value, int, int]] = []
+    digest = hashlib.sha256()
+    working = target.with_name(f"{target.stem}.{os.getpid()}.data")
+    with publish_file(working) as temp:
+        at = 0
+        with open(temp, "wb") as file:
+            for value in model.graph.initializers.values():
+                tensor = value.const_value
+                if tensor is None or tensor.nbytes < _INLINE_BYTES:
+                    continue
+                padding = bytes(-at % _ALIGN)
+                content = tensor.tobytes()
+                for part in (padding, content):
+                    file.write(part)
+                    digest.update(part)
+                at += len(padding)
+                places.append((value, at, len(content)))
+                at += len(content)
+    final = target.with_name(f"{target.stem}.{digest.hexdigest()[:16]}.data")
+    was_there = final.exists()
+    os.replace(working, final)
+    for value, offset, length in places:
+        tensor = inside[value] = value.const_value
+        assert tensor is not None
+        value.const_value = ir.ExternalTensor(
+            final.name, offset, length, tensor.dtype, shape=tensor.shape,  # type: ignore[arg-type]
+            name=value.name or "", base_dir=target.parent,
+        )  # fmt: skip
+    try:
+        yield final
+    except BaseException:
+        if not was_there:
+            final.unlink(missing_ok=True)
+        raise
+    finally:
+        for value, tensor in inside.items():
+            value.const_value = tensor
+
+
+def _check(path: Path, target: Path) -> None:
+    """onnx.checker with shape inference; the path form knows external data and 2 GiB."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as e:
+        text = str(e).strip()
+        raise DfcError(
+            "X002", f"`{target.name}` is no valid ONNX model: {text.splitlines()[0][:300]}"
+        ) from e
+
+
+def prove(graph: Graph, path: Path, probes: Sequence[Probe], *, rtol: float = 1e-4) -> float:
+    """Run a written model on the probes, with ONNX Runtime's optimizer off and on.
+
+    Raises:  DfcError X002 when it does not run, X003 when a result differs.
+    """
+    from dfc.emit.onnx import is_random, output_names
+    from dfc.emit.onnx_run import Session
+
+    names = output_names(graph)
+    random = is_random(graph)
+    worst = 0.0
+    for level in ("none", "all"):
+        session = Session(path, graph, level=level)
+        for index, (inputs, expected) in enumerate(probes):
+            try:
+                found = session.run(inputs)
+            except DfcError as e:
+                raise DfcError("X002", f"the model fails on probe {index}: {e.message}") from e
+            worst = max(
+                worst,
+                compare(graph, inputs, expected, found, names, rtol=rtol, random=random,
+                        where=f"probe {index}, optimizer {level}"),
+            )  # fmt: skip
+    return worst
+
+
+def compare(
+    graph: Graph,
+    inputs: Sequence[Any],
+    expected: Sequence[Any],
+    found: Sequence[Any],
+    names: Sequence[str],
+    *,
+    rtol: float = 1e-4,
+    random: bool = False,
+    where: str = "",
+) -> float:
+    """The worst relative error; raises X003 that names the worst output.
+
+    A float agrees when its error is within `rtol`, or within four times what the original itself
+    loses against float64.
+    """
+    witness: Sequence[Any] | None = None
+    worst, problems = 0.0, []
+    for i, (want, got) in enumerate(zip(expected, found, strict=True)):
+        error, problem = _difference(want, got, None, rtol, random)
+        if problem and error is not None:
+            if witness is None:
+                witness = _witness(graph, inputs)
+            if witness is not None:
+                error, problem = _difference(want, got, witness[i], rtol, random)
+        if error is not None:
+            worst = max(worst, error)
+        if problem:
+            problems.append((error if error is not None else float("inf"), names[i], problem))
+    if problems:
+        _, name, problem = max(problems, key=lambda p: p[0])
+        raise DfcError(
+            "X003",
+            f"ONNX Runtime gives another result for `{name}`: {problem}",
+            notes=(where,) if where else (),
+            status=4,
+        )
+    return worst
+
+
+def _witness(graph: Graph, inputs: Sequence[Any]) -> Sequence[Any] | None:
+    try:
+        return interpret(graph, inputs, double=True)
+    except DfcError:
+        return None
+
+
+def _difference(
+    want: Any, got: Any, witness: Any, rtol: float, random: bool
+) -> tuple[float | None, str | None]:
+    """The error relative to the largest value, None for an exact mismatch; and what is wrong."""
+    import torch
+
+    if not isinstance(want, torch.Tensor):
+        if want is None:
+            return 0.0, None
+        same = want == got or (want != want and got != got) or random
+        return None if not same else 0.0, None if same else f"{got} instead of {want}"
+    if got.dtype != want.dtype or got.shape != want.shape:
+        a, b = (f"{t.dtype}{list(t.shape)}".removeprefix("torch.") for t in (got, want))
+        return None, f"{a} instead of {b}"
+    if random or want.numel() == 0:
+        return 0.0, None
+    want, got = want.cpu(), got.cpu()
+    if not (want.is_floating_point() or want.is_complex()):
+        wrong = int((want != got).sum())
+        return (None, f"{wrong} of {want.numel()} elements differ") if wrong else (0.0, None)
+    if want.is_complex():
+        want, got = torch.view_as_real(want.resolve_conj()), torch.view_as_real(got.resolve_conj())
+        if witness is not None:
+            witness = torch.view_as_real(witness.resolve_conj())
+    eps = max(torch.finfo(want.dtype).eps, 1e-7)
+    w, g = want.double(), got.double()
+    finite = torch.isfinite(w)
+    same = torch.isnan(w) == torch.isnan(g)
+    same &= finite | torch.isnan(w) | (w == g)
+    same &= finite == torch.isfinite(g)
+    if not bool(same.all()):
+        return 1.0, f"{int((~same).sum())} of {want.numel()} elements are not finite alike"
+    w, g = w[finite], g[finite]
+    if not w.numel():
+        return 0.0, None
+    scale = float(w.abs().max())
+    own = torch.zeros(())
+    truth = w
+    if witness is not None and witness.shape == want.shape:
+        t = witness.double()[finite]
+        if bool(torch.isfinite(t).all()):
+            truth, own = t, (w - t).abs().max()
+    error = (g - truth).abs()
+    allowed = 4 * own + max(rtol, 8 * eps) * truth.abs() + max(1e-2 * rtol, 2 * eps) * scale
+    relative = float(error.max()) / scale if scale else float(error.max())
+    if bool((error <= allowed + 1e-30).all()):
+        return relative, None
+    at = int((error - allowed).argmax())
+    return relative, (
+        f"{float(g[at]):.9g} instead of {float(truth[at]):.9g}, off by {float(error[at]):.3g}"
+    )

@@ -1,0 +1,31 @@
+"""dfc's own ONNX translations of ops, by subject; `REAL` and `COMPLEX` find them by op name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dfc.emit.onnx_ops.registry import COMPLEX, REAL, translates
+
+Translation = Callable[..., Any]
+
+
+def load() -> None:
+    """Import every subject, so that its translations are known."""
+    from dfc.emit.onnx_ops import (  # noqa: F401
+        arithmetic,
+        bits,
+        complex_,
+        control,
+        creation,
+        indexing,
+        linalg,
+        nn,
+        ordering,
+        reduction,
+        resampling,
+        shapes,
+    )
+
+
+__all__ = ["COMPLEX", "REAL", "Translation", "load", "translates"]

@@ -1,0 +1,42 @@
+"""Where translations are found: op name to function, once for reals and once for complex.
+
+A translation takes the builder and the op's arguments that it names: operands as ONNX values,
+attributes as they are. Its first parameter after the builder, called `x`, is the first operand.
+It returns the results, or raises `NoTranslation` to let torchlib or a decomposition have a go.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A translation and the names of the arguments that it wants."""
+
+    function: Callable[..., Any]
+    wants: tuple[str, ...]
+
+
+REAL: dict[str, Entry] = {}
+COMPLEX: dict[str, Entry] = {}
+
+
+def translates(*ops: str, complex: bool = False) -> Callable[[Any], Any]:
+    """Decorator: this function translates these ops, `aten.` left out."""
+
+    def register(function: Any) -> Any:
+        wants = tuple(list(inspect.signature(function).parameters)[1:])
+        for op in ops:
+            full = op if op.startswith(("aten.", "torch.", "prims.", "dfc.")) else f"aten.{op}"
+            if full.startswith("aten.") and full.count(".") == 1:
+                full += ".default"
+            table = COMPLEX if complex else REAL
+            assert full not in table, f"{full} has two translations"
+            table[full] = Entry(function, wants)
+        return function
+
+    return register

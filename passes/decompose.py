@@ -1,0 +1,40 @@
+"""Write declared ops in terms of ATen's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dfc.ir.graph import Graph
+from dfc.ops.builder import decomposable, decompose
+from dfc.rewrite.pass_ import Context, Pass, close
+
+
+@dataclass(frozen=True)
+class Decompose(Pass):
+    """Replace `dfc.*` ops by what they are made of.
+
+    Needs:    a valid graph.
+    Ensures:  no declared op that can be decomposed is left, or none of those in `ops`.
+    Keeps:    value names, stages and source lines; ops without a decomposition.
+    Cost:     one walk; types of the new nodes are inferred.
+    """
+
+    name = "decompose"
+    numerics = close(1e-6)  # the same arithmetic in several kernels: each may round its own way
+    ops: tuple[str, ...] = ()  # names such as `linear_w4`; none: every declared op
+
+    def run(self, graph: Graph, ctx: Context) -> int:
+        changes = 0
+        for node in graph.nodes:
+            for inner in node.graphs:
+                changes += self.run(inner, ctx)
+            wanted = not self.ops or node.op.removeprefix("dfc.") in self.ops
+            if not wanted or not decomposable(node.op):
+                continue
+            made = decompose(node)
+            names = [r.name for r in node.results]
+            graph.replace(node, made)
+            for value, name in zip(made, names, strict=True):
+                graph.rename(value, name)
+            changes += 1
+        return changes

@@ -1,0 +1,62 @@
+"""ONNX Runtime: the emitted model in a session, tensors in and out without copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph, Node
+from dfc.planning.engine import Engine, Runner
+
+
+class OnnxRuntime(Engine):
+    """Runs the graph as ONNX, on the CPU provider or (unmeasured so far) on the CUDA provider.
+
+    Keeps:  the weights where they are; the session reads the parameters' own memory.
+    """
+
+    name = "onnxruntime"
+    devices = ("cpu", "cuda")
+
+    def supports(self, node: Node) -> str | None:
+        from dfc.emit.onnx import why_not
+
+        return why_not(node)
+
+    def build(self, graph: Graph, device: str = "cpu", threads: int | None = None) -> Runner:
+        from dfc.emit.onnx import build_onnx
+        from dfc.emit.onnx_run import Session
+
+        kind = device.partition(":")[0]
+        providers = ["CPUExecutionProvider"]
+        if kind == "cuda":
+            _require_cuda()
+            providers.insert(0, "CUDAExecutionProvider")
+        session = Session(build_onnx(graph), graph, threads=threads, providers=providers)
+        if kind == "cuda":
+            return lambda inputs: session.run_on_device(inputs, kind)
+        return session.run
+
+
+def _require_cuda() -> None:
+    """The CUDA provider needs the GPU build, its libraries, and a device."""
+    import onnxruntime
+    import torch
+
+    if not torch.cuda.is_available():
+        raise DfcError("K003", "engine `onnxruntime` cannot run on cuda: torch sees no device")
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise DfcError(
+            "K003",
+            "engine `onnxruntime` cannot run on cuda: this build has no CUDA provider",
+            help="install onnxruntime-gpu",
+        )
+
+
+def run_all(session: Any, inputs: Sequence[Any]) -> list[Any]:
+    """One call, for those who hold a session."""
+    return list(session.run(inputs))
+
+
+ENGINE = OnnxRuntime()

@@ -1,0 +1,406 @@
+"""Each declared op means one thing: type rule, meaning, decomposition and an outside witness agree.
+
+The witnesses are written from the specifications that the ops name, in numpy and float64, element
+by element where that is plainer; ONNX Runtime's own kernels are a second opinion.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import dfc
+import dfc.ops
+from dfc.emit.fx import to_fx
+from dfc.errors import DfcError
+from dfc.ir.expr import Expr, symbol
+from dfc.ir.graph import Argument, Graph
+from dfc.ir.interpret import interpret
+from dfc.ir.op import Cost, DeclaredOp, Op, OpRefused, declare, declared_ops
+from dfc.ir.tree import LEAF
+from dfc.ir.types import DTYPES, TensorType
+from dfc.ir.verify import verify
+from dfc.ops.builder import Builder
+from dfc.rewrite.agree import judge
+from dfc.rewrite.pass_ import Context, find_pass
+
+SIZES = {"B": 2, "S": 3, "K": 64, "D": 8}
+RANGES = {name: (1, None) for name in SIZES}
+
+
+class Case:
+    """`x=f32[3,64] packed=u8[16,32] group=32`: operand types in order, and attributes."""
+
+    def __init__(self, info: DeclaredOp, text: str, label: str = "") -> None:
+        self.info, self.text, self.label = info, text, label
+        given = dict(word.split("=", 1) for word in text.split())
+        names = [o.name for o in info.operands]
+        used = [n for n in names if n in given]
+        last = names.index(used[-1]) + 1
+        self.names = names[:last]
+        self.types = [parse_type(given.pop(n)) if n in given else None for n in self.names]
+        self.attributes = {a.name: a.default for a in info.attributes}
+        for name, value in given.items():
+            assert name in self.attributes, f"{info.name} has neither operand nor attribute {name}"
+            self.attributes[name] = ast.literal_eval(value)
+
+    def __str__(self) -> str:
+        return f"{self.info.name} {self.label} {self.text}"
+
+    @property
+    def op(self) -> Any:
+        return self.info.instance(self.attributes)
+
+    @property
+    def symbols(self) -> set[str]:
+        return {s for t in self.types if t for s in t.symbols}
+
+    @property
+    def static(self) -> list[TensorType | None]:
+        return [t and t.substitute(SIZES) for t in self.types]
+
+    def arrays(self, seed: int = 0, scale: float = 1.0) -> list[torch.Tensor | None]:
+        generator = torch.Generator().manual_seed(seed)
+        return [t and random_tensor(t, generator, scale) for t in self.static]
+
+    def graph(self) -> Graph:
+        """A graph that is the op alone; absent operands in the middle are None."""
+        graph = Graph("op", ranges={s: RANGES[s] for s in sorted(self.symbols)})
+        values = [
+            t and graph.add_input(n, t) for n, t in zip(self.names, self.types, strict=True)
+        ]
+        graph.arguments = tuple(Argument(v.name, LEAF) for v in graph.inputs)
+        node = graph.add(self.info.name, values, self.attributes)
+        graph.set_outputs(node.results)
+        return graph
+
+
+def parse_type(text: str) -> TensorType:
+    name, inside = re.fullmatch(r"(\w+)\[(.*)\]", text).groups()  # type: ignore[union-attr]
+    sizes = [eval_size(s) for s in inside.split(",")] if inside else []
+    return TensorType(DTYPES[name], tuple(sizes))
+
+
+def eval_size(text: str) -> Any:
+    """`7`, `B`, `2*S` or `S+1`."""
+    if text.isdigit():
+        return int(text)
+    factor, _, name = text.rpartition("*")
+    name, _, more = name.partition("+")
+    return symbol(name) * int(factor or 1) + int(more or 0)
+
+
+def random_tensor(t: TensorType, generator: torch.Generator, scale: float) -> torch.Tensor:
+    shape = [int(s) for s in t.shape]  # type: ignore[arg-type]
+    if t.dtype.is_float:
+        return (torch.randn(shape, generator=generator) * scale).to(t.dtype.to_torch())
+    high = 256 if t.dtype.name == "u8" else 4  # positions: the caches of the cases have more rows
+    return torch.randint(0, high, shape, generator=generator).to(t.dtype.to_torch())
+
+
+def cases() -> list[Case]:
+    return [Case(info, text) for info in declared_ops() for text in info.cls.cases]
+
+
+def rejects() -> list[Case]:
+    return [
+        Case(info, text.split(" ", 1)[1], text.split(" ", 1)[0])
+        for info in declared_ops()
+        for text in info.cls.rejects
+    ]
+
+
+def as_tuple(x: Any) -> tuple[Any, ...]:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def close(got: Any, want: Any, rtol: float = 1e-5) -> None:
+    for a, b in zip(as_tuple(got), as_tuple(want), strict=True):
+        a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+        assert a.shape == b.shape
+        if a.size:
+            assert np.abs(a - b).max() <= rtol * max(np.abs(b).max(), 1.0)
+
+
+# Witnesses: numpy, float64, from the specification
+
+
+def witness_linear_gelu(x: Any, weight: Any, bias: Any = None, *, approximate: str) -> Any:
+    y = np.einsum("...k,nk->...n", x, weight) + (0 if bias is None else bias)
+    if approximate == "tanh":
+        return 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+    return y * np.vectorize(lambda v: 0.5 * math.erfc(-v / math.sqrt(2)), otypes=[float])(y)
+
+
+def witness_linear_w4(x: Any, packed: Any, scale: Any, bias: Any = None, *, group: int) -> Any:
+    n, half = packed.shape
+    weight = np.zeros((n, 2 * half))
+    for row, at in itertools.product(range(n), range(half)):
+        byte = int(packed[row, at])
+        for k, code in ((2 * at, byte % 16), (2 * at + 1, byte // 16)):
+            weight[row, k] = (code - 8) * scale[row, k // group]
+    return np.einsum("...k,nk->...n", x, weight) + (0 if bias is None else bias)
+
+
+def witness_skip_layer_norm(
+    x: Any, skip: Any, gamma: Any, beta: Any = None, bias: Any = None, *, eps: float
+) -> Any:
+    total = x + skip + (0 if bias is None else bias)
+    centred = total - total.mean(-1, keepdims=True)
+    normal = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps)
+    return normal * gamma + (0 if beta is None else beta), total
+
+
+def witness_rotary_embedding(
+    x: Any, cos: Any, sin: Any, positions: Any = None, *, interleaved: bool
+) -> Any:
+    """A pair is a complex number, turned by multiplying with `cos + i sin`."""
+    half, y = cos.shape[-1], x.copy()
+    for b, h, t, i in itertools.product(*map(range, (*x.shape[:3], half))):
+        row = (b, t) if positions is None else (int(positions[b, t]),)
+        first, second = (2 * i, 2 * i + 1) if interleaved else (i, i + half)
+        turned = complex(x[b, h, t, first], x[b, h, t, second]) * complex(
+            cos[(*row, i)], sin[(*row, i)]
+        )
+        y[b, h, t, first], y[b, h, t, second] = turned.real, turned.imag
+    return y
+
+
+WITNESSES: dict[str, Callable[..., Any]] = {
+    "dfc.linear_gelu": witness_linear_gelu,
+    "dfc.linear_w4": witness_linear_w4,
+    "dfc.skip_layer_norm": witness_skip_layer_norm,
+    "dfc.rotary_embedding": witness_rotary_embedding,
+}
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_op_means_one_thing(case: Case) -> None:
+    for seed, scale in ((0, 1.0), (1, 1e-3), (2, 30.0)):
+        arrays = case.arrays(seed, scale)
+        got = as_tuple(case.op.reference(*arrays))
+        assert tuple(map(TensorType.of, got)) == as_tuple(case.op.infer(*case.static))
+        symbolic = [t.substitute(SIZES) for t in as_tuple(case.op.infer(*case.types))]
+        assert list(map(TensorType.of, got)) == symbolic
+        wide = [None if a is None else a.double().numpy() for a in arrays]
+        close([*got], [*as_tuple(WITNESSES[case.info.name](*wide, **case.attributes))])
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_decomposition_equals_the_op(case: Case) -> None:
+    graph = case.graph()
+    before = graph.copy()
+    find = find_pass("decompose")
+    assert find.run(graph, Context()) == 1
+    assert all(n.op.startswith("aten.") for n in graph.nodes)
+    assert [v.type for v in graph.outputs] == [v.type for v in before.outputs]
+    verify(graph)
+    assert find.run(graph, Context()) == 0
+    for seed in range(3):
+        arrays = [a for a in case.arrays(seed) if a is not None]
+        original, witness = interpret(before, arrays), interpret(before, arrays, double=True)
+        verdict = judge(interpret(graph, arrays), original, witness, rtol=find.numerics.rtol)
+        assert verdict.agrees, str(verdict.difference)
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_op_works_in_a_graph(case: Case) -> None:
+    graph = case.graph()
+    verify(graph)
+    again = dfc.parse(str(graph))
+    assert again == graph and str(again) == str(graph)
+    verify(again)
+    arrays = [a for a in case.arrays() if a is not None]
+    want = as_tuple(case.op.reference(*case.arrays()))
+    for got in (interpret(again, arrays), to_fx(graph)(*arrays)):
+        torch.testing.assert_close(list(got), list(want), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_cost_counts_every_byte(case: Case) -> None:
+    cost = case.op.cost(*case.types)
+    assert isinstance(cost, Cost)
+    arrays = case.arrays()
+    counted = case.op.cost(*case.static)
+    assert counted.bytes_read == sum(a.nbytes for a in arrays if a is not None)
+    assert counted.bytes_written == sum(a.nbytes for a in as_tuple(case.op.reference(*arrays)))
+    assert counted.flops >= 0
+    for symbolic, number in zip(vars(cost).values(), vars(counted).values(), strict=True):
+        from dfc.ir.expr import evaluate
+
+        assert evaluate(symbolic, SIZES) == number
+    assert case.symbols.isdisjoint(SIZES) or isinstance(cost.bytes_read, Expr)
+
+
+@pytest.mark.parametrize("case", rejects(), ids=str)
+def test_op_refuses_by_label(case: Case) -> None:
+    with pytest.raises(OpRefused) as refused:
+        case.op.infer(*case.types)
+    assert refused.value.label == case.label
+    with pytest.raises(DfcError) as error:
+        case.graph()
+    assert error.value.code == "V020"
+    assert case.label in error.value.message
+
+
+@pytest.mark.parametrize("info", declared_ops(), ids=lambda i: i.name)
+def test_labels_stand_in_docstring_requires_and_rejects(info: DeclaredOp) -> None:
+    in_docstring = re.findall(r"^\s*(C\d+):", info.cls.__doc__ or "", re.MULTILINE)
+    in_requires = re.findall(r'require\(\s*"(C\d+)"', inspect.getsource(info.cls))
+    in_rejects = [text.split()[0] for text in info.cls.rejects]
+    assert in_docstring == [f"C{i + 1}" for i in range(len(in_docstring))]
+    assert set(in_docstring) == set(in_requires) == set(in_rejects)
+
+
+def test_facets_take_the_same_operands_in_the_same_order() -> None:
+    for info in declared_ops():
+        names = [o.name for o in info.operands]
+        for facet in ("infer", "reference", "decompose", "cost", "to_onnx"):
+            function = getattr(info.cls, facet, None)
+            if function is None:
+                continue
+            found = list(inspect.signature(function).parameters)[1:]
+            assert found[1:] == names if facet in ("decompose", "to_onnx") else found == names
+
+
+def test_every_op_has_a_witness() -> None:
+    assert set(WITNESSES) == {info.name for info in declared_ops()}
+
+
+# A second opinion: the kernels whose semantics the ops claim
+
+
+def run_onnxruntime(
+    op: str, domain: str, arrays: list[Any], attributes: dict[str, Any], outputs: list[str]
+) -> list[Any]:
+    import onnx
+    import onnxruntime
+    from onnx import helper
+
+    names = [f"i{i}" if a is not None else "" for i, a in enumerate(arrays)]
+    element = helper.np_dtype_to_tensor_dtype
+    graph = helper.make_graph(
+        [helper.make_node(op, names, outputs, domain=domain, **attributes)],
+        "g",
+        [
+            helper.make_tensor_value_info(n, element(a.dtype), a.shape)
+            for n, a in zip(names, arrays, strict=True)
+            if a is not None
+        ],
+        [
+            helper.make_tensor_value_info(o, onnx.TensorProto.FLOAT, None)
+            for o in outputs
+            if o
+        ],
+    )
+    imports = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    feeds = {n: a for n, a in zip(names, arrays, strict=True) if a is not None}
+    return session.run(None, feeds)
+
+
+def in_onnxruntime(case: Case, arrays: list[Any]) -> list[Any]:
+    a = dict(itertools.zip_longest([o.name for o in case.info.operands], arrays))
+    if case.info.name == "dfc.linear_w4":
+        n, half = a["packed"].shape
+        group = case.attributes["group"]
+        blocks = a["packed"].reshape(n, 2 * half // group, group // 2)
+        attributes = {"K": 2 * half, "N": n, "bits": 4, "block_size": group}
+        inputs = [a["x"], blocks, a["scale"].reshape(-1), None, None, a["bias"]]
+        return run_onnxruntime("MatMulNBits", "com.microsoft", inputs, attributes, ["y"])
+    if case.info.name == "dfc.skip_layer_norm":
+        inputs = [a["x"], a["skip"], a["gamma"], a["beta"], a["bias"]]
+        attributes = {"epsilon": case.attributes["eps"]}
+        outputs = ["y", "", "", "total"]
+        return run_onnxruntime(
+            "SkipLayerNormalization", "com.microsoft", inputs, attributes, outputs
+        )
+    inputs = [a["x"], a["cos"], a["sin"], a["positions"]]
+    attributes = {"interleaved": int(case.attributes["interleaved"])}
+    r = 2 * a["cos"].shape[-1]
+    if r != a["x"].shape[-1]:
+        attributes |= {"rotary_embedding_dim": r, "num_heads": a["x"].shape[1]}
+    return run_onnxruntime("RotaryEmbedding", "", inputs, attributes, ["y"])
+
+
+def kernel_cases() -> list[Case]:
+    """What the kernels take: float32, and a batch."""
+    return [
+        c
+        for c in cases()
+        if c.info.name != "dfc.linear_gelu" and "f64" not in c.text and c.types[0].rank >= 2  # type: ignore[union-attr]
+    ]
+
+
+@pytest.mark.parametrize("case", kernel_cases(), ids=str)
+def test_onnxruntimes_kernel_agrees(case: Case) -> None:
+    arrays = case.arrays(7)
+    got = in_onnxruntime(case, [None if a is None else a.numpy() for a in arrays])
+    close(tuple(got), as_tuple(case.op.reference(*arrays)), rtol=2e-5)
+
+
+# Declaring and building
+
+
+def test_declare_refuses_a_string_for_a_tuple() -> None:
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Wrong(Op):
+        name = "wrong"
+        cases = "x=f32[2]"  # type: ignore[assignment]
+
+    with pytest.raises(TypeError, match="tuple of strings"):
+        declare(Wrong)
+    with pytest.raises(TypeError, match="frozen dataclass"):
+        declare(type("Loose", (Op,), {"name": "loose", "cases": ()}))
+
+
+def test_builder_fills_in_defaults_and_refuses_unknown_attributes() -> None:
+    graph = Graph()
+    x = graph.add_input("x", TensorType(DTYPES["f32"], (2, 3)))
+    b = Builder(graph)
+    node = b.node("aten.softmax.int", x, dim=1)
+    assert dict(node.attributes) == {"dim": 1, "dtype": None}
+    assert b.node("dfc.linear_gelu", x, x).attributes["approximate"] == "none"
+    for op, given in (("aten.relu.default", {"dim": 0}), ("dfc.linear_gelu", {"dim": 0})):
+        with pytest.raises(DfcError) as error:
+            b(op, x, x, **given)
+        assert error.value.code == "V011"
+    with pytest.raises(DfcError, match="needs the attribute `dim`"):
+        b("aten.softmax.int", x)
+
+
+def test_decompose_takes_names_and_keeps_stage_and_place() -> None:
+    from dfc.ir.graph import Loc
+
+    graph = Graph()
+    f32 = DTYPES["f32"]
+    x, w = (graph.add_input(n, TensorType(f32, (4, 4))) for n in "xw")
+    place = Loc("net.py", 31, "mlp")
+    node = graph.add("dfc.linear_gelu", [x, w], {"approximate": "none"}, names=["y"], stage=2, loc=place)
+    g = TensorType(f32, (4,))
+    gamma = graph.add_parameter("g", g)
+    normal = graph.add("dfc.skip_layer_norm", [node.result, x, gamma], {"eps": 1e-5})
+    graph.set_outputs(normal.results)
+    chosen = find_pass("decompose", {"ops": ("linear_gelu",)})
+    assert chosen.run(graph, Context()) == 1
+    ops = [n.op for n in graph.nodes]
+    assert ops == ["aten.linear.default", "aten.gelu.default", "dfc.skip_layer_norm"]
+    gelu = list(graph.nodes)[1]
+    assert (gelu.result.name, gelu.stage, gelu.loc) == ("y", 2, place)
+    verify(graph)
