@@ -196,7 +196,7 @@ def _write_safetensors(
         for x in tensors:
             flat = x.detach().resolve_conj().resolve_neg().contiguous().cpu().reshape(-1)
             if flat.numel():
-                f.write(memoryview(flat.view(torch.uint8).numpy()))
+                f.write(flat.view(torch.uint8).numpy().data)
 
 
 def _json(value: object) -> str:

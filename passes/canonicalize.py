@@ -12,7 +12,7 @@ from dfc.rewrite.pass_ import Context, Pass
 # Ops that only regroup elements: written as `view` to the size that their type states.
 _RESHAPES = frozenset(
     """aten.flatten.using_ints aten.unflatten.int aten.view_as.default aten.reshape_as.default
-    aten.reshape.default aten._unsafe_view.default aten._reshape_alias.default""".split()
+    aten.reshape.default aten._unsafe_view.default aten._reshape_alias.default""".split()  # noqa: SIM905
 )
 # Another name for the same op: same operands, same attributes.
 _SYNONYMS = {
@@ -108,7 +108,8 @@ def _rename(graph: Graph, node: Node, op: str) -> int:
         names = {a.name for a in lookup(op).attributes}
     except DfcError:
         return 0
-    if any(a not in names for a in node.attributes if a not in {o.name for o in node.info.operands}):
+    numbers = {o.name for o in node.info.operands}  # a Python number may stand for an operand
+    if any(a not in names and a not in numbers for a in node.attributes):
         return 0
     return _swap(graph, node, op, list(node.inputs), dict(node.attributes))
 

@@ -51,7 +51,9 @@ class Golden:
         at = next(i for i, line in enumerate(lines) if line.startswith("# gives:"))
         start = next(i for i, line in enumerate(lines) if line.startswith("graph "))
         head = lines[:start]
-        (steps,) = [line.removeprefix("# run:").strip() for line in head if line.startswith("# run:")]
+        (steps,) = [
+            line.removeprefix("# run:").strip() for line in head if line.startswith("# run:")
+        ]
         said = lines[at].removeprefix("# gives:").strip()
         before = "\n".join(lines[start:at]) + "\n"
         return Golden(

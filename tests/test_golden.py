@@ -53,9 +53,7 @@ def test_golden(golden: Golden, request: pytest.FixtureRequest) -> None:
     assert show(graph, original) == got
 
 
-def check_promises(
-    passes: list[Pass], changes: list[int], original: Graph, graph: Graph
-) -> None:
+def check_promises(passes: list[Pass], changes: list[int], original: Graph, graph: Graph) -> None:
     if not any(changes):
         assert graph == original, "0 changes, yet another graph"
     elif len(passes) == 1:

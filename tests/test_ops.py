@@ -75,9 +75,7 @@ class Case:
     def graph(self) -> Graph:
         """A graph that is the op alone; absent operands in the middle are None."""
         graph = Graph("op", ranges={s: RANGES[s] for s in sorted(self.symbols)})
-        values = [
-            t and graph.add_input(n, t) for n, t in zip(self.names, self.types, strict=True)
-        ]
+        values = [t and graph.add_input(n, t) for n, t in zip(self.names, self.types, strict=True)]
         graph.arguments = tuple(Argument(v.name, LEAF) for v in graph.inputs)
         node = graph.add(self.info.name, values, self.attributes)
         graph.set_outputs(node.results)
@@ -296,11 +294,7 @@ def run_onnxruntime(
             for n, a in zip(names, arrays, strict=True)
             if a is not None
         ],
-        [
-            helper.make_tensor_value_info(o, onnx.TensorProto.FLOAT, None)
-            for o in outputs
-            if o
-        ],
+        [helper.make_tensor_value_info(o, onnx.TensorProto.FLOAT, None) for o in outputs if o],
     )
     imports = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=imports, ir_version=10)
@@ -392,7 +386,9 @@ def test_decompose_takes_names_and_keeps_stage_and_place() -> None:
     f32 = DTYPES["f32"]
     x, w = (graph.add_input(n, TensorType(f32, (4, 4))) for n in "xw")
     place = Loc("net.py", 31, "mlp")
-    node = graph.add("dfc.linear_gelu", [x, w], {"approximate": "none"}, names=["y"], stage=2, loc=place)
+    node = graph.add(
+        "dfc.linear_gelu", [x, w], {"approximate": "none"}, names=["y"], stage=2, loc=place
+    )
     g = TensorType(f32, (4,))
     gamma = graph.add_parameter("g", g)
     normal = graph.add("dfc.skip_layer_norm", [node.result, x, gamma], {"eps": 1e-5})

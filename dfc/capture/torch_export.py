@@ -423,8 +423,18 @@ def _torch_shapes(request: Request) -> Any:
             )
     if not any(s is not None for s in specs):
         return None
-    args, kwargs = request.spec.unflatten(specs)
+    args, kwargs = _spec_tree(request.spec, iter(specs))
     return _combined(request, args, kwargs)
+
+
+def _spec_tree(spec: Any, leaves: Iterator[Any]) -> Any:
+    """Specs in the nesting of the arguments; torch wants instances of classes as lists."""
+    if spec.is_leaf():
+        return next(leaves)
+    parts = [_spec_tree(child, leaves) for child in spec.children()]
+    if spec.type is dict:
+        return dict(zip(spec.context, parts, strict=True))
+    return tuple(parts) if spec.type is tuple else parts
 
 
 def _combined(request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -444,19 +454,7 @@ def _combined(request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             found[p.name] = pending.pop(0)
     for k, v in kwargs.items():
         found[k] = v
-    return {n: _spec_of(found.get(n)) for n in names}
-
-
-def _spec_of(x: Any) -> Any:
-    """torch wants containers as they are, and classes by their flat children."""
-    import torch.utils._pytree as pytree
-
-    if x is None or isinstance(x, (dict, list, tuple)) or type(x).__name__ == "_DimHint":
-        return x
-    if type(x) in pytree.SUPPORTED_NODES:
-        children, _ = pytree.SUPPORTED_NODES[type(x)].flatten_fn(x)
-        return list(children)
-    return x
+    return {n: found.get(n) for n in names}
 
 
 @contextlib.contextmanager
@@ -623,6 +621,9 @@ def refusal(e: Exception) -> DfcError:
 
 def _build(request: Request, program: ExportedProgram, used: Request) -> Graph:
     if _needs_functionalizing(program):
+        # torch loses the module path of constants made inside modules: offer both names.
+        for name, tensor in list(program.constants.items()):
+            program.constants.setdefault(name.rpartition(".")[2], tensor)
         with _quiet():
             program = program.run_decompositions({})
     graph = Graph("main")
@@ -653,16 +654,28 @@ def _needs_functionalizing(program: Any) -> bool:
         for node in module.graph.nodes:
             target = node.target
             if isinstance(target, torch._ops.HigherOrderOperator):
-                return True
+                if _needs_retracing(target, node):
+                    return True
+                continue
             if not isinstance(target, torch._ops.OpOverload):
                 if node.op == "call_function" and "functorch" in getattr(target, "__module__", ""):
                     return True
                 continue
+            if target is torch.ops.aten.detach_.default:
+                continue  # nothing is written
             if target._schema.is_mutable or "batch_norm" in target._schema.name:
                 return True
             if target._schema.name in ("aten::instance_norm", "aten::lstm", "aten::gru"):
                 return True
     return False
+
+
+def _needs_retracing(operator: Any, node: torch.fx.Node) -> bool:
+    """Whether a wrapper changes what is inside it: autocast that is on, or one we do not know."""
+    name = operator.name() if callable(getattr(operator, "name", None)) else str(operator)
+    if name == "wrap_with_autocast":
+        return bool(node.args[2])
+    return name not in ("wrap_with_set_grad_enabled", "cond", "while_loop", "scan", "map_impl")
 
 
 def _name_sizes(

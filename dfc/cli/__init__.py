@@ -16,7 +16,7 @@ from dfc.cli.bench import bench as bench_
 from dfc.cli.check import check as check_
 from dfc.cli.compile import compile as compile_
 from dfc.cli.doctor import doctor as doctor_
-from dfc.cli.failures import guarded, usage
+from dfc.cli.failures import INTERRUPTED, guarded, usage
 from dfc.cli.fmt import fmt as fmt_
 from dfc.cli.list import list_
 from dfc.cli.run import run as run_
@@ -75,10 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(argv: Sequence[str]) -> int:
     try:
         result: Any = app([*argv], prog_name="dfc", standalone_mode=False)
-    except (typer.Exit, typer.Abort) as e:
-        return getattr(e, "exit_code", 130)
+    except SystemExit as e:  # typer's answer to a reader that went away
+        if isinstance(e.__context__, BrokenPipeError):
+            raise e.__context__ from None
+        raise
     except Exception as e:
         if hasattr(e, "format_message"):  # typer's own: a wrong option, a missing argument
             raise usage(e, [c.name or "" for c in app.registered_commands]) from e
         raise
+    if result == INTERRUPTED:  # typer's answer to Ctrl-C
+        raise KeyboardInterrupt
     return result if isinstance(result, int) else 0

@@ -17,7 +17,7 @@ def check(
     ],
     as_json: Json = False,
 ) -> None:
-    """Check graph text: syntax, structure and types; report every error.
+    """Check graph text, and report every error in it.
 
     \b
     Examples:

@@ -53,7 +53,7 @@ def compile(
         str | None, typer.Option("--html", metavar="PATH", help="Write the report as a page.")
     ] = None,
 ) -> None:
-    """Compile a model: simplify it, prove it, choose the fastest engine.
+    """Compile a model, prove it, choose the fastest engine.
 
     \b
     Examples:

@@ -29,7 +29,7 @@ _ALTERNATIVES = {"onnxruntime-gpu": ("onnxruntime",)}
 
 
 def doctor(as_json: Json = False) -> None:
-    """Say what is installed, which devices and engines there are, and what is missing.
+    """Say what this machine has, and what is missing.
 
     \b
     Examples:

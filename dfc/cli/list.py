@@ -108,7 +108,8 @@ def _ops(word: str) -> list[dict[str, Any]]:
             space, _, base = schema.name.partition("::")
             if space == "aten" and not schema.is_mutable:
                 overload = schema.overload_name or "default"
-                found.append({"name": f"aten.{base}.{overload}", "does": ""})
+                text = str(schema).partition("::")[2]
+                found.append({"name": f"aten.{base}.{overload}", "does": text})
     return sorted((op for op in found if word in op["name"]), key=lambda op: op["name"])
 
 

@@ -32,7 +32,7 @@ def show(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the graph of a model (as traced) or of a package (as compiled).
+    """Show a graph: traced from a model, or a package's own.
 
     \b
     Examples:
@@ -78,7 +78,7 @@ def _read(model: str, say: Any) -> tuple[Graph, dict[str, Any]]:
         say(f"reading {model}")
         package = read_package(Path(model))
         steps = [resolved(p) for p in parse_steps(",".join(package.steps))]
-        return package.graph, {"steps": steps, "proof": package.report.proof, **package.lock}
+        return package.graph, {**package.lock, "steps": steps, "proof": package.report.proof}
     if Path(model).suffix == ".dfc":
         import dfc
         from dfc.cli.sources import read_text

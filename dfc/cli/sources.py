@@ -44,7 +44,7 @@ class Source:
 
 def is_package(text: str) -> bool:
     """A folder is a package, or pretends to be one."""
-    return Path(text).is_dir()
+    return bool(text) and Path(text).is_dir()
 
 
 def open_source(text: str) -> Source:
@@ -54,6 +54,8 @@ def open_source(text: str) -> Source:
              user's code raises, D020.. for a package.
     """
     path = Path(text)
+    if not text:
+        raise DfcError("D050", "MODEL is empty", help=_FORMS)
     if path.is_dir():
         return _package(path)
     if path.suffix == ".dfc":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -62,13 +63,14 @@ def _checked(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(pass_classes()[name])
     found: dict[str, Any] = {}
     for option, value in values.items():
-        allowed = typing.get_args(hints[option]) or (hints[option],)
-        kinds = [typing.get_origin(t) or t for t in allowed if t is not Ellipsis]
+        hint = hints[option]
+        either = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        kinds = [typing.get_origin(t) or t for t in (typing.get_args(hint) if either else [hint])]
         if tuple in kinds and not isinstance(value, tuple):
             value = (value,)
         if float in kinds and type(value) is int:
             value = float(value)
-        if type(value) not in kinds and typing.get_origin(hints[option]) is not tuple:
+        if type(value) not in kinds:
             shown = " or ".join("none" if k is type(None) else k.__name__ for k in kinds)
             raise DfcError("Q002", f"option `{option}` of pass `{name}` is {shown}, got {value!r}")
         found[option] = value

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from dfc.ir.graph import Range
 
 OperandTypes = tuple[Any, ...]  # a type, None, or a tuple of those, for each operand
-# Decompositions that are right for tracing but not for a graph that runs: they drop what the op is
-# for, or give back the op itself.
-_NEVER = frozenset({"aten.lift_fresh.default"})
 
 
 def decompose(
@@ -42,6 +39,25 @@ def decompose(
 
 
 @cache
+def why_indivisible(op: str) -> str | None:
+    """Why an op cannot be decomposed, or None."""
+    import torch
+    from torch._decomp import decomposition_table
+
+    from dfc.ops.aten import AtenOp
+
+    info = lookup(op)
+    if not isinstance(info, AtenOp):
+        return "it has no decomposition"
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(
+        info.kernel.name(), "CompositeImplicitAutograd"
+    )
+    if info.kernel not in decomposition_table and not composite:
+        return "PyTorch has no decomposition"
+    return None
+
+
+@cache
 def _decompose(
     op: str,
     types: OperandTypes,
@@ -58,16 +74,13 @@ def _decompose(
     from dfc.ops.aten import AtenOp
     from dfc.ops.symbolic import SymbolTable
 
+    reason = why_indivisible(op)
+    if reason:
+        return reason
     info = lookup(op)
-    if not isinstance(info, AtenOp) or op in _NEVER:
-        return "it has no decomposition"
+    assert isinstance(info, AtenOp)
     overload = info.kernel
     known = decomposition_table.get(overload)
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(
-        overload.name(), "CompositeImplicitAutograd"
-    )
-    if known is None and not composite:
-        return "PyTorch has no decomposition"
     table = SymbolTable(dict(bounds), dynamic=bool(bounds))
     flat = [x for t in types for x in (t if isinstance(t, tuple) else (t,)) if x is not None]
 
@@ -83,7 +96,7 @@ def _decompose(
         ]
         values = {k: table.concrete_deep(v) for k, v in attributes.items()}
         args, kwargs = info.bind(operands, values, "cpu")
-        if known is None and composite:
+        if known is None:
             return overload.decompose(*args, **kwargs)
         return overload(*args, **kwargs)
 

@@ -8,13 +8,14 @@ came out. No optimizer runs over the model.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onnxscript import ir
 
 from dfc.emit import onnx_ops
-from dfc.emit.decompose import decompose
+from dfc.emit.decompose import decompose, why_indivisible
 from dfc.emit.onnx_builder import (
     ONNX_DTYPES,
     REAL_OF,
@@ -31,9 +32,13 @@ from dfc.emit.onnx_torchlib import model_functions, symbolic_value, translate
 from dfc.errors import DfcError
 from dfc.ir.expr import Expr
 from dfc.ir.graph import Graph, Node, Parameter, Value
+from dfc.ir.op import DeclaredOp
 from dfc.ir.tree import Seq, paths
 from dfc.ir.types import DTYPES, NoneType, TensorType, Type
 from dfc.ops.aten import ASSERTIONS, AtenOp
+
+if TYPE_CHECKING:
+    from dfc.emit.onnx_export import Written
 
 OPSET = 20
 IR_VERSION = 10
@@ -77,6 +82,13 @@ def build_onnx(graph: Graph, *, opset: int = OPSET, name: str | None = None) -> 
     return model
 
 
+def export_onnx(graph: Graph, path: str | os.PathLike[str], **options: Any) -> Written:
+    """Write a graph as ONNX, proved on probes: see `dfc.emit.onnx_export`."""
+    from dfc.emit.onnx_export import export_onnx as export
+
+    return export(graph, path, **options)
+
+
 def is_random(graph: Graph) -> bool:
     """Whether some node draws random numbers, so that two runs differ."""
     for node in graph.walk():
@@ -96,6 +108,22 @@ def _inline(model: ir.Model, root: Root) -> None:
     model.functions.clear()
     for domain in [d for d in model.graph.opset_imports if d]:
         del model.graph.opset_imports[domain]
+
+
+def why_not(node: Node) -> str | None:
+    """Why a node has no translation, or None: for engines, told without building anything."""
+    from dfc.emit.onnx_torchlib import has_translation
+
+    onnx_ops.load()
+    op = node.op
+    if op in onnx_ops.REAL or op in onnx_ops.COMPLEX or op.split(".")[1] in ASSERTIONS:
+        return None
+    if has_translation(op, OPSET):
+        return None
+    info = node.info
+    if isinstance(info, DeclaredOp):
+        return None if hasattr(info.cls, "to_onnx") else "the op says nothing of ONNX"
+    return why_indivisible(op)
 
 
 # Inputs, parameters, outputs
@@ -369,9 +397,7 @@ def _argument(call: Call, wanted: str) -> Any:
     if wanted == "call":
         return call
     if wanted == "x":
-        if call.operands and call.operands[0] is not None:
-            return call.operands[0]
-        return next(iter(call.attributes.values()), None) if not call.operands else _number(call)
+        return _first(call)
     if wanted in call.attributes:
         value = call.attributes[wanted]
         if value is not None:
@@ -385,9 +411,16 @@ def _argument(call: Call, wanted: str) -> Any:
     return None
 
 
-def _number(call: Call) -> Any:
-    """The number in the first operand's place."""
-    return call.attributes.get(onnx_info(call.op)[0])
+def _first(call: Call) -> Any:
+    """The op's first argument: a tensor, or a number where the schema or the call has one."""
+    from dfc.ir.op import lookup
+
+    info = lookup(call.op)
+    name = info._arguments[0].name if isinstance(info, AtenOp) and info._arguments else ""
+    names = onnx_info(call.op)
+    if names and (name == names[0] or not name) and call.operands[0] is not None:
+        return call.operands[0]
+    return call.attributes.get(name)
 
 
 def onnx_info(op: str) -> tuple[str, ...]:
@@ -483,6 +516,6 @@ def _widened(b: Builder, call: Call, ranges: Mapping[str, Any], depth: int) -> l
 
 
 __all__ = [
-    "ONNX_DTYPES", "OPSET", "REAL_OF", "build_onnx", "emit", "input_names", "is_random",
-    "output_names",
+    "OPSET", "build_onnx", "emit", "export_onnx", "input_names", "is_random", "output_names",
+    "why_not",
 ]  # fmt: skip

@@ -13,11 +13,12 @@ from typing import Any
 
 from dfc.ir.expr import Expr, format_number
 from dfc.ir.graph import Argument, Graph, Input, Loc, Node, Parameter, Range, Value
-from dfc.ir.tree import Const, Leaf, Map, Named, Opaque, Seq, Tree
+from dfc.ir.tree import Const, Leaf, Map, Opaque, Seq, Tree
 from dfc.ir.types import DType
 
 FORMAT_VERSION = 1
 _PLAIN = re.compile(r"[A-Za-z0-9_.]+\Z")
+_WORDS = frozenset({"None", "True", "False", "inf", "nan"})  # as keys, they are not strings
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
@@ -90,7 +91,7 @@ def _is_name(x: object) -> bool:
 def _fields(keys: Any, parts: list[str]) -> str:
     def key(k: object) -> str:
         if isinstance(k, str):
-            return k if _KEY.match(k) else json.dumps(k)
+            return k if _KEY.match(k) and k not in _WORDS else json.dumps(k)
         return attribute_text(k)
 
     return "{" + ", ".join(f"{key(k)}: {p}" for k, p in zip(keys, parts, strict=True)) + "}"
@@ -168,7 +169,8 @@ class _Printer:
             return f"{names(v)}: {v.type}"
 
         text = tree_text(a.tree, leaf)
-        return text if isinstance(a.tree, Leaf) and text.startswith(f"%{a.name}:") else f"{a.name}={text}"
+        plain = isinstance(a.tree, Leaf) and text.startswith(f"%{a.name}:")
+        return text if plain else f"{a.name}={text}"
 
     def parameter(self, p: Parameter) -> str:
         words = [f"{parameter_name(p.name)}: {p.type}"]

@@ -218,6 +218,8 @@ def _infer(op: AtenOp, node: Node) -> tuple[Type, ...]:
         free |= v.type.symbols
     bounds = tuple(sorted((s, ranges.get(s, (0, None))) for s in free))
     binds = tuple(b.symbol for b in node.binds)
+    if free and not binds:
+        return _infer_symbolic(op.name, types, node.attributes, bounds)
     return _infer_fake(op.name, types, node.attributes, bounds, binds)
 
 
@@ -239,6 +241,37 @@ def _direct(op: AtenOp, node: Node) -> TensorType | None:
         other = node.attributes.get("other")
         return type if isinstance(other, (int, float)) else None
     return None
+
+
+@cache
+def _infer_symbolic(
+    name: str,
+    types: tuple[Any, ...],
+    attributes: Any,
+    bounds: tuple[tuple[str, tuple[int, int | None]], ...],
+) -> tuple[Type, ...]:
+    """The types for all sizes; fake tensors alone may settle for the size that they see.
+
+    Raises:  ValueError when two sizes within the bounds give types that do not fit.
+    """
+    found = _infer_fake(name, types, attributes, bounds, ())
+    for start in (2, 5):  # 0 and 1 are special to PyTorch: capture does without them, too
+        sizes = {}
+        for i, (symbol, (low, high)) in enumerate(bounds):
+            size = max(low, start + i)
+            sizes[symbol] = size if high is None else min(size, high)
+        concrete = tuple(_substituted(t, sizes) for t in types)
+        values = type(attributes)({k: _bound(v, sizes) for k, v in attributes.items()})
+        if _infer_fake(name, concrete, values, (), ()) != _substituted(found, sizes):
+            shown = ", ".join(f"{k}={v}" for k, v in sizes.items())
+            raise ValueError(f"the result is not {list(found)} for every size: not for {shown}")
+    return found
+
+
+def _substituted(t: Any, sizes: Mapping[str, int]) -> Any:
+    if isinstance(t, tuple):
+        return tuple(_substituted(x, sizes) for x in t)
+    return t and t.substitute(sizes)
 
 
 @cache

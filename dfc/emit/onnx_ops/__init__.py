@@ -22,9 +22,11 @@ def load() -> None:
         linalg,
         nn,
         ordering,
+        recurrent,
         reduction,
         resampling,
         shapes,
+        special,
     )
 
 

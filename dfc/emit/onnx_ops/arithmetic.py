@@ -171,7 +171,8 @@ def fmod(b: Builder, x: Any, other: Any, call: Call) -> Val:
     return b.op("Mod", operand(b, x, dtype), operand(b, other, dtype), fmod=1)
 
 
-@translates("pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "float_power.Tensor_Scalar")
+@translates("pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "float_power.Tensor_Scalar",
+            "float_power.Tensor_Tensor", "float_power.Scalar")
 def power(b: Builder, x: Any, exponent: Any, call: Call) -> Val:
     dtype = result_work(call)
     base = operand(b, x, dtype)
@@ -218,14 +219,29 @@ _UNARY = {
     "sigmoid": "Sigmoid", "reciprocal": "Reciprocal", "special_expit": "Sigmoid",
     "special_erf": "Erf",
 }  # fmt: skip
-_F32_ONLY = frozenset(
-    "Sinh Cosh Tan Asin Acos Atan Asinh Acosh Atanh Erf Sin Cos".split()
-)
+_F32_ONLY = frozenset("Sinh Cosh Tan Asin Acos Atan Asinh Acosh Atanh Erf".split())
 
 
 @translates(*_UNARY)
 def unary(b: Builder, x: Val, call: Call) -> Val:
-    return b.op(_UNARY[call.op.split(".")[1]], b.cast(x, onnx_dtype(call.result)))
+    kind = _UNARY[call.op.split(".")[1]]
+    x = b.cast(x, onnx_dtype(call.result))
+    if x.dtype == D.DOUBLE and kind in _F32_ONLY:
+        return double(b, kind, x)
+    return b.op(kind, x)
+
+
+def double(b: Builder, kind: str, x: Val) -> Val:
+    """What ONNX Runtime's CPU has for f32 only, in float64."""
+    if kind == "Erf":
+        return erf64(b, x)
+    if kind == "Tan":
+        return b.op("Div", b.op("Sin", x), b.op("Cos", x))
+    if kind in ("Sinh", "Cosh"):
+        up, down = b.op("Exp", x), b.op("Exp", b.op("Neg", x))
+        both = b.op("Sub" if kind == "Sinh" else "Add", up, down)
+        return b.op("Mul", both, b.like(0.5, x))
+    raise b.refuse(f"ONNX Runtime computes {kind} in f32 only")
 
 
 @translates("rsqrt")
@@ -277,7 +293,7 @@ def erfc(b: Builder, x: Val, call: Call) -> Val:
 @translates("erfinv", "special_erfinv")
 def erfinv(b: Builder, x: Val, call: Call) -> Val:
     """Winitzki's estimate, then three Newton steps on erf in float64."""
-    x = b.cast(b.cast(x, onnx_dtype(call.result)), D.DOUBLE)
+    x = b.cast(x, D.DOUBLE)
     c = lambda v: b.const(v, D.DOUBLE)  # noqa: E731
     one, a = c(1.0), 0.147
     edge = b.op("Equal", b.op("Abs", x), one)
@@ -395,8 +411,7 @@ def relu(b: Builder, x: Val, call: Call) -> Val:
 @translates("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
 def where(b: Builder, condition: Val, self: Any, other: Any, call: Call) -> Val:
     dtype = onnx_dtype(call.result)
-    if dtype in (D.INT8, D.INT16, D.UINT16, D.UINT32, D.UINT64, D.BOOL):
-        dtype = work_dtype(dtype)
+    dtype = work_dtype(dtype)
     return b.op("Where", b.cast(condition, D.BOOL), operand(b, self, dtype), operand(b, other, dtype))
 
 
@@ -472,7 +487,8 @@ def classify(b: Builder, x: Val, call: Call) -> Val:
         inverse = b.op("Reciprocal", x)
         zero = b.like(0.0, x)
         is_zero = b.op("Equal", x, zero)
-        return b.op("Where", is_zero, b.op("Less", inverse, zero), b.op("Less", x, zero))
+        negative_zero = b.op("And", is_zero, b.op("Less", inverse, zero))
+        return b.op("Or", negative_zero, b.op("Less", x, zero))
     return b.op("Not", b.op("Or", infinite, b.op("IsNaN", x)))
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from onnxscript import ir
 
 from dfc.emit.onnx_builder import Builder, Call, D, NoTranslation, Val, onnx_dtype
@@ -272,7 +273,19 @@ def fft_r2c(b: Builder, x: Val, dim: Sequence[int], normalization: int, onesided
     found = _fft(b, _as_pairs(b, x), axes, _mode(normalization), True, shape)
     if onesided:
         found = b.slice(found, axes[-1], 0, call.result.shape[axes[-1]])
-    return found
+    return _real_ends(b, found, axes[0], shape[axes[0]], call) if len(axes) == 1 else found
+
+
+def _real_ends(b: Builder, x: Val, axis: int, size: Any, call: Call) -> Val:
+    """The first and, for an even length, the middle element of a real signal's spectrum are real."""
+    at = b.arange(call.result.shape[axis])
+    twice = b.op("Mul", at, 2)
+    ends = b.op("Or", b.op("Equal", at, 0), b.op("Equal", twice, b.lift(size)))
+    rank = call.result.rank
+    shape = [-1 if i == axis else 1 for i in range(rank)]
+    imaginary = b.array(np.array([False, True]))
+    zero = b.op("And", b.reshape(ends, [*shape, 1]), imaginary)
+    return b.op("Where", zero, b.like(0.0, x), x)
 
 
 @translates("_fft_c2r", complex=True)

@@ -167,18 +167,22 @@ def solve_triangular(b: Builder, x: Val, call: Call) -> Any:
     rhs = call.operands[1]
     assert not isinstance(rhs, tuple) and rhs is not None
     n = _size(b, x)
-    matrix, rest = _wide(b, x), _wide(b, rhs)
     order = range(n - 1, -1, -1) if a["upper"] else range(n)
+    unit = bool(a.get("unitriangular"))
+    return _substitute(b, _wide(b, x), _wide(b, rhs), order, unit)
+
+
+def _substitute(b: Builder, matrix: Val, rest: Val, order: range, unit: bool = False) -> Val:
     rows: dict[int, Val] = {}
     for i in order:
         row = _row(b, rest, i)
         for j, known in rows.items():
             weight = b.op("Slice", _row(b, matrix, i), [j], [j + 1], [-1])
             row = b.op("Sub", row, b.op("Mul", weight, known))
-        if not a.get("unitriangular"):
+        if not unit:
             row = b.op("Div", row, b.op("Slice", _row(b, matrix, i), [i], [i + 1], [-1]))
         rows[i] = row
-    return b.op("Concat", *(rows[i] for i in range(n)), axis=-2)
+    return b.op("Concat", *(rows[i] for i in sorted(rows)), axis=-2)
 
 
 @translates("linalg_matrix_exp", "matrix_exp")
@@ -196,7 +200,71 @@ def matrix_exp(b: Builder, x: Val) -> Val:
     return total
 
 
-@translates("_linalg_svd", "linalg_svd", "linalg_eigh", "_linalg_eigh", "linalg_eig", "linalg_qr",
+@translates("cholesky_solve")
+def cholesky_solve(b: Builder, x: Val, input2: Val, upper: bool) -> Val:
+    """Down with the factor, up with its transpose."""
+    n, rank = _size(b, input2), b.rank(input2)
+    factor, rest = _wide(b, input2), _wide(b, x)
+    lower = _turn(b, factor, rank) if upper else factor
+    half = _substitute(b, lower, rest, range(n))
+    return _substitute(b, _turn(b, lower, rank), half, range(n - 1, -1, -1))
+
+
+@translates("linalg_qr")
+def qr(b: Builder, x: Val, mode: str, call: Call) -> list[Val]:
+    """Householder's reflections, signs as LAPACK's: the diagonal of R is against the column's."""
+    import numpy as np
+
+    _size(b, x)
+    rows, columns = (int(s) for s in b.type(x).shape[-2:])  # type: ignore[arg-type]
+    rank = b.rank(x)
+    r = _wide(b, x)
+    q = b.op("Expand", _eye(b, rows, r), b.sizes.vector(b, [*b.type(x).shape[:-2], rows, rows]))
+    for i in range(min(rows - 1, columns)):
+        below = b.array((np.arange(rows) >= i).reshape(rows, 1))
+        v = b.op("Where", below, _column(b, r, i), b.like(0.0, r))
+        size = b.op("Sqrt", b.op("ReduceSum", b.op("Mul", v, v), [-2], keepdims=1))
+        head = b.op("Slice", v, [i], [i + 1], [-2])
+        side = b.op("Where", b.op("Less", head, b.like(0.0, r)), b.op("Neg", size), size)
+        v = b.op("Add", v, b.op("Mul", side, _one(b, i, rows, r, True)))
+        norm = b.op("ReduceSum", b.op("Mul", v, v), [-2], keepdims=1)
+        none = b.op("Equal", norm, b.like(0.0, r))
+        factor = b.op("Where", none, norm, b.op("Div", b.like(2.0, r), norm))
+        turned = _turn(b, v, rank)
+        r = b.op("Sub", r, b.op("Mul", b.op("Mul", factor, v), b.op("MatMul", turned, r)))
+        q = b.op("Sub", q, b.op("MatMul", b.op("MatMul", q, v), b.op("Mul", factor, turned)))
+    r = b.op("Trilu", r, upper=1)
+    if mode != "complete":
+        k = min(rows, columns)
+        q, r = b.op("Slice", q, [0], [k], [-1]), b.op("Slice", r, [0], [k], [-2])
+    return [q, r]
+
+
+@translates("linalg_householder_product")
+def householder_product(b: Builder, x: Val, tau: Val) -> Val:
+    """The first columns of the product of the reflections that the columns below tell."""
+    import numpy as np
+
+    _size(b, x)
+    rows, columns = (int(s) for s in b.type(x).shape[-2:])  # type: ignore[arg-type]
+    count = b.type(tau).shape[-1]
+    if not isinstance(count, int):
+        raise b.refuse("the number of reflections is not fixed")
+    rank = b.rank(x)
+    a, scales = _wide(b, x), b.unsqueeze(_wide(b, tau), -2)
+    start = b.array(np.eye(rows, columns))
+    q = b.op("Expand", start, b.op("Shape", a))
+    for i in reversed(range(count)):
+        below = b.array((np.arange(rows) > i).reshape(rows, 1))
+        v = b.op("Where", below, _column(b, a, i), b.like(0.0, a))
+        v = b.op("Add", v, _one(b, i, rows, a, True))
+        factor = b.op("Slice", scales, [i], [i + 1], [-1])
+        change = b.op("MatMul", b.op("Mul", factor, v), b.op("MatMul", _turn(b, v, rank), q))
+        q = b.op("Sub", q, change)
+    return q
+
+
+@translates("_linalg_svd", "linalg_svd", "linalg_eigh", "_linalg_eigh", "linalg_eig",
             "linalg_lstsq", "linalg_eigvalsh", "linalg_eigvals", "linalg_svdvals", "geqrf",
             "linalg_pinv")  # fmt: skip
 def factorization(b: Builder, x: Val) -> Any:

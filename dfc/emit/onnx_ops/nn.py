@@ -180,6 +180,12 @@ def group_norm(b: Builder, x: Val, weight: Val | None, bias: Val | None, eps: fl
 
 @translates("gelu")
 def gelu(b: Builder, x: Val, approximate: str) -> Val:
+    if x.dtype == D.DOUBLE and approximate == "none":
+        from dfc.emit.onnx_ops.arithmetic import erf64
+
+        half = erf64(b, b.op("Mul", x, b.like(math.sqrt(0.5), x)))
+        factor = b.op("Add", half, b.like(1.0, x))
+        return b.op("Mul", b.op("Mul", x, b.like(0.5, x)), factor)
     return b.op("Gelu", x, approximate=approximate)
 
 
@@ -266,6 +272,8 @@ def convolve(
     else:
         one = _tuple(padding, n)
         pads = one * 2
+    if isinstance(groups, Expr):
+        return _grouped(b, x, weight, bias, stride, pads, dilation, groups)
     unbatched = b.rank(x) == n + 1
     if unbatched:
         x = b.unsqueeze(x, 0)
@@ -273,6 +281,33 @@ def convolve(
         "Conv", x, weight, bias, strides=stride, pads=pads, dilations=dilation, group=groups
     )
     return b.squeeze(found, 0) if unbatched else found
+
+
+def _grouped(
+    b: Builder, x: Val, weight: Val, bias: Val | None, stride: list[int], pads: list[int],
+    dilation: list[int], groups: Expr,
+) -> Val:  # fmt: skip
+    """As many groups as a size says (a kernel for each sample): patches times kernels, batched."""
+    from dfc.emit.onnx_ops.resampling import windows
+
+    if b.rank(weight) != 4 or b.rank(x) != 4 or b.type(x).shape[0] != 1:
+        raise b.refuse("ONNX wants the number of groups of a convolution as a constant")
+    _, _, h, w = b.type(x).shape
+    out, inner, kh, kw = b.type(weight).shape
+    if any(pads):
+        x = b.op("Pad", x, [0, 0, *pads[:2], 0, 0, *pads[2:]], b.like(0.0, x))
+    oh = (h + pads[0] + pads[2] - dilation[0] * (kh - 1) - 1) // stride[0] + 1  # type: ignore[operator]
+    ow = (w + pads[1] + pads[3] - dilation[1] * (kw - 1) - 1) // stride[1] + 1  # type: ignore[operator]
+    rows = windows(b, oh, stride[0], kh, dilation[0])  # type: ignore[arg-type]
+    columns = windows(b, ow, stride[1], kw, dilation[1])  # type: ignore[arg-type]
+    found = b.op("Gather", b.op("Gather", x, rows, axis=2), columns, axis=4)  # 1 c kh oh kw ow
+    found = b.transpose(found, [0, 1, 2, 4, 3, 5])
+    taps = inner * kh * kw
+    patches = b.op("Reshape", found, b.sizes.vector(b, [groups, taps, oh * ow]))
+    kernels = b.op("Reshape", weight, b.sizes.vector(b, [groups, out // groups, taps]))
+    made = b.op("MatMul", kernels, patches)
+    made = b.op("Reshape", made, b.sizes.vector(b, [1, out, oh, ow]))
+    return made if bias is None else b.op("Add", made, b.reshape(bias, [-1, 1, 1]))
 
 
 def transposed(

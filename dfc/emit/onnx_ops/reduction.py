@@ -35,13 +35,24 @@ def numbers(b: Builder, x: Val, call: Call) -> Val:
     return convert(b, x, work_dtype(onnx_dtype(call.result)))
 
 
-@translates("sum", "sum.dim_IntList", "nansum")
+@translates("sum", "sum.dim_IntList")
 def sum_(b: Builder, x: Val, call: Call) -> Val:
     a = call.attributes
-    if call.op == "aten.nansum.default":
-        raise NoTranslation("")
+    wide = x.dtype in (D.INT64, D.UINT64, D.UINT32)
     x = numbers(b, x, call)
-    return reduce(b, "ReduceSum", x, axes_of(a.get("dim"), _rank(b, call)), a.get("keepdim", False))
+    axes, keepdim = axes_of(a.get("dim"), _rank(b, call)), a.get("keepdim", False)
+    return exact_sum(b, x, axes, keepdim) if wide else reduce(b, "ReduceSum", x, axes, keepdim)
+
+
+def exact_sum(b: Builder, x: Val, axes: Sequence[int], keepdim: bool) -> Val:
+    """ONNX Runtime adds int64 in float64, right to 2^53 only: so high and low halves by themselves."""
+    if x.dtype != D.INT64 or not axes:
+        return reduce(b, "ReduceSum", x, axes, keepdim)
+    half = 2**32
+    low = b.op("Mod", x, half)
+    high = b.op("Div", b.op("Sub", x, low), half)
+    top = reduce(b, "ReduceSum", high, axes, keepdim)
+    return b.op("Add", b.op("Mul", top, half), reduce(b, "ReduceSum", low, axes, keepdim))
 
 
 def _rank(b: Builder, call: Call) -> int:
@@ -288,7 +299,7 @@ def cummax(b: Builder, x: Val, dim: int, call: Call) -> list[Val]:
     size = b.type(x).shape[axis]
     work = b.cast(x, work_dtype(x.dtype))  # type: ignore[arg-type]
     if not isinstance(size, int):
-        raise NoTranslation("a running extreme needs a fixed length")
+        return _extreme_so_far(b, work, axis, rank, size, "cummax" in call.op)
     at = b.reshape(b.arange(size), [-1 if i == axis else 1 for i in range(rank)])
     at = b.op("Expand", at, b.op("Shape", x))
     better = "GreaterOrEqual" if "cummax" in call.op else "LessOrEqual"
@@ -304,6 +315,34 @@ def cummax(b: Builder, x: Val, dim: int, call: Call) -> list[Val]:
         at = b.op("Concat", b.slice(at, axis, 0, shift), i, axis=axis)
         shift *= 2
     return [work, at]
+
+
+def _extreme_so_far(
+    b: Builder, x: Val, axis: int, rank: int, size: Any, largest: bool
+) -> list[Val]:
+    """For a length that only the run tells: every element against all up to it, n x n."""
+    perm = [i for i in range(rank) if i != axis] + [axis]
+    rows = b.unsqueeze(b.transpose(x, perm), -2)  # *, 1, n
+    line = b.arange(size)
+    seen = b.op("LessOrEqual", line, b.unsqueeze(line, 1))  # row i sees columns up to i
+    kind = "ReduceMax" if largest else "ReduceMin"
+    hit: Val
+    if x.dtype in FLOATS:
+        nan = b.op("And", seen, b.op("IsNaN", rows))
+        has = b.cast(b.op("ReduceMax", b.cast(nan, D.INT32), [-1], keepdims=1), D.BOOL)
+        worst = b.like(-math.inf if largest else math.inf, x)
+        clean = b.op("Where", b.op("And", seen, b.op("Not", b.op("IsNaN", rows))), rows, worst)
+        top = b.op(kind, clean, [-1], keepdims=1)
+        plain = b.op("And", seen, b.op("Equal", rows, top))
+        hit = b.op("Or", b.op("And", has, nan), b.op("And", b.op("Not", has), plain))
+        top = b.op("Where", has, b.like(math.nan, x), top)
+    else:
+        first = b.op("Gather", rows, [0], axis=-1)
+        top = b.op(kind, b.op("Where", seen, rows, first), [-1], keepdims=1)
+        hit = b.op("And", seen, b.op("Equal", rows, top))
+    index = b.op("ReduceMax", b.op("Where", hit, line, -1), [-1], keepdims=0)
+    back = [perm.index(i) for i in range(rank)]
+    return [b.transpose(b.squeeze(top, -1), back), b.transpose(index, back)]
 
 
 @translates("logcumsumexp")

@@ -145,15 +145,15 @@ def im2col(b: Builder, x: Val, call: Call) -> Val:
         x = b.op("Pad", x, [0, 0, ph, pw, 0, 0, ph, pw], b.like(0, x))
     oh = (h + 2 * ph - dh * (kh - 1) - 1) // sh + 1
     ow = (w + 2 * pw - dw * (kw - 1) - 1) // sw + 1
-    rows = _windows(b, oh, sh, kh, dh)
-    columns = _windows(b, ow, sw, kw, dw)
+    rows = windows(b, oh, sh, kh, dh)
+    columns = windows(b, ow, sw, kw, dw)
     found = b.op("Gather", b.op("Gather", x, rows, axis=2), columns, axis=4)  # n c kh oh kw ow
     found = b.transpose(found, [0, 1, 2, 4, 3, 5])
     found = b.op("Reshape", found, b.sizes.vector(b, [n, c * kh * kw, oh * ow]))
     return b.squeeze(found, 0) if unbatched else found
 
 
-def _windows(b: Builder, count: Any, step: int, size: int, dilation: int) -> Val:
+def windows(b: Builder, count: Any, step: int, size: int, dilation: int) -> Val:
     start = b.op("Mul", b.arange(count), step)
     offset = b.op("Mul", b.unsqueeze(b.arange(size), 1), dilation)
     return b.op("Add", offset, start)

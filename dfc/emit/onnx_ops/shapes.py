@@ -296,12 +296,41 @@ def unfold(b: Builder, x: Val, dimension: int, size: int, step: int, call: Call)
 def as_strided(b: Builder, x: Val, size: Any, stride: Any, storage_offset: Any) -> Val:
     """Elements by flat position, for a tensor that is dense: strides are no part of values."""
     flat = b.reshape(x, [-1])
+    return b.op("Gather", flat, _positions(b, size, stride, storage_offset), axis=0)
+
+
+def _positions(b: Builder, size: Any, stride: Any, storage_offset: Any) -> Val:
     at: Val = b.lift(storage_offset or 0)  # type: ignore[assignment]
     rank = len(size)
     for axis, (n, s) in enumerate(zip(size, stride, strict=True)):
         steps = b.op("Mul", b.arange(n), b.lift(s))
         at = b.op("Add", at, b.reshape(steps, [-1 if i == axis else 1 for i in range(rank)]))
-    return b.op("Gather", flat, at, axis=0)
+    return at
+
+
+@translates("as_strided_scatter", "prims.as_strided_scatter.default")
+def as_strided_scatter(b: Builder, x: Val, src: Val, size: Any, stride: Any, storage_offset: Any) -> Val:
+    at = b.reshape(_positions(b, size, stride, storage_offset), [-1])
+    flat = b.op("ScatterElements", b.reshape(x, [-1]), at, b.reshape(src, [-1]), axis=0)
+    return b.op("Reshape", flat, b.op("Shape", x))
+
+
+@translates("unfold_backward")
+def unfold_backward(b: Builder, x: Val, input_sizes: Any, dim: int, size: int, step: int, call: Call) -> Val:
+    """Windows added back where they were cut from."""
+    rank = call.result.rank
+    axis = dim % rank
+    windows = b.type(x).shape[axis]
+    at = b.op("Add", b.unsqueeze(b.op("Mul", b.arange(windows), step), 1), b.arange(size))
+    back = [i for i in range(rank + 1) if i not in (axis, rank)]
+    perm = [*back[:axis], axis, rank, *back[axis:]]
+    shape = list(call.result.shape)
+    shape[axis] = windows * size
+    flat = b.op("Reshape", b.transpose(x, perm), b.sizes.vector(b, shape))
+    line = b.reshape(at, [-1 if i == axis else 1 for i in range(rank)])
+    index = b.op("Expand", line, b.op("Shape", flat))
+    blank = b.expand(b.like(0, x), call.result.shape)
+    return b.op("ScatterElements", blank, index, flat, axis=axis, reduction="add")
 
 
 @translates("diagonal", "diagonal_copy")

@@ -1,0 +1,579 @@
+"""Random typed graphs: what a pass may meet, from a seed.
+
+More than forty ops over several dtypes and awkward sizes (0 and 1 among them, a symbol in every
+third graph), with the things that passes look for: twins, no-ops, constants, dead nodes, dropout,
+batch norm behind layers, mutations, effects, nested graphs, declared ops. Every node's type comes
+from its type rule; an op that refuses what it is offered is left out.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+import dfc.ops  # noqa: F401
+from dfc.errors import DfcError
+from dfc.ir.expr import Expr, symbol
+from dfc.ir.graph import Argument, Graph, Loc, Node, Value
+from dfc.ir.tree import LEAF, Seq
+from dfc.ir.types import DTYPES, TensorType
+from dfc.ir.weights import TensorData
+from dfc.ops.builder import Builder
+
+SIZES = (0, 1, 2, 3, 7, 16)
+SYMBOL_RANGE = (2, 8)
+Recipe = Callable[["Maker"], "Node | None"]
+RECIPES: list[tuple[int, Recipe]] = []
+
+
+@cache
+def random_graph(seed: int, nodes: int = 30) -> Graph:
+    """The graph of a seed. It is shared: copy it before changing it."""
+    return Maker(seed).graph(nodes)
+
+
+def random_inputs(graph: Graph, seed: int, size: int = 3) -> list[torch.Tensor]:
+    """Inputs of a graph, every symbol bound to one size."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for v in graph.inputs:
+        t = v.tensor_type.substitute(dict.fromkeys(v.type.symbols, size))
+        found.append(random_tensor(t, generator))
+    return found
+
+
+def random_tensor(t: TensorType, generator: torch.Generator) -> torch.Tensor:
+    shape = [int(s) for s in t.shape]  # type: ignore[arg-type]
+    if t.dtype.is_float:
+        return torch.randn(shape, generator=generator).to(t.dtype.to_torch())
+    high = 2 if t.dtype.kind == "bool" else 3
+    return torch.randint(0, high, shape, generator=generator).to(t.dtype.to_torch())
+
+
+class Maker:
+    """One graph in the making: values so far, and random choices among them."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.tensors = torch.Generator().manual_seed(seed)
+        self.symbolic = seed % 3 == 0
+        self.made = Graph(f"seed{seed}")
+        self.b = Builder(self.made)
+        self.values: list[Value] = []
+
+    def graph(self, nodes: int) -> Graph:
+        g, rng = self.made, self.rng
+        if self.symbolic:
+            g.ranges["B"] = SYMBOL_RANGE
+        self.common = tuple(rng.choice(SIZES[1:]) for _ in range(2))
+        for name in "abcd":
+            self.values.append(g.add_input(name, self.type("f32" if name in "ab" else None)))
+        if self.symbolic and not any(v.type.symbols for v in g.inputs):
+            t = TensorType(DTYPES["f32"], (symbol("B"), *self.common))
+            self.values.append(g.add_input("e", t))
+        if not any(v.type.symbols for v in g.inputs):
+            g.ranges.clear()
+        g.arguments = tuple(Argument(v.name, LEAF) for v in g.inputs)
+        for i in range(3):
+            self.values.append(self.parameter(f"p{i}", self.type(static=True)))
+        weights = [weight for weight, _ in RECIPES]
+        while len(g) < nodes:
+            self.step(rng.choices(RECIPES, weights)[0][1])
+        self.finish()
+        return g
+
+    def step(self, recipe: Recipe) -> None:
+        count = len(self.made)
+        try:
+            node = recipe(self)
+        except DfcError as e:
+            assert e.code in ("V020", "V011"), e
+            node = None
+        if node is None:
+            self.drop_after(count)
+            return
+        self.values += [r for r in node.results if isinstance(r.type, TensorType)]
+        if self.rng.random() < 0.3:
+            node.loc = Loc("net.py", self.rng.randrange(1, 99), "block")
+
+    def drop_after(self, count: int) -> None:
+        for node in self.made.reversed_nodes:
+            if len(self.made) <= count:
+                return
+            self.made.erase(node)
+
+    def finish(self) -> None:
+        g, rng = self.made, self.rng
+        last = [v for v in self.values if v.node is not None][-8:]
+        chosen = rng.sample(last, min(len(last), rng.randrange(1, 5)))
+        chosen += rng.sample(self.values, 1)
+        mutations = []
+        buffer = self.parameter("state", TensorType(DTYPES["f32"], (3,)), "buffer")
+        if rng.random() < 0.4:
+            new = self.b("aten.mul.Scalar", buffer, other=0.5)
+            mutations.append((buffer, new))
+            chosen.append(self.b("aten.add.Scalar", buffer, other=1))
+        g.set_outputs(chosen, Seq("tuple", tuple(LEAF for _ in chosen)), mutations)
+
+    # choices
+
+    def type(self, dtype: str | None = None, static: bool = False) -> TensorType:
+        rng = self.rng
+        name = dtype or rng.choice(("f32", "f32", "f32", "f64", "i64", "i32", "bool", "f16"))
+        shape: list[Any] = list(self.common[: rng.randrange(3)])
+        shape = [rng.choice(SIZES), *shape] if rng.random() < 0.5 else shape
+        if self.symbolic and not static and rng.random() < 0.6:
+            shape.insert(0, symbol("B"))
+        return TensorType(DTYPES[name], tuple(shape))
+
+    def parameter(self, name: str, t: TensorType, kind: str = "parameter") -> Value:
+        tensor = random_tensor(t, self.tensors)
+        if name.endswith("var"):
+            tensor = tensor.abs() + 0.1
+        return self.made.add_parameter(name, t, kind, TensorData(name, tensor))
+
+    def fresh(self, wish: str) -> str:
+        n = len(self.made.parameters)
+        return f"{wish}{n}"
+
+    def pick(self, test: Callable[[TensorType], bool] = lambda t: True) -> Value:
+        """A value that passes the test, the later ones more often."""
+        fits = [v for v in self.values if test(v.tensor_type)]
+        if not fits:
+            raise DfcError("V020", "nothing fits")
+        if self.rng.random() < 0.5:
+            fits = fits[-6:]
+        return self.rng.choice(fits)
+
+    def float(self, rank: int = 0) -> Value:
+        return self.pick(lambda t: t.dtype.is_float and t.rank >= rank)
+
+    def like(self, v: Value) -> Value:
+        """Another value of the same dtype that may broadcast with it."""
+        t = v.tensor_type
+
+        def fits(u: TensorType) -> bool:
+            pairs = zip(reversed(u.shape), reversed(t.shape), strict=False)
+            return u.dtype == t.dtype and all(a == b or a == 1 or b == 1 for a, b in pairs)
+
+        return self.pick(fits)
+
+    def dim(self, v: Value, extra: int = 0) -> int:
+        rank = v.tensor_type.rank + extra
+        if rank == 0:
+            raise DfcError("V020", "no dimension")
+        return self.rng.randrange(-rank, rank)
+
+
+def recipe(weight: int = 2) -> Callable[[Recipe], Recipe]:
+    def register(function: Recipe) -> Recipe:
+        RECIPES.append((weight, function))
+        return function
+
+    return register
+
+
+def is_small(t: TensorType) -> bool:
+    return all(isinstance(s, Expr) or s <= 64 for s in t.shape) and t.rank <= 4
+
+
+UNARY = (
+    "relu sigmoid tanh sin cos neg abs gelu silu erf floor ceil round sign exp log1p "
+    "reciprocal trunc square softplus absolute negative"
+).split()  # noqa: SIM905
+
+
+@recipe(8)
+def unary(m: Maker) -> Node:
+    name = m.rng.choice(UNARY)
+    given = {"decimals": None} if name == "round" and False else {}
+    return m.b.node(f"aten.{name}.default", m.float(), **given)
+
+
+@recipe(6)
+def binary(m: Maker) -> Node:
+    name = m.rng.choice(("add", "sub", "mul", "multiply", "subtract"))
+    x = m.pick(lambda t: t.dtype.kind != "bool")
+    return m.b.node(f"aten.{name}.Tensor", x, m.like(x))
+
+
+@recipe()
+def extremum(m: Maker) -> Node:
+    x = m.float()
+    return m.b.node(f"aten.{m.rng.choice(('maximum', 'minimum'))}.default", x, m.like(x))
+
+
+@recipe()
+def division(m: Maker) -> Node:
+    x = m.float()
+    return m.b.node(f"aten.{m.rng.choice(('div', 'true_divide'))}.Tensor", x, m.like(x))
+
+
+@recipe(6)
+def with_scalar(m: Maker) -> Node:
+    name = m.rng.choice(("add", "sub", "mul", "rsub"))
+    x = m.pick(lambda t: t.dtype.kind != "bool")
+    other = m.rng.choice((0, 1, 0.0, -0.0, 1.0, 2, 0.5, -1))
+    return m.b.node(f"aten.{name}.Scalar", x, other=other)
+
+
+@recipe()
+def divided_by_scalar(m: Maker) -> Node:
+    return m.b.node("aten.div.Scalar", m.float(), other=m.rng.choice((1, 1.0, 2, 0.5)))
+
+
+@recipe()
+def power(m: Maker) -> Node:
+    return m.b.node("aten.pow.Tensor_Scalar", m.float(), exponent=m.rng.choice((1, 2, 3)))
+
+
+@recipe()
+def clamp(m: Maker) -> Node:
+    return m.b.node(f"aten.{m.rng.choice(('clamp', 'clip'))}.default", m.float(), min=-1, max=1)
+
+
+@recipe()
+def comparison(m: Maker) -> Node:
+    x = m.pick(lambda t: t.dtype.kind != "bool")
+    name = m.rng.choice(("eq", "lt", "ge", "less", "greater"))
+    return m.b.node(f"aten.{name}.Tensor", x, m.like(x))
+
+
+@recipe()
+def logic(m: Maker) -> Node:
+    x = m.pick(lambda t: t.dtype.kind == "bool")
+    return m.b.node(f"aten.{m.rng.choice(('logical_not', 'bitwise_not'))}.default", x)
+
+
+@recipe()
+def choice(m: Maker) -> Node:
+    x = m.float()
+    condition = m.b("aten.gt.Scalar", x, other=0)
+    return m.b.node("aten.where.self", condition, x, m.like(x))
+
+
+@recipe()
+def masked(m: Maker) -> Node:
+    x = m.float()
+    mask = m.b("aten.lt.Scalar", x, other=0.5)
+    return m.b.node("aten.masked_fill.Scalar", x, mask, value=-1.0)
+
+
+@recipe(3)
+def cast(m: Maker) -> Node:
+    x = m.pick()
+    wide = ("f32", "f64", "f16") if x.tensor_type.dtype.is_float else ("f32", "i64", "i32", "f64")
+    return m.b.node("aten._to_copy.default", x, dtype=DTYPES[m.rng.choice(wide)])
+
+
+@recipe(4)
+def noop(m: Maker) -> Node:
+    x = m.pick()
+    name = m.rng.choice(("clone", "detach", "alias", "contiguous"))
+    return m.b.node(f"aten.{name}.default", x)
+
+
+@recipe(3)
+def same_view(m: Maker) -> Node:
+    x = m.pick()
+    shape = x.tensor_type.shape
+    if m.rng.random() < 0.5:
+        return m.b.node("aten.view.default", x, size=shape)
+    return m.b.node("aten.expand.default", x, size=shape)
+
+
+@recipe(4)
+def flat(m: Maker) -> Node:
+    x = m.pick()
+    if m.rng.random() < 0.5:
+        return m.b.node("aten.flatten.using_ints", x, start_dim=0, end_dim=-1)
+    if 0 in x.tensor_type.shape:
+        raise DfcError("V020", "-1 is ambiguous")
+    return m.b.node("aten.view.default", x, size=(-1,))
+
+
+@recipe(3)
+def split_view(m: Maker) -> Node:
+    x = m.pick(lambda t: t.rank >= 1 and 0 not in t.shape)
+    first, *rest = x.tensor_type.shape
+    if m.rng.random() < 0.5:
+        return m.b.node("aten.reshape.default", x, shape=(-1, *rest))
+    return m.b.node("aten.view.default", x, size=(1, first, *rest))
+
+
+@recipe(4)
+def transposed(m: Maker) -> Node:
+    x = m.pick(lambda t: t.rank >= 2)
+    return m.b.node("aten.transpose.int", x, dim0=m.dim(x), dim1=m.dim(x))
+
+
+@recipe(3)
+def permuted(m: Maker) -> Node:
+    x = m.pick(lambda t: t.rank >= 1)
+    dims = list(range(x.tensor_type.rank))
+    m.rng.shuffle(dims)
+    signed = [d - len(dims) if m.rng.random() < 0.3 else d for d in dims]
+    return m.b.node("aten.permute.default", x, dims=tuple(signed))
+
+
+@recipe()
+def matrix_transposed(m: Maker) -> Node:
+    return m.b.node("aten.t.default", m.pick(lambda t: t.rank <= 2))
+
+
+@recipe(3)
+def unsqueezed(m: Maker) -> Node:
+    x = m.pick(lambda t: t.rank < 4)
+    return m.b.node("aten.unsqueeze.default", x, dim=m.dim(x, 1))
+
+
+@recipe(3)
+def squeezed(m: Maker) -> Node:
+    x = m.pick(lambda t: t.rank >= 1)
+    return m.b.node("aten.squeeze.dim", x, dim=m.dim(x))
+
+
+@recipe(3)
+def sliced(m: Maker) -> Node:
+    x = m.pick(lambda t: t.rank >= 1)
+    dim = m.dim(x)
+    size = x.tensor_type.shape[dim]
+    if isinstance(size, Expr):
+        return m.b.node("aten.slice.Tensor", x, dim=dim, start=0, end=2**63 - 1)
+    start, end = m.rng.choice(((0, size), (0, 2**63 - 1), (1, size), (0, max(size - 1, 0)), (-1, size)))
+    step = m.rng.choice((1, 1, 1, 2))
+    return m.b.node("aten.slice.Tensor", x, dim=dim, start=start, end=end, step=step)
+
+
+@recipe()
+def selected(m: Maker) -> Node:
+    x = m.pick(lambda t: t.rank >= 1)
+    return m.b.node("aten.select.int", x, dim=m.dim(x), index=m.rng.choice((0, -1)))
+
+
+@recipe()
+def expanded(m: Maker) -> Node:
+    x = m.pick(lambda t: t.rank < 4 and is_small(t))
+    return m.b.node("aten.expand.default", x, size=(2, *([-1] * x.tensor_type.rank)))
+
+
+@recipe(3)
+def joined(m: Maker) -> Node:
+    x = m.pick(lambda t: t.rank >= 1 and is_small(t))
+    parts = [x] * m.rng.randrange(1, 3)
+    same = [v for v in m.values if v.type == x.type]
+    parts = [m.rng.choice(same) for _ in parts]
+    return m.b.node("aten.cat.default", parts, dim=m.dim(x))
+
+
+@recipe()
+def stacked(m: Maker) -> Node:
+    x = m.pick(lambda t: t.rank < 4 and is_small(t))
+    return m.b.node("aten.stack.default", [x, x], dim=m.dim(x, 1))
+
+
+@recipe(2)
+def pieces(m: Maker) -> Node:
+    x = m.pick(lambda t: t.rank >= 1 and isinstance(t.shape[-1], int) and t.shape[-1] >= 2)
+    if m.rng.random() < 0.5:
+        return m.b.node("aten.split.Tensor", x, split_size=1 + x.tensor_type.shape[-1] // 2, dim=-1)  # type: ignore[operator]
+    return m.b.node("aten.unbind.int", x, dim=-1)
+
+
+@recipe()
+def repeated(m: Maker) -> Node:
+    x = m.pick(is_small)
+    rank = x.tensor_type.rank
+    return m.b.node("aten.repeat.default", x, repeats=tuple(m.rng.choice((1, 1, 2)) for _ in range(rank)))
+
+
+@recipe()
+def padded(m: Maker) -> Node:
+    x = m.pick(lambda t: t.rank >= 1 and is_small(t))
+    pad = m.rng.choice(((0, 0), (1, 0), (0, 2)))
+    return m.b.node("aten.constant_pad_nd.default", x, pad=pad, value=0)
+
+
+@recipe()
+def turned(m: Maker) -> Node:
+    x = m.pick(lambda t: t.rank >= 1)
+    if m.rng.random() < 0.5:
+        return m.b.node("aten.flip.default", x, dims=(m.dim(x),))
+    return m.b.node("aten.roll.default", x, shifts=(1,), dims=(m.dim(x),))
+
+
+@recipe()
+def triangle(m: Maker) -> Node:
+    return m.b.node(f"aten.{m.rng.choice(('tril', 'triu'))}.default", m.float(2))
+
+
+@recipe(4)
+def reduced(m: Maker) -> Node:
+    x = m.float(1)
+    keep = m.rng.random() < 0.5
+    name = m.rng.choice(("sum.dim_IntList", "mean.dim", "amax.default", "amin.default"))
+    return m.b.node(f"aten.{name}", x, dim=(m.dim(x),), keepdim=keep)
+
+
+@recipe()
+def spread(m: Maker) -> Node:
+    x = m.float(1)
+    return m.b.node("aten.var.correction", x, dim=(m.dim(x),), correction=0)
+
+
+@recipe(2)
+def largest(m: Maker) -> Node:
+    x = m.float(1)
+    if m.rng.random() < 0.5:
+        return m.b.node("aten.max.dim", x, dim=m.dim(x))
+    return m.b.node("aten.argmax.default", x, dim=m.dim(x))
+
+
+@recipe()
+def truth(m: Maker) -> Node:
+    x = m.pick(lambda t: t.rank >= 1)
+    return m.b.node(f"aten.{m.rng.choice(('any', 'all'))}.dim", x, dim=m.dim(x))
+
+
+@recipe(3)
+def along(m: Maker) -> Node:
+    x = m.float(1)
+    name = m.rng.choice(("softmax.int", "log_softmax.int", "cumsum.default"))
+    return m.b.node(f"aten.{name}", x, dim=m.dim(x))
+
+
+@recipe()
+def ordered(m: Maker) -> Node:
+    x = m.float(1)
+    if m.rng.random() < 0.5:
+        return m.b.node("aten.sort.stable", x, stable=True, dim=m.dim(x))
+    return m.b.node("aten.topk.default", x, k=1, dim=m.dim(x))
+
+
+@recipe(2)
+def matrix_product(m: Maker) -> Node:
+    x = m.float(2)
+    return m.b.node("aten.matmul.default", x, m.b("aten.transpose.int", x, dim0=-1, dim1=-2))
+
+
+def width(v: Value) -> int:
+    size = v.tensor_type.shape[-1]
+    if not isinstance(size, int) or not 0 < size <= 64:
+        raise DfcError("V020", "no weights of this width")
+    return size
+
+
+@recipe(3)
+def linear(m: Maker) -> Node:
+    x = m.pick(lambda t: t.dtype.name == "f32" and t.rank >= 1)
+    w = m.parameter(m.fresh("w"), TensorType(DTYPES["f32"], (3, width(x))))
+    op = m.rng.choice(("aten.linear.default", "dfc.linear_gelu"))
+    return m.b.node(op, x, w, None)
+
+
+@recipe(2)
+def normalised(m: Maker) -> Node:
+    x = m.pick(lambda t: t.dtype.name == "f32" and t.rank >= 1)
+    t = TensorType(DTYPES["f32"], (width(x),))
+    gamma = m.parameter(m.fresh("gamma"), t)
+    if m.rng.random() < 0.5:
+        return m.b.node("dfc.skip_layer_norm", x, x, gamma, None, None)
+    return m.b.node("aten.layer_norm.default", x, gamma, None, normalized_shape=t.shape)
+
+
+@recipe(3)
+def batch_norm(m: Maker) -> Node:
+    x = m.pick(lambda t: t.dtype.name == "f32" and t.rank in (2, 3))
+    f32 = DTYPES["f32"]
+    if x.tensor_type.rank == 2:
+        w = m.parameter(m.fresh("w"), TensorType(f32, (3, width(x))))
+        y = m.b("aten.linear.default", x, w, None)
+    else:
+        channels = x.tensor_type.shape[1]
+        if not isinstance(channels, int) or not 0 < channels <= 16:
+            raise DfcError("V020", "no channels")
+        w = m.parameter(m.fresh("w"), TensorType(f32, (3, channels, 1)))
+        one = {"stride": (1,), "padding": (0,), "dilation": (1,)}
+        y = m.b("aten.conv1d.default", x, w, None, groups=1, **one)
+    stats = [m.parameter(m.fresh("s") + k, TensorType(f32, (3,)), "buffer") for k in ("mean", "var")]
+    training = m.rng.random() < 0.2
+    given = {"training": training, "momentum": 0.1, "eps": 1e-5, "cudnn_enabled": False}
+    return m.b.node("aten.batch_norm.default", y, None, None, *stats, **given)
+
+
+@recipe()
+def looked_up(m: Maker) -> Node:
+    table = m.parameter(m.fresh("table"), TensorType(DTYPES["f32"], (3, 2)))
+    index = m.parameter(m.fresh("index"), TensorType(DTYPES["i64"], (4,)), "constant")
+    if m.rng.random() < 0.5:
+        return m.b.node("aten.embedding.default", table, index)
+    return m.b.node("aten.index_select.default", table, index, dim=-2)
+
+
+@recipe()
+def gathered(m: Maker) -> Node:
+    x = m.float(1)
+    index = m.b("aten.argmax.default", x, dim=-1, keepdim=True)
+    return m.b.node("aten.gather.default", x, index, dim=-1)
+
+
+@recipe(2)
+def created(m: Maker) -> Node:
+    kind = m.rng.randrange(4)
+    shape = tuple(m.rng.choice(SIZES[1:]) for _ in range(m.rng.randrange(3)))
+    if kind == 0:
+        return m.b.node("aten.full.default", size=shape, fill_value=0.5, dtype=DTYPES["f32"])
+    if kind == 1:
+        return m.b.node("aten.arange.default", end=m.rng.choice(SIZES), dtype=DTYPES["i64"])
+    if kind == 2 and m.symbolic and m.made.ranges:
+        return m.b.node("aten.ones.default", size=(symbol("B"), 2), dtype=DTYPES["f32"])
+    return m.b.node("aten.zeros_like.default", m.float())
+
+
+@recipe(3)
+def dropped_out(m: Maker) -> Node:
+    train = m.rng.random() < 0.4
+    return m.b.node("aten.dropout.default", m.float(), p=m.rng.choice((0.5, 0.0)), train=train)
+
+
+@recipe()
+def drawn(m: Maker) -> Node:
+    if m.rng.random() < 0.5:
+        return m.b.node("aten.rand.default", size=(3,), dtype=DTYPES["f32"])
+    return m.b.node("aten.rand_like.default", m.float())
+
+
+@recipe(6)
+def twin(m: Maker) -> Node | None:
+    """A node that is there already, once more."""
+    nodes = [n for n in m.made.nodes if not n.graphs]
+    if not nodes:
+        return None
+    old = m.rng.choice(nodes)
+    return m.made.add(old.op, old.inputs, old.attributes)
+
+
+@recipe()
+def branch(m: Maker) -> Node:
+    x = m.float()
+    t = x.tensor_type
+    if t.symbols:
+        raise DfcError("V020", "sizes of its own are for other tests")
+    zero = m.b("aten.sum.default", m.b("aten.zeros_like.default", x))
+    predicate = m.b("aten.ge.Scalar", zero, other=m.rng.choice((0, 1)))
+    bodies = []
+    for name in ("yes", "no"):
+        inner = Graph(f"{name}{len(m.made)}")
+        v = inner.add_input("x", t)
+        inner.arguments = (Argument("x", LEAF),)
+        b = Builder(inner)
+        y = b("aten.neg.default", v)
+        y = b("aten.clone.default", y) if m.rng.random() < 0.5 else y
+        b("aten.exp.default", v)
+        inner.set_outputs([b("aten.add.Tensor", y, b("aten.neg.default", v))], Seq("tuple", (LEAF,)))
+        bodies.append(inner)
+    return m.made.add("torch.cond", [(predicate, x)], {}, graphs=bodies, types=[t])

@@ -1,0 +1,432 @@
+"""What a user can get wrong, and what can go wrong around them: a clear message, the documented
+exit status, and nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import dfc
+from dfc import publish
+from dfc.cli import main
+from dfc.passes.cse import CommonSubexpressions
+
+NETS = """
+import time
+from pathlib import Path
+import torch
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(4, 4)
+
+    def forward(self, x, table=None):
+        y = torch.relu(self.fc(x)) * 2
+        return y if table is None else table[y.long()]
+
+
+def build():
+    torch.manual_seed(0)
+    return Net().eval(), (torch.randn(3, 4),), None, {"x": {0: torch.export.Dim("B", max=8)}}
+
+
+def load_checkpoint():
+    raise FileNotFoundError("no checkpoint here")
+
+
+def raises():
+    load_checkpoint()
+
+
+def leaves():
+    raise SystemExit("bye")
+
+
+def bare():
+    return Net()
+
+
+def too_long():
+    return Net(), (), {}, None, 5
+
+
+def not_a_module():
+    return 3, (torch.ones(1),)
+
+
+def tensor_for_args():
+    return Net(), torch.ones(3, 4)
+
+
+def list_for_kwargs():
+    return Net(), (torch.ones(3, 4),), [1]
+
+
+def misfit():
+    return Net(), (torch.ones(3, 4), None, 7)
+
+
+def wrong_size():
+    return Net(), (torch.ones(3, 5),)
+
+
+def wrong_dims():
+    return Net(), (torch.ones(3, 4),), None, {"y": {0: "B"}}
+
+
+class Sparse(torch.nn.Module):
+    def forward(self, x):
+        return x.to_sparse()
+
+
+def uncapturable():
+    return Sparse(), (torch.ones(3),)
+
+
+def slow():
+    Path("ready").touch()
+    time.sleep(60)
+
+
+class Slow(torch.nn.Module):
+    def forward(self, x):
+        Path("ready").touch()
+        time.sleep(60)
+        return x
+
+
+def slow_forward():
+    return Slow(), (torch.ones(1),)
+
+
+number = 3
+"""
+
+Try = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "nets.py").write_text(NETS)
+    (folder / "broken.py").write_text("def build(:\n")
+    (folder / "missing.py").write_text("import torch\nimport no_such_library\n")
+    model, args, _, shapes = _build(folder)
+    dfc.compile(model, args, dynamic_shapes=shapes, engine="eager").save(folder / "net.dfcpkg")
+    return folder
+
+
+def _build(folder: Path) -> Any:
+    from dfc.cli.sources import open_source
+
+    found = open_source(f"{folder}/nets.py:build")
+    return found.model, found.args, found.kwargs, found.dynamic_shapes
+
+
+@pytest.fixture
+def fails(
+    made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Try:
+    """Run a command in an empty folder; it must fail so, say why, and leave nothing."""
+    here = tmp_path / "work"
+    here.mkdir()
+    monkeypatch.chdir(here)
+
+    def attempt(status: int, *argv: object) -> str:
+        before = sorted(os.listdir(here))
+        capfd.readouterr()
+        found = main([str(a) for a in argv])
+        out, err = capfd.readouterr()
+        assert found == status, err
+        assert out == "", out
+        assert "Traceback" not in err
+        assert sorted(os.listdir(here)) == before
+        return err
+
+    return attempt
+
+
+@pytest.mark.parametrize(
+    ("model", "status", "message"),
+    [
+        ("{}/net.py:build", 2, "did you mean `nets.py`"),
+        ("{}/nets.py", 2, "nets.py:build"),
+        ("{}/nets.py:biuld", 2, "did you mean `build`"),
+        ("{}/nets.py:number", 2, "is a int, not a function"),
+        ("{}/nets.py:Net", 2, "is a class"),
+        ("{}/nowhere/nets.py:build", 2, "there is no folder"),
+        ("{}/broken.py:build", 8, r"broken.py:1:\d+: error\[K040\]: .* is not valid Python"),
+        ("{}/missing.py:build", 8, r"missing.py:2: .*ModuleNotFoundError: .*no_such_library"),
+        ("{}/nets.py:raises", 8, r"nets.py:\d+: .* raised FileNotFoundError: no checkpoint here"),
+        ("{}/nets.py:leaves", 8, "raised SystemExit: bye"),
+        ("{}/nets.py:bare", 2, "returned a Net, not a tuple"),
+        ("{}/nets.py:too_long", 2, "returned a tuple of 5"),
+        ("{}/nets.py:not_a_module", 2, "returned a int where the module should be"),
+        ("{}/nets.py:tensor_for_args", 2, "a Tensor where the tuple of arguments should be"),
+        ("{}/nets.py:list_for_kwargs", 2, "a list where the dict of keyword arguments should be"),
+        ("{}/nets.py:misfit", 2, r"T032.*\n.*forward\(x, table=None\)"),
+        ("{}/nets.py:wrong_dims", 2, "T031.*names `y`"),
+        ("{}/nets.py:wrong_size", 3, r"nets.py:\d+: error.T003"),
+        ("{}/nets.py:uncapturable", 3, "error.T021"),
+        ("no.such.module:build", 2, "there is no module `no.such.module`"),
+        ("{}/nothing.pt2", 2, "there is no"),
+        ("{}/nothing.dfc", 2, "there is no"),
+        ("{}/nothing.dfcpkg", 2, "there is no"),
+        ("model.onnx", 2, "there is no `model.onnx`"),
+        ("", 2, "MODEL is empty"),
+        ("{}", 2, "is not a package: it has no manifest.json"),
+    ],
+)
+def test_a_model_that_cannot_be_used(
+    fails: Try, made: Path, model: str, status: int, message: str
+) -> None:
+    err = fails(status, "compile", model.format(made), "-o", "out.dfcpkg", "--onnx", "out.onnx")
+    assert re.search(message, err), err
+    assert fails(status, "run", model.format(made)) is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["-p", "cse,dec"], 2, "did you mean `dce`"),
+        (["-p", "cse{lim=3}"], 2, "did you mean `limit`"),
+        (["-p", "cse{limit=many}"], 2, "option `limit` of pass `cse` is int or none"),
+        (["-p", "cse{limit=3"], 2, "--passes:1:1"),
+        (["-p", "cse dce"], 2, "Q005"),
+        (["--engine", "eagre"], 2, "did you mean `eager`"),
+        (["--verify", "always"], 2, "verify is one of none, end, each"),
+        (["--print-after", "cs"], 2, "did you mean `cse`"),
+        (["--device", "tpu"], 2, "there are cpu and cuda"),
+        (["-o", "no/such/folder/out.dfcpkg"], 2, "there is no folder `no/such/folder`"),
+    ],
+)
+def test_an_option_that_makes_no_sense(
+    fails: Try, made: Path, options: list[str], status: int, message: str
+) -> None:
+    err = fails(status, "compile", f"{made}/nets.py:build", *options)
+    assert message in err
+
+
+def test_a_device_that_is_not_here(fails: Try, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device" in fails(7, "compile", f"{made}/nets.py:build", "--device", "cuda")
+
+
+def test_an_existing_target_is_kept(fails: Try, made: Path) -> None:
+    Path("out.dfcpkg").write_text("mine")
+    err = fails(2, "compile", f"{made}/nets.py:build", "-o", "out.dfcpkg")
+    assert "D010" in err and "--force" in err
+    fails(2, "compile", f"{made}/nets.py:build", "-o", "out.dfcpkg", "--force")
+    assert Path("out.dfcpkg").read_text() == "mine"
+
+
+# inputs
+
+
+def _x(*shape: int, dtype: Any = np.float32) -> np.ndarray[Any, Any]:
+    return np.ones(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": _x(3, 5)}, "K014"),
+        ({"x": _x(3)}, "K014.*must have the shape"),
+        ({"x": _x(9, 4)}, "K015.*`B` is 9, outside its range 1..8"),
+        ({"x": _x(0, 4)}, "K015.*`B` is 0"),
+        ({"x": _x(3, 4, dtype=np.float64)}, "K013.*must have dtype f32, got f64"),
+        ({"y": _x(3, 4)}, "D054.*no input `y`"),
+        ({}, "D054.*`x` is missing"),
+        ({"x": np.array([object()])}, "D053.*allow_pickle"),
+    ],
+)
+def test_inputs_that_do_not_fit(
+    fails: Try, made: Path, arrays: dict[str, Any], message: str
+) -> None:
+    np.savez("in.npz", **arrays)
+    err = fails(2, "run", made / "net.dfcpkg", "in.npz", "-o", "out.npz")
+    assert re.search(message, err), err
+
+
+def test_input_files_that_cannot_be_read(fails: Try, made: Path) -> None:
+    package = made / "net.dfcpkg"
+    assert "there is no" in fails(2, "run", package, "none.npz")
+    Path("x.txt").write_text("1 2 3")
+    assert "no .npz, .npy or .safetensors" in fails(2, "run", package, "x.txt")
+    for name in ("x.npz", "x.npy", "x.safetensors"):
+        Path(name).write_bytes(b"\x10garbage\xff" * 9)
+        assert f"`{name}` is not a" in fails(2, "run", package, name)
+    save_file({"x": torch.ones(3, 4)}, "good.safetensors")
+    assert "given twice" in fails(2, "run", package, "good.safetensors", "good.safetensors")
+    assert "neither .npz nor" in fails(2, "run", package, "-o", "out.txt")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [("C=3", "no dynamic dimension `C`"), ("B", "is no size"), ("B=-1", "is no size"),
+     ("B=9", "outside its range 1..8"), ("B=0", "outside its range 1..8")],
+)  # fmt: skip
+def test_sizes_that_do_not_fit(fails: Try, made: Path, sizes: str, message: str) -> None:
+    assert message in fails(2, "run", made / "net.dfcpkg", "--size", sizes)
+
+
+# packages
+
+
+@pytest.mark.parametrize("verb", ["run", "show", "verify", "bench", "compile"])
+def test_a_damaged_package_is_refused_by_every_verb(
+    fails: Try, made: Path, tmp_path: Path, verb: str
+) -> None:
+    broken = tmp_path / "broken.dfcpkg"
+    shutil.copytree(made / "net.dfcpkg", broken)
+    weights = bytearray((broken / "weights.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (broken / "weights.safetensors").write_bytes(weights)
+    err = fails(2, verb, broken)
+    assert "D027" in err and "weights.safetensors" in err
+
+
+def test_a_package_of_the_wrong_kind(fails: Try, tmp_path: Path) -> None:
+    from dfc.manifest import write_manifest
+
+    (tmp_path / "other").mkdir()
+    write_manifest(tmp_path / "other", "asset")
+    assert "is a asset, not a package" in fails(2, "run", tmp_path / "other")
+
+
+def test_text_that_does_not_parse(fails: Try) -> None:
+    Path("g.dfc").write_text("dfc 1\ngraph @main(%x f32[2]) -> f32[2] {\n  return %x\n}\n")
+    for verb in ("compile", "show"):
+        err = fails(2, verb, "g.dfc")
+        assert err.startswith("g.dfc:2:16: error[P") and "^" in err
+    Path("b.dfc").write_bytes(b"dfc 1\xff")
+    assert "not UTF-8" in fails(2, "compile", "b.dfc")
+
+
+# proofs
+
+
+def _drops_relu(self: CommonSubexpressions, graph: Any, ctx: Any) -> int:
+    for node in graph.nodes:
+        if node.op == "aten.relu.default":
+            graph.replace(node, [node.inputs[0]])
+            return 1
+    return 0
+
+
+def test_a_wrong_pass_fails_under_strict(
+    fails: Try, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CommonSubexpressions, "run", _drops_relu)
+    err = fails(4, "compile", f"{made}/nets.py:build", "--strict", "-o", "out.dfcpkg")
+    assert "pass `cse` changed the results" in err
+    assert re.search(r"first at %mul.*nets.py:\d+", err), err
+
+
+def test_a_wrong_pass_is_reverted_otherwise(
+    made: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CommonSubexpressions, "run", _drops_relu)
+    assert main(["compile", f"{made}/nets.py:build", "--engine", "eager"]) == 0
+    assert "reverted" in capfd.readouterr().out
+
+
+# our own bugs
+
+
+def test_a_bug_leaves_a_reproducer(
+    fails: Try, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(self: Any, graph: Any, ctx: Any) -> int:
+        raise ZeroDivisionError("seven by zero")
+
+    monkeypatch.setattr(CommonSubexpressions, "run", crash)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    model = f"{made}/nets.py:build"
+    err = fails(1, "compile", model, "-o", "out.dfcpkg")
+    assert "internal error: ZeroDivisionError: seven by zero" in err
+    (folder,) = tmp_path.glob("dfc-reproducer-*")
+    assert str(folder) in err
+    assert "aten.relu" in str(dfc.parse((folder / "graph.dfc").read_text()))
+    assert f"dfc compile {model} -o out.dfcpkg" in (folder / "command.txt").read_text()
+    assert "in crash" in (folder / "error.txt").read_text()
+
+
+# the world around
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["publish.create:1:ENOSPC", "publish.fsync_folder:1:ENOSPC", "manifest.write:1:ENOSPC",
+     "publish.rename:1:EROFS", "publish.fsync_file:2:EIO"],
+)  # fmt: skip
+def test_a_disk_that_fails_is_status_7(
+    fails: Try, made: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setenv("DFC_FAULT", fault)
+    publish.HITS.clear()
+    err = fails(7, "compile", f"{made}/nets.py:build", "--engine", "eager", "-o", "out.dfcpkg")
+    assert "error[D013]: cannot write `out.dfcpkg`" in err
+    assert ("free some space" in err) == ("ENOSPC" in fault)
+
+
+@pytest.mark.parametrize("output", ["out.onnx", "out.npz"])
+def test_a_full_disk_leaves_no_half_of_a_file(
+    fails: Try, made: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    monkeypatch.setenv("DFC_FAULT", "publish.rename:1:ENOSPC")
+    publish.HITS.clear()
+    argv = ["run", "-o", output] if output.endswith("npz") else ["compile", "--onnx", output]
+    assert "D013" in fails(7, *argv, made / "net.dfcpkg")
+
+
+def test_an_interrupt_while_writing_leaves_nothing(
+    fails: Try, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DFC_FAULT", "publish.rename:1:int")
+    publish.HITS.clear()
+    err = fails(130, "compile", f"{made}/nets.py:build", "--engine", "eager", "-o", "out.dfcpkg")
+    assert "interrupted" in err
+
+
+@pytest.mark.parametrize("factory", ["slow", "slow_forward"])
+def test_ctrl_c_ends_a_command_at_once(made: Path, tmp_path: Path, factory: str) -> None:
+    code = "import sys; from dfc.cli import main; sys.exit(main(sys.argv[1:]))"
+    argv = ["compile", f"{made}/nets.py:{factory}", "-o", "out.dfcpkg", "--onnx", "out.onnx"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *argv], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        _wait_for(tmp_path / "ready", process)
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "dfc: interrupted" in err and "Traceback" not in err
+    assert time.monotonic() - start < 5
+    assert os.listdir(tmp_path) == ["ready"]
+
+
+def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
