@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, HashOnly
 from dfc.ir.types import DTYPES, TensorType, dtype_of
+from dfc.ir.verify import verify
 from dfc.ir.weights import SafetensorsData, tensor_sha256
 from dfc.lang.graph_parser import parse_graph
 from dfc.manifest import check_manifest, write_manifest
@@ -80,9 +81,10 @@ def write_package(compiled: Compiled, path: str | os.PathLike[str], *, force: bo
 
 
 def read_package(path: Path) -> Package:
-    """Check every byte, then read.
+    """Check every byte, then read; the graph is verified, the weights' digests are not.
 
-    Raises:  DfcError D family when the folder is not a package or was changed.
+    Raises:  DfcError D family when the folder is not a package or was changed, P and V families
+             (status 2 too) for a graph that is none.
     """
     manifest = check_manifest(path)
     if manifest["kind"] != KIND:
@@ -98,6 +100,10 @@ def read_package(path: Path) -> Package:
 
 def _read(path: Path) -> Package:
     graph = parse_graph((path / "graph.dfc").read_text(encoding="utf-8"), str(path / "graph.dfc"))
+    try:
+        verify(graph)
+    except DfcError as e:
+        raise DfcError.of(e.diagnostics, status=2) from e
     _attach(graph, path / "weights.safetensors")
     report = Report.from_json((path / "report.json").read_text(encoding="utf-8"))
     lock = json.loads((path / "lock.json").read_text(encoding="utf-8"))

@@ -109,7 +109,7 @@ class Maker:
     def finish(self) -> None:
         g, rng = self.made, self.rng
         last = [v for v in self.values if v.node is not None][-8:]
-        chosen = rng.sample(last, min(len(last), rng.randrange(1, 5)))
+        chosen = rng.sample(last, min(len(last), rng.randrange(2, 6)))
         chosen += rng.sample(self.values, 1)
         mutations = []
         buffer = self.parameter("state", TensorType(DTYPES["f32"], (3,)), "buffer")
@@ -181,6 +181,10 @@ def is_small(t: TensorType) -> bool:
     return all(isinstance(s, Expr) or s <= 64 for s in t.shape) and t.rank <= 4
 
 
+def not_empty(t: TensorType) -> bool:
+    return t.dtype.is_float and t.rank >= 1 and 0 not in t.shape
+
+
 UNARY = (
     "relu sigmoid tanh sin cos neg abs gelu silu erf floor ceil round sign exp log1p "
     "reciprocal trunc square softplus absolute negative"
@@ -190,8 +194,7 @@ UNARY = (
 @recipe(8)
 def unary(m: Maker) -> Node:
     name = m.rng.choice(UNARY)
-    given = {"decimals": None} if name == "round" and False else {}
-    return m.b.node(f"aten.{name}.default", m.float(), **given)
+    return m.b.node(f"aten.{name}.default", m.float())
 
 
 @recipe(6)
@@ -344,7 +347,8 @@ def sliced(m: Maker) -> Node:
     size = x.tensor_type.shape[dim]
     if isinstance(size, Expr):
         return m.b.node("aten.slice.Tensor", x, dim=dim, start=0, end=2**63 - 1)
-    start, end = m.rng.choice(((0, size), (0, 2**63 - 1), (1, size), (0, max(size - 1, 0)), (-1, size)))
+    ends = ((0, size), (0, 2**63 - 1), (1, size), (0, max(size - 1, 0)), (-1, size))
+    start, end = m.rng.choice(ends)
     step = m.rng.choice((1, 1, 1, 2))
     return m.b.node("aten.slice.Tensor", x, dim=dim, start=start, end=end, step=step)
 
@@ -380,15 +384,15 @@ def stacked(m: Maker) -> Node:
 def pieces(m: Maker) -> Node:
     x = m.pick(lambda t: t.rank >= 1 and isinstance(t.shape[-1], int) and t.shape[-1] >= 2)
     if m.rng.random() < 0.5:
-        return m.b.node("aten.split.Tensor", x, split_size=1 + x.tensor_type.shape[-1] // 2, dim=-1)  # type: ignore[operator]
+        return m.b.node("aten.split.Tensor", x, split_size=2, dim=-1)
     return m.b.node("aten.unbind.int", x, dim=-1)
 
 
 @recipe()
 def repeated(m: Maker) -> Node:
     x = m.pick(is_small)
-    rank = x.tensor_type.rank
-    return m.b.node("aten.repeat.default", x, repeats=tuple(m.rng.choice((1, 1, 2)) for _ in range(rank)))
+    repeats = tuple(m.rng.choice((1, 1, 2)) for _ in x.tensor_type.shape)
+    return m.b.node("aten.repeat.default", x, repeats=repeats)
 
 
 @recipe()
@@ -427,7 +431,7 @@ def spread(m: Maker) -> Node:
 
 @recipe(2)
 def largest(m: Maker) -> Node:
-    x = m.float(1)
+    x = m.pick(not_empty)
     if m.rng.random() < 0.5:
         return m.b.node("aten.max.dim", x, dim=m.dim(x))
     return m.b.node("aten.argmax.default", x, dim=m.dim(x))
@@ -449,7 +453,7 @@ def along(m: Maker) -> Node:
 @recipe()
 def ordered(m: Maker) -> Node:
     x = m.float(1)
-    if m.rng.random() < 0.5:
+    if m.rng.random() < 0.5 or 0 in x.tensor_type.shape:
         return m.b.node("aten.sort.stable", x, stable=True, dim=m.dim(x))
     return m.b.node("aten.topk.default", x, k=1, dim=m.dim(x))
 
@@ -499,7 +503,8 @@ def batch_norm(m: Maker) -> Node:
         w = m.parameter(m.fresh("w"), TensorType(f32, (3, channels, 1)))
         one = {"stride": (1,), "padding": (0,), "dilation": (1,)}
         y = m.b("aten.conv1d.default", x, w, None, groups=1, **one)
-    stats = [m.parameter(m.fresh("s") + k, TensorType(f32, (3,)), "buffer") for k in ("mean", "var")]
+    t = TensorType(f32, (3,))
+    stats = [m.parameter(m.fresh("s") + k, t, "buffer") for k in ("mean", "var")]
     training = m.rng.random() < 0.2
     given = {"training": training, "momentum": 0.1, "eps": 1e-5, "cudnn_enabled": False}
     return m.b.node("aten.batch_norm.default", y, None, None, *stats, **given)
@@ -516,7 +521,7 @@ def looked_up(m: Maker) -> Node:
 
 @recipe()
 def gathered(m: Maker) -> Node:
-    x = m.float(1)
+    x = m.pick(not_empty)
     index = m.b("aten.argmax.default", x, dim=-1, keepdim=True)
     return m.b.node("aten.gather.default", x, index, dim=-1)
 
@@ -564,7 +569,7 @@ def branch(m: Maker) -> Node:
     if t.symbols:
         raise DfcError("V020", "sizes of its own are for other tests")
     zero = m.b("aten.sum.default", m.b("aten.zeros_like.default", x))
-    predicate = m.b("aten.ge.Scalar", zero, other=m.rng.choice((0, 1)))
+    predicate = m.b("aten.ge.Scalar", zero, other=m.rng.choice((0, 1)))  # no or yes
     bodies = []
     for name in ("yes", "no"):
         inner = Graph(f"{name}{len(m.made)}")
@@ -574,6 +579,7 @@ def branch(m: Maker) -> Node:
         y = b("aten.neg.default", v)
         y = b("aten.clone.default", y) if m.rng.random() < 0.5 else y
         b("aten.exp.default", v)
-        inner.set_outputs([b("aten.add.Tensor", y, b("aten.neg.default", v))], Seq("tuple", (LEAF,)))
+        total = b("aten.add.Tensor", y, b("aten.neg.default", v))
+        inner.set_outputs([total], Seq("tuple", (LEAF,)))
         bodies.append(inner)
     return m.made.add("torch.cond", [(predicate, x)], {}, graphs=bodies, types=[t])

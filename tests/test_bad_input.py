@@ -314,6 +314,11 @@ def test_text_that_does_not_parse(fails: Try) -> None:
     for verb in ("compile", "show"):
         err = fails(2, verb, "g.dfc")
         assert err.startswith("g.dfc:2:16: error[P") and "^" in err
+    Path("v.dfc").write_text(
+        "dfc 1\ngraph @main(%x: f32[2]) -> f32[2] {\n"
+        "  %y: f32[2] = aten.expp.default(%x)\n  return %y\n}\n"
+    )
+    assert "unknown op `aten.expp.default`" in fails(2, "compile", "v.dfc")
     Path("b.dfc").write_bytes(b"dfc 1\xff")
     assert "not UTF-8" in fails(2, "compile", "b.dfc")
 

@@ -170,7 +170,7 @@ def test_a_flipped_bit_is_found_and_its_file_named(saved: Path, tmp_path: Path, 
         with pytest.raises(dfc.DfcError) as found:
             dfc.load(broken)
         assert found.value.status == 2
-        assert name in found.value.message or name == NAME and found.value.code == "D021"
+        assert name in found.value.message or (name == NAME and found.value.code == "D021")
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "longer", "linked"])
@@ -312,10 +312,9 @@ def test_numbers_among_inputs_and_outputs_survive(tmp_path: Path) -> None:
         def forward(self, x: Tensor, n: int) -> tuple[Tensor, int]:
             return x.expand(n, 3) + 1.0, n
 
-    compiled = dfc.compile(
-        Repeats().eval(), (torch.ones(3), 4), dynamic_shapes={"x": None, "n": torch.export.Dim.DYNAMIC},
-        engine="eager",
-    )  # fmt: skip
+    shapes = {"x": None, "n": torch.export.Dim.DYNAMIC}
+    model, args = Repeats().eval(), (torch.ones(3), 4)
+    compiled = dfc.compile(model, args, dynamic_shapes=shapes, engine="eager")
     compiled.save(tmp_path / "n.dfcpkg")
     y, n = dfc.load(tmp_path / "n.dfcpkg")(torch.ones(3), 7)
     assert (tuple(y.shape), n) == ((7, 3), 7)

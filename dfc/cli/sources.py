@@ -73,13 +73,19 @@ def open_source(text: str) -> Source:
 
 
 def read_graph(path: Path) -> Graph:
-    """Graph text as a graph without numbers.
+    """Graph text as a valid graph without numbers.
 
-    Raises:  DfcError P family; D050 when the file cannot be read.
+    Raises:  DfcError P and V families, of status 2; D050 when the file cannot be read.
     """
     import dfc
+    import dfc.ops  # noqa: F401 - the verifier looks ops up
+    from dfc.ir.verify import verify
 
     graph = dfc.parse(read_text(path), str(path))
+    try:
+        verify(graph)
+    except DfcError as e:
+        raise DfcError.of(e.diagnostics, status=2) from e
     for p in graph.parameters.values():
         p.data = None  # text names digests; the numbers are not here
     return graph

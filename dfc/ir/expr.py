@@ -323,14 +323,30 @@ def _extremum(name: str, args: Iterable[Scalar]) -> Scalar:
     for a in flat:
         for i, b in enumerate(kept):
             gap = a - b if _kind(a) == _kind(b) == "int" else None
-            if isinstance(gap, int):
-                kept[i] = a if pick(gap, 0) == gap else b
+            sign = None if gap is None else _sign(gap)
+            if sign is not None:
+                kept[i] = a if pick(sign, 0) == sign else b
                 break
         else:
             kept.append(a)
     if len(kept) == 1:
         return kept[0]
     return Expr(((((Call(name, tuple(sorted(kept, key=_key))), 1),), 1),))
+
+
+def _sign(x: Scalar) -> int | None:
+    """-1, 0 or 1 where it is the same for all sizes, which are never negative; else None.
+
+    A weak sign: 0 is allowed for either.
+    """
+    if not isinstance(x, Expr):
+        return (x > 0) - (x < 0)
+    for monomial, _ in x.terms:
+        if any(not isinstance(a, str) or _UNBACKED.match(a) for a, _ in monomial):
+            return None
+    if all(c > 0 for _, c in x.terms):
+        return 1
+    return -1 if all(c < 0 for _, c in x.terms) else None
 
 
 def _divide(name: str, a: Scalar, k: int) -> Scalar:

@@ -74,6 +74,8 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
 
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu().reshape(-1)
+    if flat.numel() == 1:
+        flat = flat.clone(memory_format=torch.contiguous_format)  # one element may have any stride
     if flat.numel():
         digest.update(memoryview(flat.view(torch.uint8).numpy()))
     return digest.hexdigest()

@@ -344,7 +344,9 @@ def _bound(value: Any, bindings: Mapping[str, int]) -> Any:
     return evaluate(value, bindings) if isinstance(value, Expr) else value
 
 
-def resolve_attributes(attributes: Mapping[str, Any], bindings: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_attributes(
+    attributes: Mapping[str, Any], bindings: Mapping[str, Any]
+) -> dict[str, Any]:
     """Attributes with every size replaced by a number."""
     return {k: _bound(v, bindings) for k, v in attributes.items()}
 
@@ -385,4 +387,3 @@ def plain(value: Any) -> Any:
 
 for _prefix in ("aten", "prims"):
     register_namespace(_prefix, _resolve, _names)
-

@@ -6,6 +6,8 @@ import dataclasses
 import importlib
 import importlib.metadata
 import pkgutil
+import types
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -129,4 +131,21 @@ def find_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
                 help=did_you_mean(option, list(fields))
                 or (f"it has {', '.join(fields)}" if fields else "it has no options"),
             )
+    hints = typing.get_type_hints(cls)
+    for option, value in given.items():
+        if not _fits(value, hints[option]):
+            wanted = fields[option].type
+            raise DfcError("Q002", f"`{option}` of pass `{name}` is {wanted}, got {value!r}")
     return cls(**given)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of an option's type: numbers, text, tuples, unions of those."""
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, h) for h in inside)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, inside[0]) for v in value)
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    return isinstance(value, (int, float) if hint is float else origin or hint)

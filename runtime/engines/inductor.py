@@ -24,13 +24,15 @@ class Inductor(Engine):
     def build(self, graph: Graph, device: str = "cpu", threads: int | None = None) -> Runner:
         import torch
 
+        from dfc.emit.checks import checked, lift_checks
         from dfc.emit.fx import to_fx
 
         for node in graph.nodes:
             reason = self.supports(node)
             if reason:
                 raise DfcError("K003", f"engine `inductor` cannot run `{node.op}`: {reason}")
-        module = to_fx(graph, device)
+        lifted, messages = lift_checks(graph)
+        module = to_fx(lifted, device)
         dynamic = bool(graph.ranges) or any(n.binds for n in graph.nodes)
         compiled = torch.compile(module, fullgraph=True, dynamic=dynamic)
         patch = torch._dynamo.config.patch(
@@ -41,7 +43,7 @@ class Inductor(Engine):
             with torch.no_grad(), patch:
                 return list(compiled(*inputs))
 
-        return run
+        return checked(run, len(graph.outputs), messages)
 
 
 ENGINE = Inductor()

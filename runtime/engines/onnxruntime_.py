@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
@@ -25,6 +24,7 @@ class OnnxRuntime(Engine):
         return why_not(node)
 
     def build(self, graph: Graph, device: str = "cpu", threads: int | None = None) -> Runner:
+        from dfc.emit.checks import checked, lift_checks
         from dfc.emit.onnx import build_onnx
         from dfc.emit.onnx_run import Session
 
@@ -33,10 +33,10 @@ class OnnxRuntime(Engine):
         if kind == "cuda":
             _require_cuda()
             providers.insert(0, "CUDAExecutionProvider")
-        session = Session(build_onnx(graph), graph, threads=threads, providers=providers)
-        if kind == "cuda":
-            return lambda inputs: session.run_on_device(inputs, kind)
-        return session.run
+        lifted, messages = lift_checks(graph)
+        session = Session(build_onnx(lifted), lifted, threads=threads, providers=providers)
+        run = partial(session.run_on_device, device=kind) if kind == "cuda" else session.run
+        return checked(run, len(graph.outputs), messages)
 
 
 def _require_cuda() -> None:
@@ -52,11 +52,6 @@ def _require_cuda() -> None:
             "engine `onnxruntime` cannot run on cuda: this build has no CUDA provider",
             help="install onnxruntime-gpu",
         )
-
-
-def run_all(session: Any, inputs: Sequence[Any]) -> list[Any]:
-    """One call, for those who hold a session."""
-    return list(session.run(inputs))
 
 
 ENGINE = OnnxRuntime()
