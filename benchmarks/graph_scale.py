@@ -40,7 +40,9 @@ def synthetic(count: int) -> Graph:
         elif kind == 4:
             shape = (batch, 8, 16) if a.tensor_type.rank == 2 else (batch, 128)
             t = a.tensor_type.with_shape(shape)
-            v = graph.add("aten.view.default", [a], {"size": (batch, *shape[1:-1], -1)}, types=[t]).result
+            v = graph.add(
+                "aten.view.default", [a], {"size": (batch, *shape[1:-1], -1)}, types=[t]
+            ).result
         elif kind == 5:
             v = graph.add("aten.mul.Scalar", [a], {"other": 1 + i % 5}).result
         elif kind == 6:
@@ -60,7 +62,9 @@ def synthetic(count: int) -> Graph:
 
 def main(sizes: list[int]) -> None:
     names = ("canonicalize", "cse", "dce")
-    print(f"{'nodes':>8} {'passes s':>9} {'us/node':>8} {'print s':>8} {'parse s':>8} {'us/node':>8}")
+    print(
+        f"{'nodes':>8} {'passes s':>9} {'us/node':>8} {'print s':>8} {'parse s':>8} {'us/node':>8}"
+    )
     for size in sizes:
         graph = synthetic(size)
         start = time.perf_counter()

@@ -78,24 +78,24 @@ def compile_and_save(layers: int, weights: Path, out: Path) -> None:
 def main(layers: int) -> None:
     folder = Path(tempfile.mkdtemp(prefix="dfc-memory-"))
     try:
-        weights = folder / "weights.safetensors"
+        path = folder / "weights.safetensors"
+        weights, out = f"Path({str(path)!r})", f"Path({str(folder / 'm.dfcpkg')!r})"
         code = "import memory,sys;from pathlib import Path;"
         here = Path(__file__).parent
         env = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}"}
         total = int(
             subprocess.run(
-                [sys.executable, "-c", f"{code}print(memory.write_weights({layers}, Path({str(weights)!r})))"],
+                [sys.executable, "-c", f"{code}print(memory.write_weights({layers}, {weights}))"],
                 check=True, env=env, capture_output=True, text=True,
             ).stdout.split()[-1]
         )  # fmt: skip
-        out = folder / "m.dfcpkg"
         ran = subprocess.run(
-            [sys.executable, "-c", f"{code}memory.compile_and_save({layers}, Path({str(weights)!r}), Path({str(out)!r}))"],
+            [sys.executable, "-c", f"{code}memory.compile_and_save({layers}, {weights}, {out})"],
             check=True, env=env, capture_output=True, text=True,
         )  # fmt: skip
         peak, seconds, proof = ran.stdout.strip().splitlines()[-1].split(" ", 2)
         limit = 1.3 * total + 2**30
-        print(f"weights {total / 1e9:.2f} GB, peak {int(peak) / 1e9:.2f} GB, limit {limit / 1e9:.2f} GB")
+        print(f"weights {total / 1e9:.2f} GB, peak {int(peak) / 1e9:.2f} GB")
         print(f"ratio to the limit {int(peak) / limit:.2f}, {seconds} s, {proof}")
     finally:
         shutil.rmtree(folder)

@@ -1,9 +1,9 @@
 """dfc: a declarative dataflow-graph compiler and runtime for PyTorch models.
 
-    graph    = dfc.trace(model, args, kwargs, dynamic_shapes)
-    compiled = dfc.compile(model, args, kwargs, dynamic_shapes)
-    compiled(*args, **kwargs);  compiled.report;  compiled.save("m.dfcpkg");  compiled.export("m.onnx")
-    dfc.load("m.dfcpkg");  dfc.parse(str(graph)) == graph
+graph    = dfc.trace(model, args, kwargs, dynamic_shapes)
+compiled = dfc.compile(model, args, kwargs, dynamic_shapes)
+compiled(*args, **kwargs);  compiled.report;  compiled.save("m.dfcpkg");  compiled.export("m.onnx")
+dfc.load("m.dfcpkg");  dfc.parse(str(graph)) == graph
 """
 
 from __future__ import annotations

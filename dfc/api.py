@@ -1,4 +1,4 @@
-"""The story in one screen: trace, rewrite and prove, choose an engine, return what can be called."""
+"""The story in one screen: trace, rewrite and prove, choose an engine, return a callable."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from dfc.rewrite.pass_ import DEFAULT, Pass, find_pass
 if TYPE_CHECKING:
     from dfc.planning.engine import Engine, Runner
 
-ENGINE_RTOL = 3e-5  # how far an engine's own kernels may be from the witness, of the largest element
+ENGINE_RTOL = (
+    3e-5  # how far an engine's own kernels may be from the witness, of the largest element
+)
 Progress = Callable[[str], None]
 
 
@@ -85,7 +87,9 @@ def compile(
 
         attach_weights(graph, Path(weights))
     verify_graph(graph, types=isinstance(model, Graph))
-    chosen = [p if isinstance(p, Pass) else find_pass(p) for p in (DEFAULT if passes is None else passes)]
+    chosen = [
+        p if isinstance(p, Pass) else find_pass(p) for p in (DEFAULT if passes is None else passes)
+    ]
     probes = _probes(model, graph, args, kwargs, verify, report, say)
     start = time.perf_counter()
     say("rewriting")
@@ -107,7 +111,9 @@ def compile(
     )
 
 
-def load(path: str | os.PathLike[str], *, engine: str | None = None, device: str = "cpu") -> Compiled:
+def load(
+    path: str | os.PathLike[str], *, engine: str | None = None, device: str = "cpu"
+) -> Compiled:
     """Read a package and build it for an engine (default: the one that it was compiled for).
 
     Raises:  DfcError D family for a damaged package.
@@ -125,7 +131,9 @@ def load(path: str | os.PathLike[str], *, engine: str | None = None, device: str
 
 
 def _model_name(model: Any) -> str:
-    return model.name if isinstance(model, Graph) else getattr(model, "__name__", type(model).__name__)
+    return (
+        model.name if isinstance(model, Graph) else getattr(model, "__name__", type(model).__name__)
+    )
 
 
 def weight_bytes(graph: Graph) -> int:
@@ -304,7 +312,10 @@ def _proof(report: Report, probes: Any, verify: str) -> None:
     report.error = max(errors, default=0.0)
     report.original_error = _own_error(probes)
     report.proved = True
-    report.proof = f"proved on {count} probes (largest error {report.error:.3g}, the original's own {report.original_error:.3g})"
+    report.proof = (
+        f"proved on {count} probes (largest error {report.error:.3g}, "
+        f"the original's own {report.original_error:.3g})"
+    )
 
 
 def _own_error(probes: Any) -> float:

@@ -41,7 +41,9 @@ def _bind(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
     names = [a.name for a in graph.arguments if not a.keyword_only]
     given: dict[str, Any] = {a.name: _MISSING for a in graph.arguments}
     if len(args) > len(names):
-        raise _refuse("K012", f"the graph takes {len(names)} positional arguments, got {len(args)}", graph)
+        raise _refuse(
+            "K012", f"the graph takes {len(names)} positional arguments, got {len(args)}", graph
+        )
     given.update(zip(names, args, strict=False))
     for name, value in kwargs.items():
         if name not in given:
@@ -79,7 +81,9 @@ def check_inputs(graph: Graph, leaves: Sequence[Any], labels: Sequence[str]) -> 
             if isinstance(x, torch.Tensor) or not isinstance(x, (int, float, bool)):
                 raise DfcError("K013", f"`{label}` must be a number, got {_brief(x)}", status=2)
         elif not isinstance(x, torch.Tensor):
-            raise DfcError("K013", f"`{label}` must be a tensor {v.type}, got {_brief(x)}", status=2)
+            raise DfcError(
+                "K013", f"`{label}` must be a tensor {v.type}, got {_brief(x)}", status=2
+            )
         else:
             _check_type(v, x, label)
         checked.append(x)
@@ -145,9 +149,7 @@ def build_outputs(graph: Graph, inputs: Sequence[Any], leaves: Iterator[Any]) ->
     return tree.build(graph.output_tree, leaves, bindings)
 
 
-def own_outputs(
-    results: Sequence[Any], inputs: Sequence[Any], owned: frozenset[int]
-) -> list[Any]:
+def own_outputs(results: Sequence[Any], inputs: Sequence[Any], owned: frozenset[int]) -> list[Any]:
     """Results that share no memory with the inputs or the weights: what would is copied."""
     import torch
 

@@ -128,7 +128,8 @@ def _attach(graph: Graph, path: Path) -> None:
             if (found.get_dtype(), list(found.get_shape())) != expected:
                 raise DfcError(
                     "D041",
-                    f"{path}: !{name} is {found.get_dtype()}{found.get_shape()}, the graph says {p.type}",
+                    f"{path}: !{name} is {found.get_dtype()}{found.get_shape()}, "
+                    f"the graph says {p.type}",
                 )
             assert isinstance(p.data, HashOnly)
             p.data = SafetensorsData(path, name, p.data.digest)

@@ -62,7 +62,9 @@ class Report:
         lines = [f"{self.model}: {self.nodes_before} -> {self.nodes_after} nodes, {self.proof}"]
         for p in self.passes:
             tail = f": {p.reason}" if p.reason else ""
-            lines.append(f"  {p.step:<20} {p.changes:>5} changes {p.ms:>9.1f} ms  {p.verdict}{tail}")
+            lines.append(
+                f"  {p.step:<20} {p.changes:>5} changes {p.ms:>9.1f} ms  {p.verdict}{tail}"
+            )
         for e in self.engines:
             time = f"{e.p50_ms:.3f} ms" if e.p50_ms is not None else "not measured"
             tail = f": {e.reason}" if e.reason else ""
@@ -83,17 +85,25 @@ class Report:
             return f"<table><tr>{top}</tr>{body}</table>"
 
         passes = [
-            [p.step, p.changes, f"{p.nodes_before} → {p.nodes_after}", f"{p.ms:.1f}", p.verdict, p.reason]
+            [
+                p.step,
+                p.changes,
+                f"{p.nodes_before} → {p.nodes_after}",
+                f"{p.ms:.1f}",
+                p.verdict,
+                p.reason,
+            ]
             for p in self.passes
         ]
-        engines = [
+        engines: list[list[object]] = [
             [e.name, "" if e.p50_ms is None else f"{e.p50_ms:.3f}", e.verdict, e.reason]
             for e in self.engines
         ]
         notes = "".join(f"<li>{escape(n)}</li>" for n in self.notes)
         return (
             "<!doctype html><meta charset=utf-8><title>dfc report</title>"
-            "<style>body{font:15px system-ui;margin:2em}table{border-collapse:collapse;margin:1em 0}"
+            "<style>body{font:15px system-ui;margin:2em}"
+            "table{border-collapse:collapse;margin:1em 0}"
             "td,th{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:left}</style>"
             f"<h1>{escape(self.model)}</h1><p>{escape(self.proof)}</p>"
             f"<p>{self.nodes_before} → {self.nodes_after} nodes, "

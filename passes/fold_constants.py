@@ -58,8 +58,6 @@ def _bytes(t: object) -> int:
 
 
 def _fold(graph: Graph, node: Node) -> int:
-    import torch
-
     from dfc.ir.interpret import run_constant
     from dfc.ir.weights import TensorData
 

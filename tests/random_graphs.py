@@ -186,9 +186,10 @@ def not_empty(t: TensorType) -> bool:
 
 
 UNARY = (
-    "relu sigmoid tanh sin cos neg abs gelu silu erf floor ceil round sign exp log1p "
-    "reciprocal trunc square softplus absolute negative"
-).split()  # noqa: SIM905
+    "relu", "sigmoid", "tanh", "sin", "cos", "neg", "abs", "gelu", "silu", "erf", "floor",
+    "ceil", "round", "sign", "exp", "log1p", "reciprocal", "trunc", "square", "softplus",
+    "absolute", "negative",
+)  # fmt: skip
 
 
 @recipe(8)

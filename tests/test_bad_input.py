@@ -205,7 +205,7 @@ def test_a_model_that_cannot_be_used(
     [
         (["-p", "cse,dec"], 2, "did you mean `dce`"),
         (["-p", "cse{lim=3}"], 2, "did you mean `limit`"),
-        (["-p", "cse{limit=many}"], 2, "option `limit` of pass `cse` is int or none"),
+        (["-p", "cse{limit=many}"], 2, "`limit` of pass `cse` is int | None, got 'many'"),
         (["-p", "cse{limit=3"], 2, "--passes:1:1"),
         (["-p", "cse dce"], 2, "Q005"),
         (["--engine", "eagre"], 2, "did you mean `eager`"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -419,6 +420,29 @@ def test_fmt_is_canonical_and_keeps_comments(run: Run, tmp_path: Path) -> None:
     assert with_comments(once, TEXT) == once
 
 
+def test_fmt_keeps_comments_in_nested_graphs_apart() -> None:
+    text = """dfc 1
+graph @main(%c: bool[], %x: f32[2]) -> f32[2] {
+  %y: f32[2] = torch.cond(@a, @b, %c, [%x])
+  return %y
+
+  # the first
+  graph @a(%x: f32[2]) -> (f32[2],) {
+    %s: f32[2] = aten.sin.default(%x)
+    return (%s,)
+  }
+
+  graph @b(%x: f32[2]) -> (f32[2],) {
+    %s: f32[2] = aten.cos.default(%x)
+    # the last
+    return (%s,)
+  }
+}
+# after all
+"""
+    assert with_comments(text, str(dfc.parse(text))) == text
+
+
 def test_fmt_changes_nothing_when_one_file_is_wrong(run: Run, tmp_path: Path) -> None:
     good, bad = tmp_path / "g.dfc", tmp_path / "b.dfc"
     good.write_text("\n" + TEXT)
@@ -485,3 +509,39 @@ def test_the_reader_may_leave(package: Path) -> None:
     )
     os.close(write)
     assert (done.returncode, done.stderr.count("Error")) == (0, 0), done.stderr
+
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    exec(compile(code, str(README), "exec"), {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.dfcpkg", "model.onnx"]
+
+
+def test_the_readme_names_every_verb_and_status(run: Run) -> None:
+    text = README.read_text()
+    assert all(f"dfc {verb}" in text for verb in VERBS)
+    for status in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 130):
+        assert re.search(rf"(statuses:|·)\s{status} ", text), status
+
+
+@pytest.mark.slow
+def test_the_demo_runs(tmp_path: Path) -> None:
+    from tests.assets import path_or_skip
+
+    script = README.parent / "examples" / "sentence_encoder.py"
+    argv = [
+        sys.executable,
+        str(script),
+        "--model",
+        str(path_or_skip("minilm")),
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("1.0000000") >= 4 and "0.66" in done.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder.dfcpkg", "encoder.onnx"]

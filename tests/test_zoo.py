@@ -1,4 +1,4 @@
-"""Every model of the zoo: captured, proved, run on all its calls, exported; refused, never wrong."""
+"""Every model of the zoo: captured, proved, run on all its calls, exported; never wrong."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def trace_below_autograd(
 
 def _fake(mode: FakeTensorMode, x: torch.Tensor, i: int, dynamic: set[int]) -> torch.Tensor:
     sizes = [DimDynamic.DYNAMIC if d in dynamic else DimDynamic.STATIC for d in range(x.dim())]
-    context = StatelessSymbolicContext(dynamic_sizes=sizes)
+    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
     source = ConstantSource(f"__dfc_input_{i}")
     return mode.from_tensor(x, symbolic_context=context, source=source)
 

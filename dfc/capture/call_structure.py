@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -13,6 +15,9 @@ from dfc.ir import tree
 from dfc.ir.expr import Expr
 from dfc.ir.tree import LEAF, Const, Map, Named, Opaque, Seq, Structure, Tree
 from dfc.ir.types import DTYPES, DType
+
+# torch keys named tuples by collections.namedtuple itself, and has the class in the context.
+_NAMED_TUPLE: Any = collections.namedtuple
 
 
 def tree_of(spec: pytree.TreeSpec, leaf: Callable[[], object | None]) -> Tree:
@@ -26,7 +31,7 @@ def tree_of(spec: pytree.TreeSpec, leaf: Callable[[], object | None]) -> Tree:
         return Seq(kind.__name__, items)
     if kind is dict:
         return Map(tuple(map(plain_key, context)), items)
-    cls = context if kind is pytree.namedtuple else kind
+    cls = context if kind is _NAMED_TUPLE else kind
     name = class_name(cls)
     text = _context_text(kind, context)
     _register(cls, kind, name, text, context)
@@ -42,7 +47,9 @@ def constant(value: Any) -> Const:
     import torch
 
     if isinstance(value, torch.dtype):
-        return Const(next((d for d in DTYPES.values() if d.to_torch() is value), Opaque(repr(value))))
+        return Const(
+            next((d for d in DTYPES.values() if d.to_torch() is value), Opaque(repr(value)))
+        )
     if value is None or isinstance(value, (bool, int, float, str, complex, Expr, DType)):
         return Const(value)
     return Const(Opaque(repr(value)))
@@ -54,18 +61,17 @@ def class_name(cls: type) -> str:
 
 def _context_text(kind: Any, context: Any) -> str:
     """The context as canonical JSON: field names where it is just that."""
-    if kind is pytree.namedtuple:
+    if kind is _NAMED_TUPLE:
         return json.dumps(list(context._fields))
     definition = pytree.SUPPORTED_SERIALIZED_TYPES.get(kind)
-    dump = definition.to_dumpable_context if definition else None
-    for attempt in (lambda: context, lambda: dump(context) if dump else repr(context)):
+    dump: Any = definition.to_dumpable_context if definition else repr
+    attempts: tuple[Callable[[], Any], ...] = (lambda: context, lambda: (dump or repr)(context))
+    for attempt in attempts:
         try:
             value = attempt()
             if isinstance(value, str) and attempt is not None:
-                try:
+                with contextlib.suppress(ValueError):
                     value = json.loads(value)
-                except ValueError:
-                    pass
             # A dataclass's context is [fields with values, fields that are None].
             if _is_field_pair(value) and not value[1]:
                 value = value[0]
@@ -139,7 +145,7 @@ def register_caches() -> None:
     from transformers.integrations.executorch import register_dynamic_cache_export_support
 
     if DynamicCache not in pytree.SUPPORTED_NODES:
-        register_dynamic_cache_export_support()
+        register_dynamic_cache_export_support()  # type: ignore[no-untyped-call]
     if EncoderDecoderCache not in pytree.SUPPORTED_NODES:
         pytree.register_pytree_node(
             EncoderDecoderCache,

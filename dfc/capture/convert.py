@@ -9,27 +9,44 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 
+from dfc.capture.places import user_frame
 from dfc.errors import DfcError
 from dfc.ir.expr import Expr, Scalar, call, symbol
-from dfc.ir.graph import Bind, Graph, Input, Loc, Node, ParameterData, Value
+from dfc.ir.graph import Bind, Graph, Input, Loc, ParameterData, Value
 from dfc.ir.op import lookup
 from dfc.ir.types import BOOL, FLOAT, INT, NONE, TensorType, Type, dtype_of
-from dfc.ops.aten import ASSERTIONS, PLACEMENT, AtenOp, complete
+from dfc.ops.aten import ASSERTIONS, AtenOp, complete
 from dfc.ops.symbolic import from_sympy, identifier
 
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in ')
-_TORCH_FRAME = re.compile(r"(^|/)(torch|torch/.*|functorch)/[^\"]*\.py$")
 # Another spelling of the same value, once sizes and layouts are out of the picture.
 _SAME_AS_INPUT = frozenset(
-    "alias alias_copy lift lift_fresh lift_fresh_copy detach detach_ contiguous resolve_conj "
-    "resolve_neg".split()
+    [
+        "alias",
+        "alias_copy",
+        "lift",
+        "lift_fresh",
+        "lift_fresh_copy",
+        "detach",
+        "detach_",
+        "contiguous",
+        "resolve_conj",
+        "resolve_neg",
+    ]
 )
-_SKIPPED = frozenset({"is_same_size", "_has_same_storage_numel", "_assert_tensor_metadata", "sym_constrain_range_for_size", "sym_constrain_range"})
+_SKIPPED = frozenset(
+    {
+        "is_same_size",
+        "_has_same_storage_numel",
+        "_assert_tensor_metadata",
+        "sym_constrain_range_for_size",
+        "sym_constrain_range",
+    }
+)
 _RENAMED = {
     "aten._unsafe_view.default": "aten.view.default",
     "aten.reshape.default": "aten.view.default",
@@ -118,7 +135,7 @@ class Converter:
         """The constant or expression behind an fx argument; NotImplemented for tensors."""
         if isinstance(x, fx.Node):
             found = self.env[x]
-            if isinstance(found, (Value, tuple)) :
+            if isinstance(found, (Value, tuple)):
                 return NotImplemented
             return found
         if isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -171,7 +188,9 @@ class Converter:
                 place = self.location(node)
                 if place and not any("traced from" in n for d in e.diagnostics for n in d.notes):
                     raise DfcError(
-                        e.code, e.message, help=e.diagnostics[0].help,
+                        e.code,
+                        e.message,
+                        help=e.diagnostics[0].help,
                         notes=(*e.diagnostics[0].notes, f"traced from {place}"),
                     ) from e
                 raise
@@ -181,8 +200,9 @@ class Converter:
             return self.attribute_tensor(node)
         target = node.target
         if target is operator.getitem:
-            source = self.env[node.args[0]]  # type: ignore[index]
-            return source[node.args[1]] if isinstance(source, tuple) else source
+            of, index = cast(Any, node.args)
+            source = self.env[of]
+            return source[index] if isinstance(source, tuple) else source
         if isinstance(target, torch._ops.HigherOrderOperator):
             return self.higher_order(node, target)
         value = node.meta.get("val")
@@ -269,7 +289,7 @@ class Converter:
         given: dict[str, Any] = dict(zip((a.name for a in arguments), node.args, strict=False))
         given.update(node.kwargs)
         if base in ("to", "_to_copy", "type_as"):
-            return self.cast(node, given)
+            return self.change_dtype(node, given)
         name = _RENAMED.get(name, name)
         if name == "aten.view.default" and "shape" in given:
             given["size"] = given.pop("shape")
@@ -280,8 +300,8 @@ class Converter:
             raise DfcError("T022", f"`{name}` draws from a generator object of its own")
         return self.emit(node, info, given)
 
-    def cast(self, node: fx.Node, given: Mapping[str, Any]) -> Any:
-        """Every spelling of a change of dtype is `_to_copy`; a change of device or layout is none."""
+    def change_dtype(self, node: fx.Node, given: Mapping[str, Any]) -> Any:
+        """Every change of dtype is `_to_copy`; a change of device or layout is none."""
         source = self.env[given["self"]]
         wanted = given.get("dtype")
         if wanted is None and isinstance(given.get("other"), fx.Node):
@@ -400,34 +420,49 @@ class Converter:
     def higher_order(self, node: fx.Node, target: Any) -> Any:
         name = target.name() if callable(getattr(target, "name", None)) else str(target)
         name = str(name)
+        args = cast(Any, node.args)
         if name in _INLINED:
             return self.inline(node, name)
         if name == "cond":
-            predicate, yes, no, operands = node.args
+            predicate, yes, no, operands = args
             return self.with_graphs(node, "torch.cond", (yes, no), [predicate], operands, {})
         if name == "while_loop":
-            condition, body, carried, more = node.args
-            attributes = {"carried": len(carried)}  # type: ignore[arg-type]
+            condition, body, carried, more = args
+            attributes = {"carried": len(carried)}
             return self.with_graphs(
-                node, "torch.while_loop", (condition, body), [], [*carried, *more], attributes,  # type: ignore[misc]
-                loop=len(carried),  # type: ignore[arg-type]
+                node,
+                "torch.while_loop",
+                (condition, body),
+                [],
+                [*carried, *more],
+                attributes,
+                loop=len(carried),
             )
         if name == "scan":
-            combine, init, xs, *rest = node.args
+            combine, init, xs, *rest = args
             more = rest[-1] if rest and isinstance(rest[-1], (list, tuple)) else ()
-            attributes = {"init": len(init), "xs": len(xs), "reverse": False}  # type: ignore[arg-type]
+            attributes = {"init": len(init), "xs": len(xs), "reverse": False}
             return self.with_graphs(
-                node, "torch.scan", (combine,), [], [*init, *xs, *more], attributes  # type: ignore[misc]
+                node,
+                "torch.scan",
+                (combine,),
+                [],
+                [*init, *xs, *more],
+                attributes,
             )
         if name in ("map_impl", "map"):
-            body, xs, more = node.args
-            attributes = {"xs": len(xs)}  # type: ignore[arg-type]
-            return self.with_graphs(node, "torch.map", (body,), [], [*xs, *more], attributes)  # type: ignore[misc]
+            body, xs, more = args
+            attributes = {"xs": len(xs)}
+            return self.with_graphs(node, "torch.map", (body,), [], [*xs, *more], attributes)
         raise DfcError("T022", f"the control flow operator `{name}` is not supported")
 
     def inline(self, node: fx.Node, name: str) -> Any:
         """Put a wrapped sub-graph in place of the call."""
-        modules = [a for a in node.args if isinstance(a, fx.Node) and isinstance(self.env[a], fx.GraphModule)]
+        modules = [
+            a
+            for a in node.args
+            if isinstance(a, fx.Node) and isinstance(self.env[a], fx.GraphModule)
+        ]
         if not modules:
             raise DfcError("T022", f"`{name}` without a graph")
         at = node.args.index(modules[0])
@@ -539,35 +574,3 @@ def refuse_leaked(name: str, tensor: torch.Tensor) -> None:
             f"`{name}` became a constant of type {type(tensor).__name__} while tracing",
             help="a value computed inside an autograd or vmap transform leaked out of it",
         )
-
-
-def user_frame(trace: str) -> tuple[str, int]:
-    """The innermost frame of a stack trace that is not PyTorch's own, relative to its package."""
-    frames = _FRAME.findall(trace)
-    for file, line in reversed(frames):
-        short = package_path(file)
-        if not short.startswith(("torch/", "functorch/", "<")):
-            return short, int(line)
-    return "", 0
-
-
-def package_path(file: str) -> str:
-    """A file relative to where its package is installed, or to its package's parent folder."""
-    from pathlib import Path
-
-    for mark in ("/site-packages/", "/dist-packages/"):
-        if mark in file:
-            return file.split(mark, 1)[1]
-    path = Path(file)
-    if not path.is_absolute():
-        return file
-    top = path.parent
-    while (top / "__init__.py").exists() and top != top.parent:
-        top = top.parent
-    try:
-        return path.relative_to(top).as_posix()
-    except ValueError:
-        return path.name
-
-
-__all__ = ["PLACEMENT", "Converter", "Names", "Node", "package_path", "user_frame"]

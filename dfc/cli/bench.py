@@ -66,18 +66,19 @@ def _bench(
     say("loading PyTorch")
     import torch
 
-    from dfc.cli.compile import check_device
-    from dfc.cli.inputs import choose_inputs, output_names
+    from dfc.cli.engines import check_device, chosen_engines
+    from dfc.cli.inputs import choose_inputs, on_device, output_names
     from dfc.cli.prove import differences
     from dfc.rewrite.probe import clone
     from dfc.runtime.measure import measure
 
-    names = _names(engines)
+    names = chosen_engines(engines)
     check_device(device)
     if threads:
         torch.set_num_threads(threads)
     graph, example, original = _open(model, device, say)
     leaves, origin = choose_inputs(graph, files, size, random, seed, example)
+    leaves = on_device(leaves, device)
     runners, rows = _build(graph, names, device, threads, say)
     if original is not None:
         runners = {"pytorch": original, **runners}
@@ -94,8 +95,9 @@ def _bench(
         if first is None:
             first = results
             continue
-        found = differences(output_names(graph), results, first, "")
-        errors[name] = max((d.error for d in found), default=0.0)
+        if len(first) >= len(graph.outputs):  # else the model returns what is no value of the graph
+            found = differences(output_names(graph), results, first, "")
+            errors[name] = max((d.error for d in found), default=0.0)
     say(f"measuring {', '.join(runners)} for about {seconds * len(runners):.0f} s")
     timings = measure(runners, leaves, seconds=seconds, most=100_000) if runners else {}
     base = next(iter(timings.values())).p50_ms if timings else None
@@ -106,21 +108,6 @@ def _bench(
         row["ratio"] = base / t.p50_ms if base else None
         measured.append(row)
     return measured + list(rows.values()), origin, torch.get_num_threads()
-
-
-def _names(text: str) -> list[str]:
-    from dfc.runtime.engines import engine_names, find_engine
-
-    if text == "all":
-        return engine_names()
-    names = [n.strip() for n in text.split(",") if n.strip()]
-    if not names:
-        raise DfcError(
-            "Q010", "--engine names no engine", help=f"there are {', '.join(engine_names())}"
-        )
-    for name in names:
-        find_engine(name)
-    return list(dict.fromkeys(names))
 
 
 def _open(model: str, device: str, say: Any) -> tuple[Any, list[Any] | None, Any]:
@@ -209,7 +196,7 @@ def _row(name: str, reason: str) -> dict[str, Any]:
 def _print(model: str, origin: str, threads: int, rows: Sequence[dict[str, Any]]) -> None:
     from dfc.cli.tables import ms_text, print_table, print_text
 
-    print_text(f"{model}, inputs: {origin}, {threads} threads, runs alternate")
+    print_text(f"{model}, inputs: {origin}, threads: {threads}, runs alternate")
     shown = [
         [
             r["engine"],

@@ -104,11 +104,16 @@ def _compile(
 ) -> Compiled:
     say("reading the options")
     import dfc
+    from dfc.cli.engines import check_device, check_engine
     from dfc.cli.sources import open_source
+    from dfc.rewrite.driver import VERIFY
     from dfc.rewrite.pass_ import DEFAULT, find_pass
 
     chosen = [find_pass(name) for name in DEFAULT] if passes is None else _steps(passes)
-    check_choices(engine, verify, device)
+    if verify not in VERIFY:
+        raise DfcError("Q004", f"verify is one of {', '.join(VERIFY)}, got `{verify}`")
+    check_engine(engine)
+    check_device(device)
     _check_print_after(print_after, chosen)
     say(f"loading {model}")
     source = open_source(model)
@@ -136,36 +141,6 @@ def _steps(text: str) -> _Steps:
     from dfc.cli.steps import parse_steps
 
     return parse_steps(text)
-
-
-def check_choices(engine: str, verify: str, device: str) -> None:
-    """Refuse wrong words before the work.
-
-    Raises:  DfcError K001, K002, Q004, K004.
-    """
-    from dfc.rewrite.driver import VERIFY
-    from dfc.runtime.engines import find_engine
-
-    if verify not in VERIFY:
-        raise DfcError("Q004", f"verify is one of {', '.join(VERIFY)}, got `{verify}`")
-    if engine != "auto":
-        find_engine(engine)
-    check_device(device)
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that torch does not know or does not see.
-
-    Raises:  DfcError Q007 (status 2) for a wrong word, K004 (status 7) for a missing device.
-    """
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise DfcError("Q007", f"unknown device `{device}`: there are cpu and cuda")
-    if kind == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise DfcError("K004", "torch sees no CUDA device", help="see `dfc doctor`", status=7)
 
 
 def _check_print_after(wanted: str | None, chosen: _Steps) -> None:

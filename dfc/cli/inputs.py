@@ -59,6 +59,13 @@ def choose_inputs(
     return check_inputs(graph, leaves, input_names(graph)), origin
 
 
+def on_device(leaves: Sequence[Any], device: str) -> list[Any]:
+    """Tensors where the engine wants them."""
+    import torch
+
+    return [x.to(device) if isinstance(x, torch.Tensor) else x for x in leaves]
+
+
 # Files
 
 

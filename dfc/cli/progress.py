@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from types import TracebackType
 from typing import Any
 
@@ -20,9 +19,9 @@ class Progress:
 
     def __init__(self) -> None:
         self._tty = sys.stderr.isatty()
-        self._status: Any = None
+        self._live: Any = None
+        self._task: Any = None
         self._timer: threading.Timer | None = None
-        self._start = time.perf_counter()
 
     def __enter__(self) -> Progress:
         return self
@@ -32,14 +31,14 @@ class Progress:
             self._spin(what)
             return
         self._cancel()
-        self._timer = threading.Timer(_PATIENCE_S, self._line, [what])
+        self._timer = threading.Timer(_PATIENCE_S, _line, [what])
         self._timer.daemon = True
         self._timer.start()
 
     def log(self, text: str) -> None:
         """A text that stays, above the spinner."""
-        if self._status is not None:
-            self._status.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, file=sys.stderr, flush=True)
 
@@ -50,22 +49,32 @@ class Progress:
         tb: TracebackType | None,
     ) -> None:
         self._cancel()
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
     def _spin(self, what: str) -> None:
         from rich.console import Console
+        from rich.progress import Progress as Live
+        from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        if self._status is None:
-            self._status = Console(stderr=True).status(what)
-            self._status.start()
-        self._status.update(f"{what} [dim]{time.perf_counter() - self._start:.0f} s so far[/dim]")
-
-    def _line(self, what: str) -> None:
-        print(f"dfc: {what} ...", file=sys.stderr, flush=True)
+        if self._live is None:
+            self._live = Live(
+                SpinnerColumn(),
+                TextColumn("{task.description}", markup=False),
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._live.add_task(what, total=None)
+            self._live.start()
+        self._live.update(self._task, description=what)
 
     def _cancel(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _line(what: str) -> None:
+    print(f"dfc: {what} ...", file=sys.stderr, flush=True)

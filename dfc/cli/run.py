@@ -51,12 +51,12 @@ def run(
         raise DfcError("D056", f"`{output}` ends with neither {' nor '.join(_FORMATS)}")
     with Progress() as say:
         compiled = open_compiled(model, engine, device, say)
-        from dfc.cli.inputs import choose_inputs, output_names
+        from dfc.cli.inputs import choose_inputs, on_device, output_names
 
         example = compiled.probes[0].inputs if compiled.probes else None
         given, origin = choose_inputs(compiled.graph, inputs, size, random, seed, example)
         say(f"running on {compiled.engine.name}")
-        results = _call(compiled, given, seed)
+        results = _call(compiled, on_device(given, device), seed)
         named = dict(zip(output_names(compiled.graph), results, strict=True))
         if output:
             say(f"writing {output}")
@@ -92,10 +92,11 @@ def open_compiled(model: str, engine: str | None, device: str, say: Any) -> Comp
     """A package loaded, or a model compiled, for an engine."""
     say("loading PyTorch")
     import dfc
-    from dfc.cli.compile import check_choices
+    from dfc.cli.engines import check_device, check_engine
     from dfc.cli.sources import is_package, open_source
 
-    check_choices(engine or "auto", "each", device)
+    check_engine(engine or "auto")
+    check_device(device)
     say(f"loading {model}")
     if is_package(model):
         return dfc.load(model, engine=None if engine == "auto" else engine, device=device)

@@ -78,7 +78,7 @@ def read_graph(path: Path) -> Graph:
     Raises:  DfcError P and V families, of status 2; D050 when the file cannot be read.
     """
     import dfc
-    import dfc.ops  # noqa: F401 - the verifier looks ops up
+    import dfc.ops  # the verifier looks ops up
     from dfc.ir.verify import verify
 
     graph = dfc.parse(read_text(path), str(path))

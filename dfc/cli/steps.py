@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,8 +31,7 @@ def parse_steps(text: str) -> list[Pass]:
             raise _unreadable(text, at, "write NAME or NAME{option=value}, separated by commas")
         name, options = step[1], step[2] or ""
         values = dict(_options(text, options, step.start(2)))
-        find_pass(name, values)  # refuses unknown names before their options are looked at
-        found.append(find_pass(name, _checked(name, values)))
+        found.append(find_pass(name, _fitted(name, values)))
         at = step.end()
     return found
 
@@ -58,22 +56,17 @@ def _value(text: str) -> Any:
         return text
 
 
-def _checked(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with the types that the pass declares."""
-    hints = typing.get_type_hints(pass_classes()[name])
-    found: dict[str, Any] = {}
+def _fitted(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in the types that the pass declares: one name stands for a tuple of it."""
+    cls = pass_classes().get(name)
+    hints = typing.get_type_hints(cls) if cls else {}
+    found = dict(values)
     for option, value in values.items():
-        hint = hints[option]
-        either = typing.get_origin(hint) in (typing.Union, types.UnionType)
-        kinds = [typing.get_origin(t) or t for t in (typing.get_args(hint) if either else [hint])]
-        if tuple in kinds and not isinstance(value, tuple):
-            value = (value,)
-        if float in kinds and type(value) is int:
-            value = float(value)
-        if type(value) not in kinds:
-            shown = " or ".join("none" if k is type(None) else k.__name__ for k in kinds)
-            raise DfcError("Q002", f"option `{option}` of pass `{name}` is {shown}, got {value!r}")
-        found[option] = value
+        hint = hints.get(option)
+        if typing.get_origin(hint) is tuple and not isinstance(value, tuple):
+            found[option] = (value,)
+        elif hint is float and type(value) is int:
+            found[option] = float(value)
     return found
 
 

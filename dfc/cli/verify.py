@@ -17,7 +17,9 @@ def verify(
     ],
     engine: Annotated[
         str | None,
-        typer.Option("--engine", metavar="NAMES", help="Engines to prove; default: its own."),
+        typer.Option(
+            "--engine", metavar="NAMES", help="Engines to prove, or all; default: its own."
+        ),
     ] = None,
     expect: Annotated[
         str | None,
@@ -59,15 +61,14 @@ def _verify(
     wanted = expect.removeprefix("sha256:") if expect else None
     manifest = check_manifest(package, kind="package", expect=wanted)
     say("loading PyTorch")
-    from dfc.cli.compile import check_choices
+    from dfc.cli.engines import check_device, chosen_engines
     from dfc.package import check_weights, read_package
 
     held = read_package(Path(package))
     say("checking the digests of the weights")
     check_weights(held.graph)
-    names = [n.strip() for n in (engines or held.engine).split(",") if n.strip()]
-    for name in names:
-        check_choices(name, "each", device)
+    names = chosen_engines(held.engine if engines is None else engines)
+    check_device(device)
     without = [p.name for p in held.graph.parameters.values() if p.data is None]
     reason = ""
     if without:

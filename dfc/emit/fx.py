@@ -159,7 +159,11 @@ class _Emitter:
             for atom, power in monomial:
                 factor = self.scalar(_symbol(atom) if isinstance(atom, str) else _of_call(atom))
                 for _ in range(power):
-                    term = factor if term is None else self.fx.call_function(operator.mul, (term, factor))
+                    term = (
+                        factor
+                        if term is None
+                        else self.fx.call_function(operator.mul, (term, factor))
+                    )
             if term is None:
                 term = c
             elif c != 1:

@@ -17,8 +17,6 @@ from onnxscript import ir
 from dfc.emit import onnx_ops
 from dfc.emit.decompose import decompose, why_indivisible
 from dfc.emit.onnx_builder import (
-    ONNX_DTYPES,
-    REAL_OF,
     Builder,
     Call,
     NoTranslation,
@@ -45,9 +43,36 @@ IR_VERSION = 10
 _MAX_DEPTH = 12
 # Ops that only move elements: ONNX Runtime has them in every element type.
 _MOVES = frozenset(
-    """view reshape permute transpose t unsqueeze squeeze select slice cat stack split chunk
-    split_with_sizes unbind flatten unflatten clone contiguous _to_copy embedding index_select
-    narrow movedim alias detach view_as dropout""".split()
+    [
+        "view",
+        "reshape",
+        "permute",
+        "transpose",
+        "t",
+        "unsqueeze",
+        "squeeze",
+        "select",
+        "slice",
+        "cat",
+        "stack",
+        "split",
+        "chunk",
+        "split_with_sizes",
+        "unbind",
+        "flatten",
+        "unflatten",
+        "clone",
+        "contiguous",
+        "_to_copy",
+        "embedding",
+        "index_select",
+        "narrow",
+        "movedim",
+        "alias",
+        "detach",
+        "view_as",
+        "dropout",
+    ]
 )
 _WIDE = {"bf16": "f32"}
 
@@ -116,6 +141,8 @@ def why_not(node: Node) -> str | None:
 
     onnx_ops.load()
     op = node.op
+    if op in onnx_ops.REFUSED:
+        return onnx_ops.REFUSED[op]
     if op in onnx_ops.REAL or op in onnx_ops.COMPLEX or op.split(".")[1] in ASSERTIONS:
         return None
     if has_translation(op, OPSET):
@@ -226,9 +253,7 @@ def torch_tensor(tensor: Any, name: str) -> ir.TensorProtocol:
     return TorchTensor(tensor.resolve_neg(), name=name)  # type: ignore[no-any-return]
 
 
-def _outputs(
-    b: Builder, graph: Graph, env: Mapping[Value, Val], names: Sequence[str]
-) -> list[Val]:
+def _outputs(b: Builder, graph: Graph, env: Mapping[Value, Val], names: Sequence[str]) -> list[Val]:
     """The outputs under their names; what is an input, a constant or an output already is copied."""
     made_here = {id(o) for n in b.nodes for o in n.outputs}
     taken: set[int] = set()
@@ -314,9 +339,9 @@ def _settle(b: Builder, call: Call, found: Any) -> list[Val | None]:
         if value.dtype is not None and value.dtype != wanted:
             value = b.op("Cast", value, to=wanted)
         known = value.meta.get("type")
-        if known is not None and isinstance(known, TensorType) != isinstance(type, TensorType):
-            value = b.op("Identity", value)
-        elif (
+        if (
+            known is not None and isinstance(known, TensorType) != isinstance(type, TensorType)
+        ) or (
             isinstance(known, TensorType)
             and isinstance(type, TensorType)
             and known.dtype != type.dtype
@@ -327,9 +352,7 @@ def _settle(b: Builder, call: Call, found: Any) -> list[Val | None]:
     return results
 
 
-def _label(
-    b: Builder, call: Call, start: int, results: Sequence[Val | None], name: str
-) -> None:
+def _label(b: Builder, call: Call, start: int, results: Sequence[Val | None], name: str) -> None:
     """Names and provenance of the nodes that a call became."""
     root = b.root
     loc = call.loc
@@ -384,6 +407,8 @@ def _attempt(b: Builder, call: Call, ranges: Mapping[str, Any], depth: int) -> A
 
 
 def _own(b: Builder, call: Call) -> Any:
+    if call.op in onnx_ops.REFUSED:
+        raise b.refuse(onnx_ops.REFUSED[call.op])
     is_complex = any(b.is_complex(v) for v in call.values) or any(
         isinstance(t, TensorType) and t.dtype.is_complex for t in call.results
     )

@@ -9,9 +9,10 @@ A complex tensor is a pair of reals: a real tensor with a trailing dimension of 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from onnxscript import ir
@@ -40,14 +41,48 @@ Val = ir.Value
 Operand = Val | None | tuple[Val | None, ...]
 
 _GIVES_BOOL = frozenset(
-    "Equal Less LessOrEqual Greater GreaterOrEqual Not And Or Xor IsNaN IsInf".split()
+    [
+        "Equal",
+        "Less",
+        "LessOrEqual",
+        "Greater",
+        "GreaterOrEqual",
+        "Not",
+        "And",
+        "Or",
+        "Xor",
+        "IsNaN",
+        "IsInf",
+    ]
 )
-_GIVES_INT64 = frozenset("Shape Size ArgMax ArgMin NonZero".split())
+_GIVES_INT64 = frozenset(["Shape", "Size", "ArgMax", "ArgMin", "NonZero"])
 _LIKE_SECOND = frozenset({"Where", "CastLike"})
 _UNKNOWN = frozenset(
-    "If Loop Scan SequenceConstruct SequenceEmpty SequenceInsert SplitToSequence SequenceAt "
-    "ConcatFromSequence SequenceMap Optional QuantizeLinear DequantizeLinear Multinomial".split()
+    [
+        "If",
+        "Loop",
+        "Scan",
+        "SequenceConstruct",
+        "SequenceEmpty",
+        "SequenceInsert",
+        "SplitToSequence",
+        "SequenceAt",
+        "ConcatFromSequence",
+        "SequenceMap",
+        "Optional",
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "Multinomial",
+    ]
 )
+
+
+_UNBACKED = re.compile(r"u[fb]?[0-9]+\Z")
+
+
+def is_unbacked(symbol: str) -> bool:
+    """Whether a symbol is bound by data, not by the shape of an input."""
+    return bool(_UNBACKED.match(symbol))
 
 
 class NoTranslation(Exception):
@@ -62,10 +97,17 @@ def onnx_dtype(type: Type) -> ir.DataType:
 
 
 def onnx_shape(type: Type) -> ir.Shape:
-    """The shape of a value's ONNX tensor; symbolic sizes as text."""
+    """The shape of a value's ONNX tensor; symbolic sizes as text.
+
+    Why:  ONNX Runtime shares memory among values whose sizes have the same text, and a branch or a
+          loop may bind a symbol anew: sizes that only the data tell stay unnamed.
+    """
     if not isinstance(type, TensorType):
         return ir.Shape([])
-    dims: list[int | str] = [s if isinstance(s, int) else str(s) for s in type.shape]
+    dims: list[int | str | None] = [
+        s if isinstance(s, int) else None if any(map(is_unbacked, s.symbols)) else str(s)
+        for s in type.shape
+    ]
     return ir.Shape([*dims, 2] if type.dtype.is_complex else dims)
 
 
@@ -180,6 +222,14 @@ class Builder:
 
         return symbolic_value(self.root.opset)
 
+    @overload
+    def op(self, kind: str, *inputs: Any, out: int, **attrs: Any) -> list[Val]: ...
+
+    @overload
+    def op(
+        self, kind: str, *inputs: Any, dtype: ir.DataType | None = None, **attrs: Any
+    ) -> Val: ...
+
     def op(
         self, kind: str, *inputs: Any, dtype: ir.DataType | None = None, out: int = 1, **attrs: Any
     ) -> Any:
@@ -191,7 +241,9 @@ class Builder:
         while given and given[-1] is None:
             given.pop()
         outputs = [self.value() for _ in range(out)]
-        attributes = [ir.convenience.convert_attribute(k, v) for k, v in attrs.items() if v is not None]
+        attributes = [
+            ir.convenience.convert_attribute(k, v) for k, v in attrs.items() if v is not None
+        ]
         node = ir.Node("", kind, given, attributes, outputs=outputs)
         self.append(node)
         if dtype is not None:

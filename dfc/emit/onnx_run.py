@@ -58,9 +58,7 @@ class Session:
         try:
             self._session = ort.InferenceSession(model, options, providers=list(providers))
         except Exception as e:  # ORT raises classes of its own for each status code
-            raise DfcError(
-                "X002", f"ONNX Runtime refuses the model: {_first_line(e)}"
-            ) from e
+            raise DfcError("X002", f"ONNX Runtime refuses the model: {_first_line(e)}") from e
         self.providers: list[str] = self._session.get_providers()
         self._inputs = [i.name for i in self._session.get_inputs()][: len(graph.inputs)]
         self._outputs = [o.name for o in self._session.get_outputs()]
@@ -185,4 +183,4 @@ def from_ort(value: Any, type: Type) -> Any:
 
 def _first_line(e: BaseException) -> str:
     text = str(e).strip()
-    return text.splitlines()[0][:400] if text else type(e).__name__
+    return text.splitlines()[0][:900] if text else type(e).__name__

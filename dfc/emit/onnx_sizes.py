@@ -51,12 +51,14 @@ class Sizes:
         if not isinstance(zero, int) or not isinstance(one, int) or not isinstance(two, int):
             return
         scale = one - zero
-        if scale == 0 or two - one != scale or any(
-            not isinstance(a, str) for m, _ in size.terms for a, _ in m
+        if (
+            scale == 0
+            or two - one != scale
+            or any(not isinstance(a, str) for m, _ in size.terms for a, _ in m)
         ):
             return
         known = self._sources.get(name)
-        if known is None or (known[2], known[3]) != (1, 0) and (scale, zero) == (1, 0):
+        if known is None or ((known[2], known[3]) != (1, 0) and (scale, zero) == (1, 0)):
             self._sources[name] = (tensor, axis, scale, zero)
 
     def knows(self, name: str) -> bool:

@@ -30,10 +30,19 @@ if TYPE_CHECKING:
 
 # Wrong or crashing in some call that ours leave to others; a decomposition is right.
 _DISTRUSTED = frozenset(
-    """aten.lstm.input aten.gru.input aten.rnn_tanh.input aten.rnn_relu.input
-    aten.cross_entropy_loss.default aten._native_batch_norm_legit_functional.default
-    aten._native_batch_norm_legit.default aten.native_batch_norm.default
-    aten.batch_norm.default aten.embedding_bag.padding_idx aten.logaddexp.default""".split()
+    [
+        "aten.lstm.input",
+        "aten.gru.input",
+        "aten.rnn_tanh.input",
+        "aten.rnn_relu.input",
+        "aten.cross_entropy_loss.default",
+        "aten._native_batch_norm_legit_functional.default",
+        "aten._native_batch_norm_legit.default",
+        "aten.native_batch_norm.default",
+        "aten.batch_norm.default",
+        "aten.embedding_bag.padding_idx",
+        "aten.logaddexp.default",
+    ]
 )
 _IGNORED = frozenset({"device", "layout", "pin_memory", "memory_format", "implicit"})
 
@@ -143,7 +152,9 @@ def translate(b: Builder, call: Call) -> Any:
     b.nodes.extend(recorder.nodes)
     if not isinstance(results, (list, tuple)):
         # a number, a tensor that was passed through, or one value
-        results = [results if isinstance(results, ir.Value) else b.const(results, ONNX_DTYPES["f32"])]
+        results = [
+            results if isinstance(results, ir.Value) else b.const(results, ONNX_DTYPES["f32"])
+        ]
     b.root.functions.update(recorder.functions)
     return results
 
@@ -183,4 +194,11 @@ def model_functions(functions: Any, opset: int) -> list[ir.Function]:
     return list(found.values())
 
 
-__all__ = ["has_translation", "inspect", "model_functions", "symbolic_value", "translate", "_schemas"]
+__all__ = [
+    "_schemas",
+    "has_translation",
+    "inspect",
+    "model_functions",
+    "symbolic_value",
+    "translate",
+]

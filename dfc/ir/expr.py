@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Union
+from typing import Any, Union
 
 Scalar = Union[int, float, bool, "Expr"]
 Size = Union[int, "Expr"]
@@ -316,10 +316,12 @@ def _extremum(name: str, args: Iterable[Scalar]) -> Scalar:
     """Flatten, drop duplicates, keep one number, and settle operands that differ by a constant."""
     pick = min if name == "min" else max
     flat: list[Scalar] = []
-    for a in args:
-        inner = a.call if isinstance(a, Expr) else None
-        flat.extend(inner.args if inner and inner.name == name else (a,))
+    for arg in args:
+        inner = arg.call if isinstance(arg, Expr) else None
+        flat.extend(inner.args if inner and inner.name == name else (arg,))
     kept: list[Scalar] = []
+    a: Any
+    b: Any
     for a in flat:
         for i, b in enumerate(kept):
             gap = a - b if _kind(a) == _kind(b) == "int" else None
@@ -392,9 +394,9 @@ def evaluate(x: Scalar, bindings: Mapping[str, Scalar]) -> Scalar:
     """
     if not isinstance(x, Expr) or x.symbols.isdisjoint(bindings):
         return x
-    total: Scalar = 0
+    total: Any = 0
     for monomial, c in x.terms:
-        term: Scalar = c
+        term: Any = c
         first = c == 1
         for atom, p in monomial:
             if isinstance(atom, str):
@@ -406,7 +408,8 @@ def evaluate(x: Scalar, bindings: Mapping[str, Scalar]) -> Scalar:
                 term = factor if first else term * factor
                 first = False
         total = term if len(x.terms) == 1 else total + term
-    return total
+    result: Scalar = total
+    return result
 
 
 def free(x: Scalar) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 from dfc.ir.expr import Expr, Scalar, symbols
 from dfc.ir.op import OpInfo, lookup
@@ -47,11 +47,11 @@ class Bind:
     high: int | None = None
 
 
-Range = tuple[int, Union[int, None]]
+Range = tuple[int, int | None]
 
 
 class Attributes(Mapping[str, Any]):
-    """An immutable mapping compared by type and bits: 1, 1.0 and True differ, and so do 0.0, -0.0."""
+    """An immutable mapping compared by type and bits: 1, 1.0 and True differ, as do 0.0, -0.0."""
 
     __slots__ = ("_hash", "_items", "_key", "_symbols")
 
@@ -203,7 +203,7 @@ class HashOnly(ParameterData):
         return self.digest
 
 
-Input = Union[Value, None, tuple[Union[Value, None], ...]]
+Input = Value | None | tuple[Value | None, ...]
 
 
 class Node:
@@ -347,7 +347,7 @@ class Graph:
 
     @property
     def nodes(self) -> Iterator[Node]:
-        """The nodes in order. The current node may be erased, and nodes inserted, while iterating."""
+        """The nodes in order. While iterating, the current one may be erased, others inserted."""
         node = self._first
         while node is not None:
             following = node._next
@@ -603,9 +603,7 @@ class Graph:
 
     def copy_with_map(self) -> tuple[Graph, dict[Value, Value]]:
         """A copy, and which value of it stands for which of ours."""
-        other = Graph(
-            self.name, self.arguments, self.output_tree, dict(self.ranges), self.requires
-        )
+        other = Graph(self.name, self.arguments, self.output_tree, dict(self.ranges), self.requires)
         twin: dict[Value, Value] = {}
         for v in self._inputs:
             twin[v] = other.add_input(v.name, v.type)

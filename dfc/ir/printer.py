@@ -134,9 +134,7 @@ class _Printer:
 
         return name
 
-    def header(
-        self, graph: Graph, indent: str, names: Callable[[Value], str]
-    ) -> Iterator[str]:
+    def header(self, graph: Graph, indent: str, names: Callable[[Value], str]) -> Iterator[str]:
         leaves = iter(graph.inputs)
         shown: list[str] = []
         keyword_only = False
@@ -161,9 +159,7 @@ class _Printer:
         lines[-1] += " {"
         yield from lines
 
-    def argument(
-        self, a: Argument, leaves: Iterator[Value], names: Callable[[Value], str]
-    ) -> str:
+    def argument(self, a: Argument, leaves: Iterator[Value], names: Callable[[Value], str]) -> str:
         def leaf() -> str:
             v = next(leaves)
             return f"{names(v)}: {v.type}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 from dfc.errors import DfcError
 from dfc.ir.expr import Expr, evaluate
@@ -69,7 +69,7 @@ class Named:
     items: tuple[Tree, ...]
 
 
-Tree = Union[Leaf, Const, Seq, Map, Named]
+Tree = Leaf | Const | Seq | Map | Named
 LEAF = Leaf()
 
 
@@ -168,7 +168,11 @@ def _same(a: object, b: object) -> bool:
 
 def _brief(value: object) -> str:
     shape = getattr(value, "shape", None)
-    return f"a {type(value).__name__} of shape {list(shape)}" if shape is not None else repr(value)[:80]
+    return (
+        f"a {type(value).__name__} of shape {list(shape)}"
+        if shape is not None
+        else repr(value)[:80]
+    )
 
 
 def _parts(tree: Seq | Map | Named, value: object, path: str) -> Sequence[object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any
 
 from dfc.ir.expr import Scalar, Size, evaluate, symbols
 
@@ -138,7 +138,8 @@ class TensorType:
         """The type with symbols replaced."""
         if self.is_static:
             return self
-        return TensorType(self.dtype, tuple(evaluate(s, bindings) for s in self.shape))  # type: ignore[arg-type]
+        shape: Any = tuple(evaluate(s, bindings) for s in self.shape)
+        return TensorType(self.dtype, shape)
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
@@ -183,7 +184,7 @@ class NoneType:
 
 
 INT, FLOAT, BOOL, NONE = ScalarType("int"), ScalarType("float"), ScalarType("bool"), NoneType()
-Type = Union[TensorType, ScalarType, NoneType]
+Type = TensorType | ScalarType | NoneType
 
 
 def total_bytes(*types: TensorType | None) -> Size:

@@ -11,11 +11,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dfc.errors import DfcError, Diagnostic
 from dfc.ir.expr import Expr, evaluate, symbols
 from dfc.ir.graph import RESULT, Graph, Node, Parameter, Value
-from dfc.ir.op import OpRefused, lookup
+from dfc.ir.op import OpInfo, OpRefused, lookup
 from dfc.ir.tree import leaf_count
 from dfc.ir.types import ScalarType, TensorType, Type
 
 _MAX_REPORTED = 20
+# What type rules and PyTorch's fake kernels raise for operands that do not fit.
+_REFUSALS = (
+    OpRefused, RuntimeError, TypeError, ValueError, IndexError, AssertionError, ArithmeticError,
+)  # fmt: skip
 
 
 def infer_types(node: Node) -> tuple[Type, ...]:
@@ -26,7 +30,7 @@ def infer_types(node: Node) -> tuple[Type, ...]:
     info = lookup(node.op)
     try:
         return info.infer(node)
-    except (OpRefused, RuntimeError, TypeError, ValueError, IndexError, AssertionError) as e:
+    except _REFUSALS as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         shown = ", ".join(str(v.type) for v in node.operands)
         raise DfcError(
@@ -39,7 +43,7 @@ def infer_types(node: Node) -> tuple[Type, ...]:
 def verify(graph: Graph, *, types: bool | Iterable[Node] = True) -> None:
     """Check a graph; with `types`, check the type rule of every node, or of those given.
 
-    Raises:  DfcError V001..V009 for structure, V020 and V021 for types; every error at once.
+    Raises:  DfcError V001..V009 for structure, V010..V021 for ops and types; every error at once.
     """
     found: list[Diagnostic] = []
     for problem in _structure(graph, frozenset()):
@@ -180,6 +184,10 @@ def _types(
             continue
         try:
             info = lookup(node.op)
+            problem = _form(node, info)
+            if problem is not None:
+                yield problem
+                continue
             found = sample_types(node, bindings) if node.op.startswith("aten.") else None
             if found is None:
                 if node.binds or not node.results or node.graphs:
@@ -188,7 +196,7 @@ def _types(
         except DfcError as e:
             yield _problem(e.code, node, e.message)
             continue
-        except (OpRefused, RuntimeError, TypeError, ValueError, IndexError, AssertionError) as e:
+        except _REFUSALS as e:
             reason = str(e).splitlines()[0] if str(e) else type(e).__name__
             shown = ", ".join(str(v.type) for v in node.operands)
             yield _problem("V020", node, f"refuses ({shown}): {reason}")
@@ -207,6 +215,28 @@ def _types(
 def _symbols(node: Node) -> frozenset[str]:
     values = (*node.operands, *node.results)
     return node.symbols.union(*(v.type.symbols for v in values))
+
+
+def _form(node: Node, info: OpInfo) -> Diagnostic | None:
+    """Whether the node has the operands and attributes that its op names, and no others."""
+    operands = info.operands
+    if len(node.inputs) != len(operands):
+        reason = f"takes {len(operands)} operands, got {len(node.inputs)}"
+        return _problem("V012", node, f"{reason}; one that is left out is written `None`")
+    for o, x in zip(operands, node.inputs, strict=True):
+        if x is None and not o.optional and o.name not in node.attributes:
+            return _problem("V012", node, f"needs the operand `{o.name}`")
+        if isinstance(x, tuple) != o.variadic and x is not None:
+            kind = "a list" if o.variadic else "one value"
+            return _problem("V012", node, f"the operand `{o.name}` is {kind}")
+    numbers = {o.name for o in operands}  # a Python number may stand for an operand
+    known = {a.name for a in info.attributes}
+    for name in node.attributes:
+        if name not in known and name not in numbers:
+            return _problem("V011", node, f"has no attribute `{name}`")
+    for name in known - set(node.attributes):
+        return _problem("V011", node, f"needs the attribute `{name}`")
+    return None
 
 
 def _fits(found: Type, declared: Type) -> bool:

@@ -77,5 +77,5 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
     if flat.numel() == 1:
         flat = flat.clone(memory_format=torch.contiguous_format)  # one element may have any stride
     if flat.numel():
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

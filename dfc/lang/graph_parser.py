@@ -677,7 +677,8 @@ class _Parser:
             self.integers(at, total, right)
             total = total - right if minus else total + right
         self.depth -= 1
-        return total
+        result: Scalar = total
+        return result
 
     def product(self) -> Any:
         at = self.i

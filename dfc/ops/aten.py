@@ -196,12 +196,52 @@ def _names() -> tuple[str, ...]:
 
 # float -> same float, same shape: most nodes of most models, decided without a fake tensor
 _SAME = frozenset(
-    """abs ceil clone contiguous cos detach dropout elu erf exp floor gelu hardsigmoid hardswish
-    hardtanh leaky_relu log log_softmax mish neg reciprocal relu relu6 round rsqrt selu sigmoid
-    sign silu sin softmax softplus sqrt tan tanh tril triu alias lift_fresh_copy
-    layer_norm group_norm rms_norm""".split()
+    [
+        "abs",
+        "ceil",
+        "clone",
+        "contiguous",
+        "cos",
+        "detach",
+        "dropout",
+        "elu",
+        "erf",
+        "exp",
+        "floor",
+        "gelu",
+        "hardsigmoid",
+        "hardswish",
+        "hardtanh",
+        "leaky_relu",
+        "log",
+        "log_softmax",
+        "mish",
+        "neg",
+        "reciprocal",
+        "relu",
+        "relu6",
+        "round",
+        "rsqrt",
+        "selu",
+        "sigmoid",
+        "sign",
+        "silu",
+        "sin",
+        "softmax",
+        "softplus",
+        "sqrt",
+        "tan",
+        "tanh",
+        "tril",
+        "triu",
+        "alias",
+        "lift_fresh_copy",
+        "layer_norm",
+        "group_norm",
+        "rms_norm",
+    ]
 )
-_BROADCAST = frozenset("add sub mul div maximum minimum".split())
+_BROADCAST = frozenset(["add", "sub", "mul", "div", "maximum", "minimum"])
 
 
 def _infer(op: AtenOp, node: Node) -> tuple[Type, ...]:

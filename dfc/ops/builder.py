@@ -25,16 +25,18 @@ class Builder:
         self.before = before
 
     def node(self, op: str, *inputs: Input | Sequence[Value | None], **attributes: Any) -> Node:
-        """Write a node; attributes that are not given take the op's default.
+        """Write a node; attributes that are not given take the op's default, operands None.
 
         Raises:  DfcError V010 for an unknown op, V011 for a wrong attribute, V020 for operands.
         """
         at = self.before
+        info = lookup(op)
         operands = [tuple(x) if isinstance(x, (list, tuple)) else x for x in inputs]
+        operands += [None] * (len(info.operands) - len(operands))
         return self.graph.add(
             op,
             operands,  # type: ignore[arg-type]
-            _with_defaults(lookup(op), attributes),
+            _with_defaults(info, attributes),
             before=at,
             stage=at.stage if at else None,
             loc=at.loc if at else None,

@@ -60,9 +60,7 @@ def _primes_in(ranges: Mapping[str, tuple[int, int | None]]) -> dict[str, int]:
 class SymbolTable:
     """The symbols of one inference: names to SymInts, and sympy expressions back to ours."""
 
-    def __init__(
-        self, bounds: Mapping[str, tuple[int, int | None]], dynamic: bool = True
-    ) -> None:
+    def __init__(self, bounds: Mapping[str, tuple[int, int | None]], dynamic: bool = True) -> None:
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
         self.env = ShapeEnv() if dynamic else None
@@ -77,7 +75,9 @@ class SymbolTable:
 
         assert self.env is not None
         source = ConstantSource(f"__dfc_{name}")
-        made = self.env.create_symbol(size, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+        made = self.env.create_symbol(
+            size, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
+        )
         self._by_name[name] = self.env.create_symintnode(made, hint=size, source=source)
         self._names[made] = symbol(name)
 
@@ -191,15 +191,13 @@ def _arithmetic(kind: str, args: list[Scalar]) -> Scalar:
     total: Any = args[0]
     for a in args[1:]:
         total = total + a if kind == "Add" else total * a
-    return total
+    result: Scalar = total
+    return result
 
 
 def _power(base: Scalar, exponent: Scalar) -> Scalar:
     if _is_int(base) and isinstance(exponent, int) and 0 <= exponent <= 16:
-        value: Any = 1
-        for _ in range(exponent):
-            value = value * base
-        return value
+        return _arithmetic("Mul", [1, *[base] * exponent])
     if exponent == -1:
         return call("truediv", 1.0, base)
     return call("pow" if _is_int(base) and _is_int(exponent) else "fpow", base, exponent)

@@ -37,7 +37,8 @@ class Difference:
         at = ", ".join(map(str, self.index))
         return (
             f"output {self.output}[{at}]: {self.reason}: got {self.got:.9g}, "
-            f"the witness says {self.expected:.9g} (error {self.error:.3g}, allowed {self.allowed:.3g})"
+            f"the witness says {self.expected:.9g} "
+            f"(error {self.error:.3g}, allowed {self.allowed:.3g})"
         )
 
 

@@ -20,7 +20,6 @@ from dfc.ir.types import TensorType
 from dfc.rewrite.agree import Verdict, judge
 from dfc.rewrite.pass_ import Numerics
 
-
 # The model's own kernels against the captured graph's: the same ones, in another layout at most.
 CAPTURE_RTOL = 1e-5
 
@@ -174,7 +173,8 @@ def _like(
 ) -> torch.Tensor:
     """A tensor of the declared shape with values drawn from the example's."""
     assert isinstance(type, TensorType)
-    shape = [int(evaluate(s, bindings)) for s in type.shape]
+    sizes: list[Any] = [evaluate(s, bindings) for s in type.shape]
+    shape = [int(s) for s in sizes]
     count = 1
     for s in shape:
         count *= s

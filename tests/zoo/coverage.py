@@ -166,11 +166,11 @@ def document(rows: list[Row]) -> str:
         "",
         "Written by `python -m tests.zoo.coverage`; do not edit.",
         "",
-        f"- {len(rows)} models; {len(captured)} ({len(captured) / len(rows):.1%}) captured, printed "
-        "and parsed back, rewritten, proved, and equal to the model on the `eager` engine",
+        f"- {len(rows)} models; {len(captured)} ({len(captured) / len(rows):.1%}) captured, "
+        "printed and parsed back, rewritten, proved, and equal to the model on the `eager` engine",
         f"- {len(exported)} ({len(exported) / len(rows):.1%} of all, "
-        f"{len(exported) / max(len(captured), 1):.1%} of those captured) exported to ONNX and equal "
-        "in ONNX Runtime on probes of several sizes",
+        f"{len(exported) / max(len(captured), 1):.1%} of those captured) exported to ONNX and "
+        "equal in ONNX Runtime on probes of several sizes",
         "- the others are refused, with the reason given below; none is wrong",
         "",
         "| model | family | nodes | run | ONNX | restrictions |",
@@ -248,7 +248,8 @@ def _all(names: list[str], jobs: int, onnx: bool) -> tuple[list[Row], list[tuple
                 continue
             found[name] = outcome
             print(
-                f"{len(found):>4} {name:32} {outcome.seconds:6.1f} s  run: {outcome.capture or 'yes'}"
+                f"{len(found):>4} {name:32} {outcome.seconds:6.1f} s  "
+                f"run: {outcome.capture or 'yes'}"
                 f"  onnx: {outcome.onnx or 'yes'}",
                 flush=True,
             )

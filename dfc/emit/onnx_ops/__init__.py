@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dfc.emit.onnx_ops.registry import COMPLEX, REAL, translates
+from dfc.emit.onnx_ops.registry import COMPLEX, REAL, REFUSED, translates
 
 Translation = Callable[..., Any]
 
@@ -30,4 +30,4 @@ def load() -> None:
     )
 
 
-__all__ = ["COMPLEX", "REAL", "Translation", "load", "translates"]
+__all__ = ["COMPLEX", "REAL", "REFUSED", "Translation", "load", "translates"]

@@ -51,7 +51,9 @@ def promoted(b: Builder, *xs: Any) -> ir.DataType:
         if isinstance(x, ir.Value):
             type = x.meta.get("type")
             if isinstance(type, TensorType):
-                return torch.empty((1,) * min(type.rank, 1), dtype=type.dtype.to_torch(), device="meta")
+                return torch.empty(
+                    (1,) * min(type.rank, 1), dtype=type.dtype.to_torch(), device="meta"
+                )
             return {D.INT64: 1, D.DOUBLE: 1.0, D.BOOL: True}[x.dtype]  # type: ignore[index]
         if isinstance(x, Expr):
             return {"int": 1, "float": 1.0, "bool": True}[x.kind]
@@ -61,7 +63,9 @@ def promoted(b: Builder, *xs: Any) -> ir.DataType:
         return xs[0].dtype  # type: ignore[no-any-return]
     found = torch.result_type(stand_in(xs[0]), stand_in(xs[1]))
     for x in xs[2:]:
-        found = torch.promote_types(found, torch.result_type(torch.empty((), dtype=found), stand_in(x)))
+        found = torch.promote_types(
+            found, torch.result_type(torch.empty((), dtype=found), stand_in(x))
+        )
     return ONNX_DTYPES[dtype_of(found).name]
 
 
@@ -171,8 +175,14 @@ def fmod(b: Builder, x: Any, other: Any, call: Call) -> Val:
     return b.op("Mod", operand(b, x, dtype), operand(b, other, dtype), fmod=1)
 
 
-@translates("pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "float_power.Tensor_Scalar",
-            "float_power.Tensor_Tensor", "float_power.Scalar")
+@translates(
+    "pow.Tensor_Scalar",
+    "pow.Tensor_Tensor",
+    "pow.Scalar",
+    "float_power.Tensor_Scalar",
+    "float_power.Tensor_Tensor",
+    "float_power.Scalar",
+)
 def power(b: Builder, x: Any, exponent: Any, call: Call) -> Val:
     dtype = result_work(call)
     base = operand(b, x, dtype)
@@ -219,7 +229,9 @@ _UNARY = {
     "sigmoid": "Sigmoid", "reciprocal": "Reciprocal", "special_expit": "Sigmoid",
     "special_erf": "Erf",
 }  # fmt: skip
-_F32_ONLY = frozenset("Sinh Cosh Tan Asin Acos Atan Asinh Acosh Atanh Erf".split())
+_F32_ONLY = frozenset(
+    ["Sinh", "Cosh", "Tan", "Asin", "Acos", "Atan", "Asinh", "Acosh", "Atanh", "Erf"]
+)
 
 
 @translates(*_UNARY)
@@ -294,7 +306,10 @@ def erfc(b: Builder, x: Val, call: Call) -> Val:
 def erfinv(b: Builder, x: Val, call: Call) -> Val:
     """Winitzki's estimate, then three Newton steps on erf in float64."""
     x = b.cast(x, D.DOUBLE)
-    c = lambda v: b.const(v, D.DOUBLE)  # noqa: E731
+
+    def c(v: float) -> Val:
+        return b.const(v, D.DOUBLE)
+
     one, a = c(1.0), 0.147
     edge = b.op("Equal", b.op("Abs", x), one)
     safe = b.op("Where", edge, c(0.0), x)
@@ -311,7 +326,10 @@ def erfinv(b: Builder, x: Val, call: Call) -> Val:
 
 def erf64(b: Builder, y: Val) -> Val:
     """erf of float64 by its series below 3 and the continued fraction above: ORT's is f32 only."""
-    c = lambda v: b.const(v, D.DOUBLE)  # noqa: E731
+
+    def c(v: float) -> Val:
+        return b.const(v, D.DOUBLE)
+
     z = b.op("Abs", y)
     t = b.op("Mul", z, z)
     # Kummer's form: erf z = 2/sqrt(pi) * exp(-z^2) * sum of 2^n z^(2n+1) / (2n+1)!!
@@ -381,7 +399,9 @@ def clamp(b: Builder, x: Val, call: Call) -> Val:
     from dfc.emit.onnx import onnx_info
 
     given = dict(call.attributes)
-    given.update({k: v for k, v in zip(onnx_info(call.op), call.operands, strict=False) if v is not None})
+    given.update(
+        {k: v for k, v in zip(onnx_info(call.op), call.operands, strict=False) if v is not None}
+    )
     x = b.cast(x, dtype)
     low, high = given.get("min"), given.get("max")
     if low is not None:
@@ -412,7 +432,9 @@ def relu(b: Builder, x: Val, call: Call) -> Val:
 def where(b: Builder, condition: Val, self: Any, other: Any, call: Call) -> Val:
     dtype = onnx_dtype(call.result)
     dtype = work_dtype(dtype)
-    return b.op("Where", b.cast(condition, D.BOOL), operand(b, self, dtype), operand(b, other, dtype))
+    return b.op(
+        "Where", b.cast(condition, D.BOOL), operand(b, self, dtype), operand(b, other, dtype)
+    )
 
 
 @translates("masked_fill.Scalar", "masked_fill.Tensor")
@@ -467,7 +489,9 @@ def shift(b: Builder, x: Any, other: Any, call: Call) -> Val:
     return b.op("Where", far, b.op("Where", b.op("Less", x, 0), -1, 0), moved)
 
 
-@translates("isnan", "isinf", "isfinite", "isposinf", "isneginf", "signbit", "prims.signbit.default")
+@translates(
+    "isnan", "isinf", "isfinite", "isposinf", "isneginf", "signbit", "prims.signbit.default"
+)
 def classify(b: Builder, x: Val, call: Call) -> Val:
     base = call.op.split(".")[1]
     if x.dtype not in FLOATS:

@@ -71,7 +71,12 @@ def _to_bits(b: Builder, x: Val, dtype: ir.DataType) -> Val:
     powers = np.array([2.0**e for e in range(1 - bias, bias + 1)])
     reached = b.op("GreaterOrEqual", b.unsqueeze(size, -1), b.array(powers))
     exponent = b.op("ReduceSum", b.cast(reached, D.INT64), [-1], keepdims=0)  # 0: subnormal
-    step = b.array(np.array([2.0 ** (1 - bias - mantissa_bits)] + [2.0 ** (e - mantissa_bits) for e in range(1 - bias, bias + 1)]))
+    step = b.array(
+        np.array(
+            [2.0 ** (1 - bias - mantissa_bits)]
+            + [2.0 ** (e - mantissa_bits) for e in range(1 - bias, bias + 1)]
+        )
+    )
     scaled = b.op("Div", size, b.op("Gather", step, exponent, axis=0))
     fraction = b.cast(scaled, D.INT64)
     implied = b.op("Where", b.op("Greater", exponent, 0), 1 << mantissa_bits, 0)
@@ -107,6 +112,11 @@ def _from_bits(b: Builder, bits: Val, dtype: ir.DataType) -> Val:
     step = b.op("Gather", b.array(np.array(steps)), exponent, axis=0)
     implied = b.op("Where", b.op("Greater", exponent, 0), 1 << mantissa_bits, 0)
     size = b.op("Mul", b.cast(b.op("Add", mantissa, implied), D.DOUBLE), step)
-    special = b.op("Where", b.op("Equal", mantissa, 0), b.const(float("inf"), D.DOUBLE), b.const(float("nan"), D.DOUBLE))
+    special = b.op(
+        "Where",
+        b.op("Equal", mantissa, 0),
+        b.const(float("inf"), D.DOUBLE),
+        b.const(float("nan"), D.DOUBLE),
+    )
     size = b.op("Where", b.op("Equal", exponent, top), special, size)
     return b.cast(b.op("Where", negative, b.op("Neg", size), size), dtype)

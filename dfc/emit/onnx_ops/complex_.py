@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from onnxscript import ir
 
-from dfc.emit.onnx_builder import Builder, Call, D, NoTranslation, Val, onnx_dtype
+from dfc.emit.onnx_builder import Builder, Call, NoTranslation, Val, onnx_dtype
 from dfc.emit.onnx_ops.arithmetic import angle as atan2
 from dfc.emit.onnx_ops.registry import translates
 
@@ -33,7 +33,9 @@ def pair(b: Builder, real: Val, imaginary: Val, call: Call | None = None) -> Val
     return b.op("Concat", b.unsqueeze(real, -1), b.unsqueeze(imaginary, -1), axis=-1)
 
 
-@translates("view_as_real", "view_as_complex", "view_as_real_copy", "view_as_complex_copy", complex=True)
+@translates(
+    "view_as_real", "view_as_complex", "view_as_real_copy", "view_as_complex_copy", complex=True
+)
 def view(b: Builder, x: Val) -> Val:
     return b.op("Identity", x)
 
@@ -47,7 +49,10 @@ def real(b: Builder, x: Val, call: Call) -> Val:
 def make(b: Builder, x: Val, call: Call) -> Val:
     first, second = list(call.values)
     if "polar" in call.op:
-        first, second = b.op("Mul", first, b.op("Cos", second)), b.op("Mul", first, b.op("Sin", second))
+        first, second = (
+            b.op("Mul", first, b.op("Cos", second)),
+            b.op("Mul", first, b.op("Sin", second)),
+        )
     return pair(b, first, second, call)
 
 
@@ -89,10 +94,14 @@ def div(b: Builder, x: Any, call: Call) -> Val:
     if "reciprocal" in call.op:
         top, bottom = parts(b, 1.0, dtype), parts(b, x, dtype)
     else:
-        other = call.operands[1] if len(call.operands) > 1 and call.operands[1] is not None else None
+        other = (
+            call.operands[1] if len(call.operands) > 1 and call.operands[1] is not None else None
+        )
         other = call.attributes["other"] if other is None else other
         top, bottom = parts(b, x, dtype), parts(b, other, dtype)
-        if not (isinstance(other, ir.Value) and b.is_complex(other)) and not isinstance(other, complex):
+        if not (isinstance(other, ir.Value) and b.is_complex(other)) and not isinstance(
+            other, complex
+        ):
             return pair(b, b.op("Div", top[0], bottom[0]), b.op("Div", top[1], bottom[0]), call)
     size = b.op("Add", b.op("Mul", bottom[0], bottom[0]), b.op("Mul", bottom[1], bottom[1]))
     real, imaginary = product(b, top, (bottom[0], b.op("Neg", bottom[1])))
@@ -131,7 +140,9 @@ def angle(b: Builder, x: Val) -> Val:
 def exp(b: Builder, x: Val) -> Val:
     real, imaginary = parts(b, x, x.dtype)  # type: ignore[arg-type]
     size = b.op("Exp", real)
-    return pair(b, b.op("Mul", size, b.op("Cos", imaginary)), b.op("Mul", size, b.op("Sin", imaginary)))
+    return pair(
+        b, b.op("Mul", size, b.op("Cos", imaginary)), b.op("Mul", size, b.op("Sin", imaginary))
+    )
 
 
 @translates("log", complex=True)
@@ -220,7 +231,9 @@ def matmul(b: Builder, x: Val, call: Call) -> Val:
 # Fourier transforms, along one axis after another
 
 
-def _scale(b: Builder, x: Val, norm: int | str | None, count: Any, forward: bool, inverse_op: bool) -> Val:
+def _scale(
+    b: Builder, x: Val, norm: int | str | None, count: Any, forward: bool, inverse_op: bool
+) -> Val:
     """Bring a transform to the wanted normalization: DFT divides only on its way back."""
     n = b.const(count, x.dtype)  # type: ignore[arg-type]
     if inverse_op:
@@ -233,7 +246,9 @@ def _scale(b: Builder, x: Val, norm: int | str | None, count: Any, forward: bool
     return b.op("Div", x, n)
 
 
-def _fft(b: Builder, x: Val, axes: Sequence[int], mode: str, forward: bool, sizes: Sequence[Any]) -> Val:
+def _fft(
+    b: Builder, x: Val, axes: Sequence[int], mode: str, forward: bool, sizes: Sequence[Any]
+) -> Val:
     """Complex to complex along axes, `x` with a trailing 2."""
     count: Any = 1
     rank = len(sizes)
@@ -260,14 +275,18 @@ def _as_pairs(b: Builder, x: Val) -> Val:
 
 
 @translates("_fft_c2c", complex=True)
-def fft_c2c(b: Builder, x: Val, dim: Sequence[int], normalization: int, forward: bool, call: Call) -> Val:
+def fft_c2c(
+    b: Builder, x: Val, dim: Sequence[int], normalization: int, forward: bool, call: Call
+) -> Val:
     shape = b.type(x).shape
     axes = [d % len(shape) for d in dim]
     return _fft(b, x, axes, _mode(normalization), bool(forward), shape)
 
 
 @translates("_fft_r2c", complex=True)
-def fft_r2c(b: Builder, x: Val, dim: Sequence[int], normalization: int, onesided: bool, call: Call) -> Val:
+def fft_r2c(
+    b: Builder, x: Val, dim: Sequence[int], normalization: int, onesided: bool, call: Call
+) -> Val:
     shape = b.type(x).shape
     axes = [d % len(shape) for d in dim]
     found = _fft(b, _as_pairs(b, x), axes, _mode(normalization), True, shape)
@@ -289,7 +308,9 @@ def _real_ends(b: Builder, x: Val, axis: int, size: Any, call: Call) -> Val:
 
 
 @translates("_fft_c2r", complex=True)
-def fft_c2r(b: Builder, x: Val, dim: Sequence[int], normalization: int, last_dim_size: Any, call: Call) -> Val:
+def fft_c2r(
+    b: Builder, x: Val, dim: Sequence[int], normalization: int, last_dim_size: Any, call: Call
+) -> Val:
     """The missing half is the mirrored conjugate; then back, and the real part."""
     shape = list(b.type(x).shape)
     rank = len(shape)

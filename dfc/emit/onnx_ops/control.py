@@ -47,9 +47,7 @@ def _parameter(b: Builder, p: Any) -> Val:
     return value
 
 
-def _graph(
-    inner: Builder, inputs: Sequence[Val], outputs: Sequence[Val], name: str
-) -> ir.Graph:
+def _graph(inner: Builder, inputs: Sequence[Val], outputs: Sequence[Val], name: str) -> ir.Graph:
     """A body whose outputs are its own: what comes from outside or twice is copied."""
     made_here = {id(o) for n in inner.nodes for o in n.outputs}
     finals: list[Val] = []
@@ -81,7 +79,9 @@ def _flat(call: Call) -> list[Val]:
     return list(call.values)
 
 
-def _node(b: Builder, kind: str, inputs: Sequence[Val | None], attrs: Sequence[Any], out: int) -> list[Val]:
+def _node(
+    b: Builder, kind: str, inputs: Sequence[Val | None], attrs: Sequence[Any], out: int
+) -> list[Val]:
     outputs = [b.value() for _ in range(out)]
     b.append(ir.Node("", kind, list(inputs), attrs, outputs=outputs))
     return outputs

@@ -143,9 +143,13 @@ def random(b: Builder, x: Any, call: Call) -> Val:
     a = call.attributes
     dtype = onnx_dtype(call.result)
     work = dtype if dtype in (D.FLOAT, D.DOUBLE) else D.FLOAT
-    like = b.expand(b.const(0.0, work), call.result.shape) if call.result.shape else b.const(0.0, work)
+    like = (
+        b.expand(b.const(0.0, work), call.result.shape) if call.result.shape else b.const(0.0, work)
+    )
     if base.startswith("randn") or base == "normal_functional":
-        return b.op("RandomNormalLike", like, mean=float(a.get("mean", 0.0)), scale=float(a.get("std", 1.0)))
+        return b.op(
+            "RandomNormalLike", like, mean=float(a.get("mean", 0.0)), scale=float(a.get("std", 1.0))
+        )
     low, high = a.get("from", a.get("low", 0)), a.get("to", a.get("high", 1))
     drawn = b.op("RandomUniformLike", like, low=0.0, high=1.0)
     if base == "bernoulli":

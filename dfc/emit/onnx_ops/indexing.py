@@ -109,7 +109,9 @@ def index_put(b: Builder, x: Val, indices: Index, values: Val, accumulate: bool,
         back = b.op("Slice", rest_shape, [lead], [rank], [0])
         given = b.op("Expand", values, b.op("Concat", front, index_shape, back, axis=0))
         total = wide + len(rest)
-        given = b.transpose(given, [*range(lead, lead + wide), *range(lead), *range(lead + wide, total)])
+        given = b.transpose(
+            given, [*range(lead, lead + wide), *range(lead), *range(lead + wide, total)]
+        )
     else:
         given = b.op("Expand", values, b.op("Concat", index_shape, rest_shape, axis=0))
     dtype = x.dtype
@@ -263,7 +265,9 @@ def index_add(b: Builder, x: Val, dim: int, index: Val, call: Call) -> Val:
     if base != "index_add":
         return b.op("ScatterElements", x, spread, src, axis=axis)
     work = work_dtype(dtype)
-    return b.op("ScatterElements", b.cast(x, work), spread, b.cast(src, work), axis=axis, reduction="add")
+    return b.op(
+        "ScatterElements", b.cast(x, work), spread, b.cast(src, work), axis=axis, reduction="add"
+    )
 
 
 @translates("select_scatter", "slice_scatter")
@@ -275,8 +279,16 @@ def slice_scatter(b: Builder, x: Val, src: Val, dim: int, call: Call) -> Val:
     size = b.type(x).shape[axis]
     if "select" in call.op:
         at = a["index"]
-        at = b.op("Where", b.op("Less", b.lift(at), 0), b.op("Add", b.lift(at), b.lift(size)), b.lift(at)) \
-            if isinstance(at, Expr) else (at + size if at < 0 else at)
+        at = (
+            b.op(
+                "Where",
+                b.op("Less", b.lift(at), 0),
+                b.op("Add", b.lift(at), b.lift(size)),
+                b.lift(at),
+            )
+            if isinstance(at, Expr)
+            else (at + size if at < 0 else at)
+        )
         src = b.unsqueeze(src, axis)
         here = b.op("Equal", b.arange(size), b.lift(at))
         mask = b.reshape(here, [-1 if i == axis else 1 for i in range(rank)])
@@ -312,8 +324,11 @@ def masked_scatter(b: Builder, x: Val, mask: Val, source: Val, call: Call) -> Va
 @translates("masked_select")
 def masked_select(b: Builder, x: Val, mask: Val, call: Call) -> Val:
     if b.type(x).shape != b.type(mask).shape:
-        total = b.op("Add", b.cast(mask, D.INT32), b.op("Mul", b.cast(b.op("Equal", x, x), D.INT32), 0)) \
-            if False else None
+        total = (
+            b.op("Add", b.cast(mask, D.INT32), b.op("Mul", b.cast(b.op("Equal", x, x), D.INT32), 0))
+            if False
+            else None
+        )
         del total
         one = b.op("Expand", b.const(True, D.BOOL), b.op("Shape", x))
         mask = b.op("And", mask, one)
@@ -362,21 +377,14 @@ def one_hot(b: Builder, x: Val, num_classes: Any, call: Call) -> Val:
 def bucketize(b: Builder, x: Any, call: Call) -> Val:
     """How many boundaries lie below (or at) each value."""
     a = call.attributes
-    if "bucketize" in call.op:
-        values, edges = x, [v for v in call.values][-1]
-        if not isinstance(values, ir.Value):
-            values = a["self"]
-    else:
-        edges, values = call.operands[0], call.operands[1] if len(call.operands) > 1 else None
-        values = a.get("self") if values is None else values
-        sorter = call.operands[-1] if len(call.operands) > 2 else None
-        if sorter is not None:
-            edges = b.op("GatherElements", edges, sorter, axis=-1)
-    assert isinstance(edges, ir.Value)
-    right = bool(a.get("right")) or a.get("side") == "right"
-    dtype = work_dtype(promoted(b, edges, values))
-    edges, values = b.cast(edges, dtype), operand(b, values, dtype)
-    edge_rank = len(call.operands[0].meta["type"].shape) if "search" in call.op else 1  # type: ignore[union-attr]
+    from dfc.emit.onnx import onnx_info
+
+    given: dict[str, Any] = {
+        **a,
+        **{k: v for k, v in zip(onnx_info(call.op), call.operands, strict=True) if v is not None},
+    }
+    values: Any = given["self"]
+    edges: Any = given["boundaries" if "bucketize" in call.op else "sorted_sequence"]
     if edge_rank > 1:
         edges = b.unsqueeze(edges, -2)  # one row of edges for each row of values
     passed = b.op("LessOrEqual" if right else "Less", edges, b.unsqueeze(values, -1))
@@ -422,10 +430,14 @@ def repeat_interleave(b: Builder, x: Val, repeats: Any, dim: Any, call: Call) ->
 @translates("bincount")
 def bincount(b: Builder, x: Val, weights: Val | None, minlength: Any) -> Val:
     at = b.cast(x, D.INT64)
-    size = b.op("ReduceMax", b.op("Concat", b.op("Add", at, 1), b.vec(minlength), axis=0), keepdims=0)
+    size = b.op(
+        "ReduceMax", b.op("Concat", b.op("Add", at, 1), b.vec(minlength), axis=0), keepdims=0
+    )
     dtype = D.INT64 if weights is None else weights.dtype
     zeros = b.op("Expand", b.const(0, dtype), b.reshape(size, [1]))  # type: ignore[arg-type]
-    given = weights if weights is not None else b.op("Expand", b.const(1, D.INT64), b.op("Shape", at))
+    given = (
+        weights if weights is not None else b.op("Expand", b.const(1, D.INT64), b.op("Shape", at))
+    )
     return b.op("ScatterElements", zeros, at, given, axis=0, reduction="add")
 
 

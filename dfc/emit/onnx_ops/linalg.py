@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from dfc.emit.onnx_builder import Builder, Call, D, Val
-from dfc.emit.onnx_ops.registry import translates
+from dfc.emit.onnx_ops.registry import REFUSED, translates
 
 _LARGEST = 64  # columns; an unrolled algorithm has some ten nodes for each
 
@@ -55,7 +55,9 @@ def _turn(b: Builder, x: Val, rank: int) -> Val:
     return b.transpose(x, [*range(rank - 2), rank - 1, rank - 2])
 
 
-def _eliminate(b: Builder, a: Val, rhs: Val | None, n: int, rank: int) -> tuple[Val, Val | None, Val]:
+def _eliminate(
+    b: Builder, a: Val, rhs: Val | None, n: int, rank: int
+) -> tuple[Val, Val | None, Val]:
     """Gauss-Jordan with partial pivoting. Gives the reduced matrix, the solution, the determinant.
 
     The pivot row is found by ArgMax and swapped in by a rank-one update, so the batch may pivot
@@ -69,7 +71,9 @@ def _eliminate(b: Builder, a: Val, rhs: Val | None, n: int, rank: int) -> tuple[
         allowed = b.array((np.arange(n) >= i).reshape(n, 1))
         column = b.op("Where", allowed, column, b.like(-1.0, a))
         pivot = b.op("ArgMax", column, axis=-2, keepdims=1)  # *, 1, 1
-        chosen = b.cast(b.op("Equal", b.array(np.arange(n).reshape(n, 1)), pivot), D.DOUBLE)  # *, n, 1
+        chosen = b.cast(
+            b.op("Equal", b.array(np.arange(n).reshape(n, 1)), pivot), D.DOUBLE
+        )  # *, n, 1
         swap = b.op("Sub", chosen, _one(b, i, n, a, True))  # e_p - e_i
         turned = _turn(b, swap, rank)
         a = b.op("Sub", a, b.op("Mul", swap, b.op("MatMul", turned, a)))
@@ -264,8 +268,9 @@ def householder_product(b: Builder, x: Val, tau: Val) -> Val:
     return q
 
 
-@translates("_linalg_svd", "linalg_svd", "linalg_eigh", "_linalg_eigh", "linalg_eig",
-            "linalg_lstsq", "linalg_eigvalsh", "linalg_eigvals", "linalg_svdvals", "geqrf",
-            "linalg_pinv")  # fmt: skip
-def factorization(b: Builder, x: Val) -> Any:
-    raise b.refuse("ONNX has no matrix factorization, and an iteration would not converge alike")
+_FACTORIZATIONS = """_linalg_svd linalg_svd linalg_svdvals linalg_eigh _linalg_eigh linalg_eig
+    linalg_eigvalsh linalg_eigvals linalg_lstsq geqrf linalg_pinv""".split()
+for _name in _FACTORIZATIONS:
+    REFUSED[f"aten.{_name}.default"] = (
+        "ONNX has no matrix factorization, and an iteration would not converge alike"
+    )

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from dfc.emit.onnx_builder import Builder, Call, D, NoTranslation, Val, onnx_dtype
 from dfc.emit.onnx_ops.registry import translates
 from dfc.ir.expr import Expr, evaluate
@@ -34,7 +36,37 @@ def matmul(b: Builder, x: Val, call: Call) -> Val:
         first, second = b.cast(first, D.INT32), b.cast(second, D.INT32)
     if call.op == "aten.inner.default" and b.rank(call.operands[1]) > 1:  # type: ignore[arg-type]
         raise NoTranslation("")
-    return b.op("MatMul", first, second)
+    # ONNX Runtime's fusions mistake a transposed matrix times a vector: make it a matrix of one column
+    left = b.rank(call.operands[0]) == 1  # type: ignore[arg-type]
+    right = b.rank(call.operands[1]) == 1  # type: ignore[arg-type]
+    first = b.unsqueeze(first, 0) if left else first
+    second = b.unsqueeze(second, 1) if right else second
+    found = b.op("MatMul", first, second)
+    if left and right:
+        return b.reshape(found, [])
+    return b.squeeze(found, -2 if left else -1) if left or right else found
+
+
+@translates("transformers.grouped_mm_fallback", "_grouped_mm")
+def grouped_matmul(b: Builder, x: Val, call: Call) -> Val:
+    """Rows sorted by group, each group times its own matrix; rows after the last group are zeros."""
+    _, weight, offsets = call.operands[:3]
+    assert isinstance(weight, Val) and isinstance(offsets, Val)
+    groups = b.type(weight).shape[0]
+    if not isinstance(groups, int) or b.rank(x) != 2 or b.rank(weight) != 3:
+        raise b.refuse("a grouped product needs a fixed number of groups, and rows of vectors")
+    ends = b.cast(offsets, D.INT64)
+    parts = []
+    start = b.array(np.zeros(1, np.int64))
+    for g in range(groups):
+        end = b.op("Slice", ends, [g], [g + 1], [0])
+        rows = b.op("Slice", x, start, end, [0])
+        parts.append(b.op("MatMul", rows, b.op("Gather", weight, g, axis=0)))
+        start = end
+    rest = b.op("Slice", x, start, [2**63 - 1], [0])
+    zeros = b.op("Expand", b.like(0.0, x), b.op("Concat", b.op("Shape", rest, start=0, end=1),
+                 b.vec(b.type(weight).shape[2]), axis=0))  # fmt: skip
+    return b.op("Concat", *parts, zeros, axis=0)
 
 
 @translates("addmm", "baddbmm")
@@ -120,11 +152,7 @@ def layer_norm(
 ) -> Any:  # fmt: skip
     if x.dtype == D.DOUBLE or not all(isinstance(s, int) for s in normalized_shape):
         raise NoTranslation("")
-    if call.op.startswith("aten.native") and any(r.type != x.dtype for r in ()):
-        raise NoTranslation("")
     if weight is None:
-        import numpy as np
-
         ones = np.ones(tuple(normalized_shape), np.float32)
         weight = b.array(ones.astype(x.dtype.numpy()), x.dtype)  # type: ignore[union-attr]
     axis = -len(normalized_shape)
@@ -134,7 +162,9 @@ def layer_norm(
 
 
 @translates("rms_norm", "_fused_rms_norm")
-def rms_norm(b: Builder, x: Val, normalized_shape: Sequence[Any], weight: Val | None, eps: Any, call: Call) -> Any:
+def rms_norm(
+    b: Builder, x: Val, normalized_shape: Sequence[Any], weight: Val | None, eps: Any, call: Call
+) -> Any:
     """Spelled out: the op of its own is newer than our opset."""
     import torch
 
@@ -153,7 +183,9 @@ def rms_norm(b: Builder, x: Val, normalized_shape: Sequence[Any], weight: Val | 
 
 
 @translates("group_norm", "instance_norm")
-def group_norm(b: Builder, x: Val, weight: Val | None, bias: Val | None, eps: float, call: Call) -> Val:
+def group_norm(
+    b: Builder, x: Val, weight: Val | None, bias: Val | None, eps: float, call: Call
+) -> Val:
     """By hand: GroupNormalization's meaning changed between opsets."""
     shape = b.type(x).shape
     if call.op.startswith("aten.instance_norm"):
@@ -164,7 +196,11 @@ def group_norm(b: Builder, x: Val, weight: Val | None, bias: Val | None, eps: fl
         groups = call.attributes["num_groups"]
     if call.op.startswith("aten.instance_norm") and not isinstance(groups, int):
         raise NoTranslation("")
-    grouped = b.op("Reshape", x, b.sizes.vector(b, [shape[0], groups, -1]) if shape[0] != 0 else [0, groups, -1])
+    grouped = b.op(
+        "Reshape",
+        x,
+        b.sizes.vector(b, [shape[0], groups, -1]) if shape[0] != 0 else [0, groups, -1],
+    )
     mean = b.op("ReduceMean", grouped, [2], keepdims=1)
     gap = b.op("Sub", grouped, mean)
     variance = b.op("ReduceMean", b.op("Mul", gap, gap), [2], keepdims=1)
@@ -231,7 +267,14 @@ def conv(b: Builder, x: Val, weight: Val, bias: Val | None, call: Call) -> Val:
     a = call.attributes
     n = b.rank(weight) - 2
     return convolve(
-        b, x, weight, bias, _tuple(a["stride"], n), a["padding"], _tuple(a["dilation"], n), a["groups"]
+        b,
+        x,
+        weight,
+        bias,
+        _tuple(a["stride"], n),
+        a["padding"],
+        _tuple(a["dilation"], n),
+        a["groups"],
     )
 
 
@@ -263,12 +306,12 @@ def convolve(
     dilation: list[int], groups: int,
 ) -> Val:  # fmt: skip
     n = b.rank(weight) - 2
-    kernel = b.type(weight).shape[2:]
+    kernel: list[Any] = list(b.type(weight).shape[2:])
     if padding == "valid":
         pads = [0] * (2 * n)
     elif padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        pads = [t // 2 for t in total] + [t - t // 2 for t in total]
+        pads = [*(t // 2 for t in total), *(t - t // 2 for t in total)]
     else:
         one = _tuple(padding, n)
         pads = one * 2
@@ -292,14 +335,14 @@ def _grouped(
 
     if b.rank(weight) != 4 or b.rank(x) != 4 or b.type(x).shape[0] != 1:
         raise b.refuse("ONNX wants the number of groups of a convolution as a constant")
-    _, _, h, w = b.type(x).shape
-    out, inner, kh, kw = b.type(weight).shape
+    sizes: list[Any] = [*b.type(x).shape[2:], *b.type(weight).shape]
+    h, w, out, inner, kh, kw = sizes
     if any(pads):
         x = b.op("Pad", x, [0, 0, *pads[:2], 0, 0, *pads[2:]], b.like(0.0, x))
-    oh = (h + pads[0] + pads[2] - dilation[0] * (kh - 1) - 1) // stride[0] + 1  # type: ignore[operator]
-    ow = (w + pads[1] + pads[3] - dilation[1] * (kw - 1) - 1) // stride[1] + 1  # type: ignore[operator]
-    rows = windows(b, oh, stride[0], kh, dilation[0])  # type: ignore[arg-type]
-    columns = windows(b, ow, stride[1], kw, dilation[1])  # type: ignore[arg-type]
+    oh = (h + pads[0] + pads[2] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
+    ow = (w + pads[1] + pads[3] - dilation[1] * (kw - 1) - 1) // stride[1] + 1
+    rows = windows(b, oh, stride[0], kh, dilation[0])
+    columns = windows(b, ow, stride[1], kw, dilation[1])
     found = b.op("Gather", b.op("Gather", x, rows, axis=2), columns, axis=4)  # 1 c kh oh kw ow
     found = b.transpose(found, [0, 1, 2, 4, 3, 5])
     taps = inner * kh * kw
@@ -334,8 +377,6 @@ def batch_norm(b: Builder, x: Val, weight: Val | None, bias: Val | None, call: C
         raise NoTranslation("")
     mean, variance = operands[3], operands[4]
     assert not isinstance(mean, tuple) and mean is not None
-    import numpy as np
-
     dtype = mean.dtype
     (channels,) = b.type(mean).shape
     one = b.array(np.ones(int(channels), np.float32).astype(dtype.numpy()), dtype)  # type: ignore[union-attr]
@@ -442,8 +483,6 @@ def _counted_pool(
     total = b.op("AveragePool", padded, **options)
     if divisor is not None:
         return b.op("Mul", total, b.like(area / divisor, x))
-    import numpy as np
-
     ones = np.ones((1, 1, *(int(s) for s in sizes)), np.float64)
     if include:
         ones = np.pad(ones, [(0, 0), (0, 0), *((p, p) for p in padding)], constant_values=1.0)
@@ -491,17 +530,15 @@ def _adaptive_axis(b: Builder, x: Val, axis: int, size: Any, out: Any, rank: int
         return b.op("ReduceMean", x, [axis], keepdims=1)
     dtype = x.dtype
     if isinstance(size, int) and isinstance(out, int):
-        import numpy as np
-
         weights = np.zeros((size, out))
         for i in range(out):
             low, high = i * size // out, -(-(i + 1) * size // out)
             weights[low:high, i] = 1.0 / (high - low)
         matrix = b.array(weights.astype(dtype.numpy()), dtype)  # type: ignore[union-attr]
     else:
-        i, n, o = b.arange(out), b.lift(size), b.lift(out)
-        low = b.op("Div", b.op("Mul", i, n), o)
-        top = b.op("Add", b.op("Mul", b.op("Add", i, 1), n), b.op("Sub", o, 1))
+        line, n, o = b.arange(out), b.lift(size), b.lift(out)
+        low = b.op("Div", b.op("Mul", line, n), o)
+        top = b.op("Add", b.op("Mul", b.op("Add", line, 1), n), b.op("Sub", o, 1))
         high = b.op("Div", top, o)
         at = b.unsqueeze(b.arange(size), 1)
         inside = b.op("And", b.op("GreaterOrEqual", at, low), b.op("Less", at, high))
@@ -513,7 +550,9 @@ def _adaptive_axis(b: Builder, x: Val, axis: int, size: Any, out: Any, rank: int
     return b.transpose(found, back)
 
 
-def _adaptive_max(b: Builder, x: Val, sizes: Any, outs: Any, axes: list[int], call: Call) -> list[Val]:
+def _adaptive_max(
+    b: Builder, x: Val, sizes: Any, outs: Any, axes: list[int], call: Call
+) -> list[Val]:
     """Value and index over each window: every combination of windows is sliced and flattened."""
     import itertools
 
@@ -528,9 +567,13 @@ def _adaptive_max(b: Builder, x: Val, sizes: Any, outs: Any, axes: list[int], ca
     from dfc.emit.onnx_ops.reduction import arg_extreme
 
     for window in itertools.product(*(range(o) for o in outs)):
-        spans = [(i * s // o, -(-(i + 1) * s // o)) for i, s, o in zip(window, sizes, outs, strict=True)]
+        spans = [
+            (i * s // o, -(-(i + 1) * s // o)) for i, s, o in zip(window, sizes, outs, strict=True)
+        ]
         part = b.op("Slice", x, [lo for lo, _ in spans], [hi for _, hi in spans], axes)
-        flat = b.op("Reshape", part, b.sizes.vector(b, [*lead, math.prod(hi - lo for lo, hi in spans)]))
+        flat = b.op(
+            "Reshape", part, b.sizes.vector(b, [*lead, math.prod(hi - lo for lo, hi in spans)])
+        )
         here = positions[tuple(slice(lo, hi) for lo, hi in spans)].reshape(-1)
         arg = arg_extreme(b, "ArgMax", flat, len(lead), True)
         values.append(b.op("GatherElements", flat, arg, axis=len(lead)))
@@ -544,8 +587,6 @@ def _adaptive_max(b: Builder, x: Val, sizes: Any, outs: Any, axes: list[int], ca
 
 
 def _positions(sizes: Sequence[int]) -> Any:
-    import numpy as np
-
     return np.arange(math.prod(sizes), dtype=np.int64).reshape(tuple(sizes))
 
 
@@ -588,7 +629,7 @@ def _wrap_pad(b: Builder, x: Val, begin: list[Any], end: list[Any]) -> Val:
     """Circular padding by joining slices: ONNX Runtime's `wrap` mode is young."""
     for axis, (low, high) in enumerate(zip(begin, end, strict=True)):
         parts = [x]
-        if isinstance(low, int) and low < 0 or isinstance(high, int) and high < 0:
+        if (isinstance(low, int) and low < 0) or (isinstance(high, int) and high < 0):
             raise NoTranslation("circular padding that cuts")
         if low != 0:
             parts.insert(0, b.op("Slice", x, b.vec(-low), [2**63 - 1], [axis]))
@@ -604,7 +645,9 @@ def pixel_shuffle(b: Builder, x: Val, call: Call) -> Val:
     shape = list(b.type(x).shape)
     if "channel" in call.op:
         groups = call.attributes["groups"]
-        split = b.op("Reshape", x, b.sizes.vector(b, [shape[0], groups, shape[1] // groups, *shape[2:]]))
+        split = b.op(
+            "Reshape", x, b.sizes.vector(b, [shape[0], groups, shape[1] // groups, *shape[2:]])
+        )
         turned = b.transpose(split, [0, 2, 1, *range(3, len(shape) + 1)])
         return b.op("Reshape", turned, b.sizes.vector(b, shape))
     lead, (c, h, w) = shape[:-3], shape[-3:]

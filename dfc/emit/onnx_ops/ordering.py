@@ -17,7 +17,9 @@ def _key(b: Builder, x: Val, descending: bool) -> Val:
     return x
 
 
-def sorted_with_index(b: Builder, x: Val, axis: int, size: Any, descending: bool) -> tuple[Val, Val]:
+def sorted_with_index(
+    b: Builder, x: Val, axis: int, size: Any, descending: bool
+) -> tuple[Val, Val]:
     """A stable sort: ONNX Runtime's TopK gives equal elements in the order of their positions.
 
     NaN comes last ascending and first descending, as in PyTorch: a first stable sort by value with

@@ -85,5 +85,3 @@ def _stack(b: Builder, parts: list[Val]) -> Val:
 
 def _rows(b: Builder, x: Val, span: tuple[int, int], layers: int) -> Val:
     return x if layers == 1 else b.slice(x, 0, *span)
-
-

@@ -12,7 +12,6 @@ from dfc.emit.onnx_ops.arithmetic import convert, work_dtype
 from dfc.emit.onnx_ops.registry import translates
 from dfc.ir.expr import Expr
 
-
 _UNBACKED = re.compile(r"u[0-9]+\Z")
 
 
@@ -73,7 +72,9 @@ def mean(b: Builder, x: Val, call: Call) -> Val:
             count = count * shape[i]
         total = reduce(b, "ReduceSum", x, axes, a.get("keepdim", False))
         return b.op("Div", total, b.like(count, total))
-    return reduce(b, "ReduceMean", x, axes_of(a.get("dim"), _rank(b, call)), a.get("keepdim", False))
+    return reduce(
+        b, "ReduceMean", x, axes_of(a.get("dim"), _rank(b, call)), a.get("keepdim", False)
+    )
 
 
 def _may_be_empty(size: Any) -> bool:
@@ -85,7 +86,9 @@ def _may_be_empty(size: Any) -> bool:
 def prod(b: Builder, x: Val, call: Call) -> Val:
     a = call.attributes
     x = numbers(b, x, call)
-    return reduce(b, "ReduceProd", x, axes_of(a.get("dim"), _rank(b, call)), a.get("keepdim", False))
+    return reduce(
+        b, "ReduceProd", x, axes_of(a.get("dim"), _rank(b, call)), a.get("keepdim", False)
+    )
 
 
 @translates("amax", "amin", "max", "min")
@@ -309,7 +312,9 @@ def cummax(b: Builder, x: Val, dim: int, call: Call) -> list[Val]:
         new_v, new_i = b.slice(work, axis, shift, size), b.slice(at, axis, shift, size)
         take = b.op(better, new_v, old_v)
         if work.dtype in FLOATS:
-            take = b.op("Or", b.op("IsNaN", new_v), b.op("And", take, b.op("Not", b.op("IsNaN", old_v))))
+            take = b.op(
+                "Or", b.op("IsNaN", new_v), b.op("And", take, b.op("Not", b.op("IsNaN", old_v)))
+            )
         v, i = b.op("Where", take, new_v, old_v), b.op("Where", take, new_i, old_i)
         work = b.op("Concat", b.slice(work, axis, 0, shift), v, axis=axis)
         at = b.op("Concat", b.slice(at, axis, 0, shift), i, axis=axis)

@@ -25,14 +25,18 @@ REAL: dict[str, Entry] = {}
 COMPLEX: dict[str, Entry] = {}
 
 
+REFUSED: dict[str, str] = {}  # ops that no ONNX model can express, and why
+
+
 def translates(*ops: str, complex: bool = False) -> Callable[[Any], Any]:
     """Decorator: this function translates these ops, `aten.` left out."""
 
     def register(function: Any) -> Any:
         wants = tuple(list(inspect.signature(function).parameters)[1:])
         for op in ops:
-            full = op if op.startswith(("aten.", "torch.", "prims.", "dfc.")) else f"aten.{op}"
-            if full.startswith("aten.") and full.count(".") == 1:
+            named = op.startswith(("aten.", "torch.", "prims.", "dfc.", "transformers."))
+            full = op if named else f"aten.{op}"
+            if full.startswith(("aten.", "transformers.")) and full.count(".") == 1:
                 full += ".default"
             table = COMPLEX if complex else REAL
             assert full not in table, f"{full} has two translations"

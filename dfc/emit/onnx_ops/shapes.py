@@ -10,6 +10,7 @@ import numpy as np
 from dfc.emit.onnx_builder import Builder, Call, NoTranslation, Val
 from dfc.emit.onnx_ops.registry import translates
 from dfc.ir.expr import Expr
+from dfc.ir.graph import Value
 from dfc.ir.types import TensorType
 
 INT_MAX = 2**63 - 1
@@ -45,7 +46,7 @@ def _positive(b: Builder, size: Any) -> bool:
     from dfc.ir.expr import symbol_kind
 
     return isinstance(size, Expr) and all(
-        not s.startswith("u") or symbol_kind(s) == "int" and not s[1:].isdigit()
+        not s.startswith("u") or (symbol_kind(s) == "int" and not s[1:].isdigit())
         for s in size.symbols
     )
 
@@ -84,9 +85,7 @@ def reshape(b: Builder, x: Val, call: Call) -> Val:
     return reshape_to(b, x, call.result.shape, tail(b, x))
 
 
-def _squeeze_at_run_time(
-    b: Builder, x: Val, dims: Sequence[int], rank: int, call: Call
-) -> Val:
+def _squeeze_at_run_time(b: Builder, x: Val, dims: Sequence[int], rank: int, call: Call) -> Val:
     """An axis that has size 1 in some call is gone in that call, as in PyTorch."""
     size = b.op("Shape", x)
     axes = b.array(np.array(sorted(d % rank for d in dims), np.int64))
@@ -123,12 +122,12 @@ def expand(b: Builder, x: Val, call: Call) -> Val:
         return x
     extra = call.result.rank - b.rank(x)
     if b.is_complex(x) and extra:
-        x = b.reshape(x, [1] * extra + [*b.type(x).shape, 2])
-    shape = [*call.result.shape, *tail(b, x)]
+        wide: list[Any] = [*[1] * extra, *b.type(x).shape, 2]
+        return b.expand(b.reshape(x, wide), [*call.result.shape, 2])
+    shape: list[Any] = [*call.result.shape, *tail(b, x)]
     # 1 keeps a size in ONNX's two-way broadcasting, which saves computing it
-    before = [1] * extra + [*b.type(x).shape, *tail(b, x)] if "type" in x.meta else None
-    if before is not None:
-        shape = [1 if s == t else s for s, t in zip(shape, before, strict=True)]
+    before: list[Any] = [*[1] * extra, *b.type(x).shape, *tail(b, x)]
+    shape = [1 if s == t else s for s, t in zip(shape, before, strict=True)]
     return b.expand(x, shape)
 
 
@@ -155,8 +154,6 @@ def identity_complex(b: Builder, x: Val) -> Val:
 def cat(b: Builder, x: tuple[Val, ...], dim: int, call: Call) -> Val:
     rank = call.result.rank
     parts = [v for v in x if not (b.rank(v) == 1 and b.type(v).shape == (0,) and rank != 1)]
-    dtype = b.const(0, parts[0].dtype).dtype if len(parts) == 1 else None
-    del dtype
     from dfc.emit.onnx_builder import onnx_dtype
 
     wanted = onnx_dtype(call.result)
@@ -188,8 +185,14 @@ def slice_(b: Builder, x: Val, dim: int, start: Any, end: Any, step: Any) -> Val
     size = b.type(x).shape[dim]
     start = 0 if start is None else start
     end = INT_MAX if end is None else end
-    if type(start) is int and start == 0 and step == 1 and (
-        end == size or (isinstance(end, int) and end >= (size if isinstance(size, int) else INT_MAX))
+    if (
+        type(start) is int
+        and start == 0
+        and step == 1
+        and (
+            end == size
+            or (isinstance(end, int) and end >= (size if isinstance(size, int) else INT_MAX))
+        )
     ):
         return x
     if isinstance(start, int) and isinstance(end, int) and isinstance(size, int):
@@ -293,10 +296,33 @@ def unfold(b: Builder, x: Val, dimension: int, size: int, step: int, call: Call)
 
 
 @translates("as_strided")
-def as_strided(b: Builder, x: Val, size: Any, stride: Any, storage_offset: Any) -> Val:
-    """Elements by flat position, for a tensor that is dense: strides are no part of values."""
+def as_strided(b: Builder, x: Val, size: Any, stride: Any, storage_offset: Any, call: Call) -> Val:
+    """Elements by flat position, for a tensor that lies in memory as its shape says."""
+    if not _is_dense(call):
+        raise b.refuse("it reads a rearranged tensor by its strides, which are no part of a value")
     flat = b.reshape(x, [-1])
     return b.op("Gather", flat, _positions(b, size, stride, storage_offset), axis=0)
+
+
+_REARRANGE = frozenset(
+    "transpose permute t expand slice select unfold diagonal as_strided movedim swapaxes".split()
+)
+_FRESH = frozenset("linear matmul mm bmm addmm cat stack embedding clone conv1d conv2d".split())
+
+
+def _is_dense(call: Call) -> bool:
+    """Whether nothing on the way to the operand made its strides differ from its shape's."""
+    node = call.graph_node
+    while node is not None and node.inputs and isinstance(node.inputs[0], Value):
+        node = node.inputs[0].node
+        if node is None:
+            return True
+        base = node.op.split(".")[1]
+        if base in _FRESH:
+            return True
+        if base in _REARRANGE:
+            return False
+    return True
 
 
 def _positions(b: Builder, size: Any, stride: Any, storage_offset: Any) -> Val:
@@ -309,18 +335,26 @@ def _positions(b: Builder, size: Any, stride: Any, storage_offset: Any) -> Val:
 
 
 @translates("as_strided_scatter", "prims.as_strided_scatter.default")
-def as_strided_scatter(b: Builder, x: Val, src: Val, size: Any, stride: Any, storage_offset: Any) -> Val:
+def as_strided_scatter(
+    b: Builder, x: Val, src: Val, size: Any, stride: Any, storage_offset: Any
+) -> Val:
     at = b.reshape(_positions(b, size, stride, storage_offset), [-1])
     flat = b.op("ScatterElements", b.reshape(x, [-1]), at, b.reshape(src, [-1]), axis=0)
     return b.op("Reshape", flat, b.op("Shape", x))
 
 
 @translates("unfold_backward")
-def unfold_backward(b: Builder, x: Val, input_sizes: Any, dim: int, size: int, step: int, call: Call) -> Val:
+def unfold_backward(
+    b: Builder, x: Val, input_sizes: Any, dim: int, size: int, step: int, call: Call
+) -> Val:
     """Windows added back where they were cut from."""
     rank = call.result.rank
     axis = dim % rank
     windows = b.type(x).shape[axis]
+    whole = [*call.result.shape, size]
+    whole[axis] = windows
+    if list(b.type(x).shape) != whole:  # one set of windows for all
+        x = b.expand(x, whole)
     at = b.op("Add", b.unsqueeze(b.op("Mul", b.arange(windows), step), 1), b.arange(size))
     back = [i for i in range(rank + 1) if i not in (axis, rank)]
     perm = [*back[:axis], axis, rank, *back[axis:]]
@@ -345,9 +379,13 @@ def diagonal(b: Builder, x: Val, offset: int, dim1: int, dim2: int, call: Call) 
     columns = shape[d2]
     start = offset if offset >= 0 else -offset * columns
     at = b.op("Add", b.op("Mul", b.arange(length), b.lift(columns + 1)), b.lift(start))
-    flat = b.reshape(moved, [*(shape[i] for i in rest), -1]) if all(
-        isinstance(shape[i], int) for i in rest
-    ) else b.op("Reshape", moved, b.sizes.vector(b, [*(shape[i] for i in rest), shape[d1] * columns]))
+    flat = (
+        b.reshape(moved, [*(shape[i] for i in rest), -1])
+        if all(isinstance(shape[i], int) for i in rest)
+        else b.op(
+            "Reshape", moved, b.sizes.vector(b, [*(shape[i] for i in rest), shape[d1] * columns])
+        )
+    )
     return b.op("Gather", flat, at, axis=len(rest))
 
 

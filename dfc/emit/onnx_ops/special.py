@@ -79,6 +79,31 @@ def digamma(b: Builder, x: Val, call: Call) -> Val:
     return b.op("Where", b.op("Equal", x, _c(b, 0.0)), b.op("Neg", b.op("Reciprocal", x)), found)
 
 
+@translates("special_zeta", "prims.zeta.default", "special_zeta.other_scalar",
+            "special_zeta.self_scalar")  # fmt: skip
+def zeta(b: Builder, x: Any, call: Call) -> Val:
+    """Hurwitz' zeta for x > 1 and q > 0, by Euler and Maclaurin: ten terms, then the tail."""
+    values = iter(call.values)
+    first = call.attributes.get("self")
+    s = _c(b, float(first)) if first is not None else _double(b, next(values))
+    other = call.attributes.get("other")
+    q = _c(b, float(other)) if other is not None else _double(b, next(values))
+    total = _c(b, 0.0)
+    for k in range(10):
+        total = b.op("Add", total, b.op("Pow", b.op("Add", q, _c(b, float(k))), b.op("Neg", s)))
+    w = b.op("Add", q, _c(b, 10.0))
+    power = b.op("Pow", w, b.op("Neg", s))
+    tail = b.op("Div", b.op("Mul", power, w), b.op("Sub", s, _c(b, 1.0)))
+    total = b.op("Add", b.op("Add", total, tail), b.op("Mul", power, _c(b, 0.5)))
+    rising, factor = s, b.op("Div", power, w)
+    for j, k in enumerate((1 / 12, -1 / 720, 1 / 30240, -1 / 1209600, 1 / 47900160), 1):
+        total = b.op("Add", total, b.op("Mul", b.op("Mul", rising, factor), _c(b, k)))
+        more = b.op("Add", s, _c(b, 2.0 * j - 1)), b.op("Add", s, _c(b, 2.0 * j))
+        rising = b.op("Mul", b.op("Mul", rising, more[0]), more[1])
+        factor = b.op("Div", factor, b.op("Mul", w, w))
+    return total
+
+
 @translates("special_ndtri", "prims.ndtri.default", "ndtri")
 def ndtri(b: Builder, x: Val, call: Call) -> Val:
     """The normal quantile, by the inverse of erf."""
@@ -88,7 +113,9 @@ def ndtri(b: Builder, x: Val, call: Call) -> Val:
     return b.op("Mul", erfinv(b, wide, call), _c(b, math.sqrt(2.0)))
 
 
-@translates("i0", "special_i0", "prims.bessel_i0.default", "special_i0e", "prims.bessel_i0e.default")
+@translates(
+    "i0", "special_i0", "prims.bessel_i0.default", "special_i0e", "prims.bessel_i0e.default"
+)
 def bessel_i0(b: Builder, x: Val, call: Call) -> Val:
     """exp(-x) I0(x) as the mean of exp(x (cos t - 1)): the trapezoid rule is exact for periods."""
     size = b.op("Abs", _double(b, x))
@@ -273,8 +300,10 @@ def histogram(b: Builder, x: Val, call: Call) -> list[Val]:
     """How many elements lie in each bin; the last bin has its right edge."""
     a = call.attributes
     edges = call.operands[1] if call.op.endswith("bins_tensor") else None
-    if not isinstance(edges, Val) or a.get("density") or any(
-        v is not None for v in call.operands[2:]
+    if (
+        not isinstance(edges, Val)
+        or a.get("density")
+        or any(v is not None for v in call.operands[2:])
     ):
         raise NoTranslation("a histogram needs its edges as a tensor")
     flat = b.unsqueeze(b.reshape(x, [-1]), 0)
