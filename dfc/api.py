@@ -121,7 +121,6 @@ def load(
     from dfc.package import read_package
 
     package = read_package(Path(path))
-    verify_graph(package.graph)
     report = package.report
     name = engine or package.engine
     has_data = all(p.data is not None for p in package.graph.parameters.values())

@@ -332,7 +332,7 @@ def test_add_infers_types_and_names_what_is_wrong() -> None:
     with pytest.raises(DfcError) as error:
         graph.add("aten.matmul.default", [x, x], loc=Loc("net.py", 7, "mlp"))
     assert error.value.code == "V020" and "net.py:7 (mlp)" in str(error.value)
-    with pytest.raises(DfcError, match="did you mean `aten.matmul.default`") as error:
+    with pytest.raises(DfcError, match=r"did you mean `aten\.matmul\.default`") as error:
         graph.add("aten.matmull.default", [x, x])
     assert error.value.code == "V010"
     assert len(graph) == 1, "a refused node must leave no trace"

@@ -54,6 +54,7 @@ def user_error(e: Exception) -> DfcError:
         "T003",
         f"the model itself fails on the example: {type(e).__name__}: {first_line(e)}",
         span=_user_span(e),
+        status=8,
     )
 
 

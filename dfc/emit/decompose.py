@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 OperandTypes = tuple[Any, ...]  # a type, None, or a tuple of those, for each operand
 
 
+def _suffix(overload: str) -> str:
+    return f".{overload}" if overload else ""
+
+
 def decompose(
     op: str,
     types: OperandTypes,
@@ -50,7 +54,8 @@ def why_indivisible(op: str) -> str | None:
     if not isinstance(info, AtenOp):
         return "it has no decomposition"
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(
-        info.kernel.name(), "CompositeImplicitAutograd"
+        info.kernel._schema.name + _suffix(info.kernel._schema.overload_name),
+        "CompositeImplicitAutograd",
     )
     if info.kernel not in decomposition_table and not composite:
         return "PyTorch has no decomposition"
@@ -116,7 +121,7 @@ def _decompose(
                 tracing_mode="real",
             )(*fakes)
         return _graph(traced, table, flat, op)
-    except Exception as e:  # tracing raises whatever a decomposition meets
+    except Exception as e:  # noqa: BLE001 (tracing raises whatever a decomposition meets)
         text = str(e).strip()
         return f"its decomposition fails: {text.splitlines()[0] if text else type(e).__name__}"
 

@@ -250,11 +250,11 @@ def torch_tensor(tensor: Any, name: str) -> ir.TensorProtocol:
     tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    return TorchTensor(tensor.resolve_neg(), name=name)  # type: ignore[no-any-return]
+    return TorchTensor(tensor.resolve_neg(), name=name)
 
 
 def _outputs(b: Builder, graph: Graph, env: Mapping[Value, Val], names: Sequence[str]) -> list[Val]:
-    """The outputs under their names; what is an input, a constant or an output already is copied."""
+    """The outputs under their names; what is an input, a constant or a known output is copied."""
     made_here = {id(o) for n in b.nodes for o in n.outputs}
     taken: set[int] = set()
     outputs = []
@@ -537,7 +537,7 @@ def _widened(b: Builder, call: Call, ranges: Mapping[str, Any], depth: int) -> l
         tuple(wide(v) for v in x) if isinstance(x, tuple) else wide(x) for x in call.operands
     )
     inner = call.widened(operands, _WIDE)
-    return emit(b, inner, ranges, depth)  # type: ignore[return-value]
+    return emit(b, inner, ranges, depth)
 
 
 __all__ = [

@@ -359,6 +359,7 @@ class Builder:
         found = self.lookup(key)
         if found is None:
             found = self.shared[key] = self.op("Range", 0, self.sizes.scalar(self, n), 1)
+        assert isinstance(found, ir.Value)
         return found
 
     def lookup(self, key: Any) -> Any:
@@ -419,7 +420,8 @@ def propagate_dtype(node: ir.Node) -> None:
         outputs[0].dtype = ir.DataType(node.attributes["to"].as_int())
     elif kind in _LIKE_SECOND:
         second = node.inputs[1]
-        outputs[0].dtype = second.dtype if second is not None else None
+        if second is not None and second.dtype is not None:
+            outputs[0].dtype = second.dtype
     elif kind == "Constant":
         attr = next(iter(node.attributes.values()))
         if attr.name == "value":
@@ -433,7 +435,8 @@ def propagate_dtype(node: ir.Node) -> None:
         outputs[0].dtype = attr.as_tensor().dtype if attr is not None else D.FLOAT
     elif kind == "OneHot":
         third = node.inputs[2]
-        outputs[0].dtype = third.dtype if third is not None else None
+        if third is not None and third.dtype is not None:
+            outputs[0].dtype = third.dtype
     elif kind in ("EyeLike", "RandomNormalLike", "RandomUniformLike", "Bernoulli"):
         attr = node.attributes.get("dtype")  # type: ignore[assignment]
         outputs[0].dtype = ir.DataType(attr.as_int()) if attr is not None else first

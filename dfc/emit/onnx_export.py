@@ -1,4 +1,4 @@
-"""A graph as an .onnx file: written, checked, run in stock ONNX Runtime, and only then published."""
+"""A graph as an .onnx file: written, checked, run in ONNX Runtime, and only then published."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from dfc.ir.interpret import interpret
 if TYPE_CHECKING:
     from onnxscript import ir
 
-Probe = tuple[Sequence[Any], Sequence[Any]]
+# (flat inputs, expected flat outputs), or any object with `inputs`, `original` and `witness`
+Probe = Any
 _LIMIT_BYTES = (2 << 30) - (32 << 20)  # protobuf's 2 GiB, with room for the graph itself
 _INLINE_BYTES = 1024  # a weight this small stays in the model when the others move out
 _ALIGN = 4096
@@ -47,7 +48,8 @@ def export_onnx(
 ) -> Written:
     """Write a graph as ONNX; the file gets its name after it was checked and run on the probes.
 
-    Needs:   probes are (flat inputs, expected flat outputs), as `interpret` takes and gives them.
+    Needs:   probes are (flat inputs, expected flat outputs), as `interpret` takes and gives them,
+             or objects with `inputs`, `original` and `witness`.
     Raises:  DfcError X001 for an op without a translation, X002 for a model that is invalid or
              fails to run, X003 (status 4) for a result that differs, D010.. for the file itself.
     """
@@ -56,13 +58,13 @@ def export_onnx(
 
     target = Path(path).absolute()
     model = build_onnx(graph, opset=opset or OPSET, name=name)
+    _check(model, target)
     size = sum(_nbytes(v) for v in model.graph.initializers.values())
     external = size > data_above_bytes
     with contextlib.ExitStack() as stack:
         temp = stack.enter_context(publish_file(path, force=force, expect_bytes=size))
         data = stack.enter_context(_data_file(model, target)) if external else None
         _save(model, temp)
-        _check(temp, target)
         worst = prove(graph, temp, probes, rtol=rtol)
     return Written(target, data, len(model.graph), worst, bool(probes))
 
@@ -129,17 +131,62 @@ def _data_file(model: ir.Model, target: Path) -> Iterator[Path]:
             value.const_value = tensor
 
 
-def _check(path: Path, target: Path) -> None:
-    """onnx.checker with shape inference; the path form knows external data and 2 GiB."""
+def _check(model: ir.Model, target: Path) -> None:
+    """onnx.checker with strict shape inference, on the model with its large weights left open.
+
+    Why:  the checker copies the model several times; types and shapes are all it reads of weights.
+    """
     import onnx
 
+    with open_weights(model) as names:
+        proto = ir_to_proto(model)
+    kept = [t for t in proto.graph.initializer if t.name not in names]
+    for t in proto.graph.initializer:
+        if t.name in names:
+            proto.graph.input.append(
+                onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
+            )
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
     try:
-        onnx.checker.check_model(str(path), full_check=True)
+        onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as e:
         text = str(e).strip()
         raise DfcError(
             "X002", f"`{target.name}` is no valid ONNX model: {text.splitlines()[0][:300]}"
         ) from e
+
+
+def ir_to_proto(model: ir.Model) -> Any:
+    from onnxscript import ir
+
+    return ir.to_proto(model)
+
+
+@contextlib.contextmanager
+def open_weights(model: ir.Model) -> Iterator[set[str]]:
+    """Within the block the large weights are placeholders; gives their names."""
+    from onnxscript import ir
+
+    held: dict[ir.Value, Any] = {}
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes < _INLINE_BYTES:
+            continue
+        held[value] = tensor
+        value.const_value = ir.ExternalTensor(
+            "weights",
+            0,
+            tensor.nbytes,
+            tensor.dtype,
+            shape=tensor.shape,  # type: ignore[arg-type]
+            name=value.name or "",
+        )
+    try:
+        yield {v.name or "" for v in held}
+    finally:
+        for value, tensor in held.items():
+            value.const_value = tensor
 
 
 def prove(graph: Graph, path: Path, probes: Sequence[Probe], *, rtol: float = 1e-4) -> float:
@@ -153,9 +200,10 @@ def prove(graph: Graph, path: Path, probes: Sequence[Probe], *, rtol: float = 1e
     names = output_names(graph)
     random = is_random(graph)
     worst = 0.0
-    for level in ("none", "all"):
+    for level in ("none", "all") if probes else ("none",):
         session = Session(path, graph, level=level)
-        for index, (inputs, expected) in enumerate(probes):
+        for index, probe in enumerate(probes):
+            inputs, expected, witness = _parts(probe)
             try:
                 found = session.run(inputs)
             except DfcError as e:
@@ -163,9 +211,15 @@ def prove(graph: Graph, path: Path, probes: Sequence[Probe], *, rtol: float = 1e
             worst = max(
                 worst,
                 compare(graph, inputs, expected, found, names, rtol=rtol, random=random,
-                        where=f"probe {index}, optimizer {level}"),
+                        witness=witness, where=f"probe {index}, optimizer {level}"),
             )  # fmt: skip
     return worst
+
+
+def _parts(probe: Probe) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any] | None]:
+    if isinstance(probe, (tuple, list)):
+        return probe[0], probe[1], None
+    return probe.inputs, probe.original, probe.witness
 
 
 def compare(
@@ -177,6 +231,7 @@ def compare(
     *,
     rtol: float = 1e-4,
     random: bool = False,
+    witness: Sequence[Any] | None = None,
     where: str = "",
 ) -> float:
     """The worst relative error; raises X003 that names the worst output.
@@ -184,7 +239,6 @@ def compare(
     A float agrees when its error is within `rtol`, or within four times what the original itself
     loses against float64.
     """
-    witness: Sequence[Any] | None = None
     worst, problems = 0.0, []
     for i, (want, got) in enumerate(zip(expected, found, strict=True)):
         error, problem = _difference(want, got, None, rtol, random)

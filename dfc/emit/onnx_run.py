@@ -144,9 +144,10 @@ def as_tensor(x: Any, type: Type) -> torch.Tensor:
 
 def ort_value(tensor: torch.Tensor) -> Any:
     """The tensor as ONNX Runtime's value; they share memory."""
-    import torch
+    import torch.utils.dlpack
     from onnxruntime.capi import onnxruntime_pybind11_state as core
-    from torch.utils.dlpack import to_dlpack
+
+    to_dlpack = torch.utils.dlpack.to_dlpack  # type: ignore[attr-defined]
 
     tensor = tensor.resolve_conj().resolve_neg()
     if tensor.is_complex():

@@ -54,7 +54,7 @@ def opset_object(version: int) -> Any:
 
 def symbolic_value(version: int) -> Val:
     """A value that torchlib's translations can do arithmetic on."""
-    return _tensors.SymbolicTensor(opset_object(version))  # type: ignore[no-any-return]
+    return _tensors.SymbolicTensor(opset_object(version))
 
 
 @cache
@@ -85,7 +85,7 @@ class _Recorder(_building.OpRecorder):
         super().__init__(opset_object(version), constants)
         self.version = version
 
-    def eval(self, schema: onnx.defs.OpSchema, args: Any, kwargs: Any) -> Any:  # type: ignore[override]
+    def eval(self, schema: onnx.defs.OpSchema, args: Any, kwargs: Any) -> Any:
         # torchlib names opset 18: an op that changed since must fit the schema of our opset
         signature = _signature(schema.name, schema.domain, self.version)
         inputs, attrs = _building._construct_named_inputs_and_attrs(signature, args, kwargs)
@@ -130,7 +130,8 @@ def translate(b: Builder, call: Call) -> Any:
     for name, x in call.attributes.items():
         if given.get(name) is None:
             given[name] = _argument(b, x)
-    args, kwargs = [], {}
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
     for a in info.overload._schema.arguments:
         if a.name in _IGNORED or a.name not in given:
             if not a.kwarg_only and a.name in given:
@@ -141,7 +142,7 @@ def translate(b: Builder, call: Call) -> Any:
             kwargs[a.name] = -1 if a.name == "dtype" and x is None else x
         else:
             args.append(x)
-    recorder = _Recorder(b.root.opset, {})
+    recorder = _Recorder(b.root.opset, {})  # type: ignore[abstract]
     before = len(b.nodes)
     try:
         with evaluator.default_as(recorder):

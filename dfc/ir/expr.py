@@ -323,14 +323,15 @@ def _extremum(name: str, args: Iterable[Scalar]) -> Scalar:
     a: Any
     b: Any
     for a in flat:
-        for i, b in enumerate(kept):
+        beaten = False
+        left: list[Scalar] = []
+        for b in kept:
             gap = a - b if _kind(a) == _kind(b) == "int" else None
             sign = None if gap is None else _sign(gap)
-            if sign is not None:
-                kept[i] = a if pick(sign, 0) == sign else b
-                break
-        else:
-            kept.append(a)
+            if sign is None or pick(sign, 0) != sign:
+                left.append(b)
+                beaten |= sign is not None
+        kept = left if beaten else [*left, a]
     if len(kept) == 1:
         return kept[0]
     return Expr(((((Call(name, tuple(sorted(kept, key=_key))), 1),), 1),))

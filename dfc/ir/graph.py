@@ -329,7 +329,7 @@ class Graph:
         self._last: Node | None = None
         self._count = 0
         self._names: set[str] = set()
-        self._next_name = 0
+        self._least: dict[str, int] = {}  # wish -> no smaller number is free behind it
         self._targets: tuple[Value, ...] = ()
         # What capture wants the user to know: restrictions, another way taken. No part of equality.
         self.notes: list[str] = []
@@ -405,19 +405,26 @@ class Graph:
         """A value name that is not taken: the wish, the wish with a number, or a number."""
         if wish and wish not in self._names:
             return wish
-        if wish:
-            n = 1
-            while f"{wish}_{n}" in self._names:
-                n += 1
-            return f"{wish}_{n}"
-        while str(self._next_name) in self._names:
-            self._next_name += 1
-        return str(self._next_name)
+        prefix = f"{wish}_" if wish else ""
+        n = self._least.get(prefix, 1 if wish else 0)
+        while f"{prefix}{n}" in self._names:
+            n += 1
+        self._least[prefix] = n
+        return f"{prefix}{n}"
 
     def _claim(self, name: str) -> str:
         assert name not in self._names, f"the name %{name} is taken"
         self._names.add(name)
         return name
+
+    def _release(self, name: str) -> None:
+        """Let a name be given again: names do not depend on what was there before."""
+        self._names.discard(name)
+        digits = len(name) - len(name.rstrip("0123456789"))
+        if 0 < digits < 10:
+            prefix, n = name[:-digits], int(name[-digits:])
+            if n < self._least.get(prefix, 0) and (prefix or str(n) == name):
+                self._least[prefix] = n
 
     def add_input(self, name: str, type: Type) -> Value:
         """Append an input; the caller sets `arguments` to match."""
@@ -583,7 +590,8 @@ class Graph:
         assert not used, f"{node} is still used: {used}"
         self._unuse(node)
         self._unlink(node)
-        self._names.difference_update(r.name for r in node.results)
+        for r in node.results:
+            self._release(r.name)
         node.graph = None
 
     def move_before(self, node: Node, anchor: Node) -> None:
@@ -593,7 +601,7 @@ class Graph:
         self._link(node, anchor)
 
     def rename(self, value: Value, name: str) -> None:
-        self._names.discard(value.name)
+        self._release(value.name)
         value.name = self._claim(name)
 
     def copy(self) -> Graph:
@@ -604,6 +612,7 @@ class Graph:
     def copy_with_map(self) -> tuple[Graph, dict[Value, Value]]:
         """A copy, and which value of it stands for which of ours."""
         other = Graph(self.name, self.arguments, self.output_tree, dict(self.ranges), self.requires)
+        other.notes += self.notes
         twin: dict[Value, Value] = {}
         for v in self._inputs:
             twin[v] = other.add_input(v.name, v.type)

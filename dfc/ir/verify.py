@@ -60,12 +60,12 @@ def verify(graph: Graph, *, types: bool | Iterable[Node] = True) -> None:
         raise DfcError.of(found)
 
 
-def _problem(code: str, node: Node | None, message: str) -> Diagnostic:
+def _problem(code: str, node: Node | None, message: str, help: str | None = None) -> Diagnostic:
     if node is None:
         return Diagnostic(code, message)
     name = node.results[0].name if node.results else node.op
     notes = (f"node %{name}, traced from {node.loc}",) if node.loc else (f"node %{name}",)
-    return Diagnostic(code, f"`{node.op}`: {message}", notes=notes)
+    return Diagnostic(code, f"`{node.op}`: {message}", help=help, notes=notes)
 
 
 def _structure(graph: Graph, outer: frozenset[str]) -> Iterator[Diagnostic]:
@@ -82,6 +82,7 @@ def _structure(graph: Graph, outer: frozenset[str]) -> Iterator[Diagnostic]:
             bound.add(v.name)
     for p in graph.parameters.values():
         bound |= p.type.symbols
+    nested: set[str] = set()
     count = 0
     for node in graph.nodes:
         count += 1
@@ -105,6 +106,9 @@ def _structure(graph: Graph, outer: frozenset[str]) -> Iterator[Diagnostic]:
         if node.stage is not None and node.stage < 0:
             yield _problem("V006", node, f"stage {node.stage} is negative")
         for inner in node.graphs:
+            if inner.name in nested:
+                yield _problem("V002", node, f"two nested graphs are called @{inner.name}")
+            nested.add(inner.name)
             yield from _structure(inner, frozenset(bound))
     if count != len(graph):
         yield _problem("V003", None, f"the graph says {len(graph)} nodes and holds {count}")
@@ -151,7 +155,9 @@ def sample_bindings(graph: Graph) -> dict[str, int]:
     for v in graph.inputs:
         for name in v.type.symbols:
             ranges.setdefault(name, (0, None))
-    return sample_sizes(ranges, graph.requires)
+    types = [v.type for v in (*graph.inputs, *graph.parameters.values())]
+    fixed = {n for t in types if isinstance(t, TensorType) for n in t.shape if isinstance(n, int)}
+    return sample_sizes(ranges, graph.requires, fixed)
 
 
 def _same_at_samples(a: Type, b: Type) -> bool:
@@ -194,7 +200,7 @@ def _types(
                     continue
                 found = tuple(t.substitute(bindings) for t in info.infer(node))
         except DfcError as e:
-            yield _problem(e.code, node, e.message)
+            yield _problem(e.code, node, e.message, e.diagnostics[0].help)
             continue
         except _REFUSALS as e:
             reason = str(e).splitlines()[0] if str(e) else type(e).__name__

@@ -22,13 +22,16 @@ _PRIMES = (
 
 
 def sample_sizes(
-    ranges: Mapping[str, tuple[int, int | None]], requires: Sequence[Scalar] = ()
+    ranges: Mapping[str, tuple[int, int | None]],
+    requires: Sequence[Scalar] = (),
+    avoid: Iterable[int] = (),
 ) -> dict[str, int]:
     """A number for each symbol, within its range and different from the others where possible.
 
-    With `requires`, numbers that satisfy every condition, if a short search finds some.
+    With `requires`, numbers that satisfy every condition, if a short search finds some. `avoid` are
+    the fixed sizes around: a symbol that equals one by accident would hide a mistake.
     """
-    chosen = _primes_in(ranges)
+    chosen = _primes_in(ranges, avoid)
     if all(evaluate(r, chosen) is not False for r in requires):
         return chosen
     free = sorted(set().union(*(symbols(r) for r in requires)) & set(chosen))
@@ -44,14 +47,16 @@ def sample_sizes(
     return chosen
 
 
-def _primes_in(ranges: Mapping[str, tuple[int, int | None]]) -> dict[str, int]:
+def _primes_in(
+    ranges: Mapping[str, tuple[int, int | None]], avoid: Iterable[int] = ()
+) -> dict[str, int]:
     chosen: dict[str, int] = {}
-    taken: set[int] = set()
+    taken: set[int] = set(avoid)
     for name, (low, high) in ranges.items():
-        fits = [p for p in _PRIMES if p >= low and (high is None or p <= high) and p not in taken]
-        small = [n for n in range(max(low, 2), max(low, 2) + 9) if high is None or n <= high]
-        small = [n for n in small if n not in taken] or small
-        value = fits[0] if fits else small[0] if small else low
+        start = max(low, 2)
+        small = sorted(range(start, start + 9), key=lambda n: n not in (7, 5))
+        fits = [n for n in (*_PRIMES, *small) if n >= low and (high is None or n <= high)]
+        value = next((n for n in fits if n not in taken), fits[0] if fits else low)
         taken.add(value)
         chosen[name] = value
     return chosen

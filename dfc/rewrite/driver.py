@@ -237,7 +237,9 @@ def first_divergence(before: Graph, after: Graph, probes: Any) -> str | None:
     except DfcError as e:
         return e.message
     if not found:
-        return None
+        kept = {r.name for n in after.nodes for r in n.results}
+        gone = next((r for n in before.nodes for r in n.results if r.name not in kept), None)
+        return f"%{gone.name} = {gone.node.op}, which is gone" if gone and gone.node else None
     node = found[0].node
     assert node is not None
     place = f", traced from {node.loc}" if node.loc else ""

@@ -107,7 +107,8 @@ class Probes:
         if self.run_original is not None:
             torch.manual_seed(self.seed)
             original = self.run_original(clone(probe.inputs))
-            verdict = judge(captured, original, witness, rtol=CAPTURE_RTOL)
+            # The witness comes from the captured graph: the model is what must agree with it.
+            verdict = judge(original, captured, witness, rtol=CAPTURE_RTOL)
             if not verdict.agrees:
                 raise DfcError(
                     "T010",
@@ -185,8 +186,12 @@ def _like(
     drawn = flat[at].reshape(shape).clone()
     if x.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         low, high = flat.min(), flat.max()
-        if bool(low.isfinite() and high.isfinite()) and bool((flat != flat.round()).any()):
-            noise = torch.randn(shape, generator=generator) * 0.05
+        noise = torch.randn(shape, generator=generator) * 0.05
+        finite = bool(low.isfinite() and high.isfinite())
+        if finite and bool(low == high):
+            # A constant example says nothing of what the model does with its values.
+            drawn = (drawn.double() * (1 + noise)).to(x.dtype)
+        elif finite and bool((flat != flat.round()).any()):
             drawn = (drawn.double() * (1 + noise)).clamp(low.double(), high.double()).to(x.dtype)
     return drawn
 

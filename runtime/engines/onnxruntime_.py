@@ -24,6 +24,8 @@ class OnnxRuntime(Engine):
         return why_not(node)
 
     def build(self, graph: Graph, device: str = "cpu", threads: int | None = None) -> Runner:
+        import torch
+
         from dfc.emit.checks import checked, lift_checks
         from dfc.emit.onnx import build_onnx
         from dfc.emit.onnx_run import Session
@@ -34,7 +36,9 @@ class OnnxRuntime(Engine):
             _require_cuda()
             providers.insert(0, "CUDAExecutionProvider")
         lifted, messages = lift_checks(graph)
-        session = Session(build_onnx(lifted), lifted, threads=threads, providers=providers)
+        # As many threads as torch has: engines are compared, and share the machine, on equal terms.
+        count = threads or torch.get_num_threads()
+        session = Session(build_onnx(lifted), lifted, threads=count, providers=providers)
         run = partial(session.run_on_device, device=kind) if kind == "cuda" else session.run
         return checked(run, len(graph.outputs), messages)
 

@@ -89,7 +89,7 @@ def add(b: Builder, x: Any, other: Any, alpha: Any, call: Call) -> Val:
             other = alpha * other
         else:
             other = b.op("Mul", b.const(other, dtype), b.const(alpha, dtype))
-    return b.op("Add" if base == "add" else "Sub", left, operand(b, other, dtype))  # type: ignore[no-any-return]
+    return b.op("Add" if base == "add" else "Sub", left, operand(b, other, dtype))
 
 
 @translates("mul.Tensor", "mul.Scalar")
@@ -468,7 +468,8 @@ def logical(b: Builder, x: Val, call: Call) -> Val:
 
 @translates("bitwise_left_shift.Tensor", "bitwise_left_shift.Tensor_Scalar", "__lshift__.Scalar",
             "__lshift__.Tensor", "bitwise_right_shift.Tensor",
-            "bitwise_right_shift.Tensor_Scalar", "__rshift__.Scalar", "__rshift__.Tensor")  # fmt: skip
+            "bitwise_right_shift.Tensor_Scalar", "__rshift__.Scalar",
+            "__rshift__.Tensor")  # fmt: skip
 def shift(b: Builder, x: Any, other: Any, call: Call) -> Val:
     """Shifts of signed integers by products and floor divisions: ONNX shifts unsigned ones only.
 

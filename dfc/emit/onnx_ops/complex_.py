@@ -296,7 +296,7 @@ def fft_r2c(
 
 
 def _real_ends(b: Builder, x: Val, axis: int, size: Any, call: Call) -> Val:
-    """The first and, for an even length, the middle element of a real signal's spectrum are real."""
+    """A real signal's spectrum is real at its first and, for an even length, its middle place."""
     at = b.arange(call.result.shape[axis])
     twice = b.op("Mul", at, 2)
     ends = b.op("Or", b.op("Equal", at, 0), b.op("Equal", twice, b.lift(size)))

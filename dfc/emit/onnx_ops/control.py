@@ -17,7 +17,7 @@ from dfc.ir.types import TensorType
 def scalar(b: Builder, call: Call) -> Val:
     value = b.sizes.scalar(b, call.attributes["value"])
     # a fresh value: the shared one has no type of its own
-    return b.op("Identity", value)  # type: ignore[no-any-return]
+    return b.op("Identity", value)
 
 
 def _body(
@@ -54,7 +54,9 @@ def _graph(inner: Builder, inputs: Sequence[Val], outputs: Sequence[Val], name: 
     for v in outputs:
         if id(v) not in made_here or any(v is f for f in finals):
             copied = inner.op("Identity", v)
-            copied.dtype, copied.shape = v.dtype, v.shape
+            if v.dtype is not None:
+                copied.dtype = v.dtype
+            copied.shape = v.shape
             v = copied
         finals.append(v)
     for v in finals:
@@ -121,7 +123,7 @@ def while_loop(b: Builder, call: Call) -> list[Val]:
         _translate_nodes(inner, condition, env, {})
         scope.nodes.extend(inner.nodes)
         found = scope.cast(env[condition.outputs[0]], D.BOOL)
-        return scope.op("Reshape", found, scope.sizes.vector(scope, []))  # type: ignore[no-any-return]
+        return scope.op("Reshape", found, scope.sizes.vector(scope, []))
 
     start = check(b, carried)
     name = b.root.claim(body.name)

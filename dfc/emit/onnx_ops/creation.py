@@ -54,7 +54,7 @@ def full_complex(b: Builder, call: Call) -> Val:
 @translates("arange", "arange.start", "arange.start_step")
 def arange(b: Builder, call: Call) -> Val:
     a = call.attributes
-    start, end, step = a.get("start", 0), a.get("end"), a.get("step", 1)
+    start, end, step = a.get("start", 0), a["end"], a.get("step", 1)
     dtype = onnx_dtype(call.result)
     (n,) = call.result.shape
     if all(not isinstance(v, Expr) for v in (start, end, step)) and isinstance(n, int):

@@ -114,11 +114,10 @@ def index_put(b: Builder, x: Val, indices: Index, values: Val, accumulate: bool,
         )
     else:
         given = b.op("Expand", values, b.op("Concat", index_shape, rest_shape, axis=0))
-    dtype = x.dtype
     moved, given = _scatter_ready(b, moved, accumulate), _scatter_ready(b, given, accumulate)
     found = b.op("ScatterND", moved, at, given, reduction="add" if accumulate else None)
     back_perm = [perm.index(i) for i in range(rank)]
-    return b.cast(b.transpose(found, back_perm), dtype)  # type: ignore[arg-type]
+    return b.cast(b.transpose(found, back_perm), onnx_dtype(call.result))
 
 
 def _scatter_ready(b: Builder, x: Val, reducing: bool) -> Val:
@@ -385,6 +384,12 @@ def bucketize(b: Builder, x: Any, call: Call) -> Val:
     }
     values: Any = given["self"]
     edges: Any = given["boundaries" if "bucketize" in call.op else "sorted_sequence"]
+    edge_rank = b.rank(edges)
+    if given.get("sorter") is not None:
+        edges = b.op("GatherElements", edges, given["sorter"], axis=-1)
+    right = bool(a.get("right")) or a.get("side") == "right"
+    dtype = work_dtype(promoted(b, edges, values))
+    edges, values = b.cast(edges, dtype), operand(b, values, dtype)
     if edge_rank > 1:
         edges = b.unsqueeze(edges, -2)  # one row of edges for each row of values
     passed = b.op("LessOrEqual" if right else "Less", edges, b.unsqueeze(values, -1))

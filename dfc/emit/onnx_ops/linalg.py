@@ -268,8 +268,19 @@ def householder_product(b: Builder, x: Val, tau: Val) -> Val:
     return q
 
 
-_FACTORIZATIONS = """_linalg_svd linalg_svd linalg_svdvals linalg_eigh _linalg_eigh linalg_eig
-    linalg_eigvalsh linalg_eigvals linalg_lstsq geqrf linalg_pinv""".split()
+_FACTORIZATIONS = [
+    "_linalg_svd",
+    "linalg_svd",
+    "linalg_svdvals",
+    "linalg_eigh",
+    "_linalg_eigh",
+    "linalg_eig",
+    "linalg_eigvalsh",
+    "linalg_eigvals",
+    "linalg_lstsq",
+    "geqrf",
+    "linalg_pinv",
+]
 for _name in _FACTORIZATIONS:
     REFUSED[f"aten.{_name}.default"] = (
         "ONNX has no matrix factorization, and an iteration would not converge alike"

@@ -36,7 +36,7 @@ def matmul(b: Builder, x: Val, call: Call) -> Val:
         first, second = b.cast(first, D.INT32), b.cast(second, D.INT32)
     if call.op == "aten.inner.default" and b.rank(call.operands[1]) > 1:  # type: ignore[arg-type]
         raise NoTranslation("")
-    # ONNX Runtime's fusions mistake a transposed matrix times a vector: make it a matrix of one column
+    # ONNX Runtime's fusions mistake a transposed matrix times a vector: give it a column
     left = b.rank(call.operands[0]) == 1  # type: ignore[arg-type]
     right = b.rank(call.operands[1]) == 1  # type: ignore[arg-type]
     first = b.unsqueeze(first, 0) if left else first
@@ -49,7 +49,7 @@ def matmul(b: Builder, x: Val, call: Call) -> Val:
 
 @translates("transformers.grouped_mm_fallback", "_grouped_mm")
 def grouped_matmul(b: Builder, x: Val, call: Call) -> Val:
-    """Rows sorted by group, each group times its own matrix; rows after the last group are zeros."""
+    """Rows sorted by group, each group times its matrix; rows after the last group are zeros."""
     _, weight, offsets = call.operands[:3]
     assert isinstance(weight, Val) and isinstance(offsets, Val)
     groups = b.type(weight).shape[0]
@@ -379,8 +379,9 @@ def batch_norm(b: Builder, x: Val, weight: Val | None, bias: Val | None, call: C
     assert not isinstance(mean, tuple) and mean is not None
     dtype = mean.dtype
     (channels,) = b.type(mean).shape
-    one = b.array(np.ones(int(channels), np.float32).astype(dtype.numpy()), dtype)  # type: ignore[union-attr]
-    zero = b.array(np.zeros(int(channels), np.float32).astype(dtype.numpy()), dtype)  # type: ignore[union-attr]
+    assert dtype is not None and isinstance(channels, int)
+    one = b.array(np.ones(channels).astype(dtype.numpy()), dtype)
+    zero = b.array(np.zeros(channels).astype(dtype.numpy()), dtype)
     found = b.op(
         "BatchNormalization", x, weight if weight is not None else one,
         bias if bias is not None else zero, mean, variance, epsilon=float(a["eps"]),
@@ -506,7 +507,7 @@ def _zero_pad(b: Builder, x: Val, begin: Sequence[int], end: Sequence[int], n: i
             "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool1d",
             "adaptive_max_pool2d", "adaptive_max_pool3d")  # fmt: skip
 def adaptive_pool(b: Builder, x: Val, output_size: Any, call: Call) -> Any:
-    """Window i reaches from floor(i*n/o) to ceil((i+1)*n/o): one global pool, a plain pool, or slices."""
+    """Window i reaches from floor(i*n/o) to ceil((i+1)*n/o): weighted for means, cut for maxima."""
     n = next(v for k, v in _POOL_RANK.items() if f"pool{k}d" in call.op)
     shape = b.type(x).shape
     sizes, outs = shape[-n:], call.result.shape[-n:]
@@ -537,12 +538,12 @@ def _adaptive_axis(b: Builder, x: Val, axis: int, size: Any, out: Any, rank: int
         matrix = b.array(weights.astype(dtype.numpy()), dtype)  # type: ignore[union-attr]
     else:
         line, n, o = b.arange(out), b.lift(size), b.lift(out)
-        low = b.op("Div", b.op("Mul", line, n), o)
+        begin = b.op("Div", b.op("Mul", line, n), o)
         top = b.op("Add", b.op("Mul", b.op("Add", line, 1), n), b.op("Sub", o, 1))
-        high = b.op("Div", top, o)
+        end = b.op("Div", top, o)
         at = b.unsqueeze(b.arange(size), 1)
-        inside = b.op("And", b.op("GreaterOrEqual", at, low), b.op("Less", at, high))
-        count = b.cast(b.op("Sub", high, low), dtype)  # type: ignore[arg-type]
+        inside = b.op("And", b.op("GreaterOrEqual", at, begin), b.op("Less", at, end))
+        count = b.cast(b.op("Sub", end, begin), dtype)  # type: ignore[arg-type]
         matrix = b.op("Div", b.cast(inside, dtype), count)  # type: ignore[arg-type]
     perm = [i for i in range(rank) if i != axis] + [axis]
     found = b.op("MatMul", b.transpose(x, perm), matrix)

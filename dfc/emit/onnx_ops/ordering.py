@@ -66,7 +66,7 @@ def topk(b: Builder, x: Val, k: Any, dim: int, largest: bool, call: Call) -> lis
     axis = dim % rank
     if x.dtype not in FLOATS:
         work = b.cast(x, work_dtype(x.dtype))  # type: ignore[arg-type]
-        return b.op("TopK", work, b.vec(k), axis=axis, largest=int(largest), sorted=1, out=2)  # type: ignore[no-any-return]
+        return b.op("TopK", work, b.vec(k), axis=axis, largest=int(largest), sorted=1, out=2)
     # NaN counts as the largest number
     work = b.cast(x, D.FLOAT) if x.dtype == D.FLOAT16 else x
     clean = b.op("Where", b.op("IsNaN", work), b.like(math.inf, work), work)

@@ -44,7 +44,7 @@ def sum_(b: Builder, x: Val, call: Call) -> Val:
 
 
 def exact_sum(b: Builder, x: Val, axes: Sequence[int], keepdim: bool) -> Val:
-    """ONNX Runtime adds int64 in float64, right to 2^53 only: so high and low halves by themselves."""
+    """ONNX Runtime adds int64 in float64, right to 2^53 only: so each half by itself."""
     if x.dtype != D.INT64 or not axes:
         return reduce(b, "ReduceSum", x, axes, keepdim)
     half = 2**32
@@ -278,12 +278,15 @@ def scan_rows(b: Builder, x: Val, axis: int, rank: int, call: Call, kind: str) -
     inner = b.scope()
     so_far, row = b.value(), b.value()
     for v, n in ((so_far, "so_far"), (row, "row")):
-        v.name, v.dtype = b.root.claim(f"{name}.{n}"), x.dtype
+        v.name = b.root.claim(f"{name}.{n}")
+        assert x.dtype is not None
+        v.dtype = x.dtype
     out = inner.op(kind, so_far, row)
     copied = inner.op("Identity", out)
     out.name, copied.name = b.root.claim(f"{name}.next"), b.root.claim(f"{name}.out")
     body = ir.Graph([so_far, row], [out, copied], nodes=inner.nodes, name=name)
     found = b.op("Scan", start, front, out=2, body=body, num_scan_inputs=1)[1]
+    assert x.dtype is not None
     found.dtype = x.dtype
     back = [*range(1, axis + 1), 0, *range(axis + 1, rank)]
     return b.transpose(found, back)

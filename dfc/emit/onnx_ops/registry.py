@@ -10,7 +10,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,10 @@ COMPLEX: dict[str, Entry] = {}
 REFUSED: dict[str, str] = {}  # ops that no ONNX model can express, and why
 
 
-def translates(*ops: str, complex: bool = False) -> Callable[[Any], Any]:
+def translates(*ops: str, complex: bool = False) -> Callable[[F], F]:
     """Decorator: this function translates these ops, `aten.` left out."""
 
-    def register(function: Any) -> Any:
+    def register(function: F) -> F:
         wants = tuple(list(inspect.signature(function).parameters)[1:])
         for op in ops:
             named = op.startswith(("aten.", "torch.", "prims.", "dfc.", "transformers."))

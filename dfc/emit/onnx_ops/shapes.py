@@ -305,9 +305,35 @@ def as_strided(b: Builder, x: Val, size: Any, stride: Any, storage_offset: Any, 
 
 
 _REARRANGE = frozenset(
-    "transpose permute t expand slice select unfold diagonal as_strided movedim swapaxes".split()
+    [
+        "transpose",
+        "permute",
+        "t",
+        "expand",
+        "slice",
+        "select",
+        "unfold",
+        "diagonal",
+        "as_strided",
+        "movedim",
+        "swapaxes",
+    ]
 )
-_FRESH = frozenset("linear matmul mm bmm addmm cat stack embedding clone conv1d conv2d".split())
+_FRESH = frozenset(
+    [
+        "linear",
+        "matmul",
+        "mm",
+        "bmm",
+        "addmm",
+        "cat",
+        "stack",
+        "embedding",
+        "clone",
+        "conv1d",
+        "conv2d",
+    ]
+)
 
 
 def _is_dense(call: Call) -> bool:

@@ -96,8 +96,8 @@ def zeta(b: Builder, x: Any, call: Call) -> Val:
     tail = b.op("Div", b.op("Mul", power, w), b.op("Sub", s, _c(b, 1.0)))
     total = b.op("Add", b.op("Add", total, tail), b.op("Mul", power, _c(b, 0.5)))
     rising, factor = s, b.op("Div", power, w)
-    for j, k in enumerate((1 / 12, -1 / 720, 1 / 30240, -1 / 1209600, 1 / 47900160), 1):
-        total = b.op("Add", total, b.op("Mul", b.op("Mul", rising, factor), _c(b, k)))
+    for j, term in enumerate((1 / 12, -1 / 720, 1 / 30240, -1 / 1209600, 1 / 47900160), 1):
+        total = b.op("Add", total, b.op("Mul", b.op("Mul", rising, factor), _c(b, term)))
         more = b.op("Add", s, _c(b, 2.0 * j - 1)), b.op("Add", s, _c(b, 2.0 * j))
         rising = b.op("Mul", b.op("Mul", rising, more[0]), more[1])
         factor = b.op("Div", factor, b.op("Mul", w, w))
@@ -261,7 +261,8 @@ def embedding_bag(b: Builder, x: Val, call: Call) -> list[Val | None]:
     blank = b.expand(b.like(start, rows), [bags, width])
     total = b.op("ScatterND", blank, at, rows, reduction="max" if mode == "max" else "add")
     inside = b.op("Equal", b.unsqueeze(bag, 0), b.unsqueeze(b.arange(bags), 1))
-    count = b.cast(b.op("ReduceSum", b.cast(inside, D.INT64), [1], keepdims=1), total.dtype)
+    members = b.op("ReduceSum", b.cast(inside, D.INT64), [1], keepdims=1)
+    count = b.cast(members, onnx_dtype(call.result))
     if mode == "mean":
         total = b.op("Div", total, b.op("Max", count, b.like(1.0, count)))
     if mode == "max":
@@ -272,7 +273,8 @@ def embedding_bag(b: Builder, x: Val, call: Call) -> list[Val | None]:
 
 @translates("fake_quantize_per_tensor_affine", "fake_quantize_per_tensor_affine_cachemask",
             "fake_quantize_per_tensor_affine.tensor_qparams",
-            "fake_quantize_per_channel_affine", "fake_quantize_per_channel_affine_cachemask")  # fmt: skip
+            "fake_quantize_per_channel_affine",
+            "fake_quantize_per_channel_affine_cachemask")  # fmt: skip
 def fake_quantize(b: Builder, x: Val, call: Call) -> list[Val]:
     """Scale, round to even, clamp, and back."""
     from dfc.emit.onnx import onnx_info
