@@ -50,8 +50,21 @@ def trace(
     register_example([*args, given])
     register_caches()
     leaves, spec = flat_leaves(args, given)
+    leaves = apart(leaves)
+    args, given = spec.unflatten(leaves)
     request = Request(module, leaves, spec, wishes_of(module, args, given, dynamic_shapes))
     return _capture(request)
+
+
+def apart(leaves: Sequence[Any]) -> list[Any]:
+    """Examples without repetition: torch.export would take one tensor given twice for one input."""
+    seen: set[int] = set()
+    found: list[Any] = []
+    for x in leaves:
+        repeated = isinstance(x, torch.Tensor) and id(x) in seen
+        seen.add(id(x))
+        found.append(x.detach().clone() if repeated else x)
+    return found
 
 
 class _FunctionModule(torch.nn.Module):

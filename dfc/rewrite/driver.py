@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dfc.errors import DfcError
-from dfc.ir.graph import Graph, Node, Value
-from dfc.ir.interpret import interpret
+from dfc.ir.graph import Graph, Node, Parameter, Value
+from dfc.ir.interpret import Observer, interpret
 from dfc.ir.verify import verify
 from dfc.rewrite.pass_ import CHANGES, EXACT, Context, Numerics, Pass, close
 
@@ -89,7 +89,7 @@ def run_passes(
         if print_after:
             print_after(str(p), current)
     if unproved and probes is not None:
-        current = _prove_at_end(graph, passes, current, reports, probes, numerics, strict)
+        current = _prove_at_end(graph, passes, current, reports, probes, numerics, strict, context)
     return Outcome(current, reports, probes)
 
 
@@ -107,7 +107,7 @@ def _one(p: Pass, graph: Graph, ctx: Context) -> PassReport:
         raise DfcError(
             "V031", f"pass `{p.name}` left an invalid graph", notes=(e.render(),), status=1
         ) from e
-    if not changes and (changed or len(graph) != count):
+    if not changes and (changed or [*graph.walk(), graph.result] != list(before)):
         raise DfcError("V032", f"pass `{p.name}` says 0 changes and changed the graph", status=1)
     verdict = "unproved" if changes else "unchanged"
     return PassReport(str(p), changes, count, len(graph), ms, verdict)
@@ -119,18 +119,23 @@ Snapshot = dict[Node, tuple[object, ...]]
 def _snapshot(graph: Graph) -> Snapshot:
     """What each node looked like: cheap, because nodes that a pass leaves alone stay themselves."""
     found: Snapshot = {n: _look(n) for n in graph.walk()}
-    found[graph.result] = (*_look(graph.result), *graph.parameters.values())
+    found[graph.result] = (*_look(graph.result), *_weights(graph))
     return found
 
 
 def _look(node: Node) -> tuple[object, ...]:
-    return (node.op, node.attributes, node.inputs, node.stage, node.results, node.graphs)
+    types = (*(r.type for r in node.results), *(v.type for v in node.operands))
+    return (node.op, node.attributes, node.inputs, node.stage, node.results, node.graphs, types)
+
+
+def _weights(graph: Graph) -> list[tuple[Parameter, object]]:
+    return [(p, p.data) for p in graph.parameters.values()]
 
 
 def _changed(graph: Graph, before: Snapshot) -> list[Node]:
     """The nodes that are new or look different, and the result node when outputs did."""
     found = [n for n in graph.walk() if before.get(n) != _look(n)]
-    if before[graph.result] != (*_look(graph.result), *graph.parameters.values()):
+    if before[graph.result] != (*_look(graph.result), *_weights(graph)):
         found.append(graph.result)
     return found
 
@@ -158,7 +163,7 @@ def _prove(
         return replace(report, verdict="reverted", reason=reason), reason
     if verdict.agrees:
         return replace(report, verdict="proved", error=verdict.worst), None
-    where = first_divergence(before, graph, probes)
+    where = first_divergence(before, graph, probes, exact=promised.kind == "exact")
     reason = f"{verdict.difference}" + (f"; first at {where}" if where else "")
     return replace(report, verdict="reverted", reason=reason, error=verdict.worst), reason
 
@@ -180,6 +185,7 @@ def _prove_at_end(
     probes: Any,
     numerics: Numerics,
     strict: bool,
+    ctx: Context,
 ) -> Graph:
     """One proof for all passes; when it fails, run again with a proof after each."""
     from dataclasses import replace
@@ -194,53 +200,58 @@ def _prove_at_end(
             if r.changes:
                 reports[i] = replace(r, verdict="proved", error=verdict.worst)
         return current
-    again = run_passes(graph, passes, probes=probes, mode="each", strict=strict)
+    again = run_passes(graph, passes, probes=probes, mode="each", strict=strict, ctx=ctx)
     reports[:] = again.reports
     return again.graph
 
 
-def first_divergence(before: Graph, after: Graph, probes: Any) -> str | None:
-    """The first node, by name, whose value differs between two graphs beyond rounding."""
+def first_divergence(before: Graph, after: Graph, probes: Any, exact: bool = False) -> str | None:
+    """The first node, by name, whose value differs between two graphs; beyond rounding or at all."""
+    for probe in probes.ready():
+        found = _divergence(before, after, probe.inputs, probes.seed, exact)
+        if found:
+            return found
+    kept = {r.name for n in after.nodes for r in n.results}
+    gone = next((r for n in before.nodes for r in n.results if r.name not in kept), None)
+    return f"%{gone.name} = {gone.node.op}, which is gone" if gone and gone.node else None
+
+
+def _divergence(
+    before: Graph, after: Graph, inputs: Sequence[Any], seed: int, exact: bool
+) -> str | None:
     import torch
 
     from dfc.rewrite.agree import judge
 
-    probe = next(iter(probes.ready()))
+    def run(graph: Graph, observe: Observer, double: bool = False) -> None:
+        torch.manual_seed(seed)
+        interpret(graph, inputs, observe=observe, double=double)
+
+    def keep(values: dict[str, Any]) -> Observer:
+        def store(node: Node, results: Sequence[Any]) -> None:
+            values.update(zip((r.name for r in node.results), results, strict=True))
+
+        return store
+
     values: dict[str, Any] = {}
-
-    def keep(node: Any, results: Sequence[Any]) -> None:
-        for r, x in zip(node.results, results, strict=True):
-            values[r.name] = x
-
-    torch.manual_seed(probes.seed)
-    interpret(before, probe.inputs, observe=keep)
     wide: dict[str, Any] = {}
-
-    def keep_wide(node: Any, results: Sequence[Any]) -> None:
-        for r, x in zip(node.results, results, strict=True):
-            wide[r.name] = x
-
-    torch.manual_seed(probes.seed)
-    interpret(before, probe.inputs, double=True, observe=keep_wide)
+    run(before, keep(values))
+    run(before, keep(wide), double=True)
     found: list[Value] = []
 
-    def compare(node: Any, results: Sequence[Any]) -> None:
+    def compare(node: Node, results: Sequence[Any]) -> None:
         for r, x in zip(node.results, results, strict=True):
             if not found and r.name in values:
-                verdict = judge([x], [values[r.name]], [wide[r.name]])
+                verdict = judge([x], [values[r.name]], [wide[r.name]], exact=exact)
                 if not verdict.agrees:
                     found.append(r)
 
     try:
-        torch.manual_seed(probes.seed)
-        interpret(after, probe.inputs, observe=compare)
+        run(after, compare)
     except DfcError as e:
         return e.message
-    if not found:
-        kept = {r.name for n in after.nodes for r in n.results}
-        gone = next((r for n in before.nodes for r in n.results if r.name not in kept), None)
-        return f"%{gone.name} = {gone.node.op}, which is gone" if gone and gone.node else None
+    if not found or found[0].node is None:
+        return None
     node = found[0].node
-    assert node is not None
     place = f", traced from {node.loc}" if node.loc else ""
     return f"%{found[0].name} = {node.op}{place}"
