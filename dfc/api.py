@@ -224,7 +224,7 @@ def _build(
         say(f"building for {name}")
         engine = _find_engine(name)
         runner = engine.build(lifted, device)
-        verdict = _judge(runner, graph, probes)
+        verdict = _judge(runner, graph, probes, device)
         if verdict is not None and not verdict.agrees:
             raise DfcError("V033", f"engine `{name}` gives other results: {verdict.difference}")
         _time(report, {name: runner}, {name: verdict}, probes, graph, original, device)
@@ -235,7 +235,7 @@ def _build(
         say(f"building for {candidate}")
         try:
             runner = _find_engine(candidate).build(lifted, device)
-            verdict = _judge(runner, graph, probes)
+            verdict = _judge(runner, graph, probes, device)
         except DfcError as e:
             report.engines.append(EngineReport(candidate, "refused", e.message))
             continue
@@ -248,11 +248,22 @@ def _build(
     return _find_engine(fastest), runners[fastest]
 
 
-def _judge(runner: Runner, graph: Graph, probes: Any) -> Any:
+def _judge(runner: Runner, graph: Graph, probes: Any, device: str) -> Any:
     if probes is None:
         return None
     state = list(_state(graph))
-    return probes.judge(lambda inputs: runner([*inputs, *state]), rtol=ENGINE_RTOL)
+
+    def run(inputs: Sequence[Any]) -> list[Any]:
+        return on_device(runner(on_device([*inputs, *state], device)), "cpu")
+
+    return probes.judge(run, rtol=ENGINE_RTOL)
+
+
+def on_device(values: Sequence[Any], device: str) -> list[Any]:
+    """The tensors among the values on a device; numbers as they are."""
+    import torch
+
+    return [x.to(device) if isinstance(x, torch.Tensor) else x for x in values]
 
 
 def _state(graph: Graph) -> list[Any]:
@@ -283,7 +294,9 @@ def _time(
     lifted = with_state_inputs(original)
     before = _find_engine("eager").build(lifted, device)
     timings = measure(
-        {"": before, **runners}, [*probes.probes[0].inputs, *_state(graph)], seconds=0.3
+        {"": before, **runners},
+        on_device([*probes.probes[0].inputs, *_state(graph)], device),
+        seconds=0.3,
     )
     report.before_ms = timings.pop("").p50_ms
     fastest = min(timings, key=lambda n: timings[n].p50_ms)

@@ -44,7 +44,7 @@ class Compiled:
     def _initial_state(self) -> dict[str, Any]:
         """The current value of each mutated parameter."""
         return {
-            m.target.name: m.target.data.tensor().clone()
+            m.target.name: m.target.data.tensor().clone().to(self.device)
             for m in self.graph.mutations
             if isinstance(m.target, Parameter) and m.target.data is not None
         }

@@ -1,4 +1,4 @@
-"""The driver keeps the passes' promises: it proves, blames, reverts, and says what it cannot know."""
+"""The driver keeps the passes' promises: proves, blames, reverts, and says what it cannot know."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from dfc.rewrite.pass_ import CHANGES, Context, Numerics, Pass, close, find_pass
 from dfc.rewrite.probe import Probes, make_probes
 from tests.golden_file import give_data
 
+ROUNDED = close(1e-6)
 TEXT = """dfc 1
 graph @f(%x: f32[B, 4], %y: f32[B, 4]) -> f32[B, 4]
     where B in 1..8 {
@@ -98,7 +99,7 @@ class Reassociate(Pass):
     """Compute `c + zero` as `(c * 3 + zero * 3) / 3`: right, but for rounding."""
 
     name = "reassociate"
-    numerics: Numerics = close(1e-6)  # type: ignore[misc]
+    numerics: Numerics = ROUNDED  # type: ignore[misc]
 
     def run(self, graph: Graph, ctx: Context) -> int:
         node = op(graph, "aten.add.Tensor")

@@ -116,6 +116,16 @@ ATTEMPTS = (
     # Guards that torch cannot prove become assertions, which may be over-strict and are dropped.
     Attempt("deferred", lambda r: _plain(r, prefer_deferred_runtime_asserts_over_guards=True)),
     Attempt(
+        "eager attention",
+        _eager_attention,
+        "captured with the `eager` attention implementation: torch.export refuses the other",
+    ),
+    Attempt(
+        "batched experts",
+        _batched_experts,
+        "captured with the `batched_mm` implementation of the experts: the other depends on data",
+    ),
+    Attempt(
         "decided",
         _decided,
         "a decision of the model depends on data: it was taken as the example takes it, "
@@ -126,16 +136,6 @@ ATTEMPTS = (
         _draft,
         "a decision of the model depends on data: it was taken as the example takes it, "
         "and is checked at run time",
-    ),
-    Attempt(
-        "eager attention",
-        _eager_attention,
-        "captured with the `eager` attention implementation: torch.export refuses the other",
-    ),
-    Attempt(
-        "batched experts",
-        _batched_experts,
-        "captured with the `batched_mm` implementation of the experts: the other depends on data",
     ),
     *(
         Attempt(

@@ -206,7 +206,7 @@ def _prove_at_end(
 
 
 def first_divergence(before: Graph, after: Graph, probes: Any, exact: bool = False) -> str | None:
-    """The first node, by name, whose value differs between two graphs; beyond rounding or at all."""
+    """The first node, by name, whose value differs: beyond rounding or, if `exact`, at all."""
     for probe in probes.ready():
         found = _divergence(before, after, probe.inputs, probes.seed, exact)
         if found:
