@@ -71,11 +71,14 @@ def main(rounds: int) -> None:
             for k, v in zip(times, (total - inner["s"], inner["s"], ours, theirs), strict=True):
                 times[k].append(v)
     print(f"{len(graph)} nodes traced, {len(outcome.graph)} after the passes, {rounds} rounds")
-    print(f"{sum(1 for _ in build_onnx(outcome.graph).graph)} ONNX nodes")
+    count = sum(1 for _ in build_onnx(outcome.graph).graph)
+    print(f"{count} ONNX nodes")
     for k, v in times.items():
         print(f"{k:>11}: median {median(v):6.2f} s, spread {max(v) - min(v):5.2f} s")
     ratio = [a / b for a, b in zip(times["dfc onnx"], times["torch onnx"], strict=True)]
-    print(f"dfc / torch.onnx.export: median {median(ratio):.2f}, {min(ratio):.2f}..{max(ratio):.2f}")
+    print(
+        f"dfc / torch.onnx.export: median {median(ratio):.2f}, {min(ratio):.2f}..{max(ratio):.2f}"
+    )
 
 
 if __name__ == "__main__":

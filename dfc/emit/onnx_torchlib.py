@@ -6,13 +6,12 @@ of dfc sees `translate` and `symbolic_value`.
 
 from __future__ import annotations
 
-import inspect
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import onnxscript
 from onnxscript import evaluator, ir
-from torch.onnx._internal.exporter import _building, _registration, _schemas, _tensors
+from torch.onnx._internal.exporter import _building, _registration, _tensors
 
 from dfc.emit.onnx_builder import (
     ONNX_DTYPES,
@@ -195,11 +194,4 @@ def model_functions(functions: Any, opset: int) -> list[ir.Function]:
     return list(found.values())
 
 
-__all__ = [
-    "_schemas",
-    "has_translation",
-    "inspect",
-    "model_functions",
-    "symbolic_value",
-    "translate",
-]
+__all__ = ["has_translation", "model_functions", "symbolic_value", "translate"]

@@ -8,10 +8,9 @@ from typing import Any
 from onnxscript import ir
 
 from dfc.emit.onnx_builder import Builder, Call, D, NoTranslation, Val, onnx_dtype
-from dfc.emit.onnx_ops.arithmetic import convert, operand, promoted, work_dtype
+from dfc.emit.onnx_ops.arithmetic import operand, promoted, work_dtype
 from dfc.emit.onnx_ops.registry import translates
 from dfc.ir.expr import Expr
-from dfc.ir.types import TensorType
 
 Index = tuple[Val | None, ...]
 
@@ -483,10 +482,3 @@ def diag_embed(b: Builder, x: Val, call: Call) -> Val:
         wide = b.op("Pad", wide, zeros, b.like(0, x))
     work = work_dtype(x.dtype)  # type: ignore[arg-type]
     return b.op("Where", mask, b.cast(wide, work), b.const(0, work))
-
-
-def scatter_types(call: Call) -> TensorType:
-    return call.result
-
-
-__all__ = ["convert"]

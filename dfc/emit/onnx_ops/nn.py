@@ -10,7 +10,7 @@ import numpy as np
 
 from dfc.emit.onnx_builder import Builder, Call, D, NoTranslation, Val, onnx_dtype
 from dfc.emit.onnx_ops.registry import translates
-from dfc.ir.expr import Expr, evaluate
+from dfc.ir.expr import Expr
 
 
 @translates("linear")
@@ -662,6 +662,3 @@ def pixel_shuffle(b: Builder, x: Val, call: Call) -> Val:
         split = b.op("Reshape", x, b.sizes.vector(b, [*lead, c // (r * r), r, r, h, w]))
         turned = b.transpose(split, [*range(n), n, n + 3, n + 1, n + 4, n + 2])
     return b.op("Reshape", turned, b.sizes.vector(b, call.result.shape))
-
-
-__all__ = ["evaluate"]

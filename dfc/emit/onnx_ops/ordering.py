@@ -10,13 +10,6 @@ from dfc.emit.onnx_ops.arithmetic import work_dtype
 from dfc.emit.onnx_ops.registry import translates
 
 
-def _key(b: Builder, x: Val, descending: bool) -> Val:
-    """A key to sort by: NaN counts as the largest number, which ONNX leaves open."""
-    x = b.cast(x, work_dtype(x.dtype))  # type: ignore[arg-type]
-    del descending
-    return x
-
-
 def sorted_with_index(
     b: Builder, x: Val, axis: int, size: Any, descending: bool
 ) -> tuple[Val, Val]:
@@ -25,7 +18,7 @@ def sorted_with_index(
     NaN comes last ascending and first descending, as in PyTorch: a first stable sort by value with
     NaN replaced by infinity, then NaN separated from infinity by a second key.
     """
-    key = _key(b, x, descending)
+    key = b.cast(x, work_dtype(x.dtype))  # type: ignore[arg-type]
     k = b.vec(size)
     largest = int(descending)
     if key.dtype not in FLOATS:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from dfc.emit.onnx_builder import Builder, Call, D, NoTranslation, Val
+from dfc.emit.onnx_builder import Builder, Call, D, Val
 from dfc.emit.onnx_ops.registry import translates
 
 _KINDS = {
@@ -88,7 +87,6 @@ def _weights(
 ) -> Val:
     """The matrix, measured: PyTorch's own kernel applied to each unit vector."""
     import torch
-    import torch.nn.functional as F
 
     assert x.dtype is not None
     unit = torch.eye(size, dtype=torch.float64).reshape(size, 1, 1, size)
@@ -101,7 +99,6 @@ def _weights(
     else:
         function = op.upsample_bilinear2d if mode == "bilinear" else op.upsample_bicubic2d
         made = function(wide, [2, out], align, None, scale)
-    del F
     matrix = made[:, 0, 0, :].numpy()
     return b.array(matrix.astype(x.dtype.numpy()), x.dtype)
 
@@ -167,9 +164,3 @@ def col2im(b: Builder, x: Val, call: Call) -> Val:
         dilations=list(a["dilation"]), pads=[*a["padding"], *a["padding"]],
         strides=list(a["stride"]),
     )  # fmt: skip
-
-
-def _sizes(values: Sequence[Any]) -> list[int]:
-    if not all(isinstance(v, int) for v in values):
-        raise NoTranslation("")
-    return [int(v) for v in values]
