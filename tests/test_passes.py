@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import dfc
+from dfc.emit.fx import to_fx
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.ir.interpret import interpret
@@ -46,6 +47,18 @@ def test_random_graphs_are_valid_and_read_back(seed: int) -> None:
     assert str(again) == text and again == graph
     assert str(graph.copy()) == text
     verify(again)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_random_graphs_mean_the_same_as_modules(seed: int) -> None:
+    graph = random_graph(seed)
+    module = to_fx(graph)
+    for size in (2, 5):
+        original, _ = expected(seed, size)
+        torch.manual_seed(seed)
+        results = module(*random_inputs(graph, seed, size))
+        verdict = judge(list(results), original, original, exact=True)
+        assert verdict.agrees, f"{verdict.difference}"
 
 
 @pytest.mark.parametrize("p, seed", list(product(all_passes(), SEEDS)), ids=str)

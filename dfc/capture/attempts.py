@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from dfc.capture.decisions import decisions
 from dfc.capture.wishes import Request, torch_shapes
 from dfc.errors import DfcError
 
@@ -29,34 +30,18 @@ class Attempt:
 
 def _plain(request: Request, **options: Any) -> ExportedProgram:
     args, kwargs = request.arguments()
-    with quiet(), _no_scalar_trap(), _no_useless_casts():
+    with quiet(), _no_scalar_trap(), _no_useless_casts(), _open_one_hot():
         return torch.export.export(
             request.model, args, kwargs, dynamic_shapes=torch_shapes(request), **options
         )
 
 
 def _decided(request: Request) -> ExportedProgram:
-    """Let the example's values decide `if tensor:`, and check the decision at run time."""
+    """Let the example's values decide where Python needs a number, and check them at run time."""
     import torch._functorch.config
 
-    original = torch.Tensor.__bool__
-
-    def decide(tensor: torch.Tensor) -> bool:
-        real = getattr(tensor, "real_tensor", None)
-        if real is None:
-            return original(tensor)
-        value = original(real)
-        holds = tensor.reshape(()) if value else tensor.reshape(()).logical_not()
-        message = f"the model was traced for {value} here, and decides by it"
-        torch.ops.aten._assert_async.msg(holds.to(torch.bool), message)
-        return value
-
-    torch.Tensor.__bool__ = decide  # type: ignore[assignment, method-assign]
-    try:
-        with torch._functorch.config.patch(fake_tensor_propagate_real_tensors=True):
-            return _plain(request)
-    finally:
-        torch.Tensor.__bool__ = original  # type: ignore[method-assign]
+    with decisions(), torch._functorch.config.patch(fake_tensor_propagate_real_tensors=True):
+        return _plain(request)
 
 
 def _below_autograd(request: Request, *, sizes: bool, functionalize: bool) -> Any:
@@ -71,7 +56,7 @@ def _below_autograd(request: Request, *, sizes: bool, functionalize: bool) -> An
 
 def _draft(request: Request) -> ExportedProgram:
     args, kwargs = request.arguments()
-    with quiet():
+    with quiet(), decisions():
         return torch.export.draft_export(
             request.model, args, kwargs, dynamic_shapes=torch_shapes(request)
         )
@@ -125,6 +110,7 @@ ATTEMPTS = (
         _batched_experts,
         "captured with the `batched_mm` implementation of the experts: the other depends on data",
     ),
+    Attempt("strict", lambda r: _plain(r, strict=True), "captured in strict mode"),
     Attempt(
         "decided",
         _decided,
@@ -147,7 +133,6 @@ ATTEMPTS = (
         for sizes in (True, False)
         for functionalize in (False, True)
     ),
-    Attempt("strict", lambda r: _plain(r, strict=True), "captured in strict mode"),
     Attempt(
         "static",
         _static,
@@ -193,6 +178,24 @@ def _no_useless_casts() -> Iterator[None]:
         yield
     finally:
         torch.nn.Module.to = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _open_one_hot() -> Iterator[None]:
+    """`one_hot(x)` without a number of classes: torch refuses it, its definition traces."""
+    original = torch.nn.functional.one_hot
+
+    def one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
+        if num_classes != -1:
+            return original(tensor, num_classes)
+        classes = torch.arange(int(tensor.max().item()) + 1, device=tensor.device)
+        return (tensor.unsqueeze(-1) == classes).to(torch.long)
+
+    torch.nn.functional.one_hot = one_hot
+    try:
+        yield
+    finally:
+        torch.nn.functional.one_hot = original
 
 
 @contextlib.contextmanager

@@ -411,7 +411,7 @@ class Converter:
             name = known.symbol if isinstance(known, Expr) else None
             if name is None:
                 continue
-            low, high = self.names.ranges.get(str(s), (0, None))
+            low, high = self.names.ranges.get(str(s), (-(2**63), None))
             found.append(Bind(name, low, high))
         return tuple(found)
 

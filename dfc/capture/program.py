@@ -87,7 +87,9 @@ def _needs_retracing(operator: Any, node: torch.fx.Node) -> bool:
 def _name_sizes(program: ExportedProgram, request: Request, names: Names, notes: list[str]) -> None:
     """Give each of torch's symbols the user's name and range, and report what became fixed."""
     for s, bounds in program.range_constraints.items():
-        names.ranges[str(s)] = _range(bounds)
+        low, high = _range(bounds)
+        unbounded = str(s).startswith(("u", "zuf")) and not bounds.lower.is_Integer
+        names.ranges[str(s)] = (-(2**63) if unbounded else low, high)
     values = _input_values(program)
     by_name: dict[str, Range] = {}
     anonymous: list[tuple[Any, DimWish]] = []

@@ -141,8 +141,9 @@ def _check(model: ir.Model, target: Path) -> None:
     with open_weights(model) as names:
         proto = ir_to_proto(model)
     kept = [t for t in proto.graph.initializer if t.name not in names]
+    declared = {i.name for i in proto.graph.input}  # state is an input with an initializer
     for t in proto.graph.initializer:
-        if t.name in names:
+        if t.name in names and t.name not in declared:
             proto.graph.input.append(
                 onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
             )

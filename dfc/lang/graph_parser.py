@@ -50,7 +50,7 @@ _OPERATORS = ("+", "-", "*", "//", "%")
 def parse_graph(text: str, file: str = "<string>") -> Graph:
     """Read graph text.
 
-    Raises:  DfcError P001..P012 with `file:line:col`; the graph is not verified.
+    Raises:  DfcError P001..P008 with `file:line:col`; the graph is not verified.
     """
     if len(text) > MAX_BYTES:
         raise DfcError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import re
 import sys
 import tempfile
 import time
@@ -184,6 +185,25 @@ def document(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def recorded() -> list[Row]:
+    """The rows of the table as it was last written."""
+    rows = []
+    for line in DOCUMENT.read_text(encoding="utf-8").splitlines():
+        cells = [c.strip().replace("\\|", "|") for c in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if len(cells) == 6 and cells[0] not in ("model", "---"):
+            name, family, nodes, run, onnx, notes = cells
+            run, onnx = (c.removeprefix("refused: ") if c != "yes" else "" for c in (run, onnx))
+            rows.append(Row(name, family, run, onnx, nodes, notes))
+    return rows
+
+
+def _merged(rows: list[Row]) -> list[Row]:
+    """The recorded table with these rows in place of the older ones."""
+    new = {r.name: r for r in rows}
+    old = {r.name: r for r in recorded()} if DOCUMENT.exists() else {}
+    return [new.get(c.name) or old[c.name] for c in cases() if c.name in new or c.name in old]
+
+
 def _worker(names: list[str], pipe: Any, onnx: bool) -> None:
     import torch
 
@@ -212,10 +232,12 @@ def main() -> int:
     rows, wrong = _all(chosen, options.jobs, not options.no_onnx)
     for name, text in wrong:
         print(f"WRONG {name}: {text}")
-    if not options.names and not options.no_onnx:
+    if not options.no_onnx:
+        if options.names:
+            rows = _merged(rows)
         DOCUMENT.parent.mkdir(exist_ok=True)
         DOCUMENT.write_text(document(rows), encoding="utf-8")
-        print(f"wrote {DOCUMENT}")
+        print(f"wrote {DOCUMENT.name}")
     print("\n".join(document(rows).splitlines()[4:8]))
     return 1 if wrong else 0
 
