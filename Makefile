@@ -30,10 +30,10 @@ demo: assets ## compile a trained sentence encoder and show what was gained
 test: assets ## run the tests that a change must pass (TESTS=path for some of them)
 	$(BIN)/python -m pytest -q -n 2 $(TESTS)
 
-test-full: assets ## run the long tests too; the result goes to docs/test-full.txt
+test-full: assets ## run the long tests that `make test` leaves out; writes docs/test-full.txt
 	@mkdir -p docs
 	@{ $(BIN)/python -c 'import os, platform as p, torch; print(f"python {p.python_version()}, torch {torch.__version__}, {p.system()} {p.machine()}, {os.cpu_count()} cores")'; \
-	  $(BIN)/python -m pytest -q -n 2 -m "not gpu" -ra --durations=15 $(TESTS); } 2>&1 \
+	  $(BIN)/python -m pytest -q -n 2 -m "slow and not gpu" -ra --durations=15 $(TESTS); } 2>&1 \
 	  | sed "s|$(CURDIR)|.|g" | tee docs/test-full.txt
 
 lint: venv ## check style, format and types

@@ -60,14 +60,14 @@ class Compiled:
         Raises:  DfcError K010..K016 when the arguments do not fit, K family when running fails.
         """
         inputs = flat_inputs(self.graph, args, kwargs)
-        results = self.run_flat(inputs)
+        # Copied before the state is written back: a result may be what is written to.
+        results = own_outputs(self.run_flat(inputs), inputs, self.owned)
         for m, value in zip(self.graph.mutations, results[self._outputs :], strict=True):
             if isinstance(m.target, Parameter):
                 self._state[m.target.name] = value.clone()
             else:
                 inputs[self.graph.inputs.index(m.target)].copy_(value)
-        leaves = own_outputs(results[: self._outputs], inputs, self.owned)
-        return build_outputs(self.graph, inputs, iter(leaves))
+        return build_outputs(self.graph, inputs, iter(results[: self._outputs]))
 
     def run_flat(self, inputs: Sequence[Any]) -> list[Any]:
         """Flat inputs to output leaves and mutations, without checks or state changes."""

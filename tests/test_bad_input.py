@@ -181,7 +181,7 @@ def fails(
         ("{}/nets.py:list_for_kwargs", 2, "a list where the dict of keyword arguments should be"),
         ("{}/nets.py:misfit", 2, r"T032.*\n.*forward\(x, table=None\)"),
         ("{}/nets.py:wrong_dims", 2, "T031.*names `y`"),
-        ("{}/nets.py:wrong_size", 3, r"nets.py:\d+: error.T003"),
+        ("{}/nets.py:wrong_size", 8, r"nets.py:\d+: error.T003"),
         ("{}/nets.py:uncapturable", 3, "error.T021"),
         ("no.such.module:build", 2, "there is no module `no.such.module`"),
         ("{}/nothing.pt2", 2, "there is no"),

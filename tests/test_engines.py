@@ -68,3 +68,29 @@ def test_results_share_no_memory_with_inputs_or_weights():
         y.detach().zero_()
     assert torch.equal(x, torch.ones(3))
     assert torch.equal(compiled(x)[1], torch.ones(3))
+
+
+class _ReturnsOld(torch.nn.Module):
+    def forward(self, x):
+        old = x.clone()
+        x.add_(1)
+        return old
+
+
+class _Swaps(torch.nn.Module):
+    def forward(self, x, y):
+        t = x.clone()
+        x.copy_(y)
+        y.copy_(t)
+        return x + y
+
+
+@pytest.mark.parametrize("engine", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("model, count", [(_ReturnsOld(), 1), (_Swaps(), 2)])
+def test_a_result_is_taken_before_the_inputs_are_written(engine, model, count):
+    compiled = dfc.compile(model, tuple(torch.randn(3) for _ in range(count)), engine=engine)
+    mine = [torch.randn(3) for _ in range(count)]
+    theirs = [x.clone() for x in mine]
+    torch.testing.assert_close(compiled(*mine), model(*theirs))
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b)
