@@ -295,7 +295,7 @@ def expectations() -> Iterator[tuple[Path, int, str, str]]:
 
 
 @pytest.mark.parametrize(
-    "path, line, code, word", expectations(), ids=lambda x: getattr(x, "stem", str(x))
+    "path, line, code, word", list(expectations()), ids=lambda x: getattr(x, "stem", str(x))
 )
 def test_error_says_where(path: Path, line: int, code: str, word: str) -> None:
     text = path.read_text()
