@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import dfc.ops
+import dfc.ops  # noqa: F401 - makes the ops known
 from dfc.compiled import Compiled, with_state_inputs
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
@@ -339,4 +339,4 @@ def _own_error(probes: Any) -> float:
     return worst
 
 
-__all__ = ["Compiled", "compile", "dfc", "load", "parse", "trace", "weight_bytes"]
+__all__ = ["Compiled", "compile", "load", "parse", "trace", "weight_bytes"]
