@@ -34,7 +34,7 @@ ZOO = (
 
 @cache
 def grammar() -> lark.Lark:
-    text = (Path(dfc.__file__).parent / "lang" / "grammar.lark").read_text()
+    text = (Path(dfc.__file__).parent / "lang" / "graph.lark").read_text()
     options = {"parser": "lalr", "lexer": "contextual", "strict": True, "maybe_placeholders": False}
     return lark.Lark(text, start=["start", "shape"], **options)
 

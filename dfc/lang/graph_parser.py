@@ -1,6 +1,6 @@
 """Graph text to graph: one pass over the tokens, fast enough for 100 000 nodes.
 
-The grammar is dfc/lang/grammar.lark; this parser accepts the same language (a test compares
+The grammar is dfc/lang/graph.lark; this parser accepts the same language (a test compares
 them) and builds the graph while it reads. It needs no torch: ops are known by name only, and the
 verifier checks them.
 """

@@ -1,0 +1,256 @@
+"""A file of recipes, targets and rules to syntax, with every error in it.
+
+lark's LALR tables do the parsing, token by token. A statement that does not parse becomes an _ERROR
+(grammar.lark says where one may stand) and reading goes on behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from dfc.errors import DfcError, Diagnostic, did_you_mean
+from dfc.lang import syntax as s
+from dfc.lang.builder import Builder
+from dfc.lang.source import Source
+from dfc.lang.tokens import MAX_ERRORS, Token, grammar, statements, tokenize
+
+if TYPE_CHECKING:
+    from lark.parsers.lalr_parser_state import ParserState
+
+# The keywords: a word is one only where the tables take it.
+_KEYWORDS = {
+    word: word.upper() if word in given else f"_{word.upper()}"
+    for given in (
+        {"higher", "lower", "minimize", "maximize", "require", "on", "by", "to", "from", "into",
+         "except", "using", "at", "exact", "applies", "refuses", "in"},
+    )
+    for word in given | {
+        "import", "data", "metric", "target", "recipe", "rule", "pattern", "for", "extends", "is",
+        "better", "device", "link", "keep", "if", "with", "when", "else", "match", "rewrite",
+        "within", "priority", "and", "or", "not",
+    }
+}  # fmt: skip
+_KEYWORDS["dfc"] = "_DOC_HEADER"
+_KEYWORDS["where"] = "_WHERE_"
+_ALSO = {"on": "_ON"}  # `on` of a metric leaves nothing behind, `on` of a step does
+_WORD_OF = {terminal: word for word, terminal in _KEYWORDS.items()} | {"_ON": "on"}
+_SIGN_OF = {
+    "COMMA": ",", "LBRACE": "{", "RBRACE": "}", "COLON": ":", "LPAR": "(", "RPAR": ")",
+    "EQUAL": "=", "LSQB": "[", "RSQB": "]", "BOTH_WAYS": "<->", "ONE_WAY": "->",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What could be read of a text, and everything that is wrong with the rest."""
+
+    document: s.Document
+    problems: tuple[Diagnostic, ...]
+    source: Source
+    tokens: tuple[Token, ...]
+
+
+def parse_document(text: str, file: str = "<string>") -> s.Document:
+    """Read recipes, targets and rules.
+
+    Raises:  DfcError P001..P009 with every error of the text, in order.
+    """
+    reading = read_document(Source(text, file))
+    if reading.problems:
+        raise DfcError.of(reading.problems)
+    return reading.document
+
+
+def read_document(source: Source) -> Reading:
+    """Read as much as can be read; never raises for bad text."""
+    try:
+        source.refuse_hidden()
+    except DfcError as e:
+        return Reading(s.Document((0, 0), ()), e.diagnostics, source, ())
+    tokens, problems = tokenize(source)
+    if any(d.code == "P007" for d in problems):
+        return Reading(s.Document((0, 0), ()), tuple(problems), source, tuple(tokens))
+    kept, unmatched = statements(source, tokens)
+    problems += unmatched
+    if any(d.code == "P004" for d in unmatched):
+        return Reading(s.Document((0, 0), ()), tuple(problems), source, tuple(tokens))
+    parser = _Parser(source, kept)
+    document = parser.run()
+    bad = {d.span.line for d in problems if d.span}  # one error a line is enough
+    problems += [d for d in parser.problems if d.span is None or d.span.line not in bad]
+    problems.sort(key=lambda d: (d.span.line, d.span.col) if d.span else (0, 0))
+    return Reading(document, tuple(problems[:MAX_ERRORS]), source, tuple(tokens))
+
+
+class _Parser:
+    """Feeds tokens to lark's tables, which call the builder for every rule that is complete."""
+
+    def __init__(self, source: Source, tokens: Sequence[Token]) -> None:
+        self.source = source
+        self.problems: list[Diagnostic] = []
+        self.builder = Builder(self._problem)
+        self.tokens = self._with_header(list(tokens))
+
+    def _state(self) -> ParserState[Any]:
+        from lark.parsers.lalr_parser_state import ParseConf, ParserState
+
+        lark = grammar()
+        table = lark.parser.parser._parse_table
+        callbacks: Any = {r: self.builder.callback(r) for r in lark.rules}
+        conf = ParseConf(table, callbacks, "document")
+        return ParserState(conf, None)  # type: ignore[arg-type]
+
+    def run(self) -> s.Document:
+        state = self._state()
+        end = len(self.source.text)
+        i = 0
+        while i < len(self.tokens):
+            token = self.tokens[i]
+            if self._feed(state, token):
+                i += 1
+                continue
+            self._report(state, token)
+            start = self._start(i)
+            if not self._recover(state, (self.tokens[start].start, token.end)):
+                return s.Document((0, end), self.builder.entries(state.value_stack))
+            i = self._behind(start, i)
+        last = Token("$END", "", end, end)
+        if _takes(state, "$END"):
+            found = state.feed_token(last, is_end=True)  # type: ignore[arg-type]
+            assert isinstance(found, s.Document)
+            return found
+        self._report(state, last)
+        return s.Document((0, end), self.builder.entries(state.value_stack))
+
+    def _problem(self, code: str, message: str, at: s.At, help: str | None = None) -> None:
+        self.problems.append(Diagnostic(code, message, self.source.span(*at), help))
+
+    def _with_header(self, tokens: list[Token]) -> list[Token]:
+        """The first line is `dfc 1`; a file without is read as if it were there."""
+        first = [t for t in tokens[:3] if t.type != "_NL"]
+        if len(first) > 1 and first[0].text == "dfc" and first[1].type == "NUMERAL":
+            if first[1].text != "1":
+                message = f"version {first[1].text} of the language; this dfc reads version 1"
+                self._problem("P003", message, (first[1].start, first[1].end))
+            return tokens
+        self._problem("P003", "the first line is not `dfc 1`", (0, 1), "begin with `dfc 1`")
+        given = [("WORD", "dfc"), ("NUMERAL", "1"), ("_NL", "")]
+        return [*(Token(type_, text, 0, 0) for type_, text in given), *tokens]
+
+    def _feed(self, state: ParserState[Any], token: Token) -> bool:
+        """Take the token, as a keyword where one fits; False when it cannot come here."""
+        if token.type == "WORD" and token.text in _KEYWORDS:
+            here = state.parse_conf.states[state.position]
+            types = (_KEYWORDS[token.text], _ALSO.get(token.text, ""))
+            token = replace(token, type=next((t for t in types if t in here), "WORD"))
+        from lark import UnexpectedToken
+
+        try:
+            state.feed_token(token)  # type: ignore[arg-type]
+        except UnexpectedToken:
+            return False
+        return True
+
+    def _recover(self, state: ParserState[Any], at: s.At) -> bool:
+        """Forget the statement at hand, down to where one may stand, and let _ERROR stand there."""
+        while not _takes(state, "_ERROR"):
+            if not state.value_stack:
+                return False
+            state.state_stack.pop()
+            state.value_stack.pop()
+        return self._feed(state, Token("_ERROR", "", *at))
+
+    def _start(self, i: int) -> int:
+        """Where the statement of a token begins."""
+        while i > 0 and self.tokens[i - 1].type != "_NL":
+            i -= 1
+        return i
+
+    def _behind(self, start: int, i: int) -> int:
+        """The _NL that ends a broken statement and the block that hangs on it."""
+        depth = 0
+        for j in range(start, len(self.tokens)):
+            type_ = self.tokens[j].type
+            depth += (type_ == "LBRACE") - (type_ == "RBRACE")
+            if depth < 0:
+                return max(i, j)
+            if type_ == "_NL" and depth == 0 and j >= i:
+                return j
+        return len(self.tokens)
+
+    def _report(self, state: ParserState[Any], token: Token) -> None:
+        if token.type == "BAD":
+            return  # the lexer has said so
+        takes = _expected(state)
+        got = {"_NL": "end of line", "$END": "end of file"}.get(token.type, f"`{token.text}`")
+        words = sorted(_WORD_OF[k] for k in takes if k in _WORD_OF)
+        help = did_you_mean(token.text, words) if token.type == "WORD" else None
+        at = (token.start, max(token.end, token.start + 1))
+        self._problem("P002", f"unexpected {got}; expected {_wanted(takes, words)}", at, help)
+
+    def expected(self, offset: int) -> set[str]:
+        """The terminals that may stand at an offset: what an editor offers there."""
+        state = self._state()
+        i = 0
+        while i < len(self.tokens) and self.tokens[i].end <= offset:
+            token = self.tokens[i]
+            behind = token.type == "_NL" and token.start >= offset
+            if behind and i and self.tokens[i - 1].type != "LBRACE":
+                break
+            if self._feed(state, token):
+                i += 1
+                continue
+            start = self._start(i)
+            if not self._recover(state, (self.tokens[start].start, token.end)):
+                break
+            i = self._behind(start, i)
+        return _expected(state)
+
+
+def _takes(state: ParserState[Any], type_: str) -> bool:
+    """Whether a terminal really fits: LALR lookaheads promise more than they hold."""
+    from lark.parsers.lalr_analysis import Shift
+
+    states, stack = state.parse_conf.states, list(state.state_stack[-1:])
+    below = len(state.state_stack) - 1
+    while True:
+        found = states[stack[-1]].get(type_)
+        if found is None:
+            return False
+        action, argument = found
+        if action is Shift:
+            return True
+        for _ in argument.expansion:
+            stack.pop()
+            if not stack:
+                below -= 1
+                stack.append(state.state_stack[below])
+        stack.append(states[stack[-1]][argument.origin.name][1])
+        if type_ == "$END" and stack[-1] == state.parse_conf.end_state:
+            return True
+
+
+def _expected(state: ParserState[Any]) -> set[str]:
+    here = state.parse_conf.states[state.position]
+    return {k for k in here if (k.isupper() or k == "$END") and k != "_ERROR" and _takes(state, k)}
+
+
+def expected_at(source: Source, offset: int) -> set[str]:
+    """What may stand at an offset: keywords (`match`), signs (`(`), or WORD, TEXT, NUMERAL."""
+    kept, _ = statements(source, tokenize(source)[0])
+    return {_WORD_OF.get(k, _SIGN_OF.get(k, k)) for k in _Parser(source, kept).expected(offset)}
+
+
+def _wanted(takes: set[str], words: Sequence[str]) -> str:
+    named = ["a name"] if "WORD" in takes else []
+    named += [f"`{w}`" for w in words[: 8 - 3 * len(named)]]
+    if "WORD" not in takes:
+        kinds = {"TEXT": "a string", "NUMERAL": "a number"}
+        named += [name for k, name in kinds.items() if k in takes]
+    if len(named) < 6:
+        named += [f"`{_SIGN_OF[k]}`" for k in sorted(takes & set(_SIGN_OF))]
+    if takes & {"_NL", "$END"}:
+        named.append("end of line")
+    return " or ".join([*filter(None, [", ".join(named[:-1])]), *named[-1:]]) or "nothing"

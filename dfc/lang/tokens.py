@@ -1,0 +1,210 @@
+"""Text to tokens: lark's lexer over the terminals of grammar.lark, and where statements end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dfc.errors import Diagnostic
+from dfc.lang.source import Source
+
+if TYPE_CHECKING:
+    import lark
+
+MAX_TOKENS = 100_000
+MAX_DEPTH = 64  # of brackets and blocks
+MAX_WORD = 256
+MAX_TEXT = 1 << 16
+MAX_ERRORS = 20
+
+_OPEN = {"LPAR": "RPAR", "LSQB": "RSQB", "LBRACE": "RBRACE"}
+_SIGNS = {"LPAR": "(", "RPAR": ")", "LSQB": "[", "RSQB": "]", "LBRACE": "{", "RBRACE": "}"}
+# A line that ends with one of these goes on in the next.
+_GOES_ON = {
+    "COMMA", "EQUAL", "EQ", "NE", "LE", "GE", "LT", "GT", "NEAR", "PLUS", "MINUS", "TIMES",
+    "OVER", "FLOOR", "REST", "VBAR", "AMPERSAND", "ONE_WAY", "BOTH_WAYS",
+}  # fmt: skip
+_OPERANDS = {"WORD", "TEXT", "NUMERAL"}
+_WORDS_THAT_GO_ON = {"and", "or", "not"}
+
+
+@dataclass(frozen=True)
+class Token:
+    """type is a terminal of grammar.lark, or COMMENT, LINE, BAD."""
+
+    type: str
+    text: str
+    start: int
+    end: int
+
+
+@cache
+def grammar() -> lark.Lark:
+    """The grammar, loaded once for each process: lark's own cache would unpickle a shared file."""
+    import lark
+
+    text = (Path(__file__).parent / "grammar.lark").read_text()
+    return lark.Lark(
+        text, start="document", parser="lalr", lexer="basic", strict=True, maybe_placeholders=True,
+            )  # fmt: skip
+
+
+@cache
+def _lexer() -> Any:
+    """The lexer that keeps comments and line ends, which the parser's own drops."""
+    return grammar()._build_lexer(dont_ignore=True)
+
+
+def tokenize(source: Source) -> tuple[list[Token], list[Diagnostic]]:
+    """All tokens, comments and line ends among them, and what could not be read.
+
+    An unreadable piece becomes a BAD token up to the end of its line.
+    """
+    import lark
+    from lark.lexer import LexerThread
+
+    tokens: list[Token] = []
+    problems: list[Diagnostic] = []
+    offset = 0
+    text = source.text
+    while True:
+        base = offset
+        try:
+            for t in LexerThread.from_text(_lexer(), text[base:]).lex(None):  # type: ignore[no-untyped-call]
+                if t.type == "SPACE":
+                    continue
+                start = base + (t.start_pos or 0)
+                tokens.append(Token(str(t.type), str(t), start, start + len(t)))
+                if len(tokens) > MAX_TOKENS:
+                    message = f"the file has more than {MAX_TOKENS} words and signs"
+                    problems.append(Diagnostic("P007", message, source.span(start)))
+                    return tokens, problems
+            break
+        except lark.UnexpectedCharacters as e:
+            start = base + (e.pos_in_stream or 0)
+            end = text.find("\n", start)
+            end = len(text) if end < 0 else end
+            problems.append(_unreadable(source, start))
+            tokens.append(Token("BAD", text[start:end], start, end))
+            offset = end
+            if len(problems) >= MAX_ERRORS:
+                break
+    for t in tokens:
+        limit = {"WORD": MAX_WORD, "TEXT": MAX_TEXT}.get(t.type)
+        if limit and len(t.text) > limit:
+            what = "name" if t.type == "WORD" else "string"
+            message = f"this {what} has {len(t.text)} characters; it may have {limit}"
+            problems.append(Diagnostic("P007", message, source.span(t.start, t.end)))
+    return tokens, problems
+
+
+def _unreadable(source: Source, start: int) -> Diagnostic:
+    c = source.text[start]
+    span = source.span(start, start + 1)
+    if c == '"':
+        line_end = source.text.find("\n", start)
+        rest = source.text[start + 1 : line_end if line_end >= 0 else None]
+        if '"' in rest:
+            help = 'escapes are \\" \\\\ \\/ \\b \\f \\n \\r \\t \\u0041'
+            return Diagnostic("P001", "a string with an escape that is none", span, help)
+        return Diagnostic("P001", "the string is not closed on its line", span, 'add a `"`')
+    if c == "'":
+        return Diagnostic("P001", "unexpected `'`", span, 'strings stand in double quotes: `"`')
+    return Diagnostic("P001", f"unexpected `{c}`", span)
+
+
+def statements(source: Source, tokens: Sequence[Token]) -> tuple[list[Token], list[Diagnostic]]:
+    """The tokens that the parser reads: no comments, and a _NL where a statement ends.
+
+    Brackets must match; one that does not ends with its line, so that the rest can be read.
+    """
+    kept: list[Token] = []
+    problems: list[Diagnostic] = []
+    stack: list[Token] = []
+
+    def end_line(at: int) -> None:
+        if kept and kept[-1].type != "_NL":
+            kept.append(Token("_NL", "", at, at))
+
+    for i, t in enumerate(tokens):
+        if t.type == "COMMENT":
+            continue
+        if t.type == "LINE":
+            inside = stack and stack[-1].type != "LBRACE"
+            if inside and _starts_afresh(kept[-1], tokens, i):
+                problems.append(_not_closed(source, stack))
+                while stack and stack[-1].type != "LBRACE":
+                    stack.pop()
+                inside = False
+            goes_on = kept and (
+                kept[-1].type in _GOES_ON
+                or (kept[-1].type == "WORD" and kept[-1].text in _WORDS_THAT_GO_ON)
+            )
+            if not inside and not goes_on:
+                end_line(t.start)
+            continue
+        if t.type in _OPEN:
+            stack.append(t)
+            if len(stack) > MAX_DEPTH:
+                message = f"brackets are nested more than {MAX_DEPTH} deep"
+                problems.append(Diagnostic("P004", message, source.span(t.start, t.end)))
+                return kept, problems
+            kept.append(t)
+            if t.type == "LBRACE":
+                end_line(t.end)
+            continue
+        if t.type in _OPEN.values():
+            if not stack or _OPEN[stack[-1].type] != t.type:
+                problems.append(_stray(source, t, stack))
+                if t.type == "RBRACE" and any(s.type == "LBRACE" for s in stack):
+                    while stack.pop().type != "LBRACE":
+                        pass
+                else:
+                    continue
+            else:
+                stack.pop()
+            if t.type == "RBRACE":
+                end_line(t.start)
+        kept.append(t)
+    if stack:
+        problems.append(_not_closed(source, stack))
+    end_line(len(source.text))
+    return kept, problems
+
+
+def _starts_afresh(before: Token, tokens: Sequence[Token], i: int) -> bool:
+    """Whether a line inside brackets can only be a new statement: a bracket was left open.
+
+    Two operands never stand side by side in brackets, and no block ends there.
+    """
+    ahead = [t for t in tokens[i : i + 40] if t.type not in ("LINE", "COMMENT")][:2]
+    if not ahead:
+        return False
+    if ahead[0].type == "RBRACE":
+        return True
+    side_by_side = before.type in _OPERANDS | {"RPAR", "RSQB", "BAD"} and _begins(ahead[0])
+    return side_by_side or (ahead[0].type == "WORD" and len(ahead) > 1 and _begins(ahead[1]))
+
+
+def _begins(t: Token) -> bool:
+    return t.type in _OPERANDS and t.text not in ("and", "or", "in")
+
+
+def _stray(source: Source, t: Token, stack: Sequence[Token]) -> Diagnostic:
+    if not stack:
+        return Diagnostic("P002", f"`{t.text}` closes nothing", source.span(t.start, t.end))
+    line = source.span(stack[-1].start).line
+    wanted = _SIGNS[_OPEN[stack[-1].type]]
+    message = f"`{t.text}` where `{wanted}` should close the `{stack[-1].text}` of line {line}"
+    return Diagnostic("P002", message, source.span(t.start, t.end))
+
+
+def _not_closed(source: Source, stack: Sequence[Token]) -> Diagnostic:
+    t = stack[-1]
+    wanted = _SIGNS[_OPEN[t.type]]
+    return Diagnostic(
+        "P002", f"`{t.text}` is not closed", source.span(t.start, t.end), f"add a `{wanted}`"
+    )
