@@ -15,6 +15,7 @@ import typer
 from dfc.cli.bench import bench as bench_
 from dfc.cli.check import check as check_
 from dfc.cli.compile import compile as compile_
+from dfc.cli.diff import diff as diff_
 from dfc.cli.doctor import doctor as doctor_
 from dfc.cli.failures import INTERRUPTED, guarded, usage
 from dfc.cli.fmt import fmt as fmt_
@@ -28,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (compile_, run_, bench_, show_, verify_, check_, fmt_, list_, doctor_):
+for verb in (compile_, run_, bench_, show_, verify_, check_, fmt_, diff_, list_, doctor_):
     app.command(name=verb.__name__.rstrip("_"))(verb)
 
 

@@ -601,6 +601,11 @@ class Graph:
         self._link(node, anchor)
 
     def rename(self, value: Value, name: str) -> None:
+        if isinstance(value, Parameter):
+            assert name not in self._parameters, name
+            value.name = name
+            self._parameters = {p.name: p for p in self._parameters.values()}
+            return
         self._release(value.name)
         value.name = self._claim(name)
 

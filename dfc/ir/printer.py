@@ -32,6 +32,17 @@ def canonical_text(graph: Graph) -> str:
     return "\n".join(_Printer(True).graph(graph, "")) + "\n"
 
 
+def node_text(node: Node) -> str:
+    """One node as its line of graph text, without its place in the source."""
+    printer = _Printer(False)
+    return printer.node(node, printer.names(node.graph or Graph()), loc=False)
+
+
+def parameter_text(p: Parameter) -> str:
+    """One parameter as its line of graph text."""
+    return _Printer(False).parameter(p)
+
+
 def attribute_text(value: Any) -> str:
     """One attribute as text that reads back to the same type and bits."""
     if value is None or isinstance(value, (bool, int, float)):
@@ -176,7 +187,7 @@ class _Printer:
         words += [f"tied {parameter_name(alias)}" for alias in p.aliases]
         return " ".join(words)
 
-    def node(self, node: Node, names: Callable[[Value], str]) -> str:
+    def node(self, node: Node, names: Callable[[Value], str], loc: bool = True) -> str:
         def operand(x: Input) -> str:
             if isinstance(x, tuple):
                 return "[" + ", ".join("None" if v is None else names(v) for v in x) + "]"
@@ -194,6 +205,6 @@ class _Printer:
             text += f" binds {', '.join(binds)}"
         if node.stage is not None:
             text += f" stage {node.stage}"
-        if node.loc and not self.canonical:
+        if loc and node.loc and not self.canonical:
             text += f" {loc_text(node.loc)}"
         return text
