@@ -196,10 +196,11 @@ class Builder:
         return s.Claim(at, None)
 
     def priority(self, at: At, items: Sequence[Any]) -> s.Priority:
-        number = self.numeral(at, items)
+        minus, *numeral = items
+        number = self.numeral(at, numeral)
         if number.unit or not isinstance(number.value, int):
             self.report("P006", "a priority is a whole number", number.at)
-        return s.Priority(at, int(number.value))
+        return s.Priority(at, -int(number.value) if minus else int(number.value))
 
     def sample(self, at: At, items: Sequence[Any]) -> s.Sample:
         return s.Sample(at, items[0].text, tuple(items[1:]))

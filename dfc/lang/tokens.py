@@ -143,7 +143,7 @@ def statements(source: Source, tokens: Sequence[Token]) -> tuple[list[Token], li
                 kept[-1].type in _GOES_ON
                 or (kept[-1].type == "WORD" and kept[-1].text in _WORDS_THAT_GO_ON)
             )
-            if not inside and not goes_on:
+            if not inside and not goes_on and not _continues(tokens, i):
                 end_line(t.start)
             continue
         if t.type in _OPEN:
@@ -173,6 +173,15 @@ def statements(source: Source, tokens: Sequence[Token]) -> tuple[list[Token], li
         problems.append(_not_closed(source, stack))
     end_line(len(source.text))
     return kept, problems
+
+
+def _continues(tokens: Sequence[Token], i: int) -> bool:
+    """Whether the next line can only go on with the expression before it."""
+    ahead = next((t for t in tokens[i : i + 40] if t.type not in ("LINE", "COMMENT")), None)
+    return ahead is not None and (
+        ahead.type in ("VBAR", "AMPERSAND")
+        or (ahead.type == "WORD" and ahead.text in ("and", "or"))
+    )
 
 
 def _starts_afresh(before: Token, tokens: Sequence[Token], i: int) -> bool:

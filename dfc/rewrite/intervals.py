@@ -230,6 +230,11 @@ def _triangle(node: Node, given: Sequence[Interval]) -> Interval:
     return given[0] | Interval(0.0, 0.0)
 
 
+def _cumsum(node: Node, given: Sequence[Interval]) -> Interval:
+    """At most as many terms as a tensor may have elements."""
+    return _scaled(given[0], 2.0**46) | given[0]
+
+
 def _arange(node: Node, given: Sequence[Interval]) -> Interval:
     ends = [_number(node, name) for name in ("start", "end")]
     known = [e for e in ends if e is not None]
@@ -268,4 +273,5 @@ _RULES: dict[str, Rule] = {
     "triu": _triangle,
     "tril": _triangle,
     "arange": _arange,
+    "cumsum": _cumsum,
 }

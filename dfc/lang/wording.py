@@ -1,0 +1,47 @@
+"""Expressions as text, in the one form that the formatter and messages share."""
+
+from __future__ import annotations
+
+import json
+
+from dfc.lang import syntax as s
+
+# How tightly an operator binds; what binds less stands in brackets.
+_LEVEL = {
+    "or": 1, "and": 2, "not": 3, "==": 4, "!=": 4, "<=": 4, ">=": 4, "<": 4, ">": 4, "~=": 4,
+    "in": 4, "|": 5, "&": 6, "+": 7, "-": 7, "*": 8, "/": 8, "//": 8, "%": 8,
+}  # fmt: skip
+_UNARY = 9
+
+
+def expression_text(x: s.Expr, level: int = 0) -> str:
+    """An expression that reads back to an equal one."""
+    if isinstance(x, s.Word):
+        return x.name.rpartition("$")[2]
+    if isinstance(x, s.Number):
+        return number_text(x)
+    if isinstance(x, s.Text):
+        return json.dumps(x.value)
+    if isinstance(x, s.Tail):
+        return f"...{x.name.rpartition('$')[2]}"
+    if isinstance(x, s.Several):
+        return "[" + ", ".join(map(expression_text, x.items)) + "]"
+    if isinstance(x, s.Call):
+        given = [expression_text(a) for a in x.arguments]
+        given += [f"{k.name.name}={expression_text(k.value)}" for k in x.keywords]
+        return f"{x.name.name}{x.mark}({', '.join(given)})"
+    if isinstance(x, s.Unary):
+        own = _LEVEL["not"] if x.op == "not" else _UNARY
+        text = f"{x.op}{' ' if x.op == 'not' else ''}{expression_text(x.operand, own)}"
+        return f"({text})" if own < level else text
+    assert isinstance(x, s.Binary)
+    own = _LEVEL[x.op]
+    alone = own == 4  # comparisons do not chain
+    left = expression_text(x.left, own + alone)
+    text = f"{left} {x.op} {expression_text(x.right, own + 1)}"
+    return f"({text})" if own < level else text
+
+
+def number_text(x: s.Number) -> str:
+    value = int(x.value) if isinstance(x.value, bool) else x.value
+    return f"{value!r}{x.unit}"

@@ -1,0 +1,177 @@
+"""Apply rewrite rules until none fits."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph, Node, Parameter
+from dfc.rewrite.conditions import Facts
+from dfc.rewrite.match import Matcher
+from dfc.rewrite.pass_ import EXACT, Context, Numerics, Pass, close
+from dfc.rewrite.replace import Order, Replaced, replace
+from dfc.rewrite.rule import Rule
+from dfc.rewrite.rulesets import select_rules
+
+JOURNAL = "fuse"  # the name in Context.products
+
+
+@dataclass(frozen=True)
+class Firing:
+    """One rewrite: the rule, the value it gave anew, and where that stands in the model."""
+
+    number: int
+    rule: Rule
+    value: str
+    module: str
+    place: str
+    gone: tuple[str, ...]
+    made: tuple[str, ...]
+
+
+@dataclass
+class Journal:
+    """What the rules did, in order, and what they could not for a reason found while writing."""
+
+    firings: list[Firing] = field(default_factory=list)
+    refused: list[tuple[Rule, str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Fuse(Pass):
+    """Apply rewrite rules, shipped or the user's, until none of them fits any more.
+
+    Needs:    a valid graph; `canonicalize` and `remove_noops` first for best effect.
+    Ensures:  no rule that was named applies, unless the graph forbids it.
+    Keeps:    values that others read; outputs; random and effectful nodes.
+    Cost:     close to linear: rules are looked up by the op of their root; after the first round
+              only what lies behind a change is looked at again.
+    Raises:   DfcError R040 when rules keep undoing each other or let the graph grow.
+    """
+
+    name = "fuse"
+
+    rules: tuple[str, ...] = ()  # sets, rules, or set.rule; empty: all that dfc ships
+    limit: int | None = None  # make at most this many rewrites; bisects a miscompile
+    skip: tuple[int, ...] = ()  # rewrites by number that are left out: those found to be wrong
+
+    @property
+    def selected(self) -> tuple[Rule, ...]:
+        return select_rules(self.rules)
+
+    @property
+    def numerics(self) -> Numerics:  # type: ignore[override]
+        rtol = max((r.claim.rtol for r in self.selected if r.claim != EXACT), default=0.0)
+        return close(rtol) if rtol else EXACT
+
+    def run(self, graph: Graph, ctx: Context) -> int:
+        journal = ctx.products.setdefault(JOURNAL, Journal())
+        matcher = Matcher(self.selected)
+        return _Run(self, matcher, journal).graph(graph)
+
+
+class _Run:
+    """One run of the pass over a graph and the graphs inside."""
+
+    def __init__(self, options: Fuse, matcher: Matcher, journal: Journal) -> None:
+        self.options, self.matcher, self.journal = options, matcher, journal
+        self.number = 0
+        self.done = 0
+
+    def graph(self, graph: Graph) -> int:
+        before = self.done
+        for node in list(graph.nodes):
+            for inner in node.graphs:
+                self.graph(inner)
+        self._rewrite(graph)
+        return self.done - before
+
+    def _rewrite(self, graph: Graph) -> None:
+        order = Order(graph)
+        fuel = 64 * len(graph) + 10_000
+        folded: dict[object, Parameter] = {}
+        facts = Facts(graph)
+        # Backwards: what is nearer to the output is seen first, so a larger pattern wins over the
+        # smaller one inside.
+        waiting = deque(reversed(list(graph.nodes)))
+        queued = set(waiting)
+        recent: list[str] = []
+        while waiting:
+            node = waiting.popleft()
+            queued.discard(node)
+            if node.graph is not graph:
+                continue
+            replaced = self._at(graph, node, order, folded, facts)
+            if replaced is None:
+                continue
+            facts = Facts(graph)
+            recent.append(self.journal.firings[-1].rule.full_name)
+            fuel -= 1 + len(replaced.made)
+            if fuel < 0:
+                raise _endless(recent)
+            for n in self._behind(graph, replaced.made):
+                if n not in queued:
+                    queued.add(n)
+                    waiting.append(n)
+
+    def _at(
+        self,
+        graph: Graph,
+        node: Node,
+        order: Order,
+        folded: dict[object, Parameter],
+        facts: Facts,
+    ) -> Replaced | None:
+        """The first rewrite that works at a node, made."""
+        from dfc.rewrite.match import Attempt
+
+        for compiled in self.matcher.candidates(node):
+            if self.done == self.options.limit:
+                return None
+            match = Attempt(compiled, graph, facts, explain=False).run(node)
+            if match is None:
+                continue
+            number = self.number
+            self.number += 1
+            if number in self.options.skip:
+                continue
+            module = node.loc.module if node.loc else ""
+            place = str(node.loc) if node.loc else ""
+            name = node.results[0].name
+            found = replace(match, graph, order, folded)
+            if isinstance(found, str):
+                self.journal.refused.append((match.rule, name, found))
+                continue
+            self.done += 1
+            made = tuple(r.name for n in found.made for r in n.results)
+            self.journal.firings.append(
+                Firing(number, match.rule, name, module, place, found.gone, made)
+            )
+            return found
+        return None
+
+    def _behind(self, graph: Graph, made: Sequence[Node]) -> list[Node]:
+        """What a change may let match: the new nodes and those that read them, so far as any
+        pattern looks back."""
+        found: dict[Node, None] = {}
+        level = [n for n in made if n.graph is graph]
+        for n in list(level):
+            level += [v.node for v in n.operands if v.node is not None]
+        for _ in range(self.matcher.height + 1):
+            fresh = [n for n in level if n not in found and n is not graph.result]
+            found.update(dict.fromkeys(fresh))
+            level = [u for n in fresh for u in n.users]
+            if len(found) > 512:
+                break
+        return list(found)
+
+
+def _endless(recent: Sequence[str]) -> DfcError:
+    names = ", ".join(f"`{n}`" for n in dict.fromkeys(recent[-50:]))
+    return DfcError(
+        "R040",
+        f"the rules do not come to an end: {names} keep firing",
+        help="one undoes what another does, or lets the graph grow; `dfc test` finds which",
+    )
