@@ -104,15 +104,23 @@ class Compiled:
 
         write_package(self, path, force=force)
 
-    def export(self, path: str | os.PathLike[str], *, force: bool = False, **options: Any) -> None:
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        force: bool = False,
+        contrib: bool = False,
+        **options: Any,
+    ) -> None:
         """Write plain ONNX, checked and run in ONNX Runtime against the probes first.
 
+        With `contrib` it is written for ONNX Runtime alone, with operators of its own.
         Raises:  DfcError X family when an op has no translation or the results differ.
         """
         from dfc.emit.onnx_export import export_onnx
 
         probes = [(p.inputs, p.original) for p in self.probes]
-        export_onnx(self.graph, path, probes=probes, force=force, **options)
+        export_onnx(self.graph, path, probes=probes, force=force, contrib=contrib, **options)
 
     def __str__(self) -> str:
         return str(self.report)

@@ -171,7 +171,41 @@ def witness_rotary_embedding(
     return y
 
 
+def witness_skip_rms_norm(x: Any, skip: Any, gamma: Any, *, eps: float) -> Any:
+    total = x + skip
+    return total / np.sqrt((total**2).mean(-1, keepdims=True) + eps) * gamma, total
+
+
+def witness_multi_head_attention(
+    q: Any, k: Any, v: Any, mask: Any = None, *, num_heads: int, num_kv_heads: int,
+    scale: float | None, is_causal: bool,
+) -> Any:  # fmt: skip
+    """One row of scores at a time."""
+    (batch, rows, width), columns = q.shape, k.shape[1]
+    d, e, group = width // num_heads, v.shape[2] // num_kv_heads, num_heads // num_kv_heads
+    y = np.zeros((batch, rows, num_heads * e))
+    if mask is not None:
+        mask = np.broadcast_to(mask, (batch, num_heads, rows, columns))
+    for b, h, i in itertools.product(range(batch), range(num_heads), range(rows)):
+        g = h // group
+        scores = k[b, :, g * d : (g + 1) * d] @ q[b, i, h * d : (h + 1) * d]
+        scores = scores * (1 / math.sqrt(d) if scale is None else scale)
+        if is_causal:
+            scores[i + 1 :] = -np.inf
+        if mask is not None and mask.dtype == bool:
+            scores = np.where(mask[b, h, i], scores, -np.inf)
+        elif mask is not None:
+            scores = scores + mask[b, h, i]
+        if not np.isfinite(scores).any():
+            continue
+        weights = np.exp(scores - scores.max())
+        y[b, i, h * e : (h + 1) * e] = weights / weights.sum() @ v[b, :, g * e : (g + 1) * e]
+    return y
+
+
 WITNESSES: dict[str, Callable[..., Any]] = {
+    "dfc.multi_head_attention": witness_multi_head_attention,
+    "dfc.skip_rms_norm": witness_skip_rms_norm,
     "dfc.linear_gelu": witness_linear_gelu,
     "dfc.linear_w4": witness_linear_w4,
     "dfc.skip_layer_norm": witness_skip_layer_norm,
@@ -187,8 +221,11 @@ def test_op_means_one_thing(case: Case) -> None:
         assert tuple(map(TensorType.of, got)) == as_tuple(case.op.infer(*case.static))
         symbolic = [t.substitute(SIZES) for t in as_tuple(case.op.infer(*case.types))]
         assert list(map(TensorType.of, got)) == symbolic
-        wide = [None if a is None else a.double().numpy() for a in arrays]
-        close([*got], [*as_tuple(WITNESSES[case.info.name](*wide, **case.attributes))])
+        wide = [a.double().numpy() if a is not None and a.is_floating_point() else
+                None if a is None else a.numpy() for a in arrays]  # fmt: skip
+        # exp turns the rounding error of a score, which grows with its size, into a relative one
+        rtol = 1e-5 * (max(scale, 1) ** 2 if "attention" in case.info.name else 1)
+        close([*got], [*as_tuple(WITNESSES[case.info.name](*wide, **case.attributes))], rtol)
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
@@ -219,6 +256,23 @@ def test_op_works_in_a_graph(case: Case) -> None:
     want = as_tuple(case.op.reference(*case.arrays()))
     for got in (interpret(again, arrays), to_fx(graph)(*arrays)):
         torch.testing.assert_close(list(got), list(want), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("opset, contrib", [(20, False), (23, False), (23, True)])
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_onnx_equals_the_op(case: Case, opset: int, contrib: bool) -> None:
+    from dfc.emit.onnx import build_onnx
+    from dfc.emit.onnx_run import Session
+
+    graph = case.graph()
+    model = build_onnx(graph, opset=opset, contrib=contrib)
+    assert contrib or {n.domain for n in model.graph} == {""}
+    session = Session(model, graph, threads=1)
+    for seed in range(2):
+        arrays = [a for a in case.arrays(seed) if a is not None]
+        original, witness = interpret(graph, arrays), interpret(graph, arrays, double=True)
+        verdict = judge(session.run(arrays), original, witness)
+        assert verdict.agrees, str(verdict.difference)
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
@@ -321,6 +375,27 @@ def in_onnxruntime(case: Case, arrays: list[Any]) -> list[Any]:
         return run_onnxruntime(
             "SkipLayerNormalization", "com.microsoft", inputs, attributes, outputs
         )
+    if case.info.name == "dfc.skip_rms_norm":
+        attributes = {"epsilon": case.attributes["eps"]}
+        outputs = ["y", "", "", "total"]
+        return run_onnxruntime(
+            "SkipSimplifiedLayerNormalization", "com.microsoft", list(a.values()), attributes,
+            outputs,
+        )  # fmt: skip
+    if case.info.name == "dfc.multi_head_attention":
+        mask = a["mask"]
+        if mask is not None:  # the kernel broadcasts no rows
+            mask = np.ascontiguousarray(
+                np.broadcast_to(mask, (*mask.shape[:-2], a["q"].shape[1], a["k"].shape[1]))
+            )
+        attributes = {k: v for k, v in case.attributes.items() if v is not None}
+        attributes = {
+            "q_num_heads": attributes.pop("num_heads"),
+            "kv_num_heads": attributes.pop("num_kv_heads"),
+            **attributes,
+            "is_causal": int(attributes["is_causal"]),
+        }
+        return run_onnxruntime("Attention", "", [a["q"], a["k"], a["v"], mask], attributes, ["y"])
     inputs = [a["x"], a["cos"], a["sin"], a["positions"]]
     attributes = {"interleaved": int(case.attributes["interleaved"])}
     r = 2 * a["cos"].shape[-1]

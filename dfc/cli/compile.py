@@ -27,6 +27,12 @@ def compile(
     onnx: Annotated[
         str | None, typer.Option("--onnx", metavar="PATH", help="Write plain ONNX here.")
     ] = None,
+    contrib: Annotated[
+        bool,
+        typer.Option(
+            "--contrib/--no-contrib", help="Allow ONNX Runtime's own operators in that file."
+        ),
+    ] = False,
     passes: Annotated[
         str | None,
         typer.Option(
@@ -75,7 +81,7 @@ def compile(
             written["package"] = output
         if onnx:
             say(f"writing {onnx} and running it in ONNX Runtime")
-            compiled.export(onnx, force=force)
+            compiled.export(onnx, force=force, contrib=contrib)
             written["onnx"] = onnx
         if html:
             from dfc.cli.outputs import write_text

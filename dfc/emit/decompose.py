@@ -1,4 +1,4 @@
-"""One op in terms of others: PyTorch's own decomposition, traced on the op's types."""
+"""One op in terms of others: what a declared op says, or PyTorch's decomposition, traced."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from dfc.ir.expr import Expr, symbols
 from dfc.ir.graph import Attributes, Graph
 from dfc.ir.op import lookup
 from dfc.ir.types import TensorType
+from dfc.ops.builder import decomposable
+from dfc.ops.builder import decompose as decompose_declared
 
 if TYPE_CHECKING:
     from dfc.ir.graph import Range
@@ -79,6 +81,8 @@ def _decompose(
     from dfc.ops.aten import AtenOp
     from dfc.ops.symbolic import SymbolTable
 
+    if decomposable(op):
+        return _said(op, types, attributes, bounds)
     reason = why_indivisible(op)
     if reason:
         return reason
@@ -124,6 +128,21 @@ def _decompose(
     except Exception as e:  # noqa: BLE001 (tracing raises whatever a decomposition meets)
         text = str(e).strip()
         return f"its decomposition fails: {text.splitlines()[0] if text else type(e).__name__}"
+
+
+def _said(
+    op: str,
+    types: OperandTypes,
+    attributes: Attributes,
+    bounds: tuple[tuple[str, Range], ...],
+) -> Graph:
+    """What a declared op writes of itself, in a graph of its own."""
+    graph = Graph("decomposed", ranges=dict(bounds))
+    inputs = [t and graph.add_input(f"in{i}", t) for i, t in enumerate(types)]
+    node = graph.add(op, inputs, attributes)
+    graph.set_outputs(decompose_declared(node))
+    graph.erase(node)
+    return graph
 
 
 def _graph(traced: Any, table: Any, types: list[TensorType], op: str) -> Graph:

@@ -38,7 +38,8 @@ from dfc.ops.aten import ASSERTIONS, AtenOp
 if TYPE_CHECKING:
     from dfc.emit.onnx_export import Written
 
-OPSET = 20
+OPSET = 20  # of files: every runtime of the last years reads it
+ENGINE_OPSET = 23  # of models for the ONNX Runtime at hand: the first with Attention
 IR_VERSION = 10
 _MAX_DEPTH = 12
 # Ops that only move elements: ONNX Runtime has them in every element type.
@@ -77,20 +78,25 @@ _MOVES = frozenset(
 _WIDE = {"bf16": "f32"}
 
 
-def build_onnx(graph: Graph, *, opset: int = OPSET, name: str | None = None) -> ir.Model:
+def build_onnx(
+    graph: Graph, *, opset: int = OPSET, contrib: bool = False, name: str | None = None
+) -> ir.Model:
     """The graph as an ONNX model whose initializers refer to the parameters' own tensors.
+
+    With `contrib`, operators of ONNX Runtime's own may stand where they are faster.
 
     Raises:  DfcError X001 for an op without a translation, X004 for a parameter without data.
     """
     onnx_ops.load()
-    root = Root(opset)
+    root = Root(opset, contrib)
     sizes = Sizes()
     b = Builder(root, sizes)
     env: dict[Value, Val] = {}
     inputs = _inputs(graph, root, sizes, env)
     output_names = list(_output_names(graph, root))
     initializers = _parameters(graph, root, env)
-    _translate_nodes(b, graph, env, dict(graph.ranges))
+    root.ranges = ranges = dict(graph.ranges)
+    _translate_nodes(b, graph, env, ranges)
     outputs = _outputs(b, graph, env, output_names)
     stateful = [env[m.target] for m in graph.mutations if isinstance(m.target, Parameter)]
     made = ir.Graph(
@@ -99,9 +105,9 @@ def build_onnx(graph: Graph, *, opset: int = OPSET, name: str | None = None) -> 
         nodes=[*root.constant_nodes, *b.nodes],
         initializers=initializers,
         name=name or graph.name,
-        opset_imports={"": opset},
+        opset_imports=root.domains,
     )
-    model = ir.Model(made, ir_version=IR_VERSION, producer_name="dfc")
+    model = ir.Model(made, ir_version=ir_version(opset), producer_name="dfc")
     if root.functions:
         _inline(model, root)
     return model
@@ -112,6 +118,13 @@ def export_onnx(graph: Graph, path: str | os.PathLike[str], **options: Any) -> W
     from dfc.emit.onnx_export import export_onnx as export
 
     return export(graph, path, **options)
+
+
+def ir_version(opset: int) -> int:
+    """The oldest file format that may name the opset, and not older than what we always wrote."""
+    from onnx.helper import find_min_ir_version_for, make_opsetid
+
+    return max(IR_VERSION, int(find_min_ir_version_for([make_opsetid("", opset)])))
 
 
 def is_random(graph: Graph) -> bool:
@@ -131,7 +144,7 @@ def _inline(model: ir.Model, root: Root) -> None:
         model.functions[f.identifier()] = f
     InlinePass()(model)
     model.functions.clear()
-    for domain in [d for d in model.graph.opset_imports if d]:
+    for domain in set(model.graph.opset_imports) - set(root.domains):
         del model.graph.opset_imports[domain]
 
 
@@ -145,11 +158,12 @@ def why_not(node: Node) -> str | None:
         return onnx_ops.REFUSED[op]
     if op in onnx_ops.REAL or op in onnx_ops.COMPLEX or op.split(".")[1] in ASSERTIONS:
         return None
-    if has_translation(op, OPSET):
+    if has_translation(op, ENGINE_OPSET):
         return None
     info = node.info
     if isinstance(info, DeclaredOp):
-        return None if hasattr(info.cls, "to_onnx") else "the op says nothing of ONNX"
+        known = hasattr(info.cls, "to_onnx") or hasattr(info.cls, "decompose")
+        return None if known else "the op says nothing of ONNX"
     return why_indivisible(op)
 
 
@@ -473,7 +487,10 @@ def _declared(b: Builder, call: Call) -> Any:
     if lowering is None:
         raise NoTranslation("the op says nothing of ONNX")
     assert isinstance(info, DeclaredOp)
-    return info.instance(call.attributes).to_onnx(b, *call.operands)  # type: ignore[attr-defined]
+    found = info.instance(call.attributes).to_onnx(b, *call.operands)  # type: ignore[attr-defined]
+    if found is None:
+        raise NoTranslation("")
+    return found
 
 
 def _inlined(

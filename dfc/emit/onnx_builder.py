@@ -156,10 +156,16 @@ class Call:
 
 
 class Root:
-    """What all scopes of one model share: constants, names, the opset."""
+    """What all scopes of one model share: constants, names, the opset.
 
-    def __init__(self, opset: int) -> None:
+    `contrib` says whether ONNX Runtime's own operators may be used.
+    """
+
+    def __init__(self, opset: int, contrib: bool = False) -> None:
         self.opset = opset
+        self.contrib = contrib
+        self.domains: dict[str, int] = {"": opset}
+        self.ranges: Mapping[str, tuple[int, int | None]] = {}
         self.constants: dict[tuple[Any, ...], Val] = {}
         self.constant_nodes: list[ir.Node] = []
         self.names: set[str] = set()
@@ -237,6 +243,26 @@ class Builder:
 
         Numbers next to a float tensor must be made by `like` or `const`.
         """
+        return self._node("", kind, inputs, dtype, out, attrs)
+
+    def contrib(
+        self, kind: str, *inputs: Any, out: int = 1, unused: Sequence[int] = (), **attrs: Any
+    ) -> Any:
+        """Append a node of ONNX Runtime's own; outputs have the first input's element type.
+
+        `unused` outputs stay without a name: the kernel does not compute them.
+        """
+        assert self.root.contrib, f"{kind} in a model of standard operators"
+        self.root.domains["com.microsoft"] = 1
+        found = self._node("com.microsoft", kind, inputs, inputs[0].dtype, out, attrs)
+        for i in unused:
+            found[i].name = ""
+        return found
+
+    def _node(
+        self, domain: str, kind: str, inputs: Sequence[Any], dtype: ir.DataType | None, out: int,
+        attrs: Mapping[str, Any],
+    ) -> Any:  # fmt: skip
         given = [self.lift(x) for x in inputs]
         while given and given[-1] is None:
             given.pop()
@@ -244,10 +270,11 @@ class Builder:
         attributes = [
             ir.convenience.convert_attribute(k, v) for k, v in attrs.items() if v is not None
         ]
-        node = ir.Node("", kind, given, attributes, outputs=outputs)
+        node = ir.Node(domain, kind, given, attributes, outputs=outputs)
         self.append(node)
         if dtype is not None:
-            outputs[0].dtype = dtype
+            for o in outputs if domain else outputs[:1]:
+                o.dtype = dtype
         return outputs[0] if out == 1 else outputs
 
     def append(self, node: ir.Node) -> None:
@@ -374,6 +401,15 @@ class Builder:
     def is_inf(self, x: Val) -> Val:
         """Whether elements are minus infinity."""
         return self.op("Equal", x, self.like(float("-inf"), x))
+
+    def attention(
+        self, query: Val, key: Val, value: Val, mask: Val | None, scale: float | None,
+        is_causal: bool, heads: tuple[int, int],
+    ) -> Val | None:  # fmt: skip
+        """ONNX's Attention over heads that lie in the last dimension; None where it cannot be."""
+        from dfc.emit.onnx_ops.attention import fused_attention
+
+        return fused_attention(self, query, key, value, mask, scale, is_causal, heads)
 
     def refuse(self, reason: str) -> DfcError:
         """The error for a call that no ONNX model can express."""

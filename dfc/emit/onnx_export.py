@@ -42,6 +42,7 @@ def export_onnx(
     probes: Sequence[Probe] = (),
     force: bool = False,
     opset: int | None = None,
+    contrib: bool = False,
     name: str | None = None,
     data_above_bytes: int = _LIMIT_BYTES,
     rtol: float = 1e-4,
@@ -50,14 +51,17 @@ def export_onnx(
 
     Needs:   probes are (flat inputs, expected flat outputs), as `interpret` takes and gives them,
              or objects with `inputs`, `original` and `witness`.
+    Ensures: the file has standard operators only, of opset 20 unless another is asked for; with
+             `contrib` it may have ONNX Runtime's own, and is of the opset that is fastest there.
     Raises:  DfcError X001 for an op without a translation, X002 for a model that is invalid or
              fails to run, X003 (status 4) for a result that differs, D010.. for the file itself.
     """
-    from dfc.emit.onnx import OPSET, build_onnx
+    from dfc.emit.onnx import ENGINE_OPSET, OPSET, build_onnx
     from dfc.publish import publish_file
 
     target = Path(path).absolute()
-    model = build_onnx(graph, opset=opset or OPSET, name=name)
+    usual = ENGINE_OPSET if contrib else OPSET
+    model = build_onnx(graph, opset=opset or usual, contrib=contrib, name=name)
     _check(model, target)
     size = sum(_nbytes(v) for v in model.graph.initializers.values())
     external = size > data_above_bytes

@@ -24,7 +24,8 @@ _SHARED_BYTES = 1024  # smaller weights are cheaper inside the model
 class Session:
     """A model loaded in ONNX Runtime; `run` takes and gives what `interpret` does.
 
-    `source` is a path, or a model whose initializers are shared with the session.
+    `source` is a path, or a model whose initializers are shared with the session. `without` are
+    the names of ONNX Runtime's optimizations to leave out.
     Raises:  DfcError X002 when ONNX Runtime refuses the model.
     """
 
@@ -35,6 +36,7 @@ class Session:
         *,
         level: str = "all",
         threads: int | None = None,
+        without: Sequence[str] = (),
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> None:
         import onnxruntime as ort
@@ -56,7 +58,9 @@ class Session:
         if not isinstance(source, (str, Path)):
             model = self._shared(source, options)
         try:
-            self._session = ort.InferenceSession(model, options, providers=list(providers))
+            self._session = ort.InferenceSession(
+                model, options, providers=list(providers), disabled_optimizers=list(without)
+            )
         except Exception as e:  # ORT raises classes of its own for each status code
             raise DfcError("X002", f"ONNX Runtime refuses the model: {_first_line(e)}") from e
         self.providers: list[str] = self._session.get_providers()

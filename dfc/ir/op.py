@@ -130,7 +130,8 @@ class Op:
 
     Every facet takes the operands in the same order; an operand with the default None is optional.
     `decompose` writes the op in terms of others; without it the op is primitive. An op may say how
-    it is written in ONNX: `to_onnx(b, *values)` with the builder of dfc/emit/onnx_builder.py.
+    it is written in ONNX: `to_onnx(b, *values)` with the builder of dfc/emit/onnx_builder.py; where
+    that gives None, and without it, ONNX gets the decomposition.
     """
 
     name: ClassVar[str]

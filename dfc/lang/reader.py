@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dfc.errors import DfcError, Diagnostic, did_you_mean
+from dfc.errors import DfcError, Diagnostic, Span, did_you_mean
 from dfc.lang import syntax as s
 from dfc.lang.builder import Builder
 from dfc.lang.source import Source
@@ -61,6 +61,34 @@ def parse_document(text: str, file: str = "<string>") -> s.Document:
     if reading.problems:
         raise DfcError.of(reading.problems)
     return reading.document
+
+
+def parse_expression(source: Source) -> s.Expr:
+    """One expression alone, such as a selector.
+
+    Raises:  DfcError P.
+    """
+    head = "dfc 1\nrecipe x {\nrequire "
+    reading = read_document(Source(f"{head}{source.text}\n}}", source.file))
+    if reading.problems:
+        raise DfcError.of([_moved(d, source) for d in reading.problems])
+    (recipe,) = reading.document.entries
+    assert isinstance(recipe, s.Recipe)
+    if len(recipe.body) != 1 or not isinstance(recipe.body[0], s.Goal):
+        raise DfcError("P002", "one expression is wanted", span=source.span(0, len(source.text)))
+    return recipe.body[0].what
+
+
+def _moved(d: Diagnostic, source: Source) -> Diagnostic:
+    """A problem of the wrapped text at its place in the expression."""
+    if d.span is None:
+        return d
+    first = d.span.line == 3
+    shift = len("require ") if first else 0
+    col, end = max(d.span.col - shift, 1), max(d.span.end_col - shift, 2)
+    lines = source.text.split("\n")
+    line = min(max(d.span.line - 2, 1), len(lines))
+    return replace(d, span=Span(source.file, line, col, end, lines[line - 1]))
 
 
 def read_document(source: Source) -> Reading:

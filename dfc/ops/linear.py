@@ -11,6 +11,8 @@ from dfc.ir.types import DTYPES, TensorType, total_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dfc.emit.onnx_builder import Builder as OnnxBuilder
+    from dfc.emit.onnx_builder import Val
     from dfc.ir.graph import Value
     from dfc.ops.builder import Builder
 
@@ -158,6 +160,22 @@ class LinearW4(Op):
         scaled = b("aten.mul.Tensor", centred, b("aten.unsqueeze.default", scale, dim=2))
         weight = b("aten.view.default", scaled, size=(n, half * 2))
         return b("aten.linear.default", x, weight, bias)
+
+    def to_onnx(
+        self, b: OnnxBuilder, x: Val, packed: Val, scale: Val, bias: Val | None = None
+    ) -> Val | None:
+        """MatMulNBits, which multiplies in float32; the decomposition is unpacked when loading."""
+        if not b.root.contrib or b.type(x).dtype.name != "f32" or b.rank(x) < 2:
+            return None
+        n, groups = b.type(scale).shape
+        if not isinstance(n, int):
+            return None
+        blocks = b.reshape(packed, [n, groups, self.group // 2])
+        k = b.dim(packed, 1) * 2
+        return b.contrib(  # type: ignore[no-any-return]
+            "MatMulNBits", x, blocks, scale, None, None, bias,
+            K=k, N=n, bits=4, block_size=self.group, accuracy_level=1,
+        )  # fmt: skip
 
     def cost(
         self,

@@ -12,6 +12,8 @@ from dfc.ir.types import DTYPES, TensorType, total_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dfc.emit.onnx_builder import Builder as OnnxBuilder
+    from dfc.emit.onnx_builder import Val
     from dfc.ir.graph import Value
     from dfc.ops.builder import Builder
 
@@ -116,6 +118,21 @@ class RotaryEmbedding(Op):
             return turned
         rest = b("aten.slice.Tensor", x, dim=3, start=r, end=d)
         return b("aten.cat.default", [turned, rest], dim=3)
+
+    def to_onnx(
+        self, b: OnnxBuilder, x: Val, cos: Val, sin: Val, positions: Val | None = None
+    ) -> Val | None:
+        """ONNX's op from opset 23 on; its kernels take no float64."""
+        if b.root.opset < 23 or b.type(x).dtype.name == "f64":
+            return None
+        if positions is not None:
+            positions = b.cast_to(positions, DTYPES["i64"])
+        r, (_, heads, _, d) = 2 * b.dim(cos, -1), b.type(x).shape
+        part = {} if r == d else {"rotary_embedding_dim": r, "num_heads": heads}
+        if not all(isinstance(size, int) for size in part.values()):
+            return None
+        options = {"interleaved": int(self.interleaved), **part}
+        return b.op("RotaryEmbedding", x, cos, sin, positions, **options)  # type: ignore[no-any-return]
 
     def cost(
         self,

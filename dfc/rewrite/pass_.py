@@ -11,10 +11,13 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NewType
 
 from dfc.errors import DfcError, did_you_mean
 from dfc.ir.graph import Graph
+
+
+Data = NewType("Data", str)  # an option that names data which the caller passes
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,19 @@ class Pass:
     name: ClassVar[str]
     numerics: ClassVar[Numerics] = EXACT
     idempotent: ClassVar[bool] = True
+    # How a recipe's sentence fills the fields: "" the operands, "except" what follows `except`.
+    phrases: ClassVar[Mapping[str, str]] = {}
+    # What `auto` tries for a field.
+    auto: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    # Passes that must not have run before this one.
+    not_after: ClassVar[tuple[str, ...]] = ()
 
     def run(self, graph: Graph, ctx: Context) -> int:
         raise NotImplementedError
+
+    def needs(self, target: Any) -> str | None:
+        """What a target (dfc.recipe.plan.Target) lacks for this pass, None when nothing."""
+        return None
 
     def __str__(self) -> str:
         """The pass as a step of a pipeline: `cse{limit=3}`; defaults are left out."""

@@ -14,6 +14,7 @@ def load() -> None:
     """Import every subject, so that its translations are known."""
     from dfc.emit.onnx_ops import (  # noqa: F401
         arithmetic,
+        attention,
         bits,
         complex_,
         control,
@@ -21,6 +22,7 @@ def load() -> None:
         indexing,
         linalg,
         nn,
+        norms,
         ordering,
         recurrent,
         reduction,

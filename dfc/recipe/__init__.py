@@ -1,0 +1,1 @@
+"""Recipes: what a user wants, resolved, checked, run and told."""
