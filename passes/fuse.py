@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter
+from dfc.lang.selectors import Selector
 from dfc.rewrite.conditions import Facts
 from dfc.rewrite.match import Matcher
 from dfc.rewrite.pass_ import EXACT, Context, Numerics, Pass, close
@@ -53,7 +54,11 @@ class Fuse(Pass):
 
     name = "fuse"
 
+    phrases = {"": "rules", "on": "select", "except": "exclude"}  # noqa: RUF012
+
     rules: tuple[str, ...] = ()  # sets, rules, or set.rule; empty: all that dfc ships
+    select: Selector | None = None  # only where the root lies in this part of the model
+    exclude: Selector | None = None  # and not in this
     limit: int | None = None  # make at most this many rewrites; bisects a miscompile
     skip: tuple[int, ...] = ()  # rewrites by number that are left out: those found to be wrong
 
@@ -69,14 +74,27 @@ class Fuse(Pass):
     def run(self, graph: Graph, ctx: Context) -> int:
         journal = ctx.products.setdefault(JOURNAL, Journal())
         matcher = Matcher(self.selected)
-        return _Run(self, matcher, journal).graph(graph)
+        return _Run(self, matcher, journal, self._allowed(graph)).graph(graph)
+
+    def _allowed(self, graph: Graph) -> Callable[[Node], bool]:
+        """Which nodes may be a root. A new node lies where the node lay that it replaced."""
+        if self.select is None and self.exclude is None:
+            return lambda node: True
+        chosen = set(self.select.nodes(graph)) if self.select else set(graph.walk())
+        if self.exclude:
+            chosen -= set(self.exclude.nodes(graph))
+        places = {n.loc.module for n in chosen if n.loc}
+        return lambda node: node in chosen or (node.loc is not None and node.loc.module in places)
 
 
 class _Run:
     """One run of the pass over a graph and the graphs inside."""
 
-    def __init__(self, options: Fuse, matcher: Matcher, journal: Journal) -> None:
+    def __init__(
+        self, options: Fuse, matcher: Matcher, journal: Journal, allowed: Callable[[Node], bool]
+    ) -> None:
         self.options, self.matcher, self.journal = options, matcher, journal
+        self.allowed = allowed
         self.number = 0
         self.done = 0
 
@@ -131,7 +149,7 @@ class _Run:
             if self.done == self.options.limit:
                 return None
             match = Attempt(compiled, graph, facts, explain=False).run(node)
-            if match is None:
+            if match is None or not self.allowed(node):
                 continue
             number = self.number
             self.number += 1

@@ -105,12 +105,9 @@ class Reader:
 
         text = entry.path
         shipped = text.startswith(("std/", "rules/"))
-        base = (
-            {"std": std_folder, "rules": rules_folder}[text[: text.index("/")]]()
-            if shipped
-            else folder
-        )
-        inside = text.partition("/")[2] if shipped else text
+        head, _, rest = text.partition("/")
+        base = {"std": std_folder, "rules": rules_folder}[head]() if shipped else folder
+        inside = rest if shipped else text
         parts = Path(inside).parts
         if not inside.endswith(".dfc") or "\\" in text or "\x00" in text:
             problem("Q030", f'"{text}" is no .dfc file')
@@ -125,12 +122,9 @@ class Reader:
             return None
         path = base / inside
         if not path.is_file():
-            known = (
-                sorted(p.name for p in path.parent.glob("*.dfc")) if path.parent.is_dir() else []
-            )
-            help = did_you_mean(path.name, known) or (
-                f"there are {', '.join(known)}" if known else None
-            )
+            known = sorted(p.name for p in path.parent.glob("*.dfc"))
+            there = f"there are {', '.join(known)}" if known else None
+            help = did_you_mean(path.name, known) or there
             problem("Q031", f'there is no "{text}"', help)
             return None
         real = path.resolve()

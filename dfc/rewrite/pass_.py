@@ -16,7 +16,6 @@ from typing import Any, ClassVar, NewType
 from dfc.errors import DfcError, did_you_mean
 from dfc.ir.graph import Graph
 
-
 Data = NewType("Data", str)  # an option that names data which the caller passes
 
 
