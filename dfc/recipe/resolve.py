@@ -812,7 +812,7 @@ class _Resolver:
                 known = [x.label for x in p._passes(steps)]
                 near = did_you_mean(label, known) or f"steps: {', '.join(known)}"
                 self.problems.append(
-                    Diagnostic("Q013", f"--set: no step is called `{label}`", None, help)
+                    Diagnostic("Q013", f"--set: no step is called `{label}`", None, near)
                 )
                 continue
             cls = pass_classes()[chosen[0].name]

@@ -41,6 +41,7 @@ class Outcome:
     graph: Graph
     reports: list[PassReport]
     probes: Any = None
+    numerics: Numerics = EXACT  # what all passes together promise
 
     @property
     def reverted(self) -> list[PassReport]:
@@ -56,8 +57,9 @@ def run_passes(
     strict: bool = False,
     print_after: Callable[[str, Graph], None] | None = None,
     ctx: Context | None = None,
+    numerics: Numerics = EXACT,
 ) -> Outcome:
-    """Run passes on a copy of the graph.
+    """Run passes on a copy of the graph. `numerics` is what was promised before them.
 
     Needs:   a valid graph; `probes` (dfc.rewrite.probe.Probes) unless the mode is "none". Without
              them, passes run unproved and say so.
@@ -68,7 +70,6 @@ def run_passes(
     context = ctx or Context()
     current = graph.copy()
     reports: list[PassReport] = []
-    numerics: Numerics = EXACT
     unproved: list[tuple[int, Graph]] = []
     for p in passes:
         # Only a proof can ask for the old graph back.
@@ -90,7 +91,7 @@ def run_passes(
             print_after(str(p), current)
     if unproved and probes is not None:
         current = _prove_at_end(graph, passes, current, reports, probes, numerics, strict, context)
-    return Outcome(current, reports, probes)
+    return Outcome(current, reports, probes, numerics)
 
 
 def _one(p: Pass, graph: Graph, ctx: Context) -> PassReport:

@@ -348,9 +348,7 @@ def _activation(node: Node) -> Site | None:
         others = [v for v in user.operands if v is not got]
         if base(user) != "mul" or not others:
             continue
-        if plus and not any(
-            base(v.node) == "add" for v in _behind(got, _CASTS | {"mul", "div"})
-        ):
+        if plus and not any(base(v.node) == "add" for v in _behind(got, _CASTS | {"mul", "div"})):
             continue
         if any(_scaled_from(v) & sources for v in others):
             return Site("activation", form, node, False, _around(node))
@@ -431,9 +429,9 @@ def _mlp(site: Site) -> Site | None:
     for user, got in _ahead(node.results[0], through):
         if base(user) == "mul":
             gates += [v for v in user.operands if v is not got and not _constant(v)]
-        if _linear(user) and got is next(user.operands if base(user) != "addmm" else iter(
-            [*user.operands][1:]
-        )):
+        if _linear(user) and got is next(
+            user.operands if base(user) != "addmm" else iter([*user.operands][1:])
+        ):
             last = user
             break
     if last is None:
@@ -442,7 +440,7 @@ def _mlp(site: Site) -> Site | None:
     if site.whole and None in others:
         return None
     linears = {first} | {g for g in others if g is not None}
-    form = f"{site.form}{', gate' if len(linears) > 1 or gates and site.whole else ''}"
+    form = f"{site.form}{', gate' if len(linears) > 1 or (gates and site.whole) else ''}"
     return Site("mlp", form, node, site.whole and len(linears) == 1, _around(node))
 
 
@@ -511,7 +509,8 @@ def compare(name: str, family: str, before: Graph, after: Graph) -> Row:
         row.counts[kind] = Count(whole, fused, len(still) + lost)
         row.left += _grouped(name, kind, still)
         if lost:
-            row.left.append(Left(name, kind, spelled[0].form, lost, "", "gone, nothing in its place"))
+            gone = "gone, nothing in its place"
+            row.left.append(Left(name, kind, spelled[0].form, lost, "", gone))
     return row
 
 
@@ -561,8 +560,10 @@ def unsited(model: Any, before: Graph) -> list[str]:
         cls = type(module).__name__
         for kind, promise in _PROMISES.items():
             below = path + "."
-            if not path or not promise.search(cls) or not any(
-                r == path or r.startswith(below) for r in ran
+            if (
+                not path
+                or not promise.search(cls)
+                or not any(r == path or r.startswith(below) for r in ran)
             ):
                 continue
             if not any(f == path or f.startswith(below) for f in found[kind]):
