@@ -25,6 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "lang",
         "rewrite capture emit planning",
         "passes runtime package calling compiled report",
+        "recipe",  # runs passes, builds engines, measures
         "api",
         "cli",
     )
