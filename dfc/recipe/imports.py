@@ -60,7 +60,10 @@ def rules_folder() -> Path:
 def std_files() -> tuple[File, ...]:
     """The shipped presets."""
     reader = Reader()
-    return tuple(reader.path(p, p.name) for p in sorted(std_folder().glob("*.dfc")))
+    files = tuple(reader.path(p, p.name) for p in sorted(std_folder().glob("*.dfc")))
+    for file in files:
+        file.shipped = True
+    return files
 
 
 class Reader:

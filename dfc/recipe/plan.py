@@ -22,6 +22,7 @@ QUANTITIES: Mapping[str, str] = {
     "latency": "time", "throughput": "rate", "size": "bytes", "peak_memory": "bytes",
     "error": "number",
 }  # fmt: skip
+VERIFY_MODES = ("each", "end", "none")
 PERCENTILES = ("p50", "p95", "p99")
 LOWER_IS_BETTER = frozenset({"latency", "size", "peak_memory", "error"})
 
@@ -100,6 +101,10 @@ _COMPARE: Mapping[str, Callable[[Any, Any], Any]] = {
 _COMPUTE: Mapping[str, Callable[[Any, Any], Any]] = {
     "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
 }  # fmt: skip
+
+
+COMPARISONS = frozenset(_COMPARE)
+ARITHMETIC = frozenset(_COMPUTE)
 
 
 def value_of(term: Term, lookup: Lookup) -> float:
@@ -310,7 +315,7 @@ class Plan:
 
     def passes(self) -> Iterator[PassStep]:
         """Every pass step, those inside `when` included."""
-        yield from _passes(self.steps)
+        yield from passes_of(self.steps)
 
     def metric(self, name: str) -> Metric | None:
         return next((m for m in self.metrics if m.name == name), None)
@@ -327,13 +332,14 @@ class Plan:
         return "\n".join([*parts, "", f"{head} {_block(body)}"]) + "\n"
 
 
-def _passes(steps: Sequence[PlanStep]) -> Iterator[PassStep]:
+def passes_of(steps: Sequence[PlanStep]) -> Iterator[PassStep]:
+    """Every pass step of some steps, those inside `when` included."""
     for step in steps:
         if isinstance(step, PassStep):
             yield step
         elif isinstance(step, WhenStep):
-            yield from _passes(step.then)
-            yield from _passes(step.otherwise)
+            yield from passes_of(step.then)
+            yield from passes_of(step.otherwise)
 
 
 def _block(items: Sequence[object]) -> str:

@@ -1,0 +1,44 @@
+"""Steps that may not follow each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dfc.errors import Diagnostic
+from dfc.recipe import plan as p
+from dfc.recipe.names import Problems
+from dfc.rewrite.pass_ import pass_classes
+
+
+def check_order(steps: Sequence[p.PlanStep], problems: Problems) -> None:
+    """Tell passes that come after one which they must not follow."""
+    _walk(steps, [], problems)
+
+
+def _walk(
+    steps: Sequence[p.PlanStep], before: list[p.PassStep], problems: Problems
+) -> list[p.PassStep]:
+    """What may have run when the steps are done: either branch of a `when`, without what is
+    certainly taken back."""
+    for step in steps:
+        if isinstance(step, p.PassStep):
+            _one(step, before, problems)
+            before.append(step)
+        elif isinstance(step, p.RevertStep):
+            at = next((i for i, b in enumerate(before) if b.label == step.label), len(before))
+            del before[at:]
+        elif isinstance(step, p.WhenStep):
+            then = _walk(step.then, [*before], problems)
+            otherwise = _walk(step.otherwise, [*before], problems)
+            before = then + [b for b in otherwise if all(b is not t for t in then)]
+    return before
+
+
+def _one(step: p.PassStep, before: Sequence[p.PassStep], problems: Problems) -> None:
+    forbidden = pass_classes()[step.name].not_after
+    for earlier in before:
+        if earlier.name in forbidden:
+            message = f"`{step.label}` cannot come after `{earlier.label}`"
+            place = f"`{earlier.label}` stands at {earlier.span}" if earlier.span else ""
+            notes = (place,) if place else ()
+            problems.add([Diagnostic("Q016", message, step.span, "change the order", notes=notes)])

@@ -1,0 +1,135 @@
+"""Targets: devices and links with facts of the right dimension; what a recipe's steps need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dfc.errors import DfcError, Diagnostic, did_you_mean
+from dfc.lang import syntax as s
+from dfc.lang.source import Source
+from dfc.lang.units import Amount, amount
+from dfc.lang.wording import expression_text
+from dfc.recipe import plan as p
+from dfc.recipe.names import Names, Problems
+
+DEVICES: Mapping[str, Mapping[str, str]] = {
+    "cpu": {"cores": "number", "mem": "bytes", "peak": "flops/s", "bw": "bytes/s"},
+    "cuda": {"mem": "bytes", "peak": "flops/s", "bw": "bytes/s", "index": "number"},
+}
+LINK = {"bw": "bytes/s", "latency": "time"}
+
+
+def target_of(recipe: s.Recipe, source: Source, names: Names) -> p.Target | None:
+    """The target that a recipe is for: the one it or a base names, or the only one there is."""
+    made = {name: made_target(t, src, names.problems) for name, (t, src) in names.targets.items()}
+    wanted = _named(recipe, source, names)
+    if wanted is None:
+        return next(iter(made.values())) if len(made) == 1 else None
+    w, where = wanted
+    found = made.get(w.name)
+    if found is None:
+        help = did_you_mean(w.name, [*made]) or _listed(made)
+        names.problems.say(where, "Q013", f"there is no target `{w.name}`", w.at, help)
+    return found
+
+
+def _named(recipe: s.Recipe, source: Source, names: Names) -> tuple[s.Word, Source] | None:
+    """The target's name, the recipe's own or that of the last base that has one."""
+    seen: set[str] = set()
+    waiting = [(recipe, source)]
+    while waiting:
+        found, where = waiting.pop()
+        if found.target is not None:
+            return found.target, where
+        for base in found.extends:
+            if base.name in names.recipes and base.name not in seen:
+                seen.add(base.name)
+                waiting.append(names.recipes[base.name])
+    return None
+
+
+def _listed(known: Iterable[str]) -> str | None:
+    names = ", ".join(known)
+    return f"there are {names}" if names else "write `target NAME { device host : cpu(cores=8) }`"
+
+
+def made_target(t: s.Target, source: Source, problems: Problems) -> p.Target:
+    """A target as declared, its facts checked."""
+    devices: dict[str, p.Device] = {}
+    links: list[p.Link] = []
+    for part in t.parts:
+        kind, facts = _made(part.what, isinstance(part, s.Device), source, problems)
+        if isinstance(part, s.Device):
+            if part.name.name in devices:
+                message = f"a second device `{part.name.name}`"
+                problems.say(source, "Q014", message, part.name.at)
+            devices[part.name.name] = p.Device(part.name.name, kind, facts)
+            continue
+        for end in (part.source, part.sink):
+            if end.name not in devices:
+                help = did_you_mean(end.name, [*devices])
+                message = f"no device before this is called `{end.name}`"
+                problems.say(source, "Q013", message, end.at, help)
+        links.append(p.Link(part.source.name, part.sink.name, part.both, kind, facts))
+    return p.Target(t.name.name, tuple(devices.values()), tuple(links))
+
+
+def _made(
+    x: s.Expr, device: bool, source: Source, problems: Problems
+) -> tuple[str, dict[str, Any]]:
+    """`cuda(mem=16GiB)` as a kind and its facts."""
+    kind = x.name.name if isinstance(x, s.Call) else getattr(x, "name", "")
+    known = DEVICES.get(kind, {}) if device else LINK
+    if device and kind not in DEVICES:
+        help = did_you_mean(kind, [*DEVICES]) or f"know: {', '.join(DEVICES)}"
+        problems.say(source, "Q013", f"no kind of device is called `{kind}`", x.at, help)
+    facts: dict[str, Any] = {}
+    if not isinstance(x, s.Call):
+        return kind, facts
+    for a in x.arguments:
+        problems.say(source, "Q012", "facts have names", a.at, "write mem=16GiB")
+    for k in x.keywords:
+        value = _fact(kind, k, known, source, problems)
+        if value is not None:
+            facts[k.name.name] = value
+    return kind, facts
+
+
+def _fact(
+    kind: str, k: s.Keyword, known: Mapping[str, str], source: Source, problems: Problems
+) -> Any:
+    """The value of `mem=16GiB`, or None when it is wrong."""
+    name = k.name.name
+    if name == "dtypes" and isinstance(k.value, s.Several):
+        return tuple(expression_text(i) for i in k.value.items)
+    if known and name not in known:
+        help = did_you_mean(name, [*known, "dtypes"]) or f"it has {', '.join(known)}"
+        problems.say(source, "Q002", f"`{kind}` has no `{name}`", k.name.at, help)
+        return None
+    if not isinstance(k.value, s.Number):
+        problems.say(source, "Q012", f"`{name}` is a number with a unit", k.value.at)
+        return None
+    found = amount(k.value, source)
+    if not isinstance(found, Amount):
+        problems.add([found])
+        return None
+    if known and found.dimension != known[name]:
+        message = f"`{name}` is {known[name]}, got {found.dimension}"
+        problems.say(source, "Q015", message, k.value.at)
+        return None
+    return found
+
+
+def check_needs(steps: Iterable[p.PassStep], target: p.Target | None, problems: Problems) -> None:
+    """Tell what a target lacks for a step."""
+    if target is None:
+        return
+    for step in steps:
+        try:
+            lacks = step.build({}).needs(target)
+        except DfcError:
+            continue  # a wrong option has been told
+        if lacks:
+            message = f"`{step.label}` needs what target `{target.name}` lacks: {lacks}"
+            problems.add([Diagnostic("Q017", message, step.span)])
