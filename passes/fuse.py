@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,11 @@ class Journal:
 
     firings: list[Firing] = field(default_factory=list)
     refused: list[tuple[Rule, str, str]] = field(default_factory=list)
+    trying: Firing | None = None  # what is being done now: told when it fails half-way
+
+    def __copy__(self) -> Journal:
+        """One that goes on for itself: a run that is undone leaves nothing behind."""
+        return Journal([*self.firings], [*self.refused])
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,11 @@ class Fuse(Pass):
         matcher = Matcher(self.selected)
         return _Run(self, matcher, journal, self._allowed(graph)).graph(graph)
 
+    def without(self, rule: str) -> Fuse | None:
+        """The pass without a rule, told by its full name; None when there is no other."""
+        names = tuple(r.full_name for r in self.selected if r.full_name != rule)
+        return dataclasses.replace(self, rules=names) if names else None
+
     def _allowed(self, graph: Graph) -> Callable[[Node], bool]:
         """Which nodes may be a root. A new node lies where the node lay that it replaced."""
         if self.select is None and self.exclude is None:
@@ -97,6 +108,7 @@ class _Run:
         self.allowed = allowed
         self.number = 0
         self.done = 0
+        self.skipped: set[tuple[str, Node]] = set()
 
     def graph(self, graph: Graph) -> int:
         before = self.done
@@ -151,14 +163,19 @@ class _Run:
             match = Attempt(compiled, graph, facts, explain=False).run(node)
             if match is None or not self.allowed(node):
                 continue
+            if (match.rule.full_name, node) in self.skipped:
+                continue  # looked at again, for what changed around it
             number = self.number
             self.number += 1
             if number in self.options.skip:
+                self.skipped.add((match.rule.full_name, node))
                 continue
             module = node.loc.module if node.loc else ""
             place = str(node.loc) if node.loc else ""
             name = node.results[0].name
+            self.journal.trying = Firing(number, match.rule, name, module, place, (), ())
             found = replace(match, graph, order, folded)
+            self.journal.trying = None
             if isinstance(found, str):
                 self.journal.refused.append((match.rule, name, found))
                 continue

@@ -301,14 +301,31 @@ def wrong_operand_type(graph: Graph) -> int:
     return 1
 
 
-@pytest.mark.parametrize("run", [late_operand, unknown_op, wrong_type, wrong_operand_type])
+INVALID = [late_operand, unknown_op, wrong_type, wrong_operand_type]
+
+
+@pytest.mark.parametrize("run", INVALID)
 @pytest.mark.parametrize("mode", ["none", "each"])
-def test_an_invalid_graph_is_reported_with_the_pass(run: Any, mode: str) -> None:
-    graph, probes = example()
+def test_an_invalid_graph_is_an_error_where_nothing_is_proved(run: Any, mode: str) -> None:
+    graph, _ = example()
     with pytest.raises(DfcError, match="pass `broken` left an invalid graph") as error:
-        run_passes(graph, [Broken(run)], probes=probes if mode == "each" else None, mode=mode)
+        run_passes(graph, [Broken(run)], mode=mode)
     assert (error.value.code, error.value.status) == ("V031", 1)
     assert "note: error[V0" in str(error.value)
+
+
+@pytest.mark.parametrize("run", INVALID)
+@pytest.mark.parametrize("mode", ["end", "each"])
+def test_an_invalid_graph_is_undone_where_results_are_proved(run: Any, mode: str) -> None:
+    graph, probes = example()
+    steps = [find_pass("remove_noops"), Broken(run), find_pass("dce")]
+    outcome = run_passes(graph, steps, probes=probes, mode=mode)
+    (reverted,) = outcome.reverted
+    assert reverted.step == "broken" and "invalid graph (error[V0" in reverted.reason
+    assert same_as_original(outcome.graph, probes) and len(outcome.graph) == 6
+    with pytest.raises(DfcError, match="invalid graph") as error:
+        run_passes(graph, [Broken(run)], probes=probes, mode=mode, strict=True)
+    assert (error.value.code, error.value.status) == ("V030", 4)
 
 
 def swap(graph: Graph) -> int:
@@ -361,8 +378,11 @@ def outputs(graph: Graph) -> int:
 def test_a_pass_that_says_nothing_changed_is_checked(run: Any) -> None:
     graph, probes = example()
     with pytest.raises(DfcError, match="says 0 changes and changed the graph") as error:
-        run_passes(graph, [Broken(run)], probes=probes)
+        run_passes(graph, [Broken(run)])
     assert (error.value.code, error.value.status) == ("V032", 1)
+    outcome = run_passes(graph, [Broken(run)], probes=probes)
+    assert [r.verdict for r in outcome.reports] == ["reverted"]
+    assert "says 0 changes" in outcome.reports[0].reason and str(outcome.graph) == str(graph)
 
 
 # What cannot be proved
@@ -398,18 +418,37 @@ def test_the_graph_is_shown_after_each_pass() -> None:
 
 
 def test_passes_are_handed_the_context_in_every_mode() -> None:
-    class Counting(SwapSub):
+    class Counting(Pass):
         name = "counting"
+
+        def __str__(self) -> str:
+            return self.name
 
         def run(self, graph: Graph, ctx: Context) -> int:
             ctx.products["runs"] = ctx.products.get("runs", 0) + 1
-            return super().run(graph, ctx)
+            return 0
 
-    for mode, runs in (("none", 1), ("each", 1), ("end", 2)):
+    for mode in ("none", "each", "end"):
         graph, probes = example()
         ctx = Context()
-        run_passes(graph, [Counting()], probes=probes, mode=mode, ctx=ctx)
-        assert ctx.products == {"runs": runs}
+        run_passes(graph, [Counting(), Counting()], probes=probes, mode=mode, ctx=ctx)
+        assert ctx.products == {"runs": 2}
+
+
+def test_what_a_reverted_pass_made_is_taken_back() -> None:
+    class Making(SwapSub):
+        name = "making"
+
+        def run(self, graph: Graph, ctx: Context) -> int:
+            ctx.products.setdefault("made", []).append(1)
+            return super().run(graph, ctx)
+
+    for mode in ("each", "end"):
+        graph, probes = example()
+        made: list[int] = []
+        ctx = Context(products={"made": made})
+        run_passes(graph, [Making()], probes=probes, mode=mode, ctx=ctx)
+        assert ctx.products == {"made": []}
 
 
 def test_outputs_of_a_rewritten_graph_are_the_originals() -> None:

@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from dfc.errors import DfcError
-from dfc.ir.graph import Graph, Node, Parameter, Value
-from dfc.ir.interpret import Observer, interpret
-from dfc.ir.verify import verify
-from dfc.rewrite.pass_ import CHANGES, EXACT, Context, Numerics, Pass, close
+from dfc.ir.graph import Graph
+from dfc.rewrite.pass_ import EXACT, Context, Numerics, Pass
+from dfc.rewrite.promises import run_checked, weaker
+from dfc.rewrite.verdicts import LeftOut, Outcome, PassReport
+
+if TYPE_CHECKING:
+    from dfc.rewrite.blame import Fault, Proof, Wrong
 
 VERIFY = ("none", "end", "each")
 
-
-@dataclass(frozen=True)
-class PassReport:
-    """What one pass did.
-
-    Units:  ms of wall clock for the pass alone; error against the witness, absolute.
-    """
-
-    step: str
-    changes: int
-    nodes_before: int
-    nodes_after: int
-    ms: float
-    verdict: str  # "proved", "unproved", "unchanged", "reverted"
-    reason: str = ""
-    error: float | None = None
-
-
-@dataclass
-class Outcome:
-    """The rewritten graph and the story of how it came about."""
-
-    graph: Graph
-    reports: list[PassReport]
-    probes: Any = None
-    numerics: Numerics = EXACT  # what all passes together promise
-
-    @property
-    def reverted(self) -> list[PassReport]:
-        return [r for r in self.reports if r.verdict == "reverted"]
+PrintAfter = Callable[[str, Graph], None]
+Say = Callable[[str], None]
 
 
 def run_passes(
@@ -55,204 +29,193 @@ def run_passes(
     probes: Any = None,
     mode: str = "each",
     strict: bool = False,
-    print_after: Callable[[str, Graph], None] | None = None,
+    print_after: PrintAfter | None = None,
     ctx: Context | None = None,
     numerics: Numerics = EXACT,
+    atol: float = 0.0,
+    rtol: float = 0.0,
+    samples: int | None = None,
+    on_fault: Callable[[Fault], str] | None = None,
+    say: Say | None = None,
 ) -> Outcome:
     """Run passes on a copy of the graph. `numerics` is what was promised before them.
 
+    With probes and the mode "each", a rewrite that changes results, fails, or leaves an invalid
+    graph is found, left out, and told in the report; the pass goes on with the rest.
     Needs:   a valid graph; `probes` (dfc.rewrite.probe.Probes) unless the mode is "none". Without
-             them, passes run unproved and say so.
-    Raises:  DfcError V030 (status 4) under `strict` when a pass changes results beyond its claim.
+             them, passes run unproved and say so. `atol` and `rtol` are what the user allows beside
+             what the passes promise; `samples` how many probes are run. `on_fault` writes a
+             reproducer and says where.
+    Raises:  DfcError V030 (status 4) under `strict` when a pass is wrong; where nothing is proved,
+             V031, V032 and V034 (status 1) for a pass that breaks a graph, lies, or fails.
     """
     if mode not in VERIFY:
         raise DfcError("Q004", f"verify is one of {', '.join(VERIFY)}, got `{mode}`")
-    context = ctx or Context()
-    current = graph.copy()
-    reports: list[PassReport] = []
-    unproved: list[tuple[int, Graph]] = []
-    for p in passes:
-        # Only a proof can ask for the old graph back.
-        before = current.copy() if probes is not None and mode != "none" else current
-        report = _one(p, current, context)
-        promised = _weaker(numerics, p.numerics)
-        if report.changes and mode == "each" and probes is not None:
-            report, wrong = _prove(p, current, before, probes, promised, report)
-            if wrong is not None:
-                if strict:
-                    raise _blame_error(p, wrong)
-                current = before
-        elif report.changes and mode == "end":
-            unproved.append((len(reports), before))
-        if report.verdict != "reverted":
-            numerics = promised if report.changes else numerics
-        reports.append(report)
-        if print_after:
-            print_after(str(p), current)
-    if unproved and probes is not None:
-        current = _prove_at_end(graph, passes, current, reports, probes, numerics, strict, context)
-    return Outcome(current, reports, probes, numerics)
-
-
-def _one(p: Pass, graph: Graph, ctx: Context) -> PassReport:
-    """Run a pass and check what can be checked without running the graph."""
-    count = len(graph)
-    before = _snapshot(graph)
-    start = time.perf_counter()
-    changes = p.run(graph, ctx)
-    ms = (time.perf_counter() - start) * 1e3
-    changed = _changed(graph, before)
-    try:
-        verify(graph, types=[n for n in changed if n is not graph.result])
-    except DfcError as e:
-        raise DfcError(
-            "V031", f"pass `{p.name}` left an invalid graph", notes=(e.render(),), status=1
-        ) from e
-    if not changes and (changed or [*graph.walk(), graph.result] != list(before)):
-        raise DfcError("V032", f"pass `{p.name}` says 0 changes and changed the graph", status=1)
-    verdict = "unproved" if changes else "unchanged"
-    return PassReport(str(p), changes, count, len(graph), ms, verdict)
-
-
-Snapshot = dict[Node, tuple[object, ...]]
-
-
-def _snapshot(graph: Graph) -> Snapshot:
-    """What each node looked like: cheap, because nodes that a pass leaves alone stay themselves."""
-    found: Snapshot = {n: _look(n) for n in graph.walk()}
-    found[graph.result] = (*_look(graph.result), *_weights(graph))
-    return found
-
-
-def _look(node: Node) -> tuple[object, ...]:
-    types = (*(r.type for r in node.results), *(v.type for v in node.operands))
-    return (node.op, node.attributes, node.inputs, node.stage, node.results, node.graphs, types)
-
-
-def _weights(graph: Graph) -> list[tuple[Parameter, object]]:
-    return [(p, p.data) for p in graph.parameters.values()]
-
-
-def _changed(graph: Graph, before: Snapshot) -> list[Node]:
-    """The nodes that are new or look different, and the result node when outputs did."""
-    found = [n for n in graph.walk() if before.get(n) != _look(n)]
-    if before[graph.result] != (*_look(graph.result), *_weights(graph)):
-        found.append(graph.result)
-    return found
-
-
-def _weaker(a: Numerics, b: Numerics) -> Numerics:
-    """The promise of two passes in a row."""
-    if CHANGES in (a, b):
-        return CHANGES
-    if a.kind == b.kind == "close":
-        return close(a.rtol + b.rtol)
-    return a if a.kind == "close" else b
-
-
-def _prove(
-    p: Pass, graph: Graph, before: Graph, probes: Any, promised: Numerics, report: PassReport
-) -> tuple[PassReport, str | None]:
-    from dataclasses import replace
-
-    if promised.kind == "changes":
-        return replace(report, reason="judged by its metric, not by probes"), None
-    try:
-        verdict = probes.check(graph, promised)
-    except DfcError as e:
-        reason = f"the rewritten graph fails: {e.message}"
-        return replace(report, verdict="reverted", reason=reason), reason
-    if verdict.agrees:
-        return replace(report, verdict="proved", error=verdict.worst), None
-    where = first_divergence(before, graph, probes, exact=promised.kind == "exact")
-    reason = f"{verdict.difference}" + (f"; first at {where}" if where else "")
-    return replace(report, verdict="reverted", reason=reason, error=verdict.worst), reason
-
-
-def _blame_error(p: Pass, reason: str) -> DfcError:
-    return DfcError(
-        "V030",
-        f"pass `{p.name}` changed the results: {reason}",
-        help="without --strict the pass is reverted and compilation goes on",
-        status=4,
+    run = _Run(
+        ctx or Context(), numerics, strict, print_after, on_fault, say or (lambda what: None)
     )
+    if probes is None or mode == "none":
+        return run.unproved(graph, passes, probes)
+    from dfc.rewrite.blame import Proof
+
+    proof = Proof(probes, atol, rtol, samples)
+    if mode == "end":
+        return run.at_end(graph, passes, proof)
+    return run.each(graph, passes, proof)
 
 
-def _prove_at_end(
-    graph: Graph,
-    passes: Sequence[Pass],
-    current: Graph,
-    reports: list[PassReport],
-    probes: Any,
-    numerics: Numerics,
-    strict: bool,
-    ctx: Context,
-) -> Graph:
-    """One proof for all passes; when it fails, run again with a proof after each."""
-    from dataclasses import replace
-
-    if numerics.kind == "changes":
-        return current
-    verdict = None
-    with contextlib.suppress(DfcError):  # a graph that fails is found by the second run
-        verdict = probes.check(current, numerics)
-    if verdict is not None and verdict.agrees:
-        for i, r in enumerate(reports):
-            if r.changes:
-                reports[i] = replace(r, verdict="proved", error=verdict.worst)
-        return current
-    again = run_passes(graph, passes, probes=probes, mode="each", strict=strict, ctx=ctx)
-    reports[:] = again.reports
-    return again.graph
+def _quiet(what: str) -> None:
+    pass
 
 
-def first_divergence(before: Graph, after: Graph, probes: Any, exact: bool = False) -> str | None:
-    """The first node, by name, whose value differs: beyond rounding or, if `exact`, at all."""
-    for probe in probes.ready():
-        found = _divergence(before, after, probe.inputs, probes.seed, exact)
-        if found:
-            return found
-    kept = {r.name for n in after.nodes for r in n.results}
-    gone = next((r for n in before.nodes for r in n.results if r.name not in kept), None)
-    return f"%{gone.name} = {gone.node.op}, which is gone" if gone and gone.node else None
+@dataclass
+class _Run:
+    """What stays the same over the passes of one call."""
 
+    ctx: Context
+    numerics: Numerics
+    strict: bool
+    print_after: PrintAfter | None
+    on_fault: Callable[[Fault], str] | None
+    say: Say
 
-def _divergence(
-    before: Graph, after: Graph, inputs: Sequence[Any], seed: int, exact: bool
-) -> str | None:
-    import torch
+    def unproved(self, graph: Graph, passes: Sequence[Pass], probes: Any) -> Outcome:
+        """Run them all on one copy; what is wrong is an error."""
+        current = graph.copy()
+        reports: list[PassReport] = []
+        promised = self.numerics
+        for p in passes:
+            reports.append(run_checked(p, current, self.ctx))
+            promised = weaker(promised, p.numerics) if reports[-1].changes else promised
+            if self.print_after:
+                self.print_after(str(p), current)
+        return Outcome(current, reports, probes, promised, list(passes))
 
-    from dfc.rewrite.agree import judge
+    def at_end(self, graph: Graph, passes: Sequence[Pass], proof: Proof) -> Outcome:
+        """One proof for all passes; when it fails, run again with a proof after each."""
+        products = _fork(self.ctx.products)
+        try:
+            found = self.unproved(graph, passes, proof.probes)
+        except DfcError as e:
+            if e.status != 1:
+                raise
+            found = None
+        if found is not None:
+            if found.numerics.kind == "changes" or not any(r.changes for r in found.reports):
+                return found
+            error = proof.judge(found.graph, found.numerics)
+            if isinstance(error, float):
+                found.reports = [
+                    replace(r, verdict="proved", error=error) if r.changes else r
+                    for r in found.reports
+                ]
+                return found
+        _restore(self.ctx, products)
+        self.say("something is wrong: running the passes again, with a proof after each")
+        self.print_after = None
+        return self.each(graph, passes, proof)
 
-    def run(graph: Graph, observe: Observer, double: bool = False) -> None:
-        torch.manual_seed(seed)
-        interpret(graph, inputs, observe=observe, double=double)
+    def each(self, graph: Graph, passes: Sequence[Pass], proof: Proof) -> Outcome:
+        """A proof after each pass."""
+        current = graph.copy()
+        outcome = Outcome(current, [], proof.probes, self.numerics)
+        for p in passes:
+            self._one(p, outcome, proof)
+            if self.print_after:
+                self.print_after(str(p), outcome.graph)
+        return outcome
 
-    def keep(values: dict[str, Any]) -> Observer:
-        def store(node: Node, results: Sequence[Any]) -> None:
-            values.update(zip((r.name for r in node.results), results, strict=True))
+    def _one(self, p: Pass, outcome: Outcome, proof: Proof) -> None:
+        """Run one pass, prove it, and leave out what is wrong."""
+        from dfc.rewrite.blame import Wrong, said
 
-        return store
-
-    values: dict[str, Any] = {}
-    wide: dict[str, Any] = {}
-    run(before, keep(values))
-    run(before, keep(wide), double=True)
-    found: list[Value] = []
-
-    def compare(node: Node, results: Sequence[Any]) -> None:
-        for r, x in zip(node.results, results, strict=True):
-            if not found and r.name in values:
-                verdict = judge([x], [values[r.name]], [wide[r.name]], exact=exact)
-                if not verdict.agrees:
-                    found.append(r)
-
-    try:
-        run(after, compare)
-    except DfcError as e:
-        return e.message
-    if not found or found[0].node is None:
+        before, products = outcome.graph.copy(), _fork(self.ctx.products)
+        promised = weaker(outcome.numerics, p.numerics)
+        try:
+            report = run_checked(p, outcome.graph, self.ctx)
+        except DfcError as e:
+            if e.status != 1:
+                raise
+            return self._blame(p, outcome, before, products, proof, Wrong(said(e)), None)
+        if not report.changes:
+            outcome.passes.append(p)
+            outcome.reports.append(report)
+            return None
+        if promised.kind == "changes":
+            report = replace(report, reason="judged by its metric, not by probes")
+        else:
+            self.say(f"proving `{p.name}`")
+            found = proof.judge(outcome.graph, promised)
+            if isinstance(found, Wrong):
+                return self._blame(p, outcome, before, products, proof, found, report)
+            report = replace(report, verdict="proved", error=found)
+        outcome.numerics = promised
+        outcome.passes.append(p)
+        outcome.reports.append(report)
         return None
-    node = found[0].node
-    place = f", traced from {node.loc}" if node.loc else ""
-    return f"%{found[0].name} = {node.op}{place}"
+
+    def _blame(
+        self,
+        p: Pass,
+        outcome: Outcome,
+        before: Graph,
+        products: dict[str, Any],
+        proof: Proof,
+        wrong: Wrong,
+        report: PassReport | None,
+    ) -> None:
+        """Find what is wrong in a pass and go on without it, or without the pass."""
+        from dfc.rewrite.blame import Blame
+
+        outcome.graph = before
+        _restore(self.ctx, products)
+        blame = Blame(
+            p, before, self.ctx, products, proof, outcome.numerics, self.say, self.on_fault,
+            self.strict,
+        )  # fmt: skip
+        settled = blame.settle(wrong)
+        left_out = tuple(blame.left_out)
+        if isinstance(settled, LeftOut) or not settled.changes:
+            last = left_out[-1]
+            where = f"{last.what}: " if last.number >= 0 else ""
+            outcome.reports.append(
+                PassReport(
+                    str(p), report.changes if report else 0, len(before), len(before),
+                    report.ms if report else 0.0, "reverted", f"{where}{last.reason}",
+                    wrong.error, left_out=left_out,
+                )
+            )  # fmt: skip
+            return
+        assert settled.report is not None
+        outcome.graph = settled.graph
+        self.ctx.products.clear()
+        self.ctx.products.update(settled.products)
+        outcome.numerics = weaker(outcome.numerics, settled.step.numerics)
+        outcome.passes.append(settled.step)
+        proved = settled.error is not None
+        outcome.reports.append(
+            replace(
+                settled.report, step=str(p), verdict="proved" if proved else "unproved",
+                reason=_left_out_text(left_out), error=settled.error, applied=str(settled.step),
+                left_out=left_out,
+            )
+        )  # fmt: skip
+
+
+def _left_out_text(left_out: Sequence[LeftOut]) -> str:
+    first = left_out[0]
+    more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+    return f"left out {first.what}{more}, which is wrong: {first.reason}"
+
+
+def _fork(products: dict[str, Any]) -> dict[str, Any]:
+    """What passes have made so far, so that what one of them adds can be taken back."""
+    return {k: copy.copy(v) for k, v in products.items()}
+
+
+def _restore(ctx: Context, products: dict[str, Any]) -> None:
+    ctx.products.clear()
+    ctx.products.update(_fork(products))
+
+
+__all__ = ["VERIFY", "LeftOut", "Outcome", "PassReport", "run_passes"]

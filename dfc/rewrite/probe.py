@@ -17,7 +17,7 @@ from dfc.ir.expr import evaluate
 from dfc.ir.graph import Graph
 from dfc.ir.interpret import bind_inputs, interpret
 from dfc.ir.types import TensorType
-from dfc.rewrite.agree import Verdict, judge
+from dfc.rewrite.agree import Element, Verdict, judge, worst_elements
 from dfc.rewrite.pass_ import Numerics
 
 # The model's own kernels against the captured graph's: the same ones, in another layout at most.
@@ -39,6 +39,27 @@ class Probe:
 Original = Callable[[Sequence[Any]], list[Any]]
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A probe on which a graph is wrong: what it gave, or why it gave nothing."""
+
+    probe: Probe
+    reason: str
+    verdict: Verdict | None = None
+    results: tuple[Any, ...] = ()
+
+    @property
+    def elements(self) -> tuple[Element, ...]:
+        """The worst elements of the output that differs."""
+        difference = self.verdict.difference if self.verdict else None
+        if difference is None:
+            return ()
+        assert self.probe.original is not None and self.probe.witness is not None
+        i = difference.output
+        original, witness = self.probe.original[i], self.probe.witness[i]
+        return worst_elements(self.results[i], original, witness, difference.allowed)
+
+
 @dataclass
 class Probes:
     """The probes of one model.
@@ -52,25 +73,68 @@ class Probes:
     seed: int = 0
     notes: list[str] = field(default_factory=list)
     run_original: Original | None = None
+    made: int = 0  # how many there would be had none been dropped
+
+    def __post_init__(self) -> None:
+        self.made = self.made or len(self.probes)
 
     def check(self, graph: Graph, numerics: Numerics) -> Verdict:
-        """Run a rewritten graph on every probe and judge it."""
+        """Run a rewritten graph on every probe and judge it.
+
+        Raises:  DfcError K020 when the graph fails.
+        """
         worst = 0.0
         for probe in self.ready():
-            torch.manual_seed(self.seed)
-            results = interpret(graph, clone(probe.inputs))
-            assert probe.original is not None and probe.witness is not None
-            verdict = judge(
-                results,
-                probe.original,
-                probe.witness,
-                exact=numerics.kind == "exact",
-                rtol=numerics.rtol,
-            )
+            verdict, _ = self.run(probe, graph, numerics)
             if not verdict.agrees:
                 return verdict
             worst = max(worst, verdict.worst)
         return Verdict(worst)
+
+    def run(
+        self,
+        probe: Probe,
+        graph: Graph,
+        numerics: Numerics,
+        *,
+        atol: float = 0.0,
+        rtol: float = 0.0,
+    ) -> tuple[Verdict, list[Any]]:
+        """Run a graph on one probe, and judge it by what is promised and what the user allows.
+
+        Raises:  DfcError K020 when the graph fails.
+        """
+        torch.manual_seed(self.seed)
+        results = interpret(graph, clone(probe.inputs))
+        assert probe.original is not None and probe.witness is not None
+        exact = numerics.kind == "exact" and not atol and not rtol
+        rtol = max(numerics.rtol, rtol)
+        original, witness = probe.original, probe.witness
+        verdict = judge(results, original, witness, exact=exact, rtol=rtol, atol=atol)
+        return verdict, results
+
+    def failure(
+        self,
+        graph: Graph,
+        numerics: Numerics,
+        *,
+        atol: float = 0.0,
+        rtol: float = 0.0,
+        samples: int | None = None,
+        only: Probe | None = None,
+    ) -> Failure | float:
+        """The first of the probes (so many of them, or one alone) that a graph is wrong on; the
+        largest error when there is none."""
+        worst = 0.0
+        for probe in [only] if only else self.ready(samples):
+            try:
+                verdict, results = self.run(probe, graph, numerics, atol=atol, rtol=rtol)
+            except DfcError as e:
+                return Failure(probe, f"the rewritten graph fails: {e.message}")
+            if not verdict.agrees:
+                return Failure(probe, str(verdict.difference), verdict, tuple(results))
+            worst = max(worst, verdict.worst)
+        return worst
 
     def judge(self, run: Any, rtol: float = 0.0) -> Verdict:
         """The same for anything that takes flat inputs: an engine's runner."""
@@ -84,9 +148,15 @@ class Probes:
             worst = max(worst, verdict.worst)
         return Verdict(worst)
 
-    def ready(self) -> Iterator[Probe]:
-        """The probes that the original can run; the others are dropped with a note."""
-        for probe in list(self.probes):
+    def ready(self, count: int | None = None) -> Iterator[Probe]:
+        """The probes that the original can run; the others are dropped with a note.
+
+        With a count, the first so many; those that are not there yet are made.
+        """
+        while count is not None and len(self.probes) < count and self.made < 2 * count:
+            self.probes.append(_further(self.graph, self.probes[0].inputs, self.made, self.seed))
+            self.made += 1
+        for probe in self.probes[:count]:
             if probe.original is None:
                 try:
                     self._compute(probe)
@@ -128,11 +198,11 @@ def make_probes(
     graph: Graph,
     inputs: Sequence[Any],
     *,
-    count: int = 3,
+    count: int | None = None,
     seed: int = 0,
     run_original: Original | None = None,
 ) -> Probes:
-    """Probes around the user's flat example; `count` bounds how many."""
+    """Probes around the user's flat example: `count` of them, or three at most."""
     generator = torch.Generator().manual_seed(seed)
     probes = [Probe("the example", clone(inputs))]
     sizes = bind_inputs(graph, inputs)
@@ -145,16 +215,43 @@ def make_probes(
             if all(evaluate(r, {**sizes, **plan}) is not False for r in graph.requires):
                 plans.append((_label(plan), plan))
     plans.append(("other values", {}))
-    for label, changed in plans[: max(count - 1, 0)]:
-        bindings = {**sizes, **changed}
-        made = [
-            _like(x, v.type, bindings, generator) if isinstance(x, torch.Tensor) else x
-            for x, v in zip(inputs, graph.inputs, strict=True)
-        ]
-        made = [bindings.get(v.name, x) if not isinstance(x, torch.Tensor) else x
-                for x, v in zip(made, graph.inputs, strict=True)]  # fmt: skip
+    for label, changed in plans[: 2 if count is None else max(count - 1, 0)]:
+        made = _drawn(graph, inputs, {**sizes, **changed}, generator)
         probes.append(Probe(label, made, ones=changed is ones))
+    while count is not None and len(probes) < count:
+        probes.append(_further(graph, inputs, len(probes), seed))
     return Probes(graph, probes, seed, run_original=run_original)
+
+
+def _drawn(
+    graph: Graph, inputs: Sequence[Any], bindings: dict[str, Any], generator: torch.Generator
+) -> list[Any]:
+    """Inputs of these sizes, with values drawn from the example's."""
+    made = [
+        _like(x, v.type, bindings, generator) if isinstance(x, torch.Tensor) else x
+        for x, v in zip(inputs, graph.inputs, strict=True)
+    ]
+    return [bindings.get(v.name, x) if not isinstance(x, torch.Tensor) else x
+            for x, v in zip(made, graph.inputs, strict=True)]  # fmt: skip
+
+
+def _further(graph: Graph, inputs: Sequence[Any], number: int, seed: int) -> Probe:
+    """One more probe than anybody asked for by name: sizes and values by its number."""
+    generator = torch.Generator().manual_seed(seed + number)
+    sizes = bind_inputs(graph, inputs)
+    for _ in range(8):
+        plan = {}
+        for s, (low, high) in graph.ranges.items():
+            if s in sizes:
+                least, most = max(low, 1), 2 * sizes[s] + 2
+                most = most if high is None else min(most, high)
+                at = torch.randint(max(most - least, 0) + 1, (1,), generator=generator)
+                plan[s] = least + int(at)
+        if all(evaluate(r, {**sizes, **plan}) is not False for r in graph.requires):
+            break
+        plan = {}
+    label = f"{_label(plan)}, other values" if plan else f"other values, number {number}"
+    return Probe(label, _drawn(graph, inputs, {**sizes, **plan}, generator))
 
 
 def _label(sizes: dict[str, Any]) -> str:
@@ -196,4 +293,4 @@ def _like(
     return drawn
 
 
-__all__ = ["Probe", "Probes", "clone", "make_probes"]
+__all__ = ["Failure", "Probe", "Probes", "clone", "make_probes"]
