@@ -42,16 +42,20 @@ class Progress:
         else:
             print(text, file=sys.stderr, flush=True)
 
+    def pause(self) -> None:
+        """Leave the terminal to what is printed next; the following step begins anew."""
+        self._cancel()
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        self._cancel()
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        self.pause()
 
     def _spin(self, what: str) -> None:
         from rich.console import Console

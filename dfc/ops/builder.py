@@ -24,7 +24,7 @@ class Builder:
         self.graph = graph
         self.before = before
 
-    def node(self, op: str, *inputs: Input | Sequence[Value | None], **attributes: Any) -> Node:
+    def node(self, op: str, /, *inputs: Input | Sequence[Value | None], **attributes: Any) -> Node:
         """Write a node; attributes that are not given take the op's default, operands None.
 
         Raises:  DfcError V010 for an unknown op, V011 for a wrong attribute, V020 for operands.
@@ -43,7 +43,7 @@ class Builder:
         )
 
     def __call__(
-        self, op: str, *inputs: Input | Sequence[Value | None], **attributes: Any
+        self, op: str, /, *inputs: Input | Sequence[Value | None], **attributes: Any
     ) -> Value:
         """Write a node that has one result, and give the result."""
         return self.node(op, *inputs, **attributes).result

@@ -19,7 +19,7 @@ from dfc.ir.types import TensorType
 from dfc.lang import syntax as s
 from dfc.lang.source import Source
 from dfc.lang.wording import expression_text
-from dfc.ops.aten import AtenOp
+from dfc.ops.aten import AtenOp, _resolve
 from dfc.ops.builder import Builder
 from dfc.rewrite.conditions import Env, Facts, Undecided, evaluate
 from dfc.rewrite.match import signature
@@ -165,7 +165,7 @@ def overloads(base: str) -> tuple[str, ...]:
     found = []
     for overload in packet.overloads():
         name = f"aten.{base}.{overload}"
-        info = lookup(name)
+        info = _resolve(name)  # None for TorchScript's own, on Python lists and numbers
         if isinstance(info, AtenOp) and not info.mutable and "out" not in overload.split("_"):
             found.append(name)
 

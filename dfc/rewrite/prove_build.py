@@ -1,0 +1,501 @@
+"""The graph that a rule's match lines describe, written down for the types of one sample.
+
+A pattern stands for many graphs: optional ops are there or not, alternatives are taken in turn,
+tails have lengths, `_` and `~=` leave room. `Choices` says which graph is meant; `choices_of` walks
+through them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dfc.errors import DfcError
+from dfc.ir.graph import Argument, Graph, Node, Parameter, Range, Value, attribute_key
+from dfc.ir.op import REQUIRED, OpInfo, OpRefused, lookup
+from dfc.ir.tree import LEAF
+from dfc.ir.types import DTYPES, TensorType
+from dfc.ir.weights import TensorData
+from dfc.lang import syntax as s
+from dfc.lang.wording import expression_text
+from dfc.ops.aten import AtenOp
+from dfc.ops.builder import Builder
+from dfc.rewrite.construct import _bound, overloads
+from dfc.rewrite.match import _COMMUTATIVE, signature
+from dfc.rewrite.rule import CONSTANTS, Rule, is_scoped, walk
+
+TAILS = (2, 0, 1, 3)  # how many operands `...rest` stands for
+
+
+class Unbuildable(Exception):
+    """The sample's types do not make a graph of this pattern, and why."""
+
+
+class Refused(Unbuildable):
+    """An op refuses the operands that the sample gives it."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The type of one input of a sample; `constant`: a parameter with data."""
+
+    type: TensorType
+    constant: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.type}{' constant' if self.constant else ''}"
+
+
+Given = Any  # Spec | tuple of Spec, of a tail | number, text, dtype or tuple of an attribute
+Case = Mapping[str, Given]
+
+
+def case_of(rule: Rule, sample: s.Sample) -> dict[str, Given]:
+    """What a sample gives to the rule's names. A named size stands for a number of its own.
+
+    Raises:  Unbuildable for a dimension or a value that is no constant.
+    """
+    sizes: dict[str, int] = {}
+    found: dict[str, Given] = {}
+    for g in sample.given:
+        if isinstance(g, s.Typed):
+            dtype = DTYPES.get(g.type.dtype.name)
+            if dtype is None:
+                raise Unbuildable(f"`{g.type.dtype.name}` is no element type")
+            shape = tuple(_number(d, sizes) for d in g.type.dims)
+            if any(not isinstance(d, int) or d < 0 for d in shape):
+                raise Unbuildable(f"`{g.name.name}` has a size that is no number")
+            constant = g.mark is not None and g.mark.name == "constant"
+            if g.mark is not None and not constant:
+                raise Unbuildable(f"`{g.mark.name}` is no mark; the only one is `constant`")
+            found[g.name.name] = Spec(TensorType(dtype, shape), constant)
+        else:
+            found[g.name.name] = _number(g.value, sizes)
+    return found
+
+
+def _number(x: s.Expr, sizes: dict[str, int]) -> Any:
+    if isinstance(x, s.Number | s.Text):
+        return x.value
+    if isinstance(x, s.Word):
+        if x.name in CONSTANTS:
+            return CONSTANTS[x.name]
+        return sizes.setdefault(x.name, (5, 7, 3, 6, 4)[len(sizes) % 5] + 6 * (len(sizes) // 5))
+    if isinstance(x, s.Several):
+        return tuple(_number(i, sizes) for i in x.items)
+    if isinstance(x, s.Unary) and x.op == "-":
+        return -_number(x.operand, sizes)
+    if isinstance(x, s.Binary) and x.op in ("+", "-", "*", "/", "//", "%"):
+        a, b = _number(x.left, sizes), _number(x.right, sizes)
+        ways = {"+": a + b, "-": a - b, "*": a * b}
+        return ways[x.op] if x.op in ways else a / b if x.op == "/" else a // b
+    raise Unbuildable(f"`{expression_text(x)}` is no constant")
+
+
+# Choices
+
+
+class Choices:
+    """Which graph of a pattern is meant: an option at each place where there are several.
+
+    A place that `wanted` does not name takes its first option; `seen` collects all places.
+    """
+
+    def __init__(self, wanted: Mapping[str, int] | None = None) -> None:
+        self.wanted = dict(wanted or {})
+        self.seen: dict[str, int] = {}
+
+    def take(self, place: str, options: int) -> int:
+        self.seen[place] = max(options, self.seen.get(place, 0))
+        return min(self.wanted.get(place, 0), options - 1)
+
+
+@dataclass
+class Left:
+    """A left side as a graph: `roots` are its outputs, `given` the sample's names in it."""
+
+    graph: Graph
+    roots: dict[str, Value]
+    given: dict[str, Any]
+    used: frozenset[str]
+
+
+def build_left(
+    rule: Rule,
+    case: Case,
+    choices: Choices,
+    data: Mapping[str, torch.Tensor],
+    ranges: Mapping[str, Range] | None = None,
+) -> Left:
+    """Write the match lines as a graph. `data` has the numbers of constants.
+
+    Raises:  Unbuildable.
+    """
+    return _Writer(rule, case, choices, data, dict(ranges or {})).left()
+
+
+class _Writer:
+    def __init__(
+        self,
+        rule: Rule,
+        case: Case,
+        choices: Choices,
+        data: Mapping[str, torch.Tensor],
+        ranges: dict[str, Range],
+    ) -> None:
+        self.rule, self.case, self.choices, self.data = rule, case, choices, data
+        self.graph = Graph("left", ranges=ranges)
+        self.builder = Builder(self.graph)
+        self.env: dict[str, Any] = {}
+        self.written: dict[object, Node] = {}
+        self.used: set[str] = set()
+
+    def left(self) -> Left:
+        for name, given in self.case.items():  # sizes come first, in the sample's order
+            if isinstance(given, Spec) and not given.constant:
+                self.env[name] = self.tensor(name, given)
+        for i, m in self.ordered():
+            value = self.value(m.pattern, f"{i}")
+            if not isinstance(value, Value) or value.node is None:
+                raise Unbuildable("the pattern is no op with these choices")
+            results = value.node.results
+            if len(results) < len(m.names):
+                raise Unbuildable(f"`{value.node.op}` gives {len(results)} results")
+            self.env |= dict(zip((w.name for w in m.names), results, strict=False))
+        roots = {name: self.env[name] for name in self.rule.roots}
+        shown = dict.fromkeys(roots.values())
+        self.graph.set_outputs(list(shown))
+        self.drop_unused()
+        self.graph.arguments = tuple(Argument(v.name, LEAF) for v in self.graph.inputs)
+        return Left(self.graph, roots, self.env, frozenset(self.used))
+
+    def ordered(self) -> list[tuple[int, s.Match]]:
+        """The match lines, each after those whose results it reads.
+
+        Raises:  Unbuildable when they read each other.
+        """
+        left = list(enumerate(self.rule.matches))
+        done: set[str] = set()
+        found = []
+        while left:
+            for item in left:
+                read = {w.name for w in walk(item[1].pattern) if isinstance(w, s.Word)}
+                own = {w.name for w in item[1].names}
+                if not (read & self.rule.targets) - done - own:
+                    break
+            else:
+                raise Unbuildable("the match lines read each other's results in a circle")
+            left.remove(item)
+            found.append(item)
+            done |= {w.name for w in item[1].names}
+        return found
+
+    def drop_unused(self) -> None:
+        """Forget the inputs that this graph does not read, so that it is what it says."""
+        self.graph._inputs = [
+            v for v in self.graph._inputs if v.use_count or v.name in self.needed_for_sizes()
+        ]
+
+    def needed_for_sizes(self) -> frozenset[str]:
+        """Inputs whose shape alone is read: a symbol that attributes mention."""
+        wanted = frozenset().union(*(n.symbols for n in self.graph.nodes), *[frozenset[str]()])
+        return frozenset(v.name for v in self.graph._inputs if v.type.symbols & wanted)
+
+    def tensor(self, name: str, spec: Spec) -> Value:
+        if not spec.constant:
+            return self.graph.add_input(self.graph.fresh_name(name), spec.type)
+        data = self.data.get(name)
+        if data is None:
+            raise Unbuildable(f"`{name}` is constant and has no data")
+        kept = TensorData(name, data)
+        return self.graph.add_parameter(name, spec.type, "parameter", kept)
+
+    # Expressions
+
+    def value(self, x: s.Expr, place: str) -> Any:
+        """What an expression of a pattern stands for; `Free` where anything may stand."""
+        if isinstance(x, s.Word):
+            return self.word(x)
+        if isinstance(x, s.Number | s.Text):
+            return x.value
+        if isinstance(x, s.Unary) and isinstance(x.operand, s.Number):
+            return self.near(x.operand.value, place)
+        if isinstance(x, s.Several):
+            return self.items(x, place)
+        if isinstance(x, s.Binary) and x.op == "|":
+            options = _options(x)
+            i = self.choices.take(f"{place}|", len(options))
+            return self.value(options[i], f"{place}|{i}")
+        if isinstance(x, s.Call):
+            if x.mark == "?" and self.choices.take(f"{place}?", 2):
+                return self.value(x.arguments[0], f"{place}.0")
+            return self.apply(x, place)
+        raise Unbuildable(f"`{expression_text(x)}` is no pattern")
+
+    def word(self, x: s.Word) -> Any:
+        name = x.name
+        if name == "_":
+            return Free("_")
+        if name in CONSTANTS:
+            return CONSTANTS[name]
+        if name in self.case:
+            self.used.add(name)
+        if name in self.env:
+            return self.env[name]
+        if name in self.case:
+            given = self.case[name]
+            self.env[name] = self.tensor(name, given) if isinstance(given, Spec) else given
+            return self.env[name]
+        return Free(name)
+
+    def near(self, value: float, place: str) -> float:
+        """A constant as written, or as far from it as `~=` allows."""
+        shift = (0.0, 9e-5, -9e-5)[self.choices.take(f"{place}~", 3)]
+        return value * (1 + shift) if shift else value
+
+    def items(self, x: s.Several, place: str) -> tuple[Any, ...]:
+        found: list[Any] = []
+        for i, item in enumerate(x.items):
+            if isinstance(item, s.Tail):
+                found += self.tail(item.name, place)
+            else:
+                found.append(self.value(item, f"{place}[{i}]"))
+        if any(isinstance(v, Free) for v in found):
+            raise Unbuildable(f"the sample does not say what stands in `{expression_text(x)}`")
+        return tuple(found)
+
+    def tail(self, name: str, place: str) -> tuple[Any, ...]:
+        if name in self.env and isinstance(self.env[name], tuple):
+            return tuple(self.env[name])
+        given = self.case.get(name)
+        if given is None:
+            made: tuple[Any, ...] = ()
+        elif isinstance(given, Spec):
+            self.used.add(name)
+            known = self.env.pop(name, None)
+            count = TAILS[self.choices.take(f"{place}...", len(TAILS))]
+            if isinstance(known, Value):
+                self.graph._inputs.remove(known)
+                self.graph._release(known.name)
+            made = tuple(self.tensor(f"{name}_{i}", given) for i in range(count))
+        else:
+            self.used.add(name)
+            made = given if isinstance(given, tuple) else (given,)
+        self.env[name] = made
+        return made
+
+    # Ops
+
+    def apply(self, x: s.Call, place: str) -> Value:
+        """The first result of an op on what its arguments stand for.
+
+        Raises:  Unbuildable, Refused when the op has such arguments and refuses their types.
+        """
+        given = [self.value(a, f"{place}.{i}") for i, a in enumerate(x.arguments)]
+        named = {k.name.name: self.value(k.value, f"{place}.{k.name.name}") for k in x.keywords}
+        bare = x.name.name.removeprefix("aten.")
+        if bare in _COMMUTATIVE and len(given) >= 2 and self.choices.take("swap", 2):
+            given[:2] = given[1::-1]
+        reasons: list[str] = []
+        for bound in self.bindings(x.name.name if "." in bare else bare, given, named, place):
+            try:
+                return self.written_once(*bound).results[0]
+            except (DfcError, OpRefused) as e:
+                reasons.append(e.message if isinstance(e, DfcError) else str(e))
+        if reasons:
+            raise Refused(reasons[0])
+        shown = ", ".join([*map(_shown, given), *(f"{k}={_shown(v)}" for k, v in named.items())])
+        raise Unbuildable(f"no `{x.name.name}` takes ({shown})")
+
+    def bindings(
+        self, name: str, given: Sequence[Any], named: Mapping[str, Any], place: str
+    ) -> Iterator[tuple[str, list[Any], dict[str, Any]]]:
+        """The ways to call an op of this name, the one that is meant first."""
+        candidates = (name,) if "." in name else overloads(name)
+        strict = [b for op in candidates if (b := self.bind(op, given, named, place, False))]
+        placed = [b for op in candidates if (b := self.bind(op, given, named, place, True))]
+        placed = [b for b in placed if b not in strict]
+        form = self.choices.take("number", 3) if placed else 0
+        if form == 2:
+            yield from (self.with_constants(*b) for b in placed)
+        elif form == 1:
+            yield from placed
+        yield from strict
+        yield from placed
+
+    def bind(
+        self, op: str, given: Sequence[Any], named: Mapping[str, Any], place: str, numbers: bool
+    ) -> tuple[str, list[Any], dict[str, Any]] | None:
+        """Operands and attributes; with `numbers`, a number may stand in a tensor's place."""
+        info, sig = lookup(op), signature(op)
+        if len(given) > len(sig.names) or set(named) - set(sig.names):
+            return None
+        values = dict(zip(sig.names, given, strict=False)) | dict(named)
+        first = next((v for v in values.values() if isinstance(v, Value)), None)
+        for name, v in values.items():
+            if isinstance(v, Free):
+                values[name] = self.free(info, name, v, first, f"{place}.{name}")
+        placed: dict[str, Any] = {}
+        for o in info.operands:
+            v = values.get(o.name)
+            if numbers and isinstance(v, int | float) and not isinstance(v, bool) and first:
+                placed[o.name] = v
+                values[o.name] = first
+        if numbers and not placed:
+            return None
+        found = _bound(op, (), values)
+        if found is None:
+            return None
+        operands, attributes = found
+        for i, o in enumerate(info.operands):
+            if o.name in placed:
+                operands[i] = None
+        return op, operands, attributes | placed
+
+    def with_constants(
+        self, op: str, operands: list[Any], attributes: dict[str, Any]
+    ) -> tuple[str, list[Any], dict[str, Any]]:
+        """Numbers in a tensor's place as constants of one element."""
+        operands, attributes = [*operands], dict(attributes)
+        for i, o in enumerate(lookup(op).operands):
+            if o.name in attributes and operands[i] is None:
+                operands[i] = self.number(attributes.pop(o.name))
+        return op, operands, attributes
+
+    def number(self, value: float) -> Parameter:
+        name = f"number_{attribute_key(float(value))[0].hex()}"  # type: ignore[index]
+        found = self.graph.parameters.get(name)
+        if found is None:
+            data = torch.tensor(float(value))
+            type_ = TensorType(DTYPES["f32"], ())
+            found = self.graph.add_parameter(name, type_, "constant", TensorData(name, data))
+        return found
+
+    def written_once(self, op: str, operands: list[Any], attributes: dict[str, Any]) -> Node:
+        """Equal ops on equal operands are one node, as after `cse`."""
+        key = (op, tuple(operands), attribute_key(tuple(sorted(attributes.items()))))
+        node = self.written.get(key)
+        if node is None:
+            node = self.written[key] = self.builder.node(op, *operands, **attributes)
+        return node
+
+    def free(self, info: OpInfo, name: str, x: Free, first: Value | None, place: str) -> Any:
+        """Something for a place where anything may stand, or for a name without a sample."""
+        if x.name != "_" and x.name in self.env:
+            return self.env[x.name]
+        operand = next((o for o in info.operands if o.name == name), None)
+        if x.name != "_" and not is_scoped(x.name):
+            default = next((a.default for a in info.attributes if a.name == name), REQUIRED)
+            if operand is not None and operand.optional:
+                return None
+            if operand is not None or default is REQUIRED:
+                raise Unbuildable(f"the sample gives no `{x.name}`")
+            return tuple(default) if isinstance(default, list) else default
+        if operand is not None:
+            if operand.optional and not self.choices.take(f"{place}_", 2):
+                return None
+            type_ = first.type if first else TensorType(DTYPES["f32"], (2, 3))
+            found: Any = self.graph.add_input(self.graph.fresh_name(f"any_{name}"), type_)
+        else:
+            options = _fillings(info, name)
+            if not options:
+                raise Unbuildable(f"nothing says what `{name}` of `{info.name}` may be")
+            found = options[self.choices.take(f"{place}_", len(options))]
+        if x.name != "_":
+            self.env[x.name] = found
+        return found
+
+
+@dataclass(frozen=True)
+class Free:
+    """A place that a pattern leaves open: `_`, or a name that the sample does not give."""
+
+    name: str
+
+
+def _options(x: s.Expr) -> list[s.Expr]:
+    if isinstance(x, s.Binary) and x.op == "|":
+        return [*_options(x.left), *_options(x.right)]
+    return [x]
+
+
+def _fillings(info: OpInfo, name: str) -> list[Any]:
+    """What an attribute may be: its default, then others of its kind."""
+    default = next(a.default for a in info.attributes if a.name == name)
+    found: list[Any] = []
+    if default is not REQUIRED:
+        found.append(tuple(default) if isinstance(default, list) else default)
+    if isinstance(info, AtenOp):
+        schema = next(a for a in info.overload._schema.arguments if a.name == name)
+        found += _OF_KIND.get(str(schema.real_type).removeprefix("Optional[").rstrip("]"), ())
+    unique = {attribute_key(v): v for v in found}
+    return [*unique.values()]
+
+
+_OF_KIND: Mapping[str, tuple[Any, ...]] = {
+    "bool": (False, True),
+    "int": (0, 1, -1),
+    "float": (0.5, 0.0, 1.0),
+    "number": (1, 0.5, 0),
+    "ScalarType": (DTYPES["f32"], DTYPES["f64"], DTYPES["f16"]),
+}
+
+
+def _shown(x: Any) -> str:
+    if isinstance(x, Value):
+        return str(x.type)
+    if isinstance(x, tuple):
+        return "[" + ", ".join(map(_shown, x)) + "]"
+    return "_" if isinstance(x, Free) else str(x)
+
+
+# All graphs of a pattern
+
+
+def choices_of(
+    rule: Rule, case: Case, data: Mapping[str, torch.Tensor], limit: int, seed: int = 0
+) -> Iterator[tuple[dict[str, int], Left | Unbuildable]]:
+    """The graphs of a pattern: each choice alone, then pairs, then any; at most `limit`."""
+    tried: set[tuple[tuple[str, int], ...]] = set()
+    seen: dict[str, int] = {}
+    waiting: list[dict[str, int]] = [{}]
+    generator = random.Random(seed)
+    count = 0
+    while count < limit:
+        if not waiting:
+            waiting = _mixed(seen, tried, generator)
+            if not waiting:
+                return
+        wanted = waiting.pop(0)
+        key = tuple(sorted((k, v) for k, v in wanted.items() if v))
+        if key in tried:
+            continue
+        tried.add(key)
+        choices = Choices(wanted)
+        count += 1
+        try:
+            built: Left | Unbuildable = build_left(rule, case, choices, data)
+        except Unbuildable as e:
+            built = e
+        for place, options in choices.seen.items():
+            if options > seen.get(place, 0):
+                seen[place] = options
+                waiting += [{**wanted, place: i} for i in range(1, options)]
+        yield {k: v for k, v in wanted.items() if v}, built
+
+
+def _mixed(
+    seen: Mapping[str, int], tried: set[tuple[tuple[str, int], ...]], generator: random.Random
+) -> list[dict[str, int]]:
+    """Some combinations of several choices that were not tried."""
+    found: list[dict[str, int]] = []
+    for _ in range(64):
+        wanted = {p: generator.randrange(n) for p, n in sorted(seen.items())}
+        key = tuple(sorted((k, v) for k, v in wanted.items() if v))
+        if key not in tried:
+            found.append(wanted)
+    return found
