@@ -16,10 +16,18 @@ if TYPE_CHECKING:
     from dfc.api import compile, load, parse, trace
     from dfc.compiled import Compiled
     from dfc.ir.graph import Graph
-    from dfc.rewrite.pass_ import Pass
+    from dfc.ir.op import Op
+    from dfc.lang.selectors import Selector
+    from dfc.ops.custom import op
+    from dfc.planning.custom import engine
+    from dfc.rewrite.custom import pass_
+    from dfc.rewrite.pass_ import CHANGES, EXACT, Context, Data, Pass, close
 
 __version__ = "0.1.0"
-__all__ = ["Compiled", "DfcError", "Graph", "Pass", "compile", "load", "parse", "trace"]
+__all__ = [
+    "CHANGES", "EXACT", "Compiled", "Context", "Data", "DfcError", "Graph", "Op", "Pass",
+    "Selector", "close", "compile", "engine", "load", "op", "parse", "pass_", "trace",
+]  # fmt: skip
 
 _HOMES = {
     "compile": "dfc.api",
@@ -28,7 +36,18 @@ _HOMES = {
     "trace": "dfc.api",
     "Compiled": "dfc.compiled",
     "Graph": "dfc.ir.graph",
+    # for those who write passes, ops and engines
+    "CHANGES": "dfc.rewrite.pass_",
+    "Context": "dfc.rewrite.pass_",
+    "Data": "dfc.rewrite.pass_",
+    "EXACT": "dfc.rewrite.pass_",
+    "Op": "dfc.ir.op",
     "Pass": "dfc.rewrite.pass_",
+    "Selector": "dfc.lang.selectors",
+    "close": "dfc.rewrite.pass_",
+    "engine": "dfc.planning.custom",
+    "op": "dfc.ops.custom",
+    "pass_": "dfc.rewrite.custom",
 }
 
 

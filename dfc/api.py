@@ -16,7 +16,7 @@ from dfc.ir.types import TensorType
 from dfc.ir.verify import verify as verify_graph
 from dfc.report import EngineReport, Report
 from dfc.rewrite.driver import run_passes
-from dfc.rewrite.pass_ import DEFAULT, Pass, find_pass
+from dfc.rewrite.pass_ import DEFAULT, Pass, as_pass
 
 if TYPE_CHECKING:
     from dfc.planning.engine import Engine, Runner
@@ -87,9 +87,7 @@ def compile(
 
         attach_weights(graph, Path(weights))
     verify_graph(graph, types=isinstance(model, Graph))
-    chosen = [
-        p if isinstance(p, Pass) else find_pass(p) for p in (DEFAULT if passes is None else passes)
-    ]
+    chosen = [as_pass(p) for p in (DEFAULT if passes is None else passes)]
     probes = _probes(model, graph, args, kwargs, verify, report, say)
     start = time.perf_counter()
     say("rewriting")

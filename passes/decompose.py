@@ -11,7 +11,7 @@ from dfc.rewrite.pass_ import Context, Pass, close
 
 @dataclass(frozen=True)
 class Decompose(Pass):
-    """Replace `dfc.*` ops by what they are made of.
+    """Replace declared ops, dfc's and the user's, by what they are made of.
 
     Needs:    a valid graph.
     Ensures:  no declared op that can be decomposed is left, or none of those in `ops`.

@@ -18,8 +18,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
         "errors",
-        "publish",  # files on disk: know nothing of graphs
-        "manifest",
+        "publish origin",  # files on disk, and places in Python: know nothing of graphs
+        "manifest registry",
         "ir",
         "ops",
         "lang",
@@ -34,6 +34,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 LATE = {
     ("ir", "ops"): "the verifier and `Graph.add` ask the ops for their type rules",
     ("rewrite", "passes"): "passes are found by walking the package",
+    ("planning", "runtime"): "engines are found by walking the package",
     ("emit", "capture"): "a decomposition is traced, and read as captured graphs are",
 }
 # Members of one layer that may know each other.
@@ -197,6 +198,8 @@ BROAD = {
     "dfc/emit/onnx_export.py": 1,  # cleans up and raises again
     "dfc/publish.py": 1,  # cleans up and raises again
     "dfc/rewrite/promises.py": 1,  # a pass is anybody's code: what it raises is told with its line
+    "dfc/registry.py": 1,  # what happens when another package is imported
+    "dfc/rewrite/custom.py": 1,  # the user's own pass
 }
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dfc.cli.options import Device, Files, Json, Model, Random, Seed, Sizes
+from dfc.cli.options import Device, Files, Json, Model, Random, Seed, Sizes, Use, load_used
 from dfc.errors import DfcError
 
 _DEFAULT = "eager,onnxruntime"
@@ -30,6 +30,7 @@ def bench(
         int | None, typer.Option("--threads", min=1, help="Threads for each engine.")
     ] = None,
     device: Device = "cpu",
+    use: Use = None,
     as_json: Json = False,
 ) -> None:
     """Measure engines side by side: median, spread, ratio to the first.
@@ -45,6 +46,7 @@ def bench(
     """
     from dfc.cli.progress import Progress
 
+    load_used(use)
     with Progress() as say:
         rows, origin, spent = _bench(
             model, inputs, engine, random, size, seed, seconds, threads, device, say

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dfc.cli.options import Json
+from dfc.cli.options import Json, Use, load_used
 from dfc.errors import DfcError, Diagnostic
 
 
@@ -15,6 +15,7 @@ def check(
     files: Annotated[
         list[str], typer.Argument(metavar="FILE...", help="Graph text, .dfc.", show_default=False)
     ],
+    use: Use = None,
     as_json: Json = False,
 ) -> None:
     """Check graph text, and report every error in it.
@@ -26,6 +27,7 @@ def check(
     """
     from dfc.cli.progress import Progress
 
+    load_used(use)
     found: dict[str, list[Diagnostic]] = {}
     with Progress() as say:
         for file in files:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dfc.cli.options import Device, Force, Json, Model
+from dfc.cli.options import Device, Force, Json, Model, Use, load_used
 from dfc.errors import DfcError, did_you_mean
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def compile(
         typer.Option("--print-after", metavar="PASS|all", help="Print the graph, on stderr."),
     ] = None,
     device: Device = "cpu",
+    use: Use = None,
     force: Force = False,
     as_json: Json = False,
     html: Annotated[
@@ -70,6 +71,7 @@ def compile(
     from dfc.cli.outputs import require_writable
     from dfc.cli.progress import Progress
 
+    load_used(use)
     for path in (output, onnx, html):
         require_writable(path, force)
     written: dict[str, str] = {}

@@ -51,22 +51,9 @@ def usage(error: Any, verbs: Sequence[str]) -> DfcError:
 
 def user_error(error: BaseException, what: str, own: str) -> DfcError:
     """The user's own code raised: its kind, its text, and the line of theirs where it happened."""
-    from dfc.errors import Span
+    from dfc.origin import failure_of
 
-    place = None
-    for frame in traceback.extract_tb(error.__traceback__):
-        if frame.filename == own or (place is None and not _is_ours(frame.filename)):
-            place = frame
-    if isinstance(error, SyntaxError) and error.filename:
-        at = Span(error.filename, error.lineno or 1, error.offset or 0, 0, error.text)
-        return DfcError("K040", f"{what} is not valid Python: {error.msg}", span=at)
-    span = Span(place.filename, place.lineno or 1, 0, 0, place.line) if place else None
-    reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return DfcError("K040", f"{what} raised {reason}", span=span)
-
-
-def _is_ours(file: str) -> bool:
-    return file.startswith(("<frozen", str(Path(__file__).parent.parent) + os.sep))
+    return failure_of(error, what, own)
 
 
 def _say(text: str) -> None:

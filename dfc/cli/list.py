@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
 
-from dfc.cli.options import Json
+from dfc.cli.options import Json, Use, load_used
 from dfc.errors import DfcError, did_you_mean
 
 _KINDS = ("passes", "engines", "ops")
@@ -19,6 +20,7 @@ def list_(
     word: Annotated[
         str, typer.Argument(metavar="[WORD]", help="Only names with this in them.")
     ] = "",
+    use: Use = None,
     as_json: Json = False,
 ) -> None:
     """List passes with their options, engines, or ops.
@@ -34,6 +36,7 @@ def list_(
             "Q010", f"there are {', '.join(_KINDS)} to list, not `{kind}`",
             help=did_you_mean(kind, _KINDS),
         )  # fmt: skip
+    load_used(use)
     from dfc.cli.progress import Progress
 
     with Progress() as say:
@@ -47,8 +50,12 @@ def list_(
     from dfc.cli.tables import print_table, print_text
 
     if kind == "passes":
-        shown = [[r["name"], r["numerics"], r["does"], _options(r["options"])] for r in rows]
-        print_table(["pass", "numerics", "does", "options"], shown)
+        shown = [
+            [r["name"], r["numerics"], r["does"], _options(r["options"]),
+             "" if r["from"] == "dfc" else r["from"]]
+            for r in rows
+        ]  # fmt: skip
+        print_table(["pass", "numerics", "does", "options", ""], shown)
     elif kind == "engines":
         shown = [[r["name"], ", ".join(r["devices"]), r["state"], r["does"]] for r in rows]
         print_table(["engine", "devices", "", "does"], shown)
@@ -60,19 +67,37 @@ def list_(
 
 def _passes(word: str) -> list[dict[str, Any]]:
     from dfc.cli.steps import option_rows
-    from dfc.rewrite.pass_ import DEFAULT, pass_classes
+    from dfc.rewrite.pass_ import DEFAULT, PASSES, pass_classes
 
     return [
         {
             "name": name,
-            "numerics": str(cls.numerics),
+            "from": PASSES.origin(name),
+            "numerics": "",
+            "default": False,
+            "does": f"missing: {cls.message}",
+            "options": [],
+        }
+        if isinstance(cls, DfcError)
+        else {
+            "name": name,
+            "from": PASSES.origin(name),
+            "numerics": "its rules'" if isinstance(cls.numerics, property) else str(cls.numerics),
             "default": name in DEFAULT,
             "does": first_line(cls),
             "options": option_rows(cls),
         }
-        for name, cls in sorted(pass_classes().items())
-        if word in name
+        for name, cls in _loaded(pass_classes(), word)
     ]
+
+
+def _loaded(classes: Mapping[str, Any], word: str) -> Iterator[tuple[str, Any]]:
+    """Everything by name; what a package brings that does not load stands there with the reason."""
+    for name in sorted(n for n in classes if word in n):
+        try:
+            yield name, classes[name]
+        except DfcError as e:
+            yield name, e
 
 
 def _options(options: list[dict[str, str]]) -> str:
@@ -99,8 +124,15 @@ def engine_rows(word: str = "") -> list[dict[str, Any]]:
 def _ops(word: str) -> list[dict[str, Any]]:
     import dfc.ops  # noqa: F401 - declares them
     from dfc.ir.op import declared_ops
+    from dfc.registry import plugins
 
-    found = [{"name": op.name, "does": first_line(op.cls)} for op in declared_ops()]
+    found = []
+    for plugin in plugins("dfc.ops"):
+        try:
+            plugin.load()
+        except DfcError as e:
+            found.append({"name": plugin.name, "does": f"missing: {e.message}"})
+    found += [{"name": op.name, "does": first_line(op.cls)} for op in declared_ops()]
     if word:
         import torch
 

@@ -30,3 +30,23 @@ Sizes = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of random inputs and random ops.")]
+Use = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--use",
+        metavar="FILE",
+        help="Your passes, ops and engines: FILE.py or a module; your rules: FILE.dfc.",
+    ),
+]
+
+
+def load_used(names: list[str] | None) -> None:
+    """Make known what the user's files bring; before MODEL, recipes and steps are looked at.
+
+    Raises:  DfcError K040 when the user's code raises; Q, R and P for what is wrong in it.
+    """
+    if names:
+        from dfc.cli.extensions import load_extension
+
+        for name in names:
+            load_extension(name)

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dfc.cli.options import Device, Files, Force, Json, Model, Random, Seed, Sizes
+from dfc.cli.options import (
+    Device,
+    Files,
+    Force,
+    Json,
+    Model,
+    Random,
+    Seed,
+    Sizes,
+    Use,
+    load_used,
+)  # fmt: skip
 from dfc.errors import DfcError
 
 if TYPE_CHECKING:
@@ -32,6 +43,7 @@ def run(
         str | None, typer.Option("--engine", help="Another engine than the package's.")
     ] = None,
     device: Device = "cpu",
+    use: Use = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -46,6 +58,7 @@ def run(
     from dfc.cli.outputs import require_writable
     from dfc.cli.progress import Progress
 
+    load_used(use)
     require_writable(output, force)
     if output and Path(output).suffix not in _FORMATS:
         raise DfcError("D056", f"`{output}` ends with neither {' nor '.join(_FORMATS)}")

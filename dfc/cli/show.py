@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dfc.cli.options import Json, Model
+from dfc.cli.options import Json, Model, Use, load_used
 
 if TYPE_CHECKING:
     from dfc.ir.graph import Graph
@@ -30,6 +30,7 @@ def show(
     resolved: Annotated[
         bool, typer.Option("--resolved", help="Every pass and option, engine and version.")
     ] = False,
+    use: Use = None,
     as_json: Json = False,
 ) -> None:
     """Show a graph: traced from a model, or a package's own.
@@ -42,6 +43,7 @@ def show(
     """
     from dfc.cli.progress import Progress
 
+    load_used(use)
     with Progress() as say:
         graph, decided = _read(model, say)
         say("printing")

@@ -200,7 +200,7 @@ def _shapes_of(program: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _factory(place: str, function: str) -> Source:
-    module, own = _module(place)
+    module, own = load_module(place)
     label = f"{place}:{function}"
     make = getattr(module, function, None)
     if make is None:
@@ -221,13 +221,13 @@ def _factory(place: str, function: str) -> Source:
     return _checked(function, label, made)
 
 
-def _module(place: str) -> tuple[Any, str]:
+def load_module(place: str) -> tuple[Any, str]:
     """A module by file or by name, and its file."""
     path = Path(place)
     if path.suffix == ".py" or path.is_file():
         if not path.is_file():
             raise DfcError("D050", f"there is no `{place}`", help=_near(path))
-        return _load_file(path.absolute()), str(path.absolute())
+        return load_file(path.absolute()), str(path.absolute())
     if not all(part.isidentifier() for part in place.split(".")):
         raise DfcError("D050", f"there is no `{place}`", help=_near(path) or _FORMS)
     if "" not in sys.path and (here := str(Path.cwd())) not in sys.path:
@@ -245,8 +245,13 @@ def _module(place: str) -> tuple[Any, str]:
     return module, str(module.__file__ or "")
 
 
-def _load_file(path: Path) -> Any:
+_files: dict[Path, Any] = {}  # by `--use` and as MODEL, a file is one module
+
+
+def load_file(path: Path) -> Any:
     """Import a file as `python file.py` would: what stands beside it can be imported."""
+    if path in _files:
+        return _files[path]
     name = path.stem if path.stem.isidentifier() else "model"
     if name in sys.modules:
         name = f"_dfc_{name}"
@@ -258,8 +263,11 @@ def _load_file(path: Path) -> Any:
         sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
+    except DfcError:
+        raise  # a pass or an op in it is defined wrongly: it says where
     except (Exception, SystemExit) as e:
         raise user_error(e, f"`{path.name}`", str(path)) from e
+    _files[path] = module
     return module
 
 

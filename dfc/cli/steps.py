@@ -85,7 +85,12 @@ def resolved(p: Pass) -> str:
 
 def option_rows(cls: type[Pass]) -> list[dict[str, str]]:
     """The options of a pass: name, type, default."""
-    return [
-        {"name": f.name, "type": str(f.type), "default": str(f.default)}
-        for f in dataclasses.fields(cls)  # type: ignore[arg-type]
-    ]
+    from dfc.recipe.options import fields_of, type_text
+    from dfc.recipe.plan import value_text
+
+    hints = fields_of(cls)
+    rows = []
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        default = "" if f.default is dataclasses.MISSING else value_text(f.default)
+        rows.append({"name": f.name, "type": type_text(hints[f.name]), "default": default})
+    return rows

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dfc.cli.options import Device, Json
+from dfc.cli.options import Device, Json, Use, load_used
 from dfc.errors import DfcError
 
 
@@ -26,6 +26,7 @@ def verify(
         typer.Option("--expect", metavar="sha256:...", help="The digest that it must have."),
     ] = None,
     device: Device = "cpu",
+    use: Use = None,
     as_json: Json = False,
 ) -> None:
     """Check every byte of a package and prove it again on this machine.
@@ -37,6 +38,7 @@ def verify(
     """
     from dfc.cli.progress import Progress
 
+    load_used(use)
     with Progress() as say:
         data = _verify(package, engine, expect, device, say)
     if as_json:

@@ -477,10 +477,10 @@ def _torchlib(b: Builder, call: Call) -> Any:
 
 
 def _declared(b: Builder, call: Call) -> Any:
-    """A `dfc.*` op by its own lowering to ONNX."""
+    """A declared op by its own lowering to ONNX."""
     from dfc.ir.op import DeclaredOp, lookup
 
-    if not call.op.startswith("dfc."):
+    if call.op.startswith("aten."):
         raise NoTranslation("")
     info = lookup(call.op)
     lowering = getattr(info.cls, "to_onnx", None) if isinstance(info, DeclaredOp) else None

@@ -6,9 +6,11 @@ give it by subclassing `Op`; `aten.*` ops give it wholesale (dfc/ops/aten.py).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -16,6 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from dfc.errors import DfcError, did_you_mean
 from dfc.ir.expr import Size
 from dfc.ir.types import NONE, TensorType, Type
+from dfc.origin import Origin, origin_of
+from dfc.registry import plugins
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,12 +100,32 @@ def lookup(name: str) -> OpInfo:
     Raises:  DfcError V010 when no op has it.
     """
     prefix = name.partition(".")[0]
-    resolve = _NAMESPACES.get(prefix)
-    found = resolve(name) if resolve else None
+    found = _resolved(name, prefix)
+    if found is None and _load_package(name, prefix):
+        found = _resolved(name, prefix)
     if found is not None:
         return found
     known = list(_NAMES[prefix]()) if prefix in _NAMES else [f"{p}." for p in _NAMESPACES]
-    raise DfcError("V010", f"unknown op `{name}`", help=did_you_mean(name, known), status=2)
+    help = did_you_mean(name, known)
+    if help is None and prefix not in ("aten", "torch", "prims"):
+        help = "an op of yours is brought by `--use FILE.py`, or by importing its module"
+    raise DfcError("V010", f"unknown op `{name}`", help=help, status=2)
+
+
+def _resolved(name: str, prefix: str) -> OpInfo | None:
+    resolve = _NAMESPACES.get(prefix)
+    return resolve(name) if resolve else None
+
+
+def _load_package(name: str, prefix: str) -> bool:
+    """Import the packages whose entry points of the group `dfc.ops` are this op, or its namespace.
+
+    Raises:  DfcError Q041 when one does not load.
+    """
+    offers = [p for p in plugins("dfc.ops") if p.name in (name, prefix)]
+    for plugin in offers:
+        plugin.load()
+    return bool(offers)
 
 
 class OpRefused(ValueError):
@@ -158,7 +182,7 @@ class DeclaredOp:
 
     @property
     def name(self) -> str:
-        return f"dfc.{self.cls.name}"
+        return full_name(self.cls)
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -206,22 +230,47 @@ def _operands(cls: type[Op]) -> tuple[Operand, ...]:
     return tuple(Operand(p.name, optional=p.default is None) for p in parameters)
 
 
+def full_name(cls: type[Op]) -> str:
+    """`dfc.swiglu` of a class that calls itself `swiglu`; another namespace stays as it is."""
+    return cls.name if "." in cls.name else f"dfc.{cls.name}"
+
+
 _DECLARED: dict[str, DeclaredOp] = {}
+_ORIGINS: dict[str, Origin] = {}
 
 
-def declare(cls: type[Op]) -> type[Op]:
-    """Class decorator: make a declared op known under `dfc.<name>`.
+def declare(cls: type[Op], origin: Origin | None = None) -> type[Op]:
+    """Class decorator: make a declared op known under `dfc.<name>`, or its name with a namespace.
 
-    Raises:  TypeError when the declaration itself is malformed.
+    Raises:  TypeError when the declaration itself is malformed; DfcError Q003, which names both
+             places, when the name is another op's.
     """
     if not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.frozen:
         raise TypeError(f"op {cls.__name__} must be a frozen dataclass")
     for field in ("cases", "rejects"):
         if not isinstance(getattr(cls, field), tuple):
             raise TypeError(f"{cls.__name__}.{field} must be a tuple of strings")
-    _DECLARED[f"dfc.{cls.name}"] = DeclaredOp(cls)
+    name = full_name(cls)
+    origin = origin or _origin(cls)
+    if name in _DECLARED and not origin.is_rerun_of(_ORIGINS[name]):
+        message = f"op `{name}` exists already: {_ORIGINS[name]} brings it"
+        help = "choose another name, or a namespace of your own: `mylib.swiglu`"
+        raise DfcError("Q003", message, span=origin.span("name"), help=help)
+    prefix = name.partition(".")[0]
+    if prefix not in _NAMESPACES:
+        register_namespace(
+            prefix, _DECLARED.get, lambda: sorted(n for n in _DECLARED if n.startswith(prefix))
+        )
+    _DECLARED[name], _ORIGINS[name] = DeclaredOp(cls), origin
     lookup.cache_clear()
     return cls
+
+
+def _origin(cls: type[Op]) -> Origin:
+    """Without reading the source of dfc's own ops, which would slow every start."""
+    if not cls.__module__.startswith("dfc."):
+        return origin_of(cls)
+    return Origin(str(sys.modules[cls.__module__].__file__), 0, cls.__qualname__)
 
 
 def declared_ops() -> tuple[DeclaredOp, ...]:
@@ -229,4 +278,18 @@ def declared_ops() -> tuple[DeclaredOp, ...]:
     return tuple(_DECLARED[name] for name in sorted(_DECLARED))
 
 
-register_namespace("dfc", _DECLARED.get, lambda: sorted(_DECLARED))
+@contextlib.contextmanager
+def restored_ops() -> Iterator[None]:
+    """Forget at the end what was declared meanwhile: tests declare many ops."""
+    tables: list[dict[str, Any]] = [_DECLARED, _ORIGINS, _NAMESPACES, _NAMES]
+    kept = [dict(table) for table in tables]
+    try:
+        yield
+    finally:
+        for table, before in zip(tables, kept, strict=True):
+            table.clear()
+            table.update(before)
+        lookup.cache_clear()
+
+
+register_namespace("dfc", _DECLARED.get, lambda: sorted(n for n in _DECLARED if n[:4] == "dfc."))

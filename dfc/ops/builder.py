@@ -63,7 +63,7 @@ def _with_defaults(info: OpInfo, given: dict[str, Any]) -> dict[str, Any]:
 
 def decomposable(op: str) -> bool:
     """Whether this is a declared op that says how it is made of others."""
-    if not op.startswith("dfc."):
+    if op.startswith("aten."):
         return False
     info = lookup(op)
     return isinstance(info, DeclaredOp) and hasattr(info.cls, "decompose")

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.metadata
 import pkgutil
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, NewType
 
 from dfc.errors import DfcError, did_you_mean
 from dfc.ir.graph import Graph
+from dfc.origin import Origin
+from dfc.registry import Plugin, Registry
 
 Data = NewType("Data", str)  # an option that names data which the caller passes
 
@@ -72,6 +73,8 @@ class Pass:
     auto: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     # Passes that must not have run before this one.
     not_after: ClassVar[tuple[str, ...]] = ()
+    # Where a pass that dfc does not ship is defined (dfc.rewrite.custom).
+    origin: ClassVar[Origin | None] = None
 
     def run(self, graph: Graph, ctx: Context) -> int:
         raise NotImplementedError
@@ -103,11 +106,8 @@ DEFAULT = (
 
 
 @cache
-def pass_classes() -> Mapping[str, type[Pass]]:
-    """Every pass by name: files in `dfc/passes`, then entry points of the group `dfc.passes`.
-
-    Raises:  DfcError Q003 when two packages bring a pass of the same name.
-    """
+def _shipped() -> Mapping[str, type[Pass]]:
+    """The passes of the files in `dfc/passes`."""
     import dfc.passes
 
     found: dict[str, type[Pass]] = {}
@@ -116,12 +116,51 @@ def pass_classes() -> Mapping[str, type[Pass]]:
         for value in vars(loaded).values():
             if isinstance(value, type) and issubclass(value, Pass) and "name" in vars(value):
                 found[value.name] = value
-    for entry in importlib.metadata.entry_points(group="dfc.passes"):
-        cls = entry.load()
-        if cls.name in found:
-            raise DfcError("Q003", f"the pass `{cls.name}` of {entry.value} exists already")
-        found[cls.name] = cls
     return found
+
+
+def _of_package(plugin: Plugin, loaded: Any) -> type[Pass]:
+    """What an entry point gave, if it is a pass of the entry point's name."""
+    wrong = None
+    if not isinstance(loaded, type) or not issubclass(loaded, Pass):
+        wrong = f"is no pass but {loaded!r}"
+    elif loaded.name != plugin.name:
+        wrong = f"calls itself `{loaded.name}`"
+    if wrong:
+        help = "an entry point names a class made by `@dfc.pass_`, and has the pass's own name"
+        raise DfcError("Q041", f"`{plugin.name}` of {plugin} {wrong}", help=help, status=7)
+    return loaded  # type: ignore[no-any-return]
+
+
+PASSES: Registry[type[Pass]] = Registry("pass", "dfc.passes", lambda: _shipped(), _of_package)
+
+
+class _Classes(Mapping[str, "type[Pass]"]):
+    """Every pass by name; what another package brings is loaded when it is asked for."""
+
+    def __getitem__(self, name: str) -> type[Pass]:
+        found = PASSES.get(name) or _shipped().get(name)
+        if found is None:
+            raise KeyError(name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys((*_shipped(), *PASSES.names())))
+
+    def __len__(self) -> int:
+        return len({*_shipped(), *PASSES.names()})
+
+    def __contains__(self, name: object) -> bool:
+        return name in set(self)
+
+
+def pass_classes() -> Mapping[str, type[Pass]]:
+    """Every pass by name: files in `dfc/passes`, those that `@dfc.pass_` made, and the entry
+    points of the group `dfc.passes`. Looking one up, not listing the names, loads its package.
+
+    Raises:  DfcError Q003 when two bring a pass of the name, Q041 when its package does not load.
+    """
+    return _Classes()
 
 
 def find_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
@@ -132,7 +171,8 @@ def find_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
     classes = pass_classes()
     cls = classes.get(name)
     if cls is None:
-        raise DfcError("Q001", f"unknown pass `{name}`", help=did_you_mean(name, list(classes)))
+        help = did_you_mean(name, list(classes)) or "yours is brought by `--use FILE.py`"
+        raise DfcError("Q001", f"unknown pass `{name}`", help=help)
     given = dict(options or {})
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for option in given:
@@ -146,9 +186,31 @@ def find_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
     hints = typing.get_type_hints(cls)
     for option, value in given.items():
         if not _fits(value, hints[option]):
-            wanted = fields[option].type
+            wanted = _type_name(fields[option].type)
             raise DfcError("Q002", f"`{option}` of pass `{name}` is {wanted}, got {value!r}")
+    for option, f in fields.items():
+        if option not in given and f.default is dataclasses.MISSING:
+            raise DfcError("Q002", f"pass `{name}` needs `{option}`: it has no default")
     return cls(**given)
+
+
+def as_pass(x: str | Pass | type[Pass]) -> Pass:
+    """A pass as the caller names it: by name, as a class, or with its options.
+
+    Raises:  DfcError Q001, Q002.
+    """
+    if isinstance(x, Pass):
+        return x
+    if isinstance(x, type) and issubclass(x, Pass):
+        return find_pass(x.name) if pass_classes().get(x.name) is x else x()
+    if isinstance(x, str):
+        return find_pass(x)
+    help = "make it one with `@dfc.pass_`, or name it"
+    raise DfcError("Q001", f"`{getattr(x, '__name__', x)}` is no pass", help=help)
+
+
+def _type_name(type_: Any) -> str:
+    return type_ if isinstance(type_, str) else getattr(type_, "__name__", str(type_))
 
 
 def _fits(value: object, hint: Any) -> bool:
@@ -156,6 +218,10 @@ def _fits(value: object, hint: Any) -> bool:
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, h) for h in inside)
+    if origin is typing.Literal:
+        return value in inside and type(value) in {type(i) for i in inside}
+    if hint is Data:
+        return isinstance(value, str)
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(v, inside[0]) for v in value)
     if isinstance(value, bool) or hint is bool:

@@ -484,9 +484,10 @@ def known_op(name: str) -> bool:
 def _near_op(name: str) -> str | None:
     from dfc.ops.aten import _names
 
-    if name.startswith("dfc."):
+    if "." in name and not name.startswith("aten."):
         from dfc.ir.op import declared_ops
 
-        return did_you_mean(name, [op.name for op in declared_ops()])
+        near = did_you_mean(name, [op.name for op in declared_ops()])
+        return near or "an op of yours is brought by `--use FILE.py`, or by importing its module"
     bases = sorted({n.split(".")[1] for n in _names() if n.startswith("aten.")})
     return did_you_mean(name, bases)

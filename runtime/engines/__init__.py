@@ -1,4 +1,7 @@
-"""Engines, one file each: a file's name, without a trailing underscore, is the engine's name."""
+"""Engines, one file each: a file's name, without a trailing underscore, is the engine's name.
+
+Besides: what `@dfc.engine` made, and the entry points of the group `dfc.engines`.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +10,39 @@ import pkgutil
 from functools import cache
 
 from dfc.errors import DfcError, did_you_mean
+from dfc.planning.custom import ENGINES
 from dfc.planning.engine import Engine
 
 
 def engine_names() -> list[str]:
     """Every engine that dfc has, whether or not its library is installed."""
-    return sorted(m.name.rstrip("_") for m in pkgutil.iter_modules(__path__))
+    own = {m.name.rstrip("_") for m in pkgutil.iter_modules(__path__)}
+    return sorted(own | set(ENGINES.names()))
 
 
-@cache
 def find_engine(name: str) -> Engine:
     """The engine of this name.
 
-    Raises:  DfcError K001 for an unknown name, K002 when its library is missing.
+    Raises:  DfcError K001 for an unknown name, K002 when its library is missing, Q003 when two
+             bring it, Q041 when its package does not load.
     """
-    modules = {m.name.rstrip("_"): m.name for m in pkgutil.iter_modules(__path__)}
-    if name not in modules:
+    found = ENGINES.get(name)
+    if found is not None:
+        return found
+    known = engine_names()
+    if name not in known:
         raise DfcError(
             "K001",
-            f"unknown engine `{name}`: there are {', '.join(sorted(modules))}",
-            help=did_you_mean(name, list(modules)),
+            f"unknown engine `{name}`: there are {', '.join(known)}",
+            help=did_you_mean(name, known),
             status=2,
         )
+    return _shipped(name)
+
+
+@cache
+def _shipped(name: str) -> Engine:
+    modules = {m.name.rstrip("_"): m.name for m in pkgutil.iter_modules(__path__)}
     try:
         module = importlib.import_module(f"{__name__}.{modules[name]}")
     except ImportError as e:
