@@ -125,10 +125,10 @@ class Registry(Generic[T]):
         return self._from[name]
 
     def origin(self, name: str) -> str:
-        """Who brings a name: a file and line, or a package."""
-        if name in self._own:
-            return str(self._own[name][1])
-        return next((p.package for p in plugins(self.group) if p.name == name), "dfc")
+        """Who brings a name: a package, a file and line, or dfc."""
+        package = next((p.package for p in plugins(self.group) if p.name == name), None)
+        own = self._own.get(name)
+        return package or (str(own[1]) if own else "dfc")
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:

@@ -27,6 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "passes runtime package calling compiled report",
         "recipe",  # runs passes, builds engines, measures
         "api",
+        "testing",
         "cli",
     )
 )

@@ -6,7 +6,6 @@ by element where that is plainer; ONNX Runtime's own kernels are a second opinio
 
 from __future__ import annotations
 
-import ast
 import inspect
 import itertools
 import math
@@ -22,85 +21,16 @@ import dfc
 import dfc.ops
 from dfc.emit.fx import to_fx
 from dfc.errors import DfcError
-from dfc.ir.expr import Expr, symbol
-from dfc.ir.graph import Argument, Graph
+from dfc.ir.expr import Expr
+from dfc.ir.graph import Graph
 from dfc.ir.interpret import interpret
 from dfc.ir.op import Cost, DeclaredOp, Op, OpRefused, declare, declared_ops
-from dfc.ir.tree import LEAF
 from dfc.ir.types import DTYPES, TensorType
 from dfc.ir.verify import verify
 from dfc.ops.builder import Builder
 from dfc.rewrite.agree import judge
 from dfc.rewrite.pass_ import Context, find_pass
-
-SIZES = {"B": 2, "S": 3, "K": 64, "D": 8}
-RANGES = {name: (1, None) for name in SIZES}
-
-
-class Case:
-    """`x=f32[3,64] packed=u8[16,32] group=32`: operand types in order, and attributes."""
-
-    def __init__(self, info: DeclaredOp, text: str, label: str = "") -> None:
-        self.info, self.text, self.label = info, text, label
-        given = dict(word.split("=", 1) for word in text.split())
-        names = [o.name for o in info.operands]
-        self.names = names
-        self.types = [parse_type(given.pop(n)) if n in given else None for n in self.names]
-        self.attributes = {a.name: a.default for a in info.attributes}
-        for name, value in given.items():
-            assert name in self.attributes, f"{info.name} has neither operand nor attribute {name}"
-            self.attributes[name] = ast.literal_eval(value)
-
-    def __str__(self) -> str:
-        return f"{self.info.name} {self.label} {self.text}"
-
-    @property
-    def op(self) -> Any:
-        return self.info.instance(self.attributes)
-
-    @property
-    def symbols(self) -> set[str]:
-        return {s for t in self.types if t for s in t.symbols}
-
-    @property
-    def static(self) -> list[TensorType | None]:
-        return [t and t.substitute(SIZES) for t in self.types]
-
-    def arrays(self, seed: int = 0, scale: float = 1.0) -> list[torch.Tensor | None]:
-        generator = torch.Generator().manual_seed(seed)
-        return [t and random_tensor(t, generator, scale) for t in self.static]
-
-    def graph(self) -> Graph:
-        """A graph that is the op alone; absent operands in the middle are None."""
-        graph = Graph("op", ranges={s: RANGES[s] for s in sorted(self.symbols)})
-        values = [t and graph.add_input(n, t) for n, t in zip(self.names, self.types, strict=True)]
-        graph.arguments = tuple(Argument(v.name, LEAF) for v in graph.inputs)
-        node = graph.add(self.info.name, values, self.attributes)
-        graph.set_outputs(node.results)
-        return graph
-
-
-def parse_type(text: str) -> TensorType:
-    name, inside = re.fullmatch(r"(\w+)\[(.*)\]", text).groups()  # type: ignore[union-attr]
-    sizes = [eval_size(s) for s in inside.split(",")] if inside else []
-    return TensorType(DTYPES[name], tuple(sizes))
-
-
-def eval_size(text: str) -> Any:
-    """`7`, `B`, `2*S` or `S+1`."""
-    if text.isdigit():
-        return int(text)
-    factor, _, name = text.rpartition("*")
-    name, _, more = name.partition("+")
-    return symbol(name) * int(factor or 1) + int(more or 0)
-
-
-def random_tensor(t: TensorType, generator: torch.Generator, scale: float) -> torch.Tensor:
-    shape = [int(s) for s in t.shape]  # type: ignore[arg-type]
-    if t.dtype.is_float:
-        return (torch.randn(shape, generator=generator) * scale).to(t.dtype.to_torch())
-    high = 256 if t.dtype.name == "u8" else 4  # positions: the caches of the cases have more rows
-    return torch.randint(0, high, shape, generator=generator).to(t.dtype.to_torch())
+from dfc.testing import SIZES, Case
 
 
 def cases() -> list[Case]:

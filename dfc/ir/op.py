@@ -280,15 +280,14 @@ def declared_ops() -> tuple[DeclaredOp, ...]:
 
 @contextlib.contextmanager
 def restored_ops() -> Iterator[None]:
-    """Forget at the end what was declared meanwhile: tests declare many ops."""
-    tables: list[dict[str, Any]] = [_DECLARED, _ORIGINS, _NAMESPACES, _NAMES]
-    kept = [dict(table) for table in tables]
+    """Forget at the end the ops, other than dfc's, that were declared meanwhile: for tests."""
+    kept = dict(_DECLARED)
     try:
         yield
     finally:
-        for table, before in zip(tables, kept, strict=True):
-            table.clear()
-            table.update(before)
+        for name, op in list(_DECLARED.items()):
+            if name not in kept and not op.cls.__module__.startswith("dfc."):
+                del _DECLARED[name], _ORIGINS[name]
         lookup.cache_clear()
 
 

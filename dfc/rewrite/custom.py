@@ -6,6 +6,7 @@ Q040  a definition that cannot be a pass, with the line
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import sys
 import types
@@ -13,7 +14,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, dataclass_transform, overload
 
-from dfc.errors import DfcError, Diagnostic, did_you_mean
+from dfc.errors import DfcError, Diagnostic
 from dfc.ir.graph import Graph
 from dfc.ir.types import DType
 from dfc.lang.selectors import Selector
@@ -156,6 +157,8 @@ class _Definition:
             help = "def run(self, graph, ctx) -> int: ... gives how many changes it made"
             self.say("the pass has no `run`", None, help)
             return
+        if not callable(run):
+            return  # told where the options are checked
         try:
             inspect.signature(run).bind(None, None, None)
         except TypeError:
@@ -188,9 +191,13 @@ class _Definition:
                 self._check_default(name, hints[name], value)
 
     def _untyped(self, name: str, value: Any) -> None:
-        near = did_you_mean(name, _FACTS)
+        near = difflib.get_close_matches(name, _FACTS, n=1, cutoff=0.8)
         type_ = type(value).__name__ if isinstance(value, (bool, int, float, str)) else "TYPE"
-        help = near or f"write `{name}: {type_} = {value!r}`, or `_{name}` if it is no option"
+        help = (
+            f"did you mean `{near[0]}`?"
+            if near
+            else (f"write `{name}: {type_} = {value!r}`, or `_{name}` if it is no option")
+        )
         self.say(f"the option `{name}` has no type", name, help)
 
     def _check_default(self, name: str, hint: Any, value: Any) -> None:
