@@ -62,12 +62,13 @@ class Case:
         import torch
 
         generator = torch.Generator().manual_seed(seed)
-        return [t and random_tensor(t, generator, scale) for t in self.static]
+        return [random_tensor(t, generator, scale) if t else None for t in self.static]
 
     def graph(self) -> Graph:
         """A graph that is the op alone; absent operands in the middle are None."""
         graph = Graph("op", ranges={s: (1, None) for s in sorted(self.symbols)})
-        values = [t and graph.add_input(n, t) for n, t in zip(self.names, self.types, strict=True)]
+        given = zip(self.names, self.types, strict=True)
+        values = [graph.add_input(n, t) if t else None for n, t in given]
         graph.arguments = tuple(Argument(v.name, LEAF) for v in graph.inputs)
         node = graph.add(self.info.name, values, self.attributes)
         graph.set_outputs(node.results)

@@ -259,6 +259,12 @@ def test_what_fails_inside_a_pass_is_the_users_with_its_line(tmp_path: Path) -> 
     with pytest.raises(DfcError, match="gave None, not a number of changes") as error:
         dfc.compile(*MODEL, passes=["b"], engine="eager")
     assert error.value.status == 8
+    text = f"import dfc\n@dfc.pass_\n{GOOD}".replace("'a'", "'c'")
+    text = text.replace("return 0", "graph.set_outputs([graph.inputs[0]]); return 0")
+    load(tmp_path / "liar.py", text)
+    with pytest.raises(DfcError, match="says 0 changes and changed the graph") as error:
+        dfc.compile(*MODEL, passes=["c"], engine="eager", strict=True)
+    assert error.value.status == 8 and "liar.py:7" in error.value.render()
 
 
 def test_importing_dfc_for_a_pass_loads_no_torch() -> None:
