@@ -31,13 +31,15 @@ from dfc.rewrite.prove_build import (
     Case,
     Choices,
     Left,
+    Refused,
+    RunBuilder,
     Spec,
     Unbuildable,
     build_left,
     case_of,
     choices_of,
 )
-from dfc.rewrite.prove_inputs import Plan, plans, tensor
+from dfc.rewrite.prove_inputs import BRIEF, QUICK, THOROUGH, Plan, plans, tensor
 from dfc.rewrite.prove_judge import Disagreement, disagreement, same
 from dfc.rewrite.prove_report import counterexample
 from dfc.rewrite.prove_types import Variation, symbolic, variations
@@ -147,55 +149,62 @@ class _Prover:
         """The sample itself in every structure, then all that it stands for."""
         first: dict[str, int] | None = None
         others: list[dict[str, int]] = []
-        refusal: Refusal | str | None = None
+        refusals: list[tuple[int, Refusal | str]] = []
         data = _constants(case, Plan("random inputs", seed=1))
         for wanted, built in choices_of(self.rule, case, data, STRUCTURES):
             if isinstance(built, Unbuildable):
-                refusal = refusal or str(built)
+                refusals.append((0, str(built)))
                 continue
             full = built.used >= case.keys()
-            found = self.structure(Variation("", case), wanted, thorough=first is None and full)
+            care = THOROUGH if first is None and full else BRIEF
+            found = self.structure(Variation("", case, care), wanted)
             if found is not None:
-                refusal = (
-                    found if refusal is None or (full and isinstance(refusal, str)) else refusal
-                )
+                refusals.append((1 + full, found))
             elif full and first is None:
                 first = wanted
             else:
                 others.append(wanted)
         if first is None:
-            raise _Wrong(self.not_applied(sample, refusal))
+            raise _Wrong(self.not_applied(sample, refusals))
         self.elsewhere(case, first, others)
 
-    def not_applied(self, sample: s.Sample, refusal: Refusal | str | None) -> Diagnostic:
-        why = refusal.reason if isinstance(refusal, Refusal) else refusal or "nothing matches"
-        spare = "" if refusal else ": no graph of the pattern uses all that the sample gives"
+    def not_applied(
+        self, sample: s.Sample, refusals: Sequence[tuple[int, Refusal | str]]
+    ) -> Diagnostic:
+        """The sample never applies: the reason of the graph that came closest."""
+        rank, found = max(refusals, key=lambda r: r[0], default=(0, "nothing matches"))
+        if rank == 2 and isinstance(found, str):
+            message = f"the right side cannot be written: {found}"
+            return self.problem("R024", message, "both sides must have the same types", sample.at)
+        why = found.reason if isinstance(found, Refusal) else found
+        if rank == 1:
+            why = f"no graph of the pattern uses all that it gives, and of the others: {why}"
         return self.problem(
-            "R021", f"the sample is refused, and should apply: {why}{spare}", None, sample.at
+            "R021", f"the sample should apply and is refused: {why}", None, sample.at
         )
 
     def elsewhere(self, case: Case, first: dict[str, int], others: list[dict[str, int]]) -> None:
-        some = [first, *others[1::5][:2]]
-        for i, variation in enumerate(variations(case)):
-            self.structure(variation, some[0], thorough=False)
-            if len(some) > 1:
-                self.structure(variation, some[1 + i % (len(some) - 1)], thorough=False)
-        for variation in symbolic(case):
-            for wanted in some[:2]:
-                self.structure(variation, wanted, thorough=False)
+        """What the sample stands for, in the first structure; every third in another as well."""
+        rest = others[1::5][:3] or others[:1]
+        for i, variation in enumerate((*variations(case), *symbolic(case))):
+            self.structure(variation, first)
+            if rest and (variation.care != QUICK or i % 3 == 0):
+                self.structure(variation, rest[i % len(rest)])
 
     def refuses(self, sample: s.Sample, case: Case) -> None:
-        """Every structure that uses all of the sample must be refused."""
+        """Every structure that uses all of the sample must be refused, by a condition or an op."""
         data = _constants(case, Plan("random inputs", seed=1))
+        tried = 0
+        why = "no graph of the pattern uses all that it gives"
         for _, built in choices_of(self.rule, case, data, STRUCTURES):
-            if isinstance(built, Unbuildable) or not built.used >= case.keys():
+            if isinstance(built, Unbuildable):
+                tried += isinstance(built, Refused)
+                why = str(built)
                 continue
-            found = self.match(built)
-            if isinstance(found, Refusal):
-                self.tally.refused += 1
+            if not built.used >= case.keys():
                 continue
-            done = self.rewritten(built)
-            if isinstance(done, str):
+            tried += 1
+            if not isinstance(self.rewritten(built), Graph):
                 self.tally.refused += 1
                 continue
             raise _Wrong(
@@ -206,17 +215,17 @@ class _Prover:
                     sample.at,
                 )
             )
+        if not tried:
+            raise Unbuildable(f"the sample shows nothing: {why}")
 
     # One graph
 
-    def structure(
-        self, variation: Variation, wanted: Mapping[str, int], thorough: bool
-    ) -> Refusal | str | None:
+    def structure(self, variation: Variation, wanted: Mapping[str, int]) -> Refusal | str | None:
         """Try one graph on many inputs; why it does not come to that, if it does not."""
         constants = any(isinstance(g, Spec) and g.constant for g in variation.case.values())
         left: Left | None = None
         right: Graph | None = None
-        for plan in self.plans(variation, thorough):
+        for plan in self.plans(variation):
             if left is None or constants:
                 try:
                     data = _constants(variation.case, plan, variation.sizes[0])
@@ -226,54 +235,43 @@ class _Prover:
                 except Unbuildable as e:
                     self.tally.skipped += 1
                     return str(e)
-                found = self.match(left)
-                if isinstance(found, Refusal):
+                done = self.rewritten(left, check=not variation.label or bool(variation.ranges))
+                if isinstance(done, Refusal):
                     self.tally.refused += 1
                     if plan.seed == 1:
-                        return found
+                        return done
                     left = None
                     continue
-                done = self.rewritten(left)
                 if isinstance(done, str):
                     self.tally.refused += 1
-                    if variation.label or plan.seed != 1:
-                        return done
-                    raise _Wrong(
-                        self.problem("R024", f"the right side cannot be written: {done}",
-                                     "both sides must have the same types")
-                    )  # fmt: skip
+                    return done
                 right = done
                 self.tally.graphs += 1
             assert left is not None and right is not None
             self.run_plan(variation, left, right, plan)
         return None
 
-    def plans(self, variation: Variation, thorough: bool) -> Iterator[Plan]:
+    def plans(self, variation: Variation) -> Iterator[Plan]:
         names: dict[str, TensorType] = {}
         for name, g in variation.case.items():
             if isinstance(g, Spec):
                 names[name] = g.type
-        yield from plans(names, thorough)
+        yield from plans(names, variation.care)
 
-    def match(self, left: Left) -> Any:
-        """The match at the root of the pattern, or why there is none."""
-        node = left.roots[self.rule.roots[0]].node
-        assert node is not None
-        tried = Attempt(self.compiled, left.graph, Facts(left.graph), explain=True)
-        found = tried.run(node)
-        return found or tried.refusal or Refusal(self.rule, 0, "nothing matches")
-
-    def rewritten(self, left: Left) -> Graph | str:
-        """A copy of the graph with the rule applied, or why that cannot be done."""
+    def rewritten(self, left: Left, check: bool = True) -> Graph | Refusal | str:
+        """A copy of the graph with the rule applied, why it does not match, or why the right side
+        cannot be written. With `check`, its types are inferred once more."""
         graph, twin = left.graph.copy_with_map()
         node = twin[left.roots[self.rule.roots[0]]].node
         assert node is not None
-        match = Attempt(self.compiled, graph, Facts(graph), explain=False).run(node)
-        assert match is not None, "a copy matches as the graph does"
-        done = replace(match, graph, Order(graph), {})
+        tried = Attempt(self.compiled, graph, Facts(graph), explain=True)
+        match = tried.run(node)
+        if match is None:
+            return tried.refusal or Refusal(self.rule, 0, "nothing matches")
+        done = replace(match, graph, Order(graph), {}, RunBuilder)
         if isinstance(done, str):
             return done
-        verify(graph, types=done.made)
+        verify(graph, types=done.made if check else False)
         return graph
 
     def run_plan(self, variation: Variation, left: Left, right: Graph, plan: Plan) -> None:

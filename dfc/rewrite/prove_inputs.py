@@ -170,20 +170,26 @@ _WHOLE = (
     Kind("0 everywhere", _filled(0.0)),
     Kind("1 everywhere", _filled(1.0)),
     Kind("small numbers", _small),
-    Kind("the largest and smallest numbers", _extreme),
     Kind("indices", _indices),
+    Kind("the largest and smallest numbers", _extreme),
 )
 _LAYOUTS = ("transposed", "strided", "expanded")
 
 
-def plans(names: Mapping[str, TensorType], thorough: bool) -> Iterator[Plan]:
-    """The sets of inputs, the plain ones first. Without `thorough`, a dozen that tell most."""
+THOROUGH, BRIEF, QUICK = "thorough", "brief", "quick"
+
+
+def plans(names: Mapping[str, TensorType], care: str = THOROUGH) -> Iterator[Plan]:
+    """The sets of inputs, the plain ones first: some forty, half a dozen or two."""
     yield Plan("random inputs", seed=1)
     floats = [n for n, t in names.items() if t.dtype.is_float]
     everywhere = _EVERYWHERE if floats else _WHOLE
-    if not thorough:
-        for kind in everywhere[:1] + everywhere[4:5] + everywhere[7:]:
-            yield Plan(kind.words, other=kind, seed=2)
+    if care == QUICK:
+        yield Plan(f"every input = {everywhere[-1].words}", other=everywhere[-1], seed=2)
+        return
+    if care == BRIEF:
+        for kind in (everywhere[0], everywhere[4], *everywhere[7:]):
+            yield Plan(f"every input = {kind.words}", other=kind, seed=2)
         yield Plan("random inputs, transposed in memory", layout="transposed", seed=3)
         return
     for seed in (4, 5):
@@ -191,7 +197,7 @@ def plans(names: Mapping[str, TensorType], thorough: bool) -> Iterator[Plan]:
     for layout in _LAYOUTS:
         yield Plan(f"random inputs, {layout} in memory", layout=layout, seed=6)
     for kind in everywhere:
-        yield Plan(f"{kind.words} in every input", other=kind, seed=7)
+        yield Plan(f"every input = {kind.words}", other=kind, seed=7)
     for name, type_ in names.items():
         for kind in _ALONE if type_.dtype.is_float else _WHOLE:
             yield Plan(f"{name} = {kind.words}", {name: kind}, seed=8)

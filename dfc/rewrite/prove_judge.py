@@ -123,7 +123,12 @@ def _within(
     if bool(moved.any()):
         at = tuple(int(n) for n in moved.nonzero()[0])
         return Disagreement(
-            i, "a value that is not finite moved", at, _item(o, at), _item(x, at), float(wide[at])
+            i,
+            "infinities and NaN stand in other places",
+            at,
+            _item(o, at),
+            _item(x, at),
+            float(wide[at]),
         )
     known = o.isfinite() & x.isfinite() & wide.isfinite()
     zero = torch.zeros((), dtype=torch.float64)

@@ -90,6 +90,10 @@ def _results(trial: Trial, d: Disagreement) -> list[str]:
     found = [f"{at}: left {_number(d.left)}, right {_number(d.right)}"]
     if d.witness is not None:
         found[0] += f", in float64 {_number(d.witness)}"
+    shape = trial.left.graph.outputs[d.output].type
+    for given, x in trial.inputs.items():  # what stands at the same place
+        if x.numel() > MAX_SHOWN and d.index and str(TensorType.of(x)) == str(shape):
+            found[0] += f", where {given} is {_number(x[d.index].item())}"
     if d.error != float("inf") and d.allowed:
         found.append(f"{d.reason}: error {d.error:.3g}, allowed {d.allowed:.3g}")
     elif d.reason != "the sides differ":

@@ -14,16 +14,21 @@ from dfc.ir.expr import symbol
 from dfc.ir.graph import Range
 from dfc.ir.types import DTYPES, DType, TensorType
 from dfc.rewrite.prove_build import Case, Given, Spec
+from dfc.rewrite.prove_inputs import BRIEF, QUICK
 
 LARGE = 70_000  # elements of all inputs together: enough for every way a kernel is split
 
 
 @dataclass(frozen=True)
 class Variation:
-    """A case that differs from the sample, and how. `sizes` are tried for symbolic dimensions."""
+    """A case that differs from the sample, and how. `sizes` are tried for symbolic dimensions.
+
+    `care` says how many inputs it deserves.
+    """
 
     label: str
     case: Case
+    care: str = QUICK
     ranges: Mapping[str, Range] = field(default_factory=dict)
     sizes: tuple[Mapping[str, int], ...] = ({},)
 
@@ -58,7 +63,7 @@ def _dtypes(case: Case) -> Iterator[Variation]:
     for old in own:
         for new in _others(old):
             label = f"{old} changed to {new}"
-            yield Variation(label, _changed(case, _cast, old, new))
+            yield Variation(label, _changed(case, _cast, old, new), BRIEF)
     for name, given in case.items():
         if isinstance(given, Spec) and len(case) > 1:
             for new in _others(given.type.dtype)[:2]:
@@ -259,4 +264,4 @@ def _with_sizes(label: str, case: Case, names: Mapping[int, str]) -> Variation:
         {name: 2 for name in names.values()},
         {name: 17 + i for i, name in enumerate(names.values())},
     )
-    return Variation(label, case, ranges, sizes)
+    return Variation(label, case, QUICK, ranges, sizes)

@@ -46,7 +46,11 @@ class Unplaceable(Exception):
 
 
 def replace(
-    match: Match, graph: Graph, order: Order, folded: dict[object, Parameter]
+    match: Match,
+    graph: Graph,
+    order: Order,
+    folded: dict[object, Parameter],
+    builder: type[Builder] = Builder,
 ) -> Replaced | str:
     """Write the right side, let it take the roots' place, and erase what nobody reads any more.
 
@@ -56,7 +60,7 @@ def replace(
     anchor = _anchor(match, graph, order)
     if anchor is None:
         return "the values that it joins are needed before all of them are known"
-    to = Construction(Builder(graph, anchor), Facts(graph), rule.source, folded)
+    to = Construction(builder(graph, anchor), Facts(graph), rule.source, folded)
     env: dict[str, Any] = dict(match.env)
     values: dict[str, Any] = {}
     before = set(graph.parameters)

@@ -77,6 +77,20 @@ class Rule:
         return tuple(w.name for r in self.rewrites for w in r.names if w.name in self.targets)
 
     @cached_property
+    def in_order(self) -> tuple[s.Match, ...] | None:
+        """The match lines, each after those whose results it reads; None if they form a circle."""
+        left, done = [*self.matches], set[str]()
+        found: list[s.Match] = []
+        while left:
+            ready = [m for m in left if not (_read(m) & self.targets) - done - _named_by(m)]
+            if not ready:
+                return None
+            found.append(ready[0])
+            left.remove(ready[0])
+            done |= _named_by(ready[0])
+        return tuple(found)
+
+    @cached_property
     def shared(self) -> frozenset[str]:
         found = set()
         for c in conjunctions(self.conditions):
@@ -102,6 +116,14 @@ class RuleSet:
     rules: tuple[Rule, ...]
     source: Source
     patterns: Mapping[str, s.Pattern] = field(default_factory=dict)
+
+
+def _read(m: s.Match) -> set[str]:
+    return {w.name for w in walk(m.pattern) if isinstance(w, s.Word | s.Tail)}
+
+
+def _named_by(m: s.Match) -> set[str]:
+    return {w.name for w in m.names}
 
 
 def load_rules(path: Path) -> RuleSet:
