@@ -25,6 +25,7 @@ from dfc.rewrite.verdicts import LeftOut, PassReport
 
 PER_RULE = 4  # wrong rewrites of one rule after which the rule is left out as a whole
 IN_ALL = 16  # wrong rewrites after which the pass is undone
+ROUNDS = 2 * IN_ALL + PER_RULE
 
 Say = Callable[[str], None]
 
@@ -133,8 +134,12 @@ class Blame:
             )
         if not self._bisectable(wrong):
             return self._whole(wrong, trial)
-        step, good = self.step, 0
-        while trial.wrong is not None:
+        step, good, probe = self.step, 0, trial.wrong.probe
+        for _ in range(ROUNDS):
+            if trial.wrong is None:
+                return trial
+            if trial.wrong.probe is not probe:  # what is good on one probe may be bad on another
+                good, probe = 0, trial.wrong.probe
             try:
                 found = self._culprit(step, good, trial)
             except NotBroken:
@@ -142,11 +147,11 @@ class Blame:
                     Wrong("it fails with all of its changes, but with no number of them"), None
                 )
             rest, good = self._without(step, *found)
-            if rest is None or len(self.left_out) > IN_ALL:
+            if rest is None or len(self.left_out) >= IN_ALL:
                 return self._whole(Wrong("too much of it is wrong"), None)
             step = rest
             trial = self.attempt(step, prove=True)
-        return trial
+        return self._whole(Wrong("leaving out what is wrong comes to no end"), None)
 
     def attempt(self, step: Pass, *, limit: int | None = None, prove: Probe | bool = True) -> Trial:
         """Run the pass on a copy with at most so many changes, and prove it: on all probes, on
@@ -213,7 +218,8 @@ class Blame:
     ) -> tuple[Pass | None, int]:
         """The pass without its wrong change, and how many changes are known to be right then."""
         out, rule = self._describe(step, at, without, with_it)
-        self._note(self._fault(step, out, rule, without, with_it))
+        if not any(_same(out, x) for x in self.left_out):
+            self._note(self._fault(step, out, rule, without, with_it))
         same = [x for x in self.left_out if x.rule == out.rule]
         remove = getattr(step, "without", None)
         if out.rule and remove and (len(same) >= PER_RULE or out.number < 0):
@@ -222,7 +228,10 @@ class Blame:
                 self.left_out.append(dataclasses.replace(out, number=-1, reason=reason))
             return remove(out.rule), 0
         if "skip" in _fields(step) and out.number >= 0:
-            skip = (*step.skip, out.number)  # type: ignore[attr-defined]
+            # Leaving out one may change what comes after it, and so its number: it is found again.
+            own = self.step.skip  # type: ignore[attr-defined]
+            kept = [n for n in step.skip if n in own or n < out.number]  # type: ignore[attr-defined]
+            skip = (*kept, out.number)
             return dataclasses.replace(step, skip=skip), at - 1  # type: ignore[type-var]
         if at == 1:
             return None, 0
@@ -305,6 +314,13 @@ def blame_error(out: LeftOut) -> DfcError:
         help="without --strict it is left out and compilation goes on",
         status=4,
     )
+
+
+def _same(a: LeftOut, b: LeftOut) -> bool:
+    """Whether two are the same rewrite, met twice."""
+    if a.number < 0 or b.number < 0:
+        return False
+    return (a.rule, a.node) == (b.rule, b.node) if a.rule else a.number == b.number
 
 
 def touched(before: Graph, after: Graph) -> list[Node]:
