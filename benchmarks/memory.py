@@ -42,7 +42,7 @@ def write_weights(layers: int, path: Path) -> int:
     import torch
 
     from dfc.ir.types import TensorType
-    from dfc.package import _write_safetensors
+    from dfc.package import write_safetensors
 
     model = build(layers)
     names = {n: p for n, p in model.named_parameters()}
@@ -54,7 +54,7 @@ def write_weights(layers: int, path: Path) -> int:
         for x in names.values():
             yield (torch.randn(x.shape, generator=generator) * 0.02).to(x.dtype)
 
-    _write_safetensors(path, types, numbers())
+    write_safetensors(path, types, numbers())
     return path.stat().st_size
 
 

@@ -64,6 +64,7 @@ def compile(
     strict: bool = False,
     device: str = "cpu",
     weights: str | os.PathLike[str] | None = None,
+    reproducers: str | os.PathLike[str] | None = None,
     print_after: Callable[[str, Graph], None] | None = None,
     progress: Progress | None = None,
 ) -> Compiled:
@@ -72,7 +73,9 @@ def compile(
     Args follow the model's forward. `passes` are names or `Pass` objects (default: the shipped
     set); `engine` is a name, or "auto" for the fastest that is right on the example; `verify` is
     "each", "end" or "none"; `weights` is a safetensors file for what the model has on the meta
-    device, read as it is needed.
+    device, read as it is needed. A rewrite that is found to be wrong is left out, told in
+    the report, and written below `reproducers` for `dfc run` to show again (default:
+    $DFC_REPRODUCERS, else the user's cache; "none" writes nothing).
     Raises:  DfcError.
     """
     say = progress or (lambda what: None)
@@ -91,10 +94,13 @@ def compile(
     probes = _probes(model, graph, args, kwargs, verify, report, say)
     start = time.perf_counter()
     say("rewriting")
+    from dfc.reproducer import writer
+
     outcome = run_passes(
         graph, chosen, probes=probes, mode=verify if probes else "none", strict=strict,
-        print_after=print_after,
+        print_after=print_after, on_fault=writer(reproducers), say=say,
     )  # fmt: skip
+    report.notes += outcome.notes()
     report.passes_s = time.perf_counter() - start
     report.passes = outcome.reports
     report.nodes_before, report.nodes_after = len(graph), len(outcome.graph)

@@ -67,7 +67,7 @@ def write_package(compiled: Compiled, path: str | os.PathLike[str], *, force: bo
     total = sum(_bytes(p.type) for p in weights.values())
     with publish_folder(path, force=force, expect_bytes=total + 1_000_000) as temp:
         types = {n: p.type for n, p in weights.items()}
-        _write_safetensors(
+        write_safetensors(
             temp / "weights.safetensors",
             types,  # type: ignore[arg-type]
             (p.data.tensor() for p in weights.values()),  # type: ignore[union-attr]
@@ -76,7 +76,7 @@ def write_package(compiled: Compiled, path: str | os.PathLike[str], *, force: bo
         (temp / "recipe.dfc").write_text(_recipe(compiled), encoding="utf-8")
         (temp / "report.json").write_text(compiled.report.to_json(), encoding="utf-8")
         (temp / "lock.json").write_text(_json(_lock(compiled)), encoding="utf-8")
-        _write_probes(temp / "probes.safetensors", compiled.probes)
+        write_probes(temp / "probes.safetensors", compiled.probes)
         write_manifest(temp, KIND)
 
 
@@ -104,14 +104,14 @@ def _read(path: Path) -> Package:
         verify(graph)
     except DfcError as e:
         raise DfcError.of(e.diagnostics, status=2) from e
-    _attach(graph, path / "weights.safetensors")
+    attach_held(graph, path / "weights.safetensors")
     report = Report.from_json((path / "report.json").read_text(encoding="utf-8"))
     lock = json.loads((path / "lock.json").read_text(encoding="utf-8"))
-    probes = _read_probes(path / "probes.safetensors")
+    probes = read_probes(path / "probes.safetensors")
     return Package(graph, report, lock["engine"], tuple(lock["steps"]), probes, lock)
 
 
-def _attach(graph: Graph, path: Path) -> None:
+def attach_held(graph: Graph, path: Path) -> None:
     """Give the parameters their data, after comparing names and types with the file's."""
     from safetensors import safe_open
 
@@ -175,7 +175,7 @@ def _bytes(t: object) -> int:
     return int(t.numel) * t.dtype.itemsize  # type: ignore[arg-type]
 
 
-def _write_safetensors(
+def write_safetensors(
     path: Path,
     types: Mapping[str, TensorType],
     tensors: Iterator[torch.Tensor],
@@ -234,7 +234,7 @@ def _lock(compiled: Compiled) -> dict[str, Any]:
     }
 
 
-def _write_probes(path: Path, probes: list[Any]) -> None:
+def write_probes(path: Path, probes: list[Any]) -> None:
     """Tensors as they are; Python numbers in the metadata of the first entry's name."""
     import torch
 
@@ -251,10 +251,10 @@ def _write_probes(path: Path, probes: list[Any]) -> None:
                     tensors[f"{key}.{type(x).__name__}"] = torch.tensor(x, dtype=wide_dtype)
     types = {k: TensorType.of(x) for k, x in tensors.items()}
     labels = {str(i): probe.label for i, probe in enumerate(probes)}
-    _write_safetensors(path, types, iter(tensors.values()), labels)
+    write_safetensors(path, types, iter(tensors.values()), labels)
 
 
-def _read_probes(path: Path) -> list[Any]:
+def read_probes(path: Path) -> list[Any]:
     import torch
     from safetensors import safe_open
 

@@ -8,6 +8,7 @@ import os
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["DFC_REPRODUCERS"] = "none"  # tests of reproducers say where
 # torch writes thousands of structured trace records; a failing test would show them all.
 logging.getLogger("torch.__trace").propagate = False
 

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-from typing import Any
-
 import pytest
-import torch
 
-import dfc
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.rewrite.driver import run_passes
-from dfc.rewrite.pass_ import EXACT, Context, Pass, find_pass
-from dfc.rewrite.probe import make_probes
-from tests.seeded import BUGS, Bug, Seeded, host, read_through_alias
+from dfc.rewrite.pass_ import EXACT, find_pass
+from tests.seeded import BUGS, Bug, Seeded, host
 
 NODES = 27
 

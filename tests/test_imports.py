@@ -26,6 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "rewrite capture emit planning",
         "passes runtime package calling compiled report",
         "recipe",  # runs passes, builds engines, measures
+        "reproducer",  # a wrong step as a folder: a graph, numbers and a recipe
         "api",
         "testing",
         "cli",

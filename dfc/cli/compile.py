@@ -46,8 +46,17 @@ def compile(
         str, typer.Option("--verify", help="Prove each pass, the end result, or none.")
     ] = "each",
     strict: Annotated[
-        bool, typer.Option("--strict", help="Fail when a pass is wrong; else it is reverted.")
+        bool, typer.Option("--strict", help="Fail when a rewrite is wrong; else it is left out.")
     ] = False,
+    reproducers: Annotated[
+        str | None,
+        typer.Option(
+            "--reproducers",
+            metavar="DIR",
+            help="Write what shows a wrong rewrite again below here; none: nowhere. "
+            "Default: $DFC_REPRODUCERS, else ~/.cache/dfc/reproducers.",
+        ),
+    ] = None,
     print_after: Annotated[
         str | None,
         typer.Option("--print-after", metavar="PASS|all", help="Print the graph, on stderr."),
@@ -76,7 +85,9 @@ def compile(
         require_writable(path, force)
     written: dict[str, str] = {}
     with Progress() as say:
-        compiled = _compile(model, passes, engine, verify, strict, print_after, device, say)
+        compiled = _compile(
+            model, passes, engine, verify, strict, print_after, device, reproducers, say
+        )
         if output:
             say(f"writing {output}")
             compiled.save(output, force=force)
@@ -108,6 +119,7 @@ def _compile(
     strict: bool,
     print_after: str | None,
     device: str,
+    reproducers: str | None,
     say: Progress,
 ) -> Compiled:
     say("reading the options")
@@ -140,6 +152,7 @@ def _compile(
         verify=verify,
         strict=strict,
         device=device,
+        reproducers=reproducers,
         print_after=show if print_after else None,
         progress=say,
     )

@@ -19,6 +19,7 @@ from dfc.cli.options import (
     Use,
     load_used,
 )  # fmt: skip
+from dfc.cli.replay import is_reproducer, replay_folder
 from dfc.errors import DfcError
 
 if TYPE_CHECKING:
@@ -47,18 +48,24 @@ def run(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Run a model and say what came out.
+    """Run a model and say what came out; or a reproducer, and say whether it is still wrong.
 
     \b
     Examples:
       dfc run encoder.dfcpkg inputs.npz -o outputs.npz
       dfc run encoder.dfcpkg --random --size B=4,S=16 --seed 0
-      dfc run encoder.py:build --engine eager --json
+      dfc run ~/.cache/dfc/reproducers/repro-3b7c8078b5821b62
+
+    \b
+    A reproducer is what dfc writes when it finds a rewrite to be wrong. It exits with 4 while the
+    rewrite is wrong, and with 0 when it no longer is.
     """
     from dfc.cli.outputs import require_writable
     from dfc.cli.progress import Progress
 
     load_used(use)
+    if is_reproducer(model):
+        raise typer.Exit(replay_folder(model, as_json))
     require_writable(output, force)
     if output and Path(output).suffix not in _FORMATS:
         raise DfcError("D056", f"`{output}` ends with neither {' nor '.join(_FORMATS)}")

@@ -113,7 +113,8 @@ def worst_elements(x: Any, o: Any, w: Any, allowed: float, count: int = 5) -> tu
         index = tuple(int(n) for n in torch.unravel_index(torch.tensor(at), x.shape))
         got, original, witness = (float(t.reshape(-1)[at]) for t in (x, o, w))
         found.append(Element(index, got, original, witness, float(error[at]), allowed))
-    return tuple(e for e in found if e.error > 0 or e.got != e.original)
+    wrong = [e for e in found if e.error > allowed]
+    return tuple(wrong or (e for e in found if e.got != e.original))
 
 
 def _one(

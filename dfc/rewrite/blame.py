@@ -35,7 +35,7 @@ class Wrong:
     """How a run of a pass is wrong: on a probe, or before anything could run."""
 
     reason: str
-    probe: Probe | None = None
+    probe: Probe | None = field(default=None, repr=False)
     elements: tuple[Element, ...] = ()
     error: float | None = None
 
@@ -185,7 +185,7 @@ class Blame:
 
     def _bisectable(self, wrong: Wrong) -> bool:
         """Whether the pass does nothing when it may do nothing."""
-        if "limit" not in _fields(self.step):
+        if "limit" not in fields_of(self.step):
             return False
         none = self.attempt(self.step, limit=0, prove=wrong.probe or False)
         return none.wrong is None and none.changes == 0
@@ -227,7 +227,7 @@ class Blame:
                 reason = f"it was wrong {len(same)} times"
                 self.left_out.append(dataclasses.replace(out, number=-1, reason=reason))
             return remove(out.rule), 0
-        if "skip" in _fields(step) and out.number >= 0:
+        if "skip" in fields_of(step) and out.number >= 0:
             # Leaving out one may change what comes after it, and so its number: it is found again.
             own = self.step.skip  # type: ignore[attr-defined]
             kept = [n for n in step.skip if n in own or n < out.number]  # type: ignore[attr-defined]
@@ -350,7 +350,7 @@ def find_node(graph: Graph, name: str) -> Node | None:
     return next((n for n in graph.walk() if any(r.name == name for r in n.results)), None)
 
 
-def _fields(step: Pass) -> set[str]:
+def fields_of(step: Pass) -> set[str]:
     if not dataclasses.is_dataclass(step):
         return set()
     return {f.name for f in dataclasses.fields(step)}
