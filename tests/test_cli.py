@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import dfc
 from dfc.cli import app, main
-from dfc.cli.fmt import with_comments
 from dfc.cli.steps import parse_steps, resolved
+from dfc.lang.graph_comments import with_comments
 
 VERBS = [c.name or "" for c in app.registered_commands]
 NET = """
@@ -449,6 +449,68 @@ def test_fmt_changes_nothing_when_one_file_is_wrong(run: Run, tmp_path: Path) ->
     bad.write_text(TEXT + "}")
     assert run("fmt", good, bad).status == 2
     assert good.read_text() == "\n" + TEXT
+
+
+RECIPE = """dfc 1
+
+data calib
+
+recipe small {
+  apply simplify
+  q: fuse on "fc" | op(relu) with limit=3
+}
+"""
+
+
+def test_check_reads_recipes_and_their_imports(run: Run, tmp_path: Path) -> None:
+    good, bad, inner = tmp_path / "g.dfc", tmp_path / "b.dfc", tmp_path / "inner.dfc"
+    good.write_text(RECIPE)
+    inner.write_text("dfc 1\nrecipe inner { cse with limt=3 }\n")
+    bad.write_text('dfc 1\nimport "inner.dfc"\nrecipe r { appply inner }\n')
+    done = run("check", good)
+    assert done.status == 0 and f"{good}:3:6: warning[Q040]: data `calib` is not used" in done.err
+    done = run("check", good, bad)
+    assert done.status == 2 and f"{bad}: 2 errors" in done.out
+    assert f"{inner}:2:25: error[Q002]" in done.err and "did you mean `limit`" in done.err
+    assert f"{bad}:3:12: error[Q001]" in done.err and "did you mean `apply`" in done.err
+    data = run("check", good, bad, "--json").data
+    assert [d["severity"] for d in data[str(good)]] == ["warning"]
+    assert {(d["code"], Path(d["file"]).name) for d in data[str(bad)]} == {
+        ("Q002", "inner.dfc"), ("Q001", "b.dfc"),
+    }  # fmt: skip
+
+
+def test_check_tries_selectors_on_a_model(run: Run, folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "r.dfc"
+    file.write_text(RECIPE)
+    model = f"{folder}/net.py:build"
+    assert run("check", file, "--model", model).status == 0
+    file.write_text(RECIPE.replace('"fc"', '"fcc"'))
+    done = run("check", file, "--model", model)
+    assert done.status == 2 and f"{file}:7:14: error[Q021]: no module matches `fcc`" in done.err
+    assert "did you mean `fc`" in done.err
+
+
+def test_fmt_writes_recipes_in_layout(run: Run, tmp_path: Path) -> None:
+    file, link = tmp_path / "r.dfc", tmp_path / "link.dfc"
+    file.write_bytes(RECIPE.replace("  ", "\t").replace("\n", "\r\n").encode())
+    link.symlink_to(file)
+    assert run("fmt", "--check", link).status == 9
+    shown = run("fmt", "--diff", link)
+    assert shown.status == 9 and "+  apply simplify" in shown.out
+    assert run("fmt", link).status == 0
+    assert link.is_symlink() and file.read_bytes() == RECIPE.encode()
+    assert run("fmt", "--check", link).status == 0
+
+
+def test_fmt_refuses_what_does_not_parse(run: Run, tmp_path: Path) -> None:
+    file, good = tmp_path / "r.dfc", tmp_path / "g.dfc"
+    file.write_text(RECIPE.replace("}", ")"))
+    good.write_text("\n" + RECIPE)
+    done = run("fmt", good, file)
+    assert done.status == 2 and f"{file}:8:1: error[P002]" in done.err
+    assert good.read_text() == "\n" + RECIPE
+    assert run("fmt", tmp_path).status == 2
 
 
 # list, doctor

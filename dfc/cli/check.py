@@ -1,75 +1,115 @@
-"""`dfc check`: graph text that parses and obeys every rule, or all that is wrong with it."""
+"""`dfc check`: all that is wrong with recipes, targets, rules and graphs, before anything runs."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dfc.cli.options import Json, Use, load_used
+from dfc.cli.options import MODEL_HELP, Json, Use, load_used
 from dfc.errors import DfcError, Diagnostic
+
+if TYPE_CHECKING:
+    from dfc.lang.source import Source
 
 
 def check(
     files: Annotated[
-        list[str], typer.Argument(metavar="FILE...", help="Graph text, .dfc.", show_default=False)
+        list[str],
+        typer.Argument(metavar="FILE...", help="Text, .dfc; `-` is stdin.", show_default=False),
     ],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help=f"Check selectors against it: {MODEL_HELP}"),
+    ] = None,
     use: Use = None,
     as_json: Json = False,
 ) -> None:
-    """Check graph text, and report every error in it.
+    """Check recipes, targets, rules and graphs, and report every error in them.
+
+    Imported files are checked with those that import them. With --model, selectors must match
+    something in it. `dfc test` also proves rules.
 
     \b
     Examples:
-      dfc check graph.dfc
-      dfc check graphs/*.dfc --json
+      dfc check small.dfc
+      dfc check small.dfc --model encoder.py:build
+      dfc check recipes/*.dfc rules/*.dfc graph.dfc --json
     """
     from dfc.cli.progress import Progress
 
     load_used(use)
     found: dict[str, list[Diagnostic]] = {}
+    warnings: dict[str, list[Diagnostic]] = {}
     with Progress() as say:
+        graph = _graph(model, say) if model else None
         for file in files:
             say(f"checking {file}")
-            found[file] = _problems(file)
-    wrong = [d for problems in found.values() for d in problems]
+            found[file], warnings[file] = _problems(file, graph)
     if as_json:
         from dfc.cli.tables import print_json
 
-        print_json({file: [_data(d) for d in problems] for file, problems in found.items()})
+        print_json({f: _listed(found[f], warnings[f]) for f in files})
     else:
-        for file, problems in found.items():
-            print(f"{file}: {_count(len(problems))}")
+        for file in files:
+            print(f"{file}: {_count(len(found[file]))}")
+    for d in dict.fromkeys(d for some in warnings.values() for d in some):
+        typer.echo(d.render().replace("error[", "warning[", 1), err=True)
+    wrong = list(dict.fromkeys(d for problems in found.values() for d in problems))
     if wrong:
         raise DfcError.of(wrong, status=2)
 
 
-def _problems(file: str) -> list[Diagnostic]:
-    import dfc
-    from dfc.cli.sources import read_text
-    from dfc.ir.verify import verify
+def _graph(model: str, say: Any) -> Any:
+    from dfc.cli.sources import open_source
+
+    say(f"tracing {model}")
+    return open_source(model).graph()
+
+
+def _problems(file: str, graph: Any) -> tuple[list[Diagnostic], list[Diagnostic]]:
+    """Errors and warnings of one file."""
+    from dfc.cli.sources import read_source
+    from dfc.lang.source import holds_graph
 
     try:
-        import dfc.ops  # the verifier looks ops up
-
-        verify(dfc.parse(read_text(Path(file)), file))
+        source = read_source(file)
+        if holds_graph(source.text):
+            _verify(source)
+            return [], []
     except DfcError as e:
-        return [*e.diagnostics]
-    return []
+        return [*e.diagnostics], []
+    from dfc.recipe.resolve import check_source
+
+    return check_source(source, graph)
+
+
+def _verify(source: Source) -> None:
+    import dfc.ops  # noqa: F401 - the verifier looks ops up
+    from dfc.ir.verify import verify
+    from dfc.lang.graph_parser import parse_graph
+
+    verify(parse_graph(source.text, source.file))
 
 
 def _count(n: int) -> str:
     return "valid" if not n else f"{n} error{'s' if n > 1 else ''}"
 
 
-def _data(d: Diagnostic) -> dict[str, object]:
-    span = d.span
-    return {
-        "code": d.code,
-        "message": d.message,
-        "line": span.line if span else None,
-        "col": span.col if span else None,
-        "help": d.help,
-        "notes": list(d.notes),
-    }
+def _listed(errors: Sequence[Diagnostic], warnings: Sequence[Diagnostic]) -> list[Any]:
+    return [
+        {
+            "severity": severity,
+            "code": d.code,
+            "message": d.message,
+            "file": d.span.file if d.span else None,
+            "line": d.span.line if d.span else None,
+            "col": d.span.col if d.span else None,
+            "end_col": d.span.end_col if d.span else None,
+            "help": d.help,
+            "notes": list(d.notes),
+        }
+        for severity, some in (("error", errors), ("warning", warnings))
+        for d in some
+    ]

@@ -1,85 +1,95 @@
-"""`dfc fmt`: graph text in its one canonical form, comments kept."""
+"""`dfc fmt`: recipes, targets, rules and graph text in their one layout, comments kept."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from pathlib import Path
-from typing import Annotated
+import os
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dfc.cli.failures import DIFFERENT
 
-# What a line of graph text defines: comments before it stay with it.
-_KEY = re.compile(r"\s*(!(?:\"[^\"]*\"|[\w.]+)|%[\w.]+(?=\s*[:,])|graph @\w+|return\b|dfc(?= \d))")
-_COMMENT = re.compile(r"""^((?:[^"#]|"(?:[^"\\]|\\.)*")*)(\#.*)$""")
+if TYPE_CHECKING:
+    from dfc.lang.source import Source
 
 
 def fmt(
     files: Annotated[
-        list[str], typer.Argument(metavar="FILE...", help="Graph text, .dfc.", show_default=False)
+        list[str],
+        typer.Argument(metavar="FILE...", help="Text, .dfc; `-` is stdin.", show_default=False),
     ],
     check: Annotated[
         bool, typer.Option("--check", help="Change nothing; exit with 9 if a file would change.")
     ] = False,
+    diff: Annotated[
+        bool, typer.Option("--diff", help="Change nothing; show what would change; exit with 9.")
+    ] = False,
 ) -> None:
-    """Rewrite graph text in its canonical form.
+    """Rewrite recipes, targets, rules and graph text in their one layout.
+
+    No file is touched when one of them does not parse. `-` reads stdin and writes stdout.
 
     \b
     Examples:
-      dfc fmt graph.dfc
-      dfc fmt --check graphs/*.dfc
+      dfc fmt small.dfc
+      dfc fmt --check recipes/*.dfc rules/*.dfc
+      dfc fmt - < draft.dfc
     """
-    import dfc
     from dfc.cli.outputs import write_text
-    from dfc.cli.sources import read_text
 
-    changed: list[tuple[str, str]] = []
-    for file in files:  # all are read before the first is written
-        text = read_text(Path(file))
-        wanted = with_comments(text, str(dfc.parse(text, file)))
-        if wanted != text:
-            changed.append((file, wanted))
-    for file, wanted in changed:
-        if check:
+    changed = _changed(files)
+    for file, before, wanted in changed:
+        if diff:
+            print(_difference(file, before, wanted), end="")
+        elif check and before != wanted:
             print(f"{file} would change")
-        else:
-            write_text(file, wanted, force=True)
+        elif file == "-" and not check:
+            print(wanted, end="")
+        elif not check:
+            write_text(os.path.realpath(file), wanted, force=True)  # a link stays a link
             print(f"{file} changed")
-    if check and changed:
+    if (check or diff) and any(before != wanted for _, before, wanted in changed):
         raise typer.Exit(DIFFERENT)
 
 
-def with_comments(source: str, canonical: str) -> str:
-    """The canonical text with the source's comments: each above the line it stood at or before."""
-    pending: list[str] = []
-    above: dict[tuple[str, int], list[str]] = {}
-    seen: Counter[str] = Counter()
-    for line in source.splitlines():
-        comment = _COMMENT.match(line)
-        if comment:
-            pending.append(comment[2].rstrip())
-        key = _key(comment[1] if comment else line)
-        if key is None:
+def _changed(files: list[str]) -> list[tuple[str, str, str]]:
+    """The files that are not in layout, and stdin: all are read before the first is written."""
+    from dfc.cli.sources import read_source
+    from dfc.errors import DfcError, Diagnostic
+
+    found: list[tuple[str, str, str]] = []
+    problems: list[Diagnostic] = []
+    for file in files:
+        try:
+            source = read_source(file)
+            wanted = formatted(source)
+        except DfcError as e:
+            problems += e.diagnostics
             continue
-        seen[key] += 1  # nested graphs may use a name again
-        if pending:
-            above[key, seen[key]] = pending
-            pending = []
-    lines: list[str] = []
-    seen.clear()
-    for line in canonical.splitlines():
-        key = _key(line)
-        if key is not None:
-            seen[key] += 1
-            indent = line[: len(line) - len(line.lstrip())]
-            lines += [indent + c for c in above.pop((key, seen[key]), [])]
-        lines.append(line)
-    left = [c for comments in above.values() for c in comments] + pending
-    return "\n".join([*lines, *left]) + "\n"
+        if wanted != source.original or file == "-":
+            found.append((file, source.original, wanted))
+    if problems:
+        raise DfcError.of(problems, status=2)
+    return found
 
 
-def _key(line: str) -> str | None:
-    found = _KEY.match(line)
-    return found[1] if found else None
+def formatted(source: Source) -> str:
+    """The text of a file in its layout, whatever it holds.
+
+    Raises:  DfcError P.
+    """
+    from dfc.lang.format import format_text
+    from dfc.lang.graph_comments import with_comments
+    from dfc.lang.graph_parser import parse_graph
+    from dfc.lang.source import holds_graph
+
+    if holds_graph(source.text):
+        return with_comments(source.text, str(parse_graph(source.text, source.file)))
+    return format_text(source.text, source.file)
+
+
+def _difference(file: str, before: str, after: str) -> str:
+    import difflib
+
+    lines = (before.splitlines(keepends=True), after.splitlines(keepends=True))
+    return "".join(difflib.unified_diff(*lines, file, f"{file} (formatted)"))

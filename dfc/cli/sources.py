@@ -16,6 +16,7 @@ from dfc.errors import DfcError, did_you_mean
 
 if TYPE_CHECKING:
     from dfc.ir.graph import Graph
+    from dfc.lang.source import Source as LangSource
 
 _FORMS = "write FILE.py:FUNCTION, package.module:FUNCTION, a .pt2, a .dfc or a package folder"
 _RETURNS = "return (module, args), (module, args, kwargs) or (module, args, kwargs, dynamic_shapes)"
@@ -97,13 +98,47 @@ def read_text(path: Path) -> str:
     Raises:  DfcError D050.
     """
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DfcError("D050", f"there is no `{path}`", help=_near(path)) from None
+        return read_data(path).decode("utf-8")
     except UnicodeDecodeError as e:
         raise DfcError("D050", f"`{path}` is not UTF-8 text: byte {e.start} is wrong") from None
-    except OSError as e:
-        raise DfcError("D050", f"cannot read `{path}`: {(e.strerror or str(e)).lower()}") from None
+
+
+def read_data(path: Path) -> bytes:
+    """The bytes of a file, of no more than graph text may have.
+
+    Raises:  DfcError D050, P007.
+    """
+    from dfc.lang.graph_parser import MAX_BYTES
+
+    try:
+        if path.exists() and not path.is_file():
+            raise DfcError("D050", f"`{path}` is no regular file")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise DfcError("D050", f"there is no `{path}`", help=_near(path)) from None
+    except (OSError, ValueError) as e:
+        why = getattr(e, "strerror", None) or str(e)
+        raise DfcError("D050", f"cannot read `{path}`: {why.lower()}") from None
+    if len(data) > MAX_BYTES:
+        raise DfcError("P007", f"`{path}` has more than {MAX_BYTES} bytes")
+    return data
+
+
+def read_source(name: str) -> LangSource:
+    """Text of the language by file name, or what stands on stdin for `-`.
+
+    Raises:  DfcError D050, P007, P009.
+    """
+    from dfc.lang.graph_parser import MAX_BYTES
+    from dfc.lang.source import Source as Text
+
+    if name != "-":
+        return Text.of_bytes(read_data(Path(name)), name)
+    data = sys.stdin.buffer.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise DfcError("P007", f"stdin has more than {MAX_BYTES} bytes")
+    return Text.of_bytes(data, "<stdin>")
 
 
 def _near(path: Path) -> str | None:

@@ -51,6 +51,7 @@ class Builder:
     def __init__(self, report: Report) -> None:
         self.report = report
         self.last = 0
+        self.tight: set[int] = set()  # where a token begins that clings to what follows it
 
     def callback(self, rule: Any) -> Callable[[Sequence[Any]], Any]:
         """What lark calls when a rule is complete."""
@@ -169,6 +170,7 @@ class Builder:
 
     def rule(self, at: At, items: Sequence[Any]) -> s.Rule:
         name, params, *clauses = items
+        self.tight.add(name.start)
         return s.Rule(at, _word(name), params, tuple(clauses))
 
     def params(self, at: At, items: Sequence[Any]) -> tuple[s.Word, ...]:
@@ -197,6 +199,8 @@ class Builder:
 
     def priority(self, at: At, items: Sequence[Any]) -> s.Priority:
         minus, *numeral = items
+        if minus is not None:
+            self.tight.add(minus.start)
         number = self.numeral(at, numeral)
         if number.unit or not isinstance(number.value, int):
             self.report("P006", "a priority is a whole number", number.at)
@@ -210,9 +214,11 @@ class Builder:
         return s.Typed(at, _word(name), type_, mark and _word(mark))
 
     def tensor(self, at: At, items: Sequence[Any]) -> s.TensorText:
+        self.tight.add(items[0].start)
         return s.TensorText(at, _word(items[0]), tuple(i for i in items[1:] if i is not None))
 
     def pattern(self, at: At, items: Sequence[Any]) -> s.Pattern:
+        self.tight.add(items[0].start)
         return s.Pattern(at, _word(items[0]), items[1], items[2])
 
     # ---- expressions
@@ -240,6 +246,7 @@ class Builder:
 
     def call(self, at: At, items: Sequence[Any]) -> s.Expr:
         name, mark, *arguments = items
+        self.tight.add(name.start)
         given = [a for a in arguments if a is not None]
         plain = tuple(a for a in given if isinstance(a, s.Expr))
         named = tuple(a for a in given if isinstance(a, s.Keyword))
@@ -265,6 +272,7 @@ class Builder:
 
     def unary(self, at: At, items: Sequence[Any]) -> s.Expr:
         sign, x = items
+        self.tight.add(sign.start)
         if sign.type == "MINUS" and isinstance(x, s.Number):
             return s.Number(at, -x.value, x.unit)
         return s.Unary(at, _OPERATORS[sign.type], x, depth=self._depth(at, x))

@@ -44,12 +44,18 @@ _SIGN_OF = {
 
 @dataclass(frozen=True)
 class Reading:
-    """What could be read of a text, and everything that is wrong with the rest."""
+    """What could be read of a text, and everything that is wrong with the rest.
+
+    `tokens` are all of them, comments and line ends too; `ends` are the offsets where a statement
+    ends; `tight` those of tokens that cling to what follows: `f` of `f(x)`, `-` of `-x`.
+    """
 
     document: s.Document
     problems: tuple[Diagnostic, ...]
     source: Source
     tokens: tuple[Token, ...]
+    ends: frozenset[int] = frozenset()
+    tight: frozenset[int] = frozenset()
 
 
 def parse_document(text: str, file: str = "<string>") -> s.Document:
@@ -109,7 +115,9 @@ def read_document(source: Source) -> Reading:
     bad = {d.span.line for d in problems if d.span}  # one error a line is enough
     problems += [d for d in parser.problems if d.span is None or d.span.line not in bad]
     problems.sort(key=lambda d: (d.span.line, d.span.col) if d.span else (0, 0))
-    return Reading(document, tuple(problems[:MAX_ERRORS]), source, tuple(tokens))
+    ends = frozenset(t.start for t in kept if t.type == "_NL")
+    tight = frozenset(parser.builder.tight)
+    return Reading(document, tuple(problems[:MAX_ERRORS]), source, tuple(tokens), ends, tight)
 
 
 class _Parser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from bisect import bisect_right
 from functools import cached_property
@@ -9,6 +10,13 @@ from functools import cached_property
 from dfc.errors import DfcError, Span
 
 MAX_BYTES = 1 << 20  # of a recipe, rule or target file
+_BLANK = r"(?:\s|#[^\n]*\n)*"
+_GRAPH = re.compile(rf"{_BLANK}(?:dfc\s+\w+{_BLANK})?graph\b")
+
+
+def holds_graph(text: str) -> bool:
+    """Whether a text is a graph, and not recipes, targets and rules."""
+    return _GRAPH.match(text) is not None
 
 
 class Source:
@@ -19,6 +27,7 @@ class Source:
 
     def __init__(self, text: str, file: str = "<string>") -> None:
         self.file = file
+        self.original = text
         self.text = text.replace("\r\n", "\n").replace("\r", "\n")
 
     @classmethod

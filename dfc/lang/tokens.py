@@ -124,6 +124,7 @@ def statements(source: Source, tokens: Sequence[Token]) -> tuple[list[Token], li
     kept: list[Token] = []
     problems: list[Diagnostic] = []
     stack: list[Token] = []
+    ahead = _ahead(tokens)
 
     def end_line(at: int) -> None:
         if kept and kept[-1].type != "_NL":
@@ -134,7 +135,7 @@ def statements(source: Source, tokens: Sequence[Token]) -> tuple[list[Token], li
             continue
         if t.type == "LINE":
             inside = stack and stack[-1].type != "LBRACE"
-            if inside and _starts_afresh(kept[-1], tokens, i):
+            if inside and _starts_afresh(kept[-1], ahead[i]):
                 problems.append(_not_closed(source, stack))
                 while stack and stack[-1].type != "LBRACE":
                     stack.pop()
@@ -143,7 +144,7 @@ def statements(source: Source, tokens: Sequence[Token]) -> tuple[list[Token], li
                 kept[-1].type in _GOES_ON
                 or (kept[-1].type == "WORD" and kept[-1].text in _WORDS_THAT_GO_ON)
             )
-            if not inside and not goes_on and not _continues(tokens, i):
+            if not inside and not goes_on and not _continues(ahead[i]):
                 end_line(t.start)
             continue
         if t.type in _OPEN:
@@ -175,21 +176,31 @@ def statements(source: Source, tokens: Sequence[Token]) -> tuple[list[Token], li
     return kept, problems
 
 
-def _continues(tokens: Sequence[Token], i: int) -> bool:
+def _ahead(tokens: Sequence[Token]) -> list[tuple[Token, ...]]:
+    """For each token the next two that are neither comments nor line ends."""
+    found: list[tuple[Token, ...]] = []
+    following: tuple[Token, ...] = ()
+    for t in reversed(tokens):
+        found.append(following)
+        if t.type not in ("LINE", "COMMENT"):
+            following = (t, *following[:1])
+    found.reverse()
+    return found
+
+
+def _continues(ahead: Sequence[Token]) -> bool:
     """Whether the next line can only go on with the expression before it."""
-    ahead = next((t for t in tokens[i : i + 40] if t.type not in ("LINE", "COMMENT")), None)
-    return ahead is not None and (
-        ahead.type in ("VBAR", "AMPERSAND")
-        or (ahead.type == "WORD" and ahead.text in ("and", "or"))
+    return bool(ahead) and (
+        ahead[0].type in ("VBAR", "AMPERSAND")
+        or (ahead[0].type == "WORD" and ahead[0].text in ("and", "or"))
     )
 
 
-def _starts_afresh(before: Token, tokens: Sequence[Token], i: int) -> bool:
+def _starts_afresh(before: Token, ahead: Sequence[Token]) -> bool:
     """Whether a line inside brackets can only be a new statement: a bracket was left open.
 
     Two operands never stand side by side in brackets, and no block ends there.
     """
-    ahead = [t for t in tokens[i : i + 40] if t.type not in ("LINE", "COMMENT")][:2]
     if not ahead:
         return False
     if ahead[0].type == "RBRACE":

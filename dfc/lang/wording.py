@@ -8,8 +8,8 @@ from dfc.lang import syntax as s
 
 # How tightly an operator binds; what binds less stands in brackets.
 _LEVEL = {
-    "or": 1, "and": 2, "not": 3, "==": 4, "!=": 4, "<=": 4, ">=": 4, "<": 4, ">": 4, "~=": 4,
-    "in": 4, "|": 5, "&": 6, "+": 7, "-": 7, "*": 8, "/": 8, "//": 8, "%": 8,
+    "or": 1, "and": 2, "|": 3, "&": 4, "not": 5, "==": 6, "!=": 6, "<=": 6, ">=": 6, "<": 6,
+    ">": 6, "~=": 6, "in": 6, "+": 7, "-": 7, "*": 8, "/": 8, "//": 8, "%": 8,
 }  # fmt: skip
 _UNARY = 9
 
@@ -36,7 +36,7 @@ def expression_text(x: s.Expr, level: int = 0) -> str:
         return f"({text})" if own < level else text
     assert isinstance(x, s.Binary)
     own = _LEVEL[x.op]
-    alone = own == 4  # comparisons do not chain
+    alone = own == 6  # comparisons do not chain
     left = expression_text(x.left, own + alone)
     text = f"{left} {x.op} {expression_text(x.right, own + 1)}"
     return f"({text})" if own < level else text

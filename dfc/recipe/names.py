@@ -75,9 +75,9 @@ class Names:
             self.problems.say(source, "Q011", f"there is no recipe `{w.name}`", w.at, help)
         return found
 
-    def unused_data(self) -> list[str]:
+    def unused_data(self) -> list[Diagnostic]:
         return [
-            f"{source.span(*word.at)}: data `{name}` is not used"
+            Diagnostic("Q040", f"data `{name}` is not used", source.span(*word.at))
             for name, (word, source) in self.data.items()
             if name not in self.used
         ]

@@ -5,16 +5,18 @@ Q002  an unknown option         Q014  a name or label that stands for two things
 Q010  an unknown unit           Q015  sides of a comparison that measure different things
 Q011  no such recipe            Q016  a step where it cannot stand
 Q012  a value of a wrong type   Q017  a target that lacks what a step needs
+Q040  data that is not used: a warning
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dfc.errors import DfcError, Diagnostic, did_you_mean
 from dfc.lang import syntax as s
+from dfc.lang.selectors import Selector
 from dfc.lang.source import Source
 from dfc.recipe import plan as p
 from dfc.recipe.imports import Reader
@@ -22,7 +24,10 @@ from dfc.recipe.names import Enough, Names, Problems
 from dfc.recipe.order import check_order
 from dfc.recipe.settings import apply_settings
 from dfc.recipe.steps import Resolver
-from dfc.recipe.targets import check_needs, target_of
+from dfc.recipe.targets import check_needs, made_target, target_of
+
+if TYPE_CHECKING:
+    from dfc.ir.graph import Graph
 
 
 def resolve(
@@ -55,12 +60,11 @@ def resolve_all(
     problems = Problems()
     found = None
     try:
-        reader = Reader()
-        main = reader.text(source)
-        extra = reader.text(target) if target is not None else None
-        problems.add(reader.problems)
-        names = Names(main, problems, extra)
-        found = _plan(names, name, settings or {})
+        names = _names(source, target, problems)
+        chosen = _chosen(names, name)
+        _plans(names, {})  # the others are checked as well
+        if chosen is not None:
+            found = _plan(Resolver(names), *chosen, settings or {})
     except Enough:
         pass
     return found, problems.in_order()
@@ -74,44 +78,79 @@ def preset(name: str, settings: Mapping[str, str] | None = None) -> p.Plan:
     return resolve(Source("dfc 1\n", f"<{name}>"), name=name, settings=settings)
 
 
-def check_on(plan: p.Plan, graph: Any) -> list[Diagnostic]:
-    """Selectors of the plan that match nothing in a captured graph."""
-    from dfc.lang.selectors import Selector
+def check_source(
+    source: Source, graph: Graph | None = None
+) -> tuple[list[Diagnostic], list[Diagnostic]]:
+    """Errors and warnings of a file of recipes, targets and rules, and of what it imports.
 
+    With a captured graph, what no selector finds in it is an error as well.
+    """
+    problems = Problems()
+    warnings: list[Diagnostic] = []
+    try:
+        names = _names(source, None, problems)
+        plans = _plans(names, {})
+        warnings = names.unused_data()
+        if graph is not None and not problems.found:
+            for plan in plans:
+                problems.add(check_on(plan, graph))
+    except Enough:
+        pass
+    return problems.in_order(), warnings
+
+
+def check_on(plan: p.Plan, graph: Graph) -> list[Diagnostic]:
+    """Selectors of the plan that match nothing in a captured graph."""
     problems: list[Diagnostic] = []
     for step in plan.passes():
-        for value in step.options.values():
-            for choice in value.choices if isinstance(value, p.Hole) else (value,):
-                if isinstance(choice, Selector):
-                    try:
-                        choice.nodes(graph)
-                    except DfcError as e:
-                        problems += [replace(d, span=d.span or step.span) for d in e.diagnostics]
+        for selector in _selectors(step):
+            try:
+                selector.nodes(graph)
+            except DfcError as e:
+                problems += [replace(d, span=d.span or step.span) for d in e.diagnostics]
     return problems
 
 
-def _plan(names: Names, name: str | None, settings: Mapping[str, str]) -> p.Plan | None:
-    own = [(e, f.source) for f in names.own for e in f.document.entries if isinstance(e, s.Recipe)]
+def _selectors(step: p.PassStep) -> Iterator[Selector]:
+    for value in step.options.values():
+        for choice in value.choices if isinstance(value, p.Hole) else (value,):
+            if isinstance(choice, Selector):
+                yield choice
+
+
+def _names(source: Source, target: Source | None, problems: Problems) -> Names:
+    reader = Reader()
+    main = reader.text(source)
+    extra = reader.text(target) if target is not None else None
+    problems.add(reader.problems)
+    return Names(main, problems, extra)
+
+
+def _plans(names: Names, settings: Mapping[str, str]) -> list[p.Plan]:
+    """The plans of every recipe that is not shipped; all targets and metrics are checked."""
+    for t, where in names.targets.values():
+        made_target(t, where, names.problems)
+    for m, where in names.metrics.values():
+        names.metric(m, where)
     resolver = Resolver(names)
-    chosen = _chosen(names, name)
-    for e, where in own:  # the others are checked as well
-        if chosen is None or e is not chosen[0]:
-            names.target = target_of(e, where, names)
-            steps, _ = resolver.recipe(e, where)
-            check_order(steps, names.problems)
-            check_needs(p.passes_of(steps), names.target, names.problems)
-    metrics = tuple(names.metric(m, src) for m, src in names.metrics.values())
-    if chosen is None:
-        return None
-    recipe, source = chosen
+    own = [(e, f.source) for f in names.own for e in f.document.entries if isinstance(e, s.Recipe)]
+    return [_plan(resolver, e, where, settings) for e, where in own]
+
+
+def _plan(
+    resolver: Resolver, recipe: s.Recipe, source: Source, settings: Mapping[str, str]
+) -> p.Plan:
+    names = resolver.names
     names.target = target_of(recipe, source, names)
     steps, scope = resolver.recipe(recipe, source)
     steps = apply_settings(steps, settings, names)
     check_order(steps, names.problems)
     check_needs(p.passes_of(steps), names.target, names.problems)
+    metrics = tuple(names.metric(m, src) for m, src in names.metrics.values())
+    warnings = tuple(f"{d.span}: {d.message}" for d in names.unused_data())
     return p.Plan(
         recipe.name.name, steps, tuple(scope.goals), tuple(scope.requirements), names.target,
-        tuple(names.data), metrics, tuple(names.unused_data()),
+        tuple(names.data), metrics, warnings,
     )  # fmt: skip
 
 
@@ -120,17 +159,16 @@ def _chosen(names: Names, name: str | None) -> tuple[s.Recipe, Source] | None:
     own = [e for e in names.main.document.entries if isinstance(e, s.Recipe)]
     if name is None and len(own) == 1:
         return own[0], names.main.source
-    if name is None:
-        listed = ", ".join(f"`{e.name.name}`" for e in own)
-        message = f"the file has {len(own)} recipes: {listed}" if own else "the file has no recipe"
-        advice = "say which: --recipe NAME" if own else "write `recipe NAME { ... }`"
-        if not names.problems.found:
-            place = names.main.source.span(0)
-            names.problems.add([Diagnostic("Q011", message, place, advice)])
-        return None
-    if name not in names.recipes:
+    if name is not None and name in names.recipes:
+        return names.recipes[name]
+    if name is not None:
         help = did_you_mean(name, [*names.recipes])
         message = f"there is no recipe `{name}`"
         names.problems.add([Diagnostic("Q011", message, None, help)])
-        return None
-    return names.recipes[name]
+    elif not names.problems.found:
+        listed = ", ".join(f"`{e.name.name}`" for e in own)
+        message = f"the file has {len(own)} recipes: {listed}" if own else "the file has no recipe"
+        advice = "say which: --recipe NAME" if own else "write `recipe NAME { ... }`"
+        place = names.main.source.span(0)
+        names.problems.add([Diagnostic("Q011", message, place, advice)])
+    return None
