@@ -91,11 +91,15 @@ class Fuse(Pass):
         """Which nodes may be a root. A new node lies where the node lay that it replaced."""
         if self.select is None and self.exclude is None:
             return lambda node: True
-        chosen = set(self.select.nodes(graph)) if self.select else set(graph.walk())
+        known = set(graph.walk())
+        chosen = set(self.select.nodes_left(graph)) if self.select else set(known)
         if self.exclude:
-            chosen -= set(self.exclude.nodes(graph))
+            chosen -= set(self.exclude.nodes_left(graph))
         places = {n.loc.module for n in chosen if n.loc}
-        return lambda node: node in chosen or (node.loc is not None and node.loc.module in places)
+        return lambda node: (
+            node in chosen
+            or (node not in known and node.loc is not None and node.loc.module in places)
+        )
 
 
 class _Run:

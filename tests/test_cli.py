@@ -607,3 +607,26 @@ def test_the_demo_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("1.0000000") >= 4 and "0.66" in done.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder.dfcpkg", "encoder.onnx"]
+
+
+# select
+
+
+def test_select_shows_what_a_selector_finds(run: Run, folder: Path) -> None:
+    model = f"{folder}/net.py:build"
+    done = run("select", model, '"fc" | op(relu)')
+    assert done.status == 0
+    assert "2 of 5 nodes, in 2 modules; 2 of " in done.out and "fc.weight" in done.out
+    data = run("select", model, 'param("*.weight") & op(linear)', "--json").data
+    assert [p["name"] for p in data["parameters"]] == ["fc.weight", "head.weight"]
+    assert data["parameters"][0]["bytes"] == 16 * 8 * 4
+    assert data["modules"] == {"fc": 1, "head": 1}
+    assert data["nodes"][0]["op"] == "aten.linear.default"
+
+
+def test_select_names_what_is_near(run: Run, folder: Path) -> None:
+    done = run("select", f"{folder}/net.py:build", '"hed"')
+    assert (done.status, done.out) == (2, "")
+    assert "SELECTOR:1:1: error[Q021]: no module matches `hed`" in done.err
+    assert "did you mean `head`" in done.err
+    assert run("select", f"{folder}/none.py:build", '"a').status == 2  # text first, then the model

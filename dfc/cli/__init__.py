@@ -21,6 +21,7 @@ from dfc.cli.failures import INTERRUPTED, guarded, usage
 from dfc.cli.fmt import fmt as fmt_
 from dfc.cli.list import list_
 from dfc.cli.run import run as run_
+from dfc.cli.select import select as select_
 from dfc.cli.show import show as show_
 from dfc.cli.test import test as test_
 from dfc.cli.verify import verify as verify_
@@ -30,7 +31,20 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (compile_, run_, bench_, show_, verify_, check_, fmt_, diff_, test_, list_, doctor_):
+for verb in (
+    compile_,
+    run_,
+    bench_,
+    show_,
+    select_,
+    verify_,
+    check_,
+    fmt_,
+    diff_,
+    test_,
+    list_,
+    doctor_,
+):
     app.command(name=verb.__name__.rstrip("_"))(verb)
 
 

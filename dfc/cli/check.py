@@ -98,18 +98,20 @@ def _count(n: int) -> str:
 
 
 def _listed(errors: Sequence[Diagnostic], warnings: Sequence[Diagnostic]) -> list[Any]:
-    return [
-        {
-            "severity": severity,
-            "code": d.code,
-            "message": d.message,
-            "file": d.span.file if d.span else None,
-            "line": d.span.line if d.span else None,
-            "col": d.span.col if d.span else None,
-            "end_col": d.span.end_col if d.span else None,
-            "help": d.help,
-            "notes": list(d.notes),
-        }
-        for severity, some in (("error", errors), ("warning", warnings))
-        for d in some
+    return [{"severity": "error", **problem_data(d)} for d in errors] + [
+        {"severity": "warning", **problem_data(d)} for d in warnings
     ]
+
+
+def problem_data(d: Diagnostic) -> dict[str, object]:
+    """A diagnostic as data."""
+    return {
+        "code": d.code,
+        "message": d.message,
+        "file": d.span.file if d.span else None,
+        "line": d.span.line if d.span else None,
+        "col": d.span.col if d.span else None,
+        "end_col": d.span.end_col if d.span else None,
+        "help": d.help,
+        "notes": list(d.notes),
+    }

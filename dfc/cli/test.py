@@ -110,7 +110,7 @@ def _summary(proofs: list[Proof]) -> str:
 
 
 def _data(p: Proof) -> dict[str, Any]:
-    from dfc.cli.check import _data as problem_data
+    from dfc.cli.check import problem_data
 
     return {
         "rule": p.rule.full_name,

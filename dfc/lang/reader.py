@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dfc.errors import DfcError, Diagnostic, Span, did_you_mean
+from dfc.errors import DfcError, Diagnostic, did_you_mean
 from dfc.lang import syntax as s
 from dfc.lang.builder import Builder
 from dfc.lang.source import Source
@@ -69,46 +69,42 @@ def parse_document(text: str, file: str = "<string>") -> s.Document:
     return reading.document
 
 
+# One expression is read as the requirement of a recipe.
+_BEFORE = (
+    ("WORD", "dfc"), ("NUMERAL", "1"), ("_NL", ""), ("WORD", "recipe"), ("WORD", "x"),
+    ("LBRACE", "{"), ("_NL", ""), ("WORD", "require"),
+)  # fmt: skip
+_BEHIND = (("_NL", ""), ("RBRACE", "}"), ("_NL", ""))
+
+
 def parse_expression(source: Source) -> s.Expr:
     """One expression alone, such as a selector.
 
     Raises:  DfcError P.
     """
-    head = "dfc 1\nrecipe x {\nrequire "
-    reading = read_document(Source(f"{head}{source.text}\n}}", source.file))
-    if reading.problems:
-        raise DfcError.of([_moved(d, source) for d in reading.problems])
-    (recipe,) = reading.document.entries
-    assert isinstance(recipe, s.Recipe)
-    if len(recipe.body) != 1 or not isinstance(recipe.body[0], s.Goal):
-        raise DfcError("P002", "one expression is wanted", span=source.span(0, len(source.text)))
-    return recipe.body[0].what
-
-
-def _moved(d: Diagnostic, source: Source) -> Diagnostic:
-    """A problem of the wrapped text at its place in the expression."""
-    if d.span is None:
-        return d
-    first = d.span.line == 3
-    shift = len("require ") if first else 0
-    col, end = max(d.span.col - shift, 1), max(d.span.end_col - shift, 2)
-    lines = source.text.split("\n")
-    line = min(max(d.span.line - 2, 1), len(lines))
-    return replace(d, span=Span(source.file, line, col, end, lines[line - 1]))
+    end = len(source.text)
+    _, kept, problems = _tokens(source)
+    if problems:
+        raise DfcError.of(problems)
+    while kept and kept[-1].type == "_NL":
+        kept.pop()
+    before = [Token(type_, text, 0, 0) for type_, text in _BEFORE]
+    behind = [Token(type_, text, end, end) for type_, text in _BEHIND]
+    parser = _Parser(source, [*before, *kept, *behind])
+    entries = parser.run().entries
+    if parser.problems:
+        raise DfcError.of(parser.problems)
+    recipe = entries[0] if len(entries) == 1 else None
+    body = recipe.body if isinstance(recipe, s.Recipe) else ()
+    if len(body) != 1 or not isinstance(body[0], s.Goal):
+        raise DfcError("P002", "one expression is wanted", span=source.span(0, end))
+    return body[0].what
 
 
 def read_document(source: Source) -> Reading:
     """Read as much as can be read; never raises for bad text."""
-    try:
-        source.refuse_hidden()
-    except DfcError as e:
-        return Reading(s.Document((0, 0), ()), e.diagnostics, source, ())
-    tokens, problems = tokenize(source)
-    if any(d.code == "P007" for d in problems):
-        return Reading(s.Document((0, 0), ()), tuple(problems), source, tuple(tokens))
-    kept, unmatched = statements(source, tokens)
-    problems += unmatched
-    if any(d.code == "P004" for d in unmatched):
+    tokens, kept, problems = _tokens(source)
+    if any(d.code in ("P004", "P007", "P009") for d in problems):
         return Reading(s.Document((0, 0), ()), tuple(problems), source, tuple(tokens))
     parser = _Parser(source, kept)
     document = parser.run()
@@ -118,6 +114,19 @@ def read_document(source: Source) -> Reading:
     ends = frozenset(t.start for t in kept if t.type == "_NL")
     tight = frozenset(parser.builder.tight)
     return Reading(document, tuple(problems[:MAX_ERRORS]), source, tuple(tokens), ends, tight)
+
+
+def _tokens(source: Source) -> tuple[list[Token], list[Token], list[Diagnostic]]:
+    """All tokens, those that the parser reads, and what is wrong with them."""
+    try:
+        source.refuse_hidden()
+    except DfcError as e:
+        return [], [], [*e.diagnostics]
+    tokens, problems = tokenize(source)
+    if any(d.code == "P007" for d in problems):
+        return tokens, [], problems
+    kept, unmatched = statements(source, tokens)
+    return tokens, kept, problems + unmatched
 
 
 class _Parser:

@@ -55,7 +55,7 @@ def convert(hint: Any, x: s.Expr, source: Source, data: Sequence[str] = ()) -> A
         problems = check_selector(x, source)
         if problems:
             raise BadValue(problems[0].message, x.at, problems[0].help, problems[0].code)
-        return Selector(x)
+        return Selector(x, source)
     if origin is tuple:
         items = x.items if isinstance(x, s.Several) else (x,)
         return tuple(convert(inside[0], i, source, data) for i in items)
