@@ -367,9 +367,9 @@ def test_errors_suggest_the_nearest_name() -> None:
     ids=lambda t: t[:60],
 )
 def test_hostile_text_is_refused_quickly(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert by_parser("dfc 1 " + text).startswith("P")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 # The reference
