@@ -4,6 +4,7 @@ graph    = dfc.trace(model, args, kwargs, dynamic_shapes)
 compiled = dfc.compile(model, args, kwargs, dynamic_shapes)
 compiled(*args, **kwargs);  compiled.report;  compiled.save("m.dfcpkg");  compiled.export("m.onnx")
 dfc.load("m.dfcpkg");  dfc.parse(str(graph)) == graph
+dfc.recipe("small").minimize("latency").apply("simplify")
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
     from dfc.lang.selectors import Selector
     from dfc.ops.custom import op
     from dfc.planning.custom import engine
+    from dfc.recipe.build import recipe
     from dfc.rewrite.custom import pass_
     from dfc.rewrite.pass_ import CHANGES, EXACT, Context, Data, Pass, close
 
 __version__ = "0.1.0"
 __all__ = [
     "CHANGES", "EXACT", "Compiled", "Context", "Data", "DfcError", "Graph", "Op", "Pass",
-    "Selector", "close", "compile", "engine", "load", "op", "parse", "pass_", "trace",
+    "Selector", "close", "compile", "engine", "load", "op", "parse", "pass_", "recipe", "trace",
 ]  # fmt: skip
 
 _HOMES = {
@@ -53,9 +55,11 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Load the API when it is first used, so that `import dfc` stays fast."""
+    import importlib
+
+    if name == "recipe":  # a package that can be called
+        return importlib.import_module("dfc.recipe")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'dfc' has no attribute {name!r}")
-    import importlib
-
     return getattr(importlib.import_module(home), name)

@@ -468,7 +468,7 @@ def test_check_reads_recipes_and_their_imports(run: Run, tmp_path: Path) -> None
     inner.write_text("dfc 1\nrecipe inner { cse with limt=3 }\n")
     bad.write_text('dfc 1\nimport "inner.dfc"\nrecipe r { appply inner }\n')
     done = run("check", good)
-    assert done.status == 0 and f"{good}:3:6: warning[Q040]: data `calib` is not used" in done.err
+    assert done.status == 0 and f"{good}:3:6: warning[Q019]: data `calib` is not used" in done.err
     done = run("check", good, bad)
     assert done.status == 2 and f"{bad}: 2 errors" in done.out
     assert f"{inner}:2:25: error[Q002]" in done.err and "did you mean `limit`" in done.err

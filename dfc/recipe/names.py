@@ -77,7 +77,7 @@ class Names:
 
     def unused_data(self) -> list[Diagnostic]:
         return [
-            Diagnostic("Q040", f"data `{name}` is not used", source.span(*word.at))
+            Diagnostic("Q019", f"data `{name}` is not used", source.span(*word.at))
             for name, (word, source) in self.data.items()
             if name not in self.used
         ]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -351,6 +352,10 @@ def _made(kind: str, facts: Mapping[str, Any]) -> str:
     return f"{kind}({', '.join(f'{k}={value_text(v)}' for k, v in facts.items())})"
 
 
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SPECIAL = {"none", "None", "auto", "yes", "no", "true", "false", "True", "False"}  # not as text
+
+
 def value_text(x: Any) -> str:
     """An option's value as recipe text."""
     import json
@@ -366,7 +371,7 @@ def value_text(x: Any) -> str:
     if x is None:
         return "none"
     if isinstance(x, str):
-        return x if x.isidentifier() else json.dumps(x)
+        return x if _WORD.fullmatch(x) and x not in _SPECIAL else json.dumps(x)
     if isinstance(x, (tuple, list)):
         return "[" + ", ".join(map(value_text, x)) + "]"
     if isinstance(x, s.Expr):

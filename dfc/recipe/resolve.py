@@ -5,7 +5,8 @@ Q002  an unknown option         Q014  a name or label that stands for two things
 Q010  an unknown unit           Q015  sides of a comparison that measure different things
 Q011  no such recipe            Q016  a step where it cannot stand
 Q012  a value of a wrong type   Q017  a target that lacks what a step needs
-Q040  data that is not used: a warning
+Q018  a comparison that always or never holds
+Q019  data that is not used: a warning
 """
 
 from __future__ import annotations
