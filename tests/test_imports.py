@@ -27,7 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "passes runtime package calling compiled report",
         "recipe",  # runs passes, builds engines, measures
         "reproducer",  # a wrong step as a folder: a graph, numbers and a recipe
-        "api",
+        "api lsp",
         "testing",
         "cli",
     )
