@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from dfc.cli.bench import bench as bench_
+from dfc.cli.bisect import bisect as bisect_
 from dfc.cli.check import check as check_
 from dfc.cli.compile import compile as compile_
 from dfc.cli.diff import diff as diff_
@@ -42,6 +43,7 @@ for verb in (
     check_,
     fmt_,
     diff_,
+    bisect_,
     test_,
     list_,
     doctor_,

@@ -19,7 +19,7 @@ from dfc.rewrite.agree import Element
 from dfc.rewrite.divergence import Divergence, first_divergence
 from dfc.rewrite.pass_ import Context, Numerics, Pass
 from dfc.rewrite.probe import Failure, Probe, Probes
-from dfc.rewrite.promises import run_checked, weaker
+from dfc.rewrite.promises import FAULTS, run_checked, weaker
 from dfc.rewrite.search import NotBroken, bad_bound, first_bad
 from dfc.rewrite.verdicts import LeftOut, PassReport
 
@@ -158,21 +158,21 @@ class Blame:
         one, or not at all."""
         graph = self.before.copy()
         products = {k: copy.copy(v) for k, v in self.products.items()}
-        old = len(_firings(products, step))
+        old = len(firings_of(products, step))
         limited = step if limit is None else dataclasses.replace(step, limit=limit)  # type: ignore[type-var]
         ctx = dataclasses.replace(self.ctx, products=products)
         report, wrong, error = None, None, None
         try:
             report = run_checked(limited, graph, ctx)
         except DfcError as e:
-            if e.status != 1:
+            if e.code not in FAULTS:
                 raise
             wrong = Wrong(said(e))
         promised = weaker(self.promised, step.numerics)
         if report and report.changes and prove is not False and promised.kind != "changes":
             judged = self.proof.judge(graph, promised, None if prove is True else prove)
             wrong, error = (judged, None) if isinstance(judged, Wrong) else (None, judged)
-        firings = _firings(products, step)[old:]
+        firings = firings_of(products, step)[old:]
         return Trial(limited, graph, report, products, firings, wrong, error)
 
     # Finding
@@ -241,23 +241,11 @@ class Blame:
         wrong = with_it.wrong
         assert wrong is not None
         label = wrong.probe.label if wrong.probe else ""
-        out = LeftOut(step.name, _number(step, at), wrong.reason, probe=label)
+        out = LeftOut(step.name, number_of(step, at), wrong.reason, probe=label)
         out = dataclasses.replace(out, elements=wrong.elements)
         firing = with_it.firings[-1] if len(with_it.firings) == at else None
         firing = firing or getattr(with_it.products.get(step.name), "trying", None)
-        if firing is not None:
-            node, rule = find_node(without.graph, firing.value), firing.rule
-            out = dataclasses.replace(
-                out, number=firing.number, rule=rule.full_name, node=firing.value,
-                op=node.op if node else "", place=firing.place,
-                origin=str(rule.source.span(*rule.at)),
-            )  # fmt: skip
-            return out, rule
-        changed = next((n for n in touched(without.graph, with_it.graph) if n.results), None)
-        if changed is None:
-            return out, None
-        name, place = changed.results[0].name, str(changed.loc or "")
-        return dataclasses.replace(out, node=name, op=changed.op, place=place), None
+        return describe_change(without.graph, with_it.graph, firing, out)
 
     def _fault(self, step: Pass, out: LeftOut, rule: Any, without: Trial, with_it: Trial) -> Fault:
         probe = with_it.wrong.probe if with_it.wrong else None
@@ -303,6 +291,25 @@ class Blame:
                   None, tuple(changed))
         )  # fmt: skip
         return self.left_out[-1]
+
+
+def describe_change(
+    without: Graph, with_it: Graph, firing: Any, out: LeftOut
+) -> tuple[LeftOut, Any]:
+    """A change by its node and line, and by its rule where it has one; and that rule."""
+    if firing is not None:
+        node, rule = find_node(without, firing.value), firing.rule
+        out = dataclasses.replace(
+            out, number=firing.number, rule=rule.full_name, node=firing.value,
+            op=node.op if node else "", place=firing.place,
+            origin=str(rule.source.span(*rule.at)),
+        )  # fmt: skip
+        return out, rule
+    changed = next((n for n in touched(without, with_it) if n.results), None)
+    if changed is None:
+        return out, None
+    name, place = changed.results[0].name, str(changed.loc or "")
+    return dataclasses.replace(out, node=name, op=changed.op, place=place), None
 
 
 def blame_error(out: LeftOut) -> DfcError:
@@ -356,12 +363,12 @@ def fields_of(step: Pass) -> set[str]:
     return {f.name for f in dataclasses.fields(step)}
 
 
-def _firings(products: dict[str, Any], step: Pass) -> tuple[Any, ...]:
+def firings_of(products: dict[str, Any], step: Pass) -> tuple[Any, ...]:
     found: Sequence[Any] = getattr(products.get(step.name), "firings", ())
     return tuple(found)
 
 
-def _number(step: Pass, at: int) -> int:
+def number_of(step: Pass, at: int) -> int:
     """The number of the `at`-th change that is made, when those in `skip` are left out."""
     skip = set(getattr(step, "skip", ()))
     number = -1
@@ -374,5 +381,7 @@ def _number(step: Pass, at: int) -> int:
 
 def said(e: DfcError) -> str:
     """An error in one line, with the first line of what explains it."""
+    span = e.diagnostics[0].span
     notes = [n.splitlines()[0] for d in e.diagnostics for n in d.notes if n]
-    return e.message + (f" ({notes[0]})" if notes else "")
+    told = [*([str(span)] if span else []), *notes]
+    return e.message + (f" ({', '.join(told)})" if told else "")

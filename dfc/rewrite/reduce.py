@@ -14,7 +14,7 @@ from dfc.ir.verify import verify
 from dfc.rewrite.blame import Fault, Wrong, fields_of
 from dfc.rewrite.pass_ import EXACT, Context, Numerics, Pass
 from dfc.rewrite.probe import Failure, Probe, Probes, clone
-from dfc.rewrite.promises import run_checked
+from dfc.rewrite.promises import FAULTS, run_checked
 from dfc.rewrite.slice import neighbours, slice_graph
 
 RADII = (0, 1, 2, 3, 4, 6, 8, 12, 16)
@@ -43,7 +43,7 @@ class Case:
             graph = self.graph.copy()
             report = run_checked(self.step, graph, Context())
         except DfcError as e:
-            if e.status != 1:
+            if e.code not in FAULTS:
                 raise
             return Wrong(e.message, None)
         if not report.changes or self.promised.kind == "changes":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 
 class NotBroken(Exception):
@@ -38,3 +39,32 @@ def bad_bound(good: int, is_bad: Callable[[int], bool], most: int = 1 << 20) -> 
         good += step
         step *= 2
     raise NotBroken
+
+
+@dataclass(frozen=True)
+class Border:
+    """Where something turns bad. `between` counts those from `good` to `bad` that nobody knows."""
+
+    good: int
+    bad: int
+    between: int
+
+
+def find_border(good: int, bad: int, is_bad: Callable[[int], bool | None]) -> Border:
+    """As `first_bad`, with a test that may not be able to tell: then its neighbours are tried.
+
+    Cost:  log2(bad - good) tries, and one for each that cannot be told.
+    """
+    unknown: set[int] = set()
+    while True:
+        left = [n for n in range(good + 1, bad) if n not in unknown]
+        if not left:
+            return Border(good, bad, bad - good - 1)
+        middle = min(left, key=lambda n: abs(2 * n - good - bad))
+        verdict = is_bad(middle)
+        if verdict is None:
+            unknown.add(middle)
+        elif verdict:
+            bad = middle
+        else:
+            good = middle
