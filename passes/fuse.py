@@ -15,7 +15,7 @@ from dfc.rewrite.match import Matcher
 from dfc.rewrite.pass_ import EXACT, Context, Numerics, Pass, close
 from dfc.rewrite.replace import Order, Replaced, replace
 from dfc.rewrite.rule import Rule
-from dfc.rewrite.rulesets import select_rules
+from dfc.rewrite.rulesets import proved_rules, select_rules
 
 JOURNAL = "fuse"  # the name in Context.products
 
@@ -39,6 +39,7 @@ class Journal:
 
     firings: list[Firing] = field(default_factory=list)
     refused: list[tuple[Rule, str, str]] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)  # rules that do not hold here, and why
     trying: Firing | None = None  # what is being done now: told when it fails half-way
 
     def __copy__(self) -> Journal:
@@ -55,7 +56,8 @@ class Fuse(Pass):
     Keeps:    values that others read; outputs; random and effectful nodes.
     Cost:     close to linear: rules are looked up by the op of their root; after the first round
               only what lies behind a change is looked at again.
-    Raises:   DfcError R040 when rules keep undoing each other or let the graph grow.
+    Raises:   DfcError R040 when rules keep undoing each other or let the graph grow; R020..R025
+              for a rule of the user's that is wrong.
     """
 
     name = "fuse"
@@ -79,12 +81,15 @@ class Fuse(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> int:
         journal = ctx.products.setdefault(JOURNAL, Journal())
-        matcher = Matcher(self.selected)
+        proved = proved_rules(self.rules)
+        journal.left_out |= {name: found[0].message for name, found in proved.left_out.items()}
+        matcher = Matcher(proved.rules)
         return _Run(self, matcher, journal, self._allowed(graph)).graph(graph)
 
     def without(self, rule: str) -> Fuse | None:
         """The pass without a rule, told by its full name; None when there is no other."""
-        names = tuple(r.full_name for r in self.selected if r.full_name != rule)
+        held = proved_rules(self.rules).rules
+        names = tuple(r.full_name for r in held if r.full_name != rule)
         return dataclasses.replace(self, rules=names) if names else None
 
     def _allowed(self, graph: Graph) -> Callable[[Node], bool]:

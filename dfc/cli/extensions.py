@@ -30,8 +30,9 @@ def load_extension(name: str) -> None:
 
 
 def _rules(path: Path) -> None:
+    from dfc.cli.progress import Progress
     from dfc.rewrite.rule import load_rules
-    from dfc.rewrite.rulesets import add_set
+    from dfc.rewrite.rulesets import add_set, proved_rules
 
     if not path.is_file():
         folder = path.parent
@@ -42,3 +43,5 @@ def _rules(path: Path) -> None:
         help = "a recipe is given by `-r`, a graph as MODEL"
         raise DfcError("R001", f"`{path}` has no rules", help=help)
     add_set(rules)
+    with Progress() as say:
+        proved_rules([r.full_name for r in rules.rules], say)

@@ -29,6 +29,12 @@ def test(
         str | None,
         typer.Option("-k", "--only", metavar="TEXT", help="Only rules with this in their name."),
     ] = None,
+    write: Annotated[
+        bool,
+        typer.Option(
+            "--write", help="For those who develop dfc: note the shipped rules that hold."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Prove rewrite rules: both sides on random and hostile inputs, until one breaks the claim.
@@ -50,7 +56,11 @@ def test(
     if only and not chosen:
         names = ", ".join(r.full_name for x in sets for r in x.rules)
         raise DfcError("R008", f"no rule has `{only}` in its name", help=f"there are {names}")
+    if write and (files or only):
+        raise DfcError("Q010", "--write is for all that dfc ships: give neither files nor -k")
     proofs = _proved(chosen, quiet=as_json)
+    if write:
+        _note(proofs)
     if as_json:
         from dfc.cli.tables import print_json
 
@@ -89,6 +99,15 @@ def _proved(rules: list[Rule], quiet: bool) -> list[Proof]:
                 say.pause()
                 print(_line(found[-1]), flush=True)
     return found
+
+
+def _note(proofs: list[Proof]) -> None:
+    """Write down which shipped rules hold, so that nobody proves them again."""
+    from dfc.cli.outputs import write_text
+    from dfc.rewrite.proofs import SHIPPED, rules_folder, shipped_text
+
+    text = shipped_text(p.rule for p in proofs if p.holds)
+    write_text(str(rules_folder() / SHIPPED), text, force=True)
 
 
 def _line(p: Proof) -> str:

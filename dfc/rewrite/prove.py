@@ -3,6 +3,7 @@
 R020  a rule without `applies` or `refuses`      R023  a sample under `refuses` that is rewritten
 R021  a sample under `applies` that is refused    R024  the right side cannot be written
 R022  the two sides differ                        R025  a sample that makes no graph
+R026  a rule that takes too long to prove
 
 `applies` samples are seeds: other sizes, ranks, element types and numbers than the sample's are
 tried as well, since a rule applies wherever its conditions hold, not only where its author looked.
@@ -47,6 +48,8 @@ from dfc.rewrite.replace import Order, replace
 from dfc.rewrite.rule import Rule
 
 STRUCTURES = 32  # graphs of one pattern that are tried for each sample
+MAX_SECONDS = 30.0  # of processor time for one rule
+MAX_SAMPLES = 32
 
 
 @dataclass
@@ -115,6 +118,7 @@ class _Prover:
         self.rule = rule
         self.compiled = Compiled(rule)
         self.tally = Tally()
+        self.start = time.process_time()
 
     def run(self) -> list[Diagnostic]:
         applies = [x for x in self.rule.samples if x.kind == "applies"]
@@ -123,7 +127,9 @@ class _Prover:
         problems = [
             self.problem("R020", f"the rule has no `{k}` sample", _HELP[k]) for k in missing
         ]
-        for sample in (*applies, *refuses):
+        if len(applies) + len(refuses) > MAX_SAMPLES:
+            problems.append(self.problem("R026", f"the rule has more than {MAX_SAMPLES} samples"))
+        for sample in (*applies, *refuses)[:MAX_SAMPLES]:
             try:
                 case = case_of(self.rule, sample)
                 self.applies(sample, case) if sample.kind == "applies" else self.refuses(
@@ -133,7 +139,7 @@ class _Prover:
                 problems.append(self.problem("R025", str(e), None, sample.at))
             except _Wrong as e:
                 problems.append(e.problem)
-                if e.problem.code in ("R022", "R024"):
+                if e.problem.code in ("R022", "R024", "R026"):
                     break
         return problems
 
@@ -222,6 +228,10 @@ class _Prover:
 
     def structure(self, variation: Variation, wanted: Mapping[str, int]) -> Refusal | str | None:
         """Try one graph on many inputs; why it does not come to that, if it does not."""
+        if time.process_time() - self.start > MAX_SECONDS:
+            message = f"the proof takes more than {MAX_SECONDS:.0f} s"
+            help = "make the samples smaller, or make several rules of it"
+            raise _Wrong(self.problem("R026", message, help))
         constants = any(isinstance(g, Spec) and g.constant for g in variation.case.values())
         left: Left | None = None
         right: Graph | None = None

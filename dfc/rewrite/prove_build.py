@@ -7,8 +7,9 @@ through them.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -29,6 +30,9 @@ from dfc.rewrite.construct import _bound, overloads
 from dfc.rewrite.match import _COMMUTATIVE, signature
 from dfc.rewrite.rule import CONSTANTS, Rule, is_scoped
 
+MAX_ELEMENTS = 200_000  # of one tensor of a sample
+MAX_RANK = 12
+MAX_RESULT = 5_000_000  # elements of what an op may give
 TAILS = (2, 0, 1, 3)  # how many operands `...rest` stands for
 
 
@@ -70,6 +74,9 @@ def case_of(rule: Rule, sample: s.Sample) -> dict[str, Given]:
             shape = tuple(_number(d, sizes) for d in g.type.dims)
             if any(not isinstance(d, int) or d < 0 for d in shape):
                 raise Unbuildable(f"`{g.name.name}` has a size that is no number")
+            if math.prod(shape) > MAX_ELEMENTS or len(shape) > MAX_RANK:
+                limits = f"{MAX_ELEMENTS} elements and {MAX_RANK} dimensions"
+                raise Unbuildable(f"`{g.name.name}` is too large for a sample: at most {limits}")
             constant = g.mark is not None and g.mark.name == "constant"
             if g.mark is not None and not constant:
                 raise Unbuildable(f"`{g.mark.name}` is no mark; the only one is `constant`")
@@ -364,7 +371,11 @@ class _Writer:
         key = (op, tuple(operands), attribute_key(tuple(sorted(attributes.items()))))
         node = self.written.get(key)
         if node is None:
-            node = self.written[key] = self.builder.node(op, *operands, **attributes)
+            node = self.builder.node(op, *operands, **attributes)
+            for r in node.results:
+                if isinstance(r.type, TensorType) and _count(r.type) > MAX_RESULT:
+                    raise Unbuildable(f"`{op}` gives {r.type}, too much to try")
+            self.written[key] = node
         return node
 
     def free(self, info: OpInfo, name: str, x: Free, first: Value | None, place: str) -> Any:
@@ -467,13 +478,12 @@ def _types_by_running(
     def zeros(t: Any) -> Any:
         if isinstance(t, tuple):
             return [zeros(x) for x in t]
-        if t is None:
-            return None
-        if not isinstance(t, TensorType) or not isinstance(t.numel, int) or t.numel > _SMALL:
-            raise ValueError(t)
-        return torch.zeros([int(str(d)) for d in t.shape], dtype=t.dtype.to_torch())
+        return None if t is None else torch.zeros(t.shape, dtype=t.dtype.to_torch())
 
-    if attributes.symbols:
+    flat = [t for x in types for t in (x if isinstance(x, tuple) else (x,)) if t is not None]
+    if attributes.symbols or not all(isinstance(t, TensorType) and t.is_static for t in flat):
+        return None
+    if math.prod(max(_count(t), 1) for t in flat) > _SMALL or _has_large(attributes.values()):
         return None
     try:
         with torch.no_grad():
@@ -483,7 +493,20 @@ def _types_by_running(
         return None
 
 
-_SMALL = 100_000
+_SMALL = 50_000_000  # elements of an outer product of all operands: no op gives more
+
+
+def _count(t: TensorType) -> int:
+    """Elements, of symbolic sizes those that are numbers."""
+    return math.prod(d for d in t.shape if isinstance(d, int))
+
+
+def _has_large(values: Iterable[Any]) -> bool:
+    """Whether a number is among them that could be a huge size."""
+    return any(
+        _has_large(v) if isinstance(v, tuple) else isinstance(v, int) and abs(v) > 4096
+        for v in values
+    )
 
 
 # All graphs of a pattern

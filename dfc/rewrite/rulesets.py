@@ -1,16 +1,19 @@
 """Where rules come from: the files in passes/rules, and files that the user names.
 
+A rule is proved before it is put to use: `proved_rules` is what passes ask for.
+
 R008  no rule or set has this name        R009  two sets of one name
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
-from dfc.errors import DfcError, did_you_mean
+from dfc.errors import DfcError, Diagnostic, did_you_mean
+from dfc.rewrite.proofs import problems_of, rules_folder
 from dfc.rewrite.rule import Rule, RuleSet, load_rules
 
 _loaded: dict[str, RuleSet] = {}
@@ -19,10 +22,7 @@ _loaded: dict[str, RuleSet] = {}
 @cache
 def shipped_sets() -> Mapping[str, RuleSet]:
     """The rule sets of `passes/rules`, by name."""
-    import dfc.passes
-
-    folder = Path(next(iter(dfc.passes.__path__))) / "rules"
-    return {p.stem: load_rules(p) for p in sorted(folder.glob("*.dfc"))}
+    return {p.stem: load_rules(p) for p in sorted(rules_folder().glob("*.dfc"))}
 
 
 def add_set(rules: RuleSet) -> None:
@@ -90,6 +90,37 @@ def select_rules(names: Iterable[str]) -> tuple[Rule, ...]:
             )
         found |= {r.full_name: r for r in some}
     return tuple(found.values())
+
+
+@dataclass(frozen=True)
+class Proved:
+    """Rules that hold, and those of dfc's own that do not with this version of torch."""
+
+    rules: tuple[Rule, ...]
+    left_out: Mapping[str, tuple[Diagnostic, ...]]
+
+
+def proved_rules(names: Iterable[str], say: Callable[[str], None] | None = None) -> Proved:
+    """The rules of these names, proved. `say` is told of each that has to be proved now.
+
+    Raises:  DfcError R008; R020..R025 with every rule that is wrong, if it is the user's or was
+             asked for by its own name. Rules that dfc ships are left out instead.
+    """
+    wanted = list(names)
+    rules = select_rules(wanted)
+    problems = {name: found for name, found in problems_of(rules, say).items() if found}
+    shipped = shipped_sets()
+    left_out = {}
+    wrong: list[Diagnostic] = []
+    for r in rules:
+        found = problems.get(r.full_name, ())
+        if found and r.set in shipped and not {r.name, r.full_name} & set(wanted):
+            left_out[r.full_name] = found
+        else:
+            wrong += found
+    if wrong:
+        raise DfcError.of(wrong)
+    return Proved(tuple(r for r in rules if r.full_name not in left_out), left_out)
 
 
 def _is(rule: Rule, rules: RuleSet, name: str) -> bool:

@@ -1,0 +1,177 @@
+"""Proofs that are remembered: of shipped rules in a list beside them, of others in a cache.
+
+The list, passes/rules/proved.json, is written by `dfc test --write` and checked by the tests. The
+cache is a folder of the user's own that nobody else can write to; it holds JSON under a key of
+what was proved: the rule, the versions of dfc and torch, and the code that proves. It is
+passed by, never trusted, where it belongs to somebody else or cannot be written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dfc.errors import Diagnostic
+from dfc.rewrite.rule import Rule
+
+MAX_BYTES = 1 << 16  # of one remembered proof
+SHIPPED = "proved.json"
+_known: dict[str, tuple[Diagnostic, ...]] = {}  # by the digest of the rule, in this process
+
+# What a proof depends on besides the rule: what reads, matches, writes, runs and compares.
+_CODE = ("rewrite", "ops", "ir")
+
+
+def problems_of(
+    rules: Iterable[Rule], say: Callable[[str], None] | None = None
+) -> dict[str, tuple[Diagnostic, ...]]:
+    """What is wrong with each rule, by its full name; nothing where it holds.
+
+    `say` is told of each rule that has to be proved now.
+
+    Cost:  nothing for what was proved before; else about half a second for each rule.
+    """
+    return {rule.full_name: _problems(rule, say) for rule in rules}
+
+
+def _problems(rule: Rule, say: Callable[[str], None] | None) -> tuple[Diagnostic, ...]:
+    found = _known.get(rule.digest)
+    if found is None:
+        found = () if is_shipped_proof(rule) or _remembered(rule) else _proved_now(rule, say)
+        _known[rule.digest] = found
+    return found
+
+
+def _proved_now(rule: Rule, say: Callable[[str], None] | None) -> tuple[Diagnostic, ...]:
+    from dfc.rewrite.prove import prove
+
+    if say is not None:
+        say(f"proving the rule {rule.full_name}")
+    proof = prove(rule)
+    if proof.holds:
+        with contextlib.suppress(OSError):
+            _remember(rule, proof.tally.inputs)
+    return proof.problems
+
+
+# What dfc ships
+
+
+def rules_folder() -> Path:
+    import dfc.passes
+
+    return Path(next(iter(dfc.passes.__path__))) / "rules"
+
+
+def torch_version() -> str:
+    """Of the release: builds for other devices give the same numbers on the CPU."""
+    import torch
+
+    return str(torch.__version__).partition("+")[0]
+
+
+@cache
+def _shipped_proofs() -> Mapping[str, Any]:
+    try:
+        found = json.loads((rules_folder() / SHIPPED).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_shipped_proof(rule: Rule) -> bool:
+    """Whether dfc comes with the proof of this rule, for this version of torch."""
+    shipped = _shipped_proofs()
+    rules = shipped.get("rules")
+    if shipped.get("torch") != torch_version() or not isinstance(rules, dict):
+        return False
+    return bool(rules.get(rule.full_name) == rule.digest)
+
+
+def shipped_text(rules: Iterable[Rule]) -> str:
+    """What stands in proved.json when these rules, and no others, are proved."""
+    listed = {r.full_name: r.digest for r in sorted(rules, key=lambda r: r.full_name)}
+    return json.dumps({"torch": torch_version(), "rules": listed}, indent=1) + "\n"
+
+
+# The user's cache
+
+
+def cache_folder() -> Path | None:
+    """The folder of remembered proofs, made if it is not there; None where there can be none."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(base):
+        return None
+    folder = Path(base)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("dfc", "proofs"):
+            folder = folder / name
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(mode=0o700)
+            if not _is_ours(folder):
+                return None
+    except OSError:
+        return None
+    return folder
+
+
+def _is_ours(folder: Path) -> bool:
+    """A folder, no link, of this user, which nobody else can look into or write to."""
+    found = os.lstat(folder)
+    mine = not hasattr(os, "geteuid") or found.st_uid == os.geteuid()
+    return stat.S_ISDIR(found.st_mode) and mine and not stat.S_IMODE(found.st_mode) & 0o077
+
+
+def _remembered(rule: Rule) -> bool:
+    folder = cache_folder()
+    if folder is None:
+        return False
+    try:
+        handle = os.open(folder / f"{_key(rule)}.json", os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        with os.fdopen(handle, "rb") as f:
+            found = json.loads(f.read(MAX_BYTES))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("key") == _key(rule)
+
+
+def _remember(rule: Rule, inputs: int) -> None:
+    folder = cache_folder()
+    if folder is None:
+        return
+    text = json.dumps({"key": _key(rule), "rule": rule.full_name, "inputs": inputs})
+    temp = folder / f".tmp-{secrets.token_hex(8)}"
+    try:
+        with open(temp, "x", encoding="utf-8") as f:
+            f.write(text)
+        os.replace(temp, folder / f"{_key(rule)}.json")
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def _key(rule: Rule) -> str:
+    import dfc
+
+    words = (rule.digest, dfc.__version__, torch_version(), _code())
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()
+
+
+@cache
+def _code() -> str:
+    """The digest of the code that a proof depends on."""
+    import dfc
+
+    root = Path(dfc.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(p for part in _CODE for p in (root / part).glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
