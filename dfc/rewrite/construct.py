@@ -1,7 +1,7 @@
 """Expressions of a rule as nodes: overloads chosen, defaults filled in, constants computed.
 
 R010  no overload of the op takes these arguments     R012  an expression that is no value
-R011  `!` on what is not known at compile time
+R011  `!` on what is not known at compile time        R013  `!` gives infinity or NaN of numbers
 """
 
 from __future__ import annotations
@@ -130,11 +130,22 @@ def _folded(
         made = graph.add_parameter(name, result.type, "constant")
     else:
         (value,) = run_constant(node)
+        if _overflows(value, read):
+            raise _error("R013", f"`{x.name.name}!` overflows", x, to)
         data = TensorData(name, value.detach().clone())
         made = graph.add_parameter(name, TensorType.of(value), "constant", data)
     graph.erase(node)
     to.folded[key] = made
     return made
+
+
+def _overflows(value: Any, read: Sequence[Value]) -> bool:
+    """Whether finite constants give what is not: the model, which computes in another order, need
+    not overflow."""
+    if not value.is_floating_point() or bool(value.isfinite().all()):
+        return False
+    data = [p.data.tensor() for p in read if isinstance(p, Parameter) and p.data is not None]
+    return all(bool(d.isfinite().all()) for d in data if d.is_floating_point())
 
 
 def _hashable(x: Any) -> object:

@@ -17,6 +17,7 @@ from dfc.rewrite.proofs import problems_of, rules_folder
 from dfc.rewrite.rule import Rule, RuleSet, load_rules
 
 _loaded: dict[str, RuleSet] = {}
+_as_they_are: set[str] = set()  # sets whose rules are taken without proof
 
 
 @cache
@@ -45,10 +46,12 @@ def instead(rules: RuleSet) -> Iterator[None]:
     """Rules that stand for the user's set of that name for a while, as they are: not proved."""
     before = _loaded.get(rules.name)
     _loaded[rules.name] = rules
+    _as_they_are.add(rules.name)
     try:
         yield
     finally:
         del _loaded[rules.name]
+        _as_they_are.discard(rules.name)
         if before is not None:
             _loaded[rules.name] = before
 
@@ -108,7 +111,8 @@ def proved_rules(names: Iterable[str], say: Callable[[str], None] | None = None)
     """
     wanted = list(names)
     rules = select_rules(wanted)
-    problems = {name: found for name, found in problems_of(rules, say).items() if found}
+    unsure = [r for r in rules if r.set not in _as_they_are]
+    problems = {name: found for name, found in problems_of(unsure, say).items() if found}
     shipped = shipped_sets()
     left_out = {}
     wrong: list[Diagnostic] = []
