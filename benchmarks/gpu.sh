@@ -1,20 +1,74 @@
 #!/usr/bin/env bash
-# The GPU tests and benchmarks in one call; the result is named after the device.
-#     benchmarks/gpu.sh [folder for results]      default benchmarks/results
+# Everything that needs a CUDA device, in one call of at most five minutes:
+#
+#     bash benchmarks/gpu.sh
+#
+# Runs the GPU tests, then the GPU benchmarks, and writes benchmarks/results/gpu-DEVICE.txt (also
+# into $OUT, where that is set). A part that fails or takes too long is reported, and the next runs.
+# PYTHON is the interpreter (default python3); wheels of what it lacks may lie in .whl.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=${PYTHON:-python3}
-results=${1:-benchmarks/results}
-# Links do not survive every way of copying a tree.
-[ -e dfc/passes ] || ln -s ../passes dfc/passes
-[ -e dfc/runtime ] || ln -s ../runtime dfc/runtime
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "no CUDA device: nothing to measure"
-  exit 0
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+BUDGET_S=${BUDGET_S:-290}
+began=$SECONDS
+
+for part in passes runtime; do # the two links of the package, where a copy has lost them
+  [ -e "dfc/$part/__init__.py" ] || { rm -rf "dfc/$part"; ln -s "../$part" "dfc/$part"; }
+done
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+if ls .whl/*.whl >/dev/null 2>&1; then
+  site=$(mktemp -d)
+  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" .whl/*.whl
+  export PYTHONPATH="$PYTHONPATH:$site" # after what the machine has: its own versions win
 fi
-name=$("$python" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-"))')
-mkdir -p "$results"
-{
-  "$python" -c 'import torch; print(torch.__version__, torch.version.cuda, torch.cuda.get_device_name())'
-  PYTHONPATH=. "$python" -m pytest -q -m gpu tests/test_gpu.py -p no:cacheprovider
-} 2>&1 | tee "$results/gpu-$name.txt"
+
+log=$(mktemp)
+failed=0
+say() { echo "$@" | tee -a "$log"; }
+
+part() { # NAME SECONDS COMMAND...: at most SECONDS, less where less of the budget is left
+  local name=$1 limit=$2 left=$((BUDGET_S - (SECONDS - began))) start=$SECONDS status
+  shift 2
+  [ "$limit" -gt "$left" ] && limit=$left
+  say ""
+  say "== $name"
+  if [ "$limit" -lt 5 ]; then
+    say "left out: the budget of $BUDGET_S s is spent"
+    failed=1
+    return
+  fi
+  timeout --kill-after=5 "$limit" "$@" 2>&1 | tee -a "$log"
+  status=${PIPESTATUS[0]}
+  if [ "$status" -eq 0 ]; then
+    say "-- $name: done in $((SECONDS - start)) s"
+  else
+    failed=1
+    [ "$status" -eq 124 ] && say "-- $name: stopped after $limit s" || say "-- $name: status $status"
+  fi
+}
+
+say "date $(date -u +%Y-%m-%d), commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown), load $(cut -d' ' -f1-3 /proc/loadavg)"
+part "machine" 40 "$PYTHON" -c '
+import importlib, platform, torch
+print("python", platform.python_version(), "torch", torch.__version__, "cuda", torch.version.cuda)
+print("device", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
+missing = []
+for name in "lark interegular typer rich onnx onnxscript onnxruntime networkx safetensors scipy pytest transformers".split():
+    try:
+        importlib.import_module(name)
+    except ImportError as e:
+        missing.append(f"{name} ({e})")
+print("missing:", ", ".join(missing) or "nothing")
+raise SystemExit(bool(missing))
+'
+part "tests" 130 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider -rs tests/test_gpu.py
+part "fusions" 150 "$PYTHON" benchmarks/gpu_fusions.py "$((BUDGET_S - (SECONDS - began) > 150 ? 125 : BUDGET_S - (SECONDS - began) - 20))"
+
+device=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "none")' 2>/dev/null | tr -c 'A-Za-z0-9\n' '-' | tr -s - | tr 'A-Z' 'a-z')
+mkdir -p benchmarks/results
+result="benchmarks/results/gpu-${device:-unknown}.txt"
+sed "s|$PWD|.|g" "$log" >"$result"
+[ -n "${OUT:-}" ] && cp "$result" "$OUT/"
+echo
+echo "written: $result ($((SECONDS - began)) s)"
+exit "$failed"

@@ -6,11 +6,19 @@ import pytest
 import torch
 
 import dfc
+from dfc.rewrite.pass_ import Context, find_pass
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+FUSED = ["canonicalize", "remove_noops", "fuse", "cse", "dce"]
+
+
+def _onnxruntime_has_cuda() -> bool:
+    import onnxruntime
+
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
 def _model():
@@ -18,8 +26,26 @@ def _model():
     return torch.nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True).eval()
 
 
+class SpelledOut(torch.nn.Module):
+    """An RMS norm and attention written in primitives, as models write them."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.rand(64, dtype=dtype) + 0.5)
+        self.project = torch.nn.Linear(64, 192, dtype=dtype)
+
+    def forward(self, x):
+        x = self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+        b, t, _ = x.shape
+        q, k, v = self.project(x).view(b, t, 3, 4, 16).permute(2, 0, 3, 1, 4)
+        scores = torch.matmul(q, k.transpose(-2, -1)) * 0.25
+        return torch.matmul(torch.softmax(scores, dim=-1), v).transpose(1, 2).reshape(b, t, 64)
+
+
 @pytest.mark.parametrize("engine", ["eager", "inductor", "onnxruntime"])
 def test_engine_on_cuda_gives_the_models_results(engine):
+    if engine == "onnxruntime" and not _onnxruntime_has_cuda():
+        pytest.skip("this ONNX Runtime has no CUDA provider")
     model, x = _model(), torch.randn(2, 10, 64)
     compiled = dfc.compile(model, (x,), engine=engine, device="cuda")
     got = compiled(x.cuda())
@@ -28,6 +54,8 @@ def test_engine_on_cuda_gives_the_models_results(engine):
 
 
 def test_onnxruntime_keeps_cuda_tensors_on_the_device():
+    if not _onnxruntime_has_cuda():
+        pytest.skip("this ONNX Runtime has no CUDA provider")
     model, x = _model(), torch.randn(2, 10, 64)
     compiled = dfc.compile(model, (x,), engine="onnxruntime", device="cuda")
     on_device = x.cuda()
@@ -36,3 +64,45 @@ def test_onnxruntime_keeps_cuda_tensors_on_the_device():
         compiled(on_device)
     copies = [e for e in trace.events() if "Memcpy HtoD" in e.name or "Memcpy DtoH" in e.name]
     assert not copies
+
+
+@pytest.mark.parametrize("engine", ["eager", "inductor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_fused_graphs_are_proved_and_run_on_cuda(engine, dtype):
+    """The rules apply, the driver proves them on probes, and the engine agrees on the device."""
+    torch.manual_seed(0)
+    model = SpelledOut(dtype).eval()
+    x = torch.randn(2, 12, 64, dtype=dtype)
+    compiled = dfc.compile(model, (x,), passes=FUSED, engine=engine, device="cuda", strict=True)
+    ops = {n.op for n in compiled.graph.nodes}
+    assert "aten.scaled_dot_product_attention.default" in ops
+    assert not any("softmax" in op for op in ops)
+    got, want = compiled(x.cuda()), model.double()(x.double())
+    tolerance = 1e-4 if dtype is torch.float32 else 3e-2
+    assert got.is_cuda and got.dtype is dtype
+    torch.testing.assert_close(got.cpu().double(), want, rtol=tolerance, atol=tolerance)
+
+
+def test_a_fused_graph_is_the_same_on_both_devices():
+    """What was proved on the CPU holds on the device: same graph, same inputs, close results."""
+    torch.manual_seed(0)
+    model = SpelledOut(torch.float32).eval()
+    x = torch.randn(3, 7, 64)
+    on_cpu = dfc.compile(model, (x,), passes=FUSED, engine="eager")
+    on_cuda = dfc.compile(on_cpu.graph, (x,), passes=[], engine="eager", device="cuda")
+    torch.testing.assert_close(on_cuda(x.cuda()).cpu(), on_cpu(x), rtol=1e-3, atol=1e-4)
+
+
+def test_rules_write_only_what_cuda_runs():
+    """Every op that the shipped rules put into a graph has a way to run on the device."""
+    torch.manual_seed(0)
+    model = SpelledOut(torch.float32).eval()
+    x = torch.randn(2, 8, 64)
+    graph = dfc.trace(model, (x,))
+    count = find_pass("fuse").run(graph, Context())
+    assert count
+    from dfc.runtime.engines import find_engine
+
+    run = find_engine("eager").build(graph, "cuda")
+    (got,) = run([x.cuda()])
+    torch.testing.assert_close(got.cpu(), model(x), rtol=1e-3, atol=1e-4)
