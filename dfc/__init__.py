@@ -22,13 +22,15 @@ if TYPE_CHECKING:
     from dfc.ops.custom import op
     from dfc.planning.custom import engine
     from dfc.recipe.build import recipe
+    from dfc.recipe.requirements import RequirementMissed
     from dfc.rewrite.custom import pass_
     from dfc.rewrite.pass_ import CHANGES, EXACT, Context, Data, Pass, close
 
 __version__ = "0.1.0"
 __all__ = [
     "CHANGES", "EXACT", "Compiled", "Context", "Data", "DfcError", "Graph", "Op", "Pass",
-    "Selector", "close", "compile", "engine", "load", "op", "parse", "pass_", "recipe", "trace",
+    "RequirementMissed", "Selector", "close", "compile", "engine", "load", "op", "parse", "pass_",
+    "recipe", "trace",
 ]  # fmt: skip
 
 _HOMES = {
@@ -37,6 +39,7 @@ _HOMES = {
     "parse": "dfc.api",
     "trace": "dfc.api",
     "Compiled": "dfc.compiled",
+    "RequirementMissed": "dfc.recipe.requirements",
     "Graph": "dfc.ir.graph",
     # for those who write passes, ops and engines
     "CHANGES": "dfc.rewrite.pass_",

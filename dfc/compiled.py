@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dfc.calling import build_outputs, flat_inputs, own_outputs
@@ -27,15 +28,17 @@ class Compiled:
         runner: Runner | None,
         report: Report,
         probes: Sequence[Any] = (),
-        steps: Sequence[str] = (),
         device: str = "cpu",
+        recipe: str = "",
+        emits: Sequence[tuple[str, Mapping[str, Any]]] = (),
     ) -> None:
         self.graph = graph
         self.engine = engine
         self.report = report
         self.probes = list(probes)
-        self.steps = tuple(steps)
         self.device = device
+        self.recipe = recipe  # resolved, as text
+        self.emits = tuple(emits)
         self._runner = runner
         self._state = self._initial_state()
         self._outputs = len(graph.outputs)
@@ -122,8 +125,34 @@ class Compiled:
         probes = [(p.inputs, p.original) for p in self.probes]
         export_onnx(self.graph, path, probes=probes, force=force, contrib=contrib, **options)
 
+    def emit(self, stem: str | os.PathLike[str], *, force: bool = False) -> list[str]:
+        """Write what the recipe's `emit` lines ask for: STEM.onnx, STEM.dfc, or their own names.
+
+        Raises:  DfcError D010.. for the files, X family for what ONNX cannot say.
+        """
+        from dfc.publish import publish_file
+
+        written: list[str] = []
+        for format, options in self.emits:
+            path = emitted_path(stem, format, options)
+            rest = {k: v for k, v in options.items() if k != "file"}
+            if format == "onnx":
+                self.export(path, force=force, **rest)
+            else:
+                with publish_file(path, force=force) as temp:
+                    temp.write_text(str(self.graph), encoding="utf-8")
+            written.append(path)
+        return written
+
     def __str__(self) -> str:
         return str(self.report)
+
+
+def emitted_path(stem: str | os.PathLike[str], format: str, options: Mapping[str, Any]) -> str:
+    """Where an `emit` line writes: beside the stem, under its own name if it has one."""
+    suffix = {"onnx": ".onnx", "graph": ".dfc"}[format]
+    path = Path(stem)
+    return str(path.with_name(options["file"]) if "file" in options else f"{path}{suffix}")
 
 
 def with_state_inputs(graph: Graph) -> Graph:

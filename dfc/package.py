@@ -3,7 +3,7 @@
     manifest.json        closed list of files with sha256
     graph.dfc            the rewritten graph
     weights.safetensors  its parameters
-    recipe.dfc           the steps that made it, resolved
+    recipe.dfc           the recipe that made it, resolved
     probes.safetensors   probe inputs, the original's outputs and the witness's
     lock.json            versions, seed, engine, device
     report.json          what was done and why
@@ -52,7 +52,7 @@ class Package:
     graph: Graph
     report: Report
     engine: str
-    steps: tuple[str, ...]
+    recipe: str
     probes: list[Any]
     lock: dict[str, Any]
 
@@ -73,7 +73,7 @@ def write_package(compiled: Compiled, path: str | os.PathLike[str], *, force: bo
             (p.data.tensor() for p in weights.values()),  # type: ignore[union-attr]
         )
         (temp / "graph.dfc").write_text(str(graph), encoding="utf-8")
-        (temp / "recipe.dfc").write_text(_recipe(compiled), encoding="utf-8")
+        (temp / "recipe.dfc").write_text(compiled.recipe, encoding="utf-8")
         (temp / "report.json").write_text(compiled.report.to_json(), encoding="utf-8")
         (temp / "lock.json").write_text(_json(_lock(compiled)), encoding="utf-8")
         write_probes(temp / "probes.safetensors", compiled.probes)
@@ -108,7 +108,8 @@ def _read(path: Path) -> Package:
     report = Report.from_json((path / "report.json").read_text(encoding="utf-8"))
     lock = json.loads((path / "lock.json").read_text(encoding="utf-8"))
     probes = read_probes(path / "probes.safetensors")
-    return Package(graph, report, lock["engine"], tuple(lock["steps"]), probes, lock)
+    recipe = (path / "recipe.dfc").read_text(encoding="utf-8")
+    return Package(graph, report, lock["engine"], recipe, probes, lock)
 
 
 def attach_held(graph: Graph, path: Path) -> None:
@@ -210,13 +211,6 @@ def _json(value: object) -> str:
     return json.dumps(value, indent=1, sort_keys=True) + "\n"
 
 
-def _recipe(compiled: Compiled) -> str:
-    """The steps in the language's form."""
-    lines = ["dfc 1", "recipe main {"]
-    lines += [f"  {step}" for step in compiled.steps]
-    return "\n".join([*lines, "}"]) + "\n"
-
-
 def _lock(compiled: Compiled) -> dict[str, Any]:
     import torch
 
@@ -229,7 +223,6 @@ def _lock(compiled: Compiled) -> dict[str, Any]:
         "machine": platform.machine(),
         "engine": compiled.engine.name,
         "device": compiled.device,
-        "steps": list(compiled.steps),
         "seed": 0,
     }
 

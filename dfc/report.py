@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,6 +23,58 @@ class EngineReport:
     p50_ms: float | None = None
     spread_ms: float | None = None
     error: float | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was measured before something was kept, undone or taken.
+
+    Units:  ratio is time after over time before, between low and high; None when nothing was timed.
+    """
+
+    step: str
+    verdict: str  # "kept", "reverted", "taken", "not taken"
+    reason: str = ""
+    engine: str = ""
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+    runs: int = 0
+
+
+@dataclass(frozen=True)
+class RequirementReport:
+    """One `require` of the recipe, with both sides in numbers."""
+
+    text: str
+    met: bool
+    numbers: str
+
+
+@dataclass(frozen=True)
+class GoalReport:
+    """One goal: the original's value and the result's, in base units."""
+
+    text: str
+    before: float
+    after: float
+    dimension: str
+
+
+@dataclass(frozen=True)
+class TriedReport:
+    """One combination of a recipe's holes.
+
+    `values` are the goals' in base units; `missed` the requirements that it does not meet; `best`
+    says that no other combination is better in one goal and as good in the others.
+    """
+
+    choices: dict[str, str]
+    values: dict[str, float]
+    missed: list[str] = field(default_factory=list)
+    best: bool = False
+    chosen: bool = False
+    failed: str = ""
 
 
 @dataclass
@@ -47,6 +100,15 @@ class Report:
     before_ms: float | None = None
     after_ms: float | None = None
     notes: list[str] = field(default_factory=list)
+    recipe: str = ""
+    decisions: list[Decision] = field(default_factory=list)
+    goals: list[GoalReport] = field(default_factory=list)
+    requirements: list[RequirementReport] = field(default_factory=list)
+    tried: list[TriedReport] = field(default_factory=list)
+
+    @property
+    def missed(self) -> list[RequirementReport]:
+        return [r for r in self.requirements if not r.met]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
@@ -54,8 +116,8 @@ class Report:
     @staticmethod
     def from_json(text: str) -> Report:
         data: dict[str, Any] = json.loads(text)
-        data["passes"] = [PassReport(**p) for p in data["passes"]]
-        data["engines"] = [EngineReport(**e) for e in data["engines"]]
+        for name, kind in _PARTS.items():
+            data[name] = [kind(**x) for x in data.get(name, [])]
         return Report(**data)
 
     def __str__(self) -> str:
@@ -65,50 +127,44 @@ class Report:
             lines.append(
                 f"  {p.step:<20} {p.changes:>5} changes {p.ms:>9.1f} ms  {p.verdict}{tail}"
             )
+        for d in self.decisions:
+            lines.append(f"  {d.step}: {d.verdict}" + (f": {d.reason}" if d.reason else ""))
         for e in self.engines:
             time = f"{e.p50_ms:.3f} ms" if e.p50_ms is not None else "not measured"
             tail = f": {e.reason}" if e.reason else ""
             lines.append(f"  engine {e.name:<13} {time}  {e.verdict}{tail}")
+        lines += [f"  tried {tried_text(t)}" for t in self.tried]
+        lines += [f"  {goal_text(g)}" for g in self.goals]
+        lines += [f"  {requirement_text(r)}" for r in self.requirements]
         lines += [f"  note: {n}" for n in self.notes]
         return "\n".join(lines)
 
     def to_html(self) -> str:
         """One self-contained page."""
-        from html import escape
+        from dfc.report_page import page
 
-        def table(head: list[str], rows: list[list[object]]) -> str:
-            top = "".join(f"<th>{escape(h)}</th>" for h in head)
-            body = "".join(
-                "<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in row) + "</tr>"
-                for row in rows
-            )
-            return f"<table><tr>{top}</tr>{body}</table>"
+        return page(self)
 
-        passes = [
-            [
-                p.step,
-                p.changes,
-                f"{p.nodes_before} → {p.nodes_after}",
-                f"{p.ms:.1f}",
-                p.verdict,
-                p.reason,
-            ]
-            for p in self.passes
-        ]
-        engines: list[list[object]] = [
-            [e.name, "" if e.p50_ms is None else f"{e.p50_ms:.3f}", e.verdict, e.reason]
-            for e in self.engines
-        ]
-        notes = "".join(f"<li>{escape(n)}</li>" for n in self.notes)
-        return (
-            "<!doctype html><meta charset=utf-8><title>dfc report</title>"
-            "<style>body{font:15px system-ui;margin:2em}"
-            "table{border-collapse:collapse;margin:1em 0}"
-            "td,th{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:left}</style>"
-            f"<h1>{escape(self.model)}</h1><p>{escape(self.proof)}</p>"
-            f"<p>{self.nodes_before} → {self.nodes_after} nodes, "
-            f"{self.bytes_before / 1e6:.1f} → {self.bytes_after / 1e6:.1f} MB</p>"
-            + table(["pass", "changes", "nodes", "ms", "verdict", "reason"], passes)
-            + table(["engine", "p50 ms", "verdict", "reason"], engines)
-            + f"<ul>{notes}</ul>"
-        )
+
+_PARTS: Mapping[str, Callable[..., Any]] = {
+    "passes": PassReport, "engines": EngineReport, "decisions": Decision, "goals": GoalReport,
+    "requirements": RequirementReport, "tried": TriedReport,
+}  # fmt: skip
+
+
+def goal_text(g: GoalReport) -> str:
+    from dfc.lang.units import amount_text
+
+    return f"{g.text}: {amount_text(g.before, g.dimension)} -> {amount_text(g.after, g.dimension)}"
+
+
+def requirement_text(r: RequirementReport) -> str:
+    return f"require {r.text}: {'met' if r.met else 'NOT MET'}: {r.numbers}"
+
+
+def tried_text(t: TriedReport) -> str:
+    """A combination in one line: its choices, then its goals, then what became of it."""
+    choices = ", ".join(f"{k}={v}" for k, v in t.choices.items())
+    values = ", ".join(f"{k} {v:.4g}" for k, v in t.values.items())
+    marks = ["chosen"] * t.chosen + ["pareto"] * t.best + [f"misses {m}" for m in t.missed]
+    return "; ".join(filter(None, [choices, values, t.failed, ", ".join(marks)]))

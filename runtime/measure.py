@@ -1,14 +1,24 @@
-"""Measuring runners side by side: alternating, after warm-up, reported as median and spread."""
+"""Measuring runners side by side: alternating, after warm-up; and which of two is faster.
+
+`compare` decides beyond noise: paired runs, the median of their ratios, and an interval for it that
+holds for noise of any shape.
+"""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from dfc.planning.engine import Runner
+
+CONFIDENCE = 0.99
+MARGIN = 0.01  # a difference of less than 1 % is none
+_LOOKS = tuple(12 * 2**i for i in range(8))  # after how many pairs a decision may fall
+_SAMPLE_S = 1e-3  # short runs are timed several at once, so that the clock does not matter
 
 
 @dataclass(frozen=True)
@@ -21,6 +31,43 @@ class Timing:
     p50_ms: float
     spread_ms: float
     runs: int
+    p95_ms: float = 0.0
+    p99_ms: float = 0.0
+    mean_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The median of ratios, and between which bounds it lies with the confidence asked for."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runners measured against each other; ratios are time after over time before.
+
+    Units:    before_ms and after_ms are medians.
+    verdict:  "faster" or "slower": the interval leaves out 1, and the difference is not trifling;
+              "same": a difference that matters is ruled out; "undecided": time ran out.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    runs: int
+    verdict: str
+    before_ms: float = 0.0
+    after_ms: float = 0.0
+
+    def __str__(self) -> str:
+        """As people say it: how many times as fast."""
+        if not math.isfinite(self.high) or self.low <= 0:
+            return f"{1 / self.ratio:.2f}x as fast, {self.runs} runs"
+        bounds = f"{1 / self.high:.2f}..{1 / self.low:.2f}"
+        return f"{1 / self.ratio:.2f}x as fast ({bounds}), {self.runs} runs"
 
 
 def measure(
@@ -50,7 +97,100 @@ def measure(
         done = len(next(iter(times.values())))
         if done >= most or (done >= least and time.perf_counter() - start > budget):
             break
-    return {name: _timing(t) for name, t in times.items()}
+    return {name: timing(t) for name, t in times.items()}
+
+
+def compare(
+    before: Runner,
+    after: Runner,
+    inputs: Sequence[Any],
+    *,
+    question: str = "faster",
+    margin: float = MARGIN,
+    seconds: float = 2.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Comparison:
+    """Whether `after` is faster, slower, or either, than `before`, beyond noise.
+
+    Pairs of runs alternate in their order. Measuring stops as soon as the question is answered,
+    or after `seconds` (ten times that until there are pairs enough to say anything).
+    """
+    for run in (before, after, before, after):
+        run(inputs)
+    count = _calls_per_sample(before, inputs, clock)
+    first: list[float] = []
+    second: list[float] = []
+    start = clock()
+    while True:
+        pair = [(before, first), (after, second)]
+        for run, times in pair if len(first) % 2 == 0 else reversed(pair):
+            times.append(_sample(run, inputs, count, clock))
+        spent = clock() - start
+        late = spent > seconds * (1 if len(first) >= _LOOKS[0] else 10)
+        if len(first) in _LOOKS or late:
+            found = judge_pairs(first, second, margin)
+            if late or _answered(question, found, margin) or len(first) == _LOOKS[-1]:
+                return found
+
+
+def _calls_per_sample(run: Runner, inputs: Sequence[Any], clock: Callable[[], float]) -> int:
+    once = max(_sample(run, inputs, 1, clock), 1e-7)
+    return max(1, min(50, round(_SAMPLE_S / once)))
+
+
+def _sample(run: Runner, inputs: Sequence[Any], count: int, clock: Callable[[], float]) -> float:
+    begin = clock()
+    for _ in range(count):
+        run(inputs)
+    _synchronize(inputs)
+    return (clock() - begin) / count
+
+
+def judge_pairs(
+    before: Sequence[float], after: Sequence[float], margin: float = MARGIN
+) -> Comparison:
+    """The verdict on times that were taken in pairs."""
+    # A look at the data at each of _LOOKS is a chance to be wrong: all of them share one in 100.
+    confidence = 1 - (1 - CONFIDENCE) / len(_LOOKS)
+    found = ratio_interval(before, after, confidence)
+    if found.high < 1 and found.ratio <= 1 - margin:
+        verdict = "faster"
+    elif found.low > 1 and found.ratio >= 1 + margin:
+        verdict = "slower"
+    elif found.low > 1 - margin and found.high < 1 + margin:
+        verdict = "same"
+    else:
+        verdict = "undecided"
+    medians = median(before) * 1e3, median(after) * 1e3
+    return Comparison(found.ratio, found.low, found.high, len(before), verdict, *medians)
+
+
+def _answered(question: str, found: Comparison, margin: float) -> bool:
+    if question == "faster":
+        return found.verdict == "faster" or found.low > 1 - margin
+    if question == "slower":
+        return found.verdict == "slower" or found.high < 1 + margin
+    return found.verdict != "undecided"
+
+
+def ratio_interval(
+    before: Sequence[float], after: Sequence[float], confidence: float = CONFIDENCE
+) -> Interval:
+    """The median of after/before over pairs, with the interval that the sign test gives.
+
+    Nothing is assumed of the noise but that pairs are alike; too few pairs give (0, inf).
+    Source:  Hollander and Wolfe, Nonparametric Statistical Methods, 3.6.
+    """
+    ratios = sorted(b / a for a, b in zip(before, after, strict=True))
+    n = len(ratios)
+    allowed = (1 - confidence) / 2 * 2**n
+    below = 0  # how many of the 2**n patterns of signs leave fewer than k ratios on one side
+    k = 0
+    while k < n // 2 and below + math.comb(n, k) <= allowed:
+        below += math.comb(n, k)
+        k += 1
+    low, high = (ratios[k - 1], ratios[n - k]) if k else (0.0, math.inf)
+    return Interval(median(ratios), low, high)
 
 
 def _synchronize(inputs: Sequence[Any]) -> None:
@@ -60,7 +200,14 @@ def _synchronize(inputs: Sequence[Any]) -> None:
         torch.cuda.synchronize()
 
 
-def _timing(times: list[float]) -> Timing:
+def timing(times: Sequence[float]) -> Timing:
+    """Times in milliseconds, summed up."""
     ordered = sorted(times)
     n = len(ordered)
-    return Timing(median(ordered), ordered[(3 * n) // 4] - ordered[n // 4], n)
+
+    def at(share: float) -> float:
+        """The smallest time that is not exceeded in this share of the runs."""
+        return ordered[min(n - 1, math.ceil(share * n) - 1)]
+
+    spread = ordered[(3 * n) // 4] - ordered[n // 4]
+    return Timing(median(ordered), spread, n, at(0.95), at(0.99), fmean(ordered))

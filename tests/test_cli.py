@@ -362,7 +362,7 @@ def test_show_in_summary_and_resolved(run: Run, package: Path) -> None:
     summary = run("show", package, "--summary")
     assert "aten.linear.default" in summary.out and "1..64" in summary.out
     resolved_ = run("show", package, "--resolved")
-    assert "fold_batch_norm" in resolved_.out and "cse{limit=None}" in resolved_.out
+    assert "recipe O2 {" in resolved_.out and "\n  fold_batch_norm\n" in resolved_.out
     data = run("show", package, "--json").data
     assert data["summary"]["ops"]["aten.linear.default"] == 2
     assert data["summary"]["inputs"] == {"x": "f32[B, 8]"}

@@ -68,7 +68,7 @@ def test_a_package_is_plain_files_and_no_code(saved: Path) -> None:
     assert sorted(p.name for p in saved.iterdir()) == FILES
     lock = json.loads((saved / "lock.json").read_text())
     assert lock["torch"] == torch.__version__.split("+")[0] and lock["engine"] == "eager"
-    assert (saved / "recipe.dfc").read_text().startswith("dfc 1\nrecipe main {\n")
+    assert (saved / "recipe.dfc").read_text().startswith("dfc 1\n\nrecipe O2 {\n")
     manifest = json.loads((saved / NAME).read_text())
     assert [f["path"] for f in manifest["files"]] == [f for f in FILES if f != NAME]
 
@@ -78,7 +78,7 @@ def test_a_package_comes_back_whole(saved: Path) -> None:
     compiled = dfc.compile(model, args, dynamic_shapes=shapes, engine="eager")
     loaded = dfc.load(saved)
     assert loaded.graph == compiled.graph and str(loaded.graph) == str(compiled.graph)
-    assert loaded.steps == compiled.steps
+    assert loaded.recipe == compiled.recipe
     assert loaded.report.proof == compiled.report.proof
     assert [p.label for p in loaded.probes] == [p.label for p in compiled.probes]
     for batch in (1, 5, 16):

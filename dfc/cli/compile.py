@@ -14,9 +14,6 @@ from dfc.errors import DfcError, did_you_mean
 if TYPE_CHECKING:
     from dfc.cli.progress import Progress
     from dfc.compiled import Compiled
-    from dfc.rewrite.pass_ import Pass
-
-_Steps = list["Pass"]
 
 
 def compile(
@@ -43,8 +40,9 @@ def compile(
         str, typer.Option("--engine", help="auto, eager, inductor or onnxruntime.")
     ] = "auto",
     verify: Annotated[
-        str, typer.Option("--verify", help="Prove each pass, the end result, or none.")
-    ] = "each",
+        str | None,
+        typer.Option("--verify", help="Prove each pass, the end result, or none.", metavar="MODE"),
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail when a rewrite is wrong; else it is left out.")
     ] = False,
@@ -115,7 +113,7 @@ def _compile(
     model: str,
     passes: str | None,
     engine: str,
-    verify: str,
+    verify: str | None,
     strict: bool,
     print_after: str | None,
     device: str,
@@ -126,15 +124,15 @@ def _compile(
     import dfc
     from dfc.cli.engines import check_device, check_engine
     from dfc.cli.sources import open_source
+    from dfc.recipe.sources import DEFAULT_RECIPE, plan_of
     from dfc.rewrite.driver import VERIFY
-    from dfc.rewrite.pass_ import DEFAULT, find_pass
 
-    chosen = [find_pass(name) for name in DEFAULT] if passes is None else _steps(passes)
-    if verify not in VERIFY:
+    plan = plan_of(DEFAULT_RECIPE) if passes is None else _pipeline(passes)
+    if verify not in (None, *VERIFY):
         raise DfcError("Q004", f"verify is one of {', '.join(VERIFY)}, got `{verify}`")
     check_engine(engine)
     check_device(device)
-    _check_print_after(print_after, chosen)
+    _check_print_after(print_after, [step.name for step in plan.passes()])
     say(f"loading {model}")
     source = open_source(model)
 
@@ -147,7 +145,7 @@ def _compile(
         source.args,
         source.kwargs,
         source.dynamic_shapes,
-        passes=chosen,
+        recipe=plan if passes is not None else None,
         engine=engine,
         verify=verify,
         strict=strict,
@@ -158,14 +156,13 @@ def _compile(
     )
 
 
-def _steps(text: str) -> _Steps:
-    from dfc.cli.steps import parse_steps
+def _pipeline(text: str) -> Any:
+    from dfc.cli.steps import parse_pipeline
 
-    return parse_steps(text)
+    return parse_pipeline(text)
 
 
-def _check_print_after(wanted: str | None, chosen: _Steps) -> None:
-    names = [p.name for p in chosen]
+def _check_print_after(wanted: str | None, names: list[str]) -> None:
     if wanted not in (None, "all", *names):
         assert wanted is not None
         raise DfcError(

@@ -29,7 +29,9 @@ def diff(
     context: Annotated[int, typer.Option("--context", help="Unchanged lines around a change.")] = 2,
     as_json: Json = False,
 ) -> None:
-    """Tell what changed between two graphs, by module path; exit with 9 if anything did.
+    """Tell what changed between two graphs, by module path.
+
+    Exit status 9 says that something did.
 
     \b
     Examples:

@@ -24,11 +24,7 @@ _NEEDED = {
     "typer": "this command",
     "rich": "tables",
 }
-_OPTIONAL = {
-    "transformers": "pip install 'dfc-compiler[hf]'",
-    "openvino": "pip install openvino",
-    "pygls": "pip install 'dfc-compiler[lsp]'",
-}
+_OPTIONAL = {"transformers": "pip install 'dfc-compiler[hf]'", "openvino": "pip install openvino"}
 _ALTERNATIVES = {"onnxruntime-gpu": ("onnxruntime",)}
 
 

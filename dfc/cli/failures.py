@@ -49,13 +49,6 @@ def usage(error: Any, verbs: Sequence[str]) -> DfcError:
     return DfcError("Q010", message[:1].lower() + message[1:].rstrip("."), help=hint)
 
 
-def user_error(error: BaseException, what: str, own: str) -> DfcError:
-    """The user's own code raised: its kind, its text, and the line of theirs where it happened."""
-    from dfc.origin import failure_of
-
-    return failure_of(error, what, own)
-
-
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 

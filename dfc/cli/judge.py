@@ -65,7 +65,7 @@ class Judge:
         return not isinstance(self.probes.failure(candidate.graph, candidate.promised), Failure)
 
     def _called(self, compiled: Compiled) -> Verdict:
-        from dfc.cli.failures import user_error
+        from dfc.origin import failure_of
 
         assert self.function is not None
         try:
@@ -73,7 +73,7 @@ class Judge:
         except AssertionError:
             return False
         except Exception as e:
-            raise user_error(e, f"`{self.words}`", self.file) from e
+            raise failure_of(e, f"`{self.words}`", self.file) from e
         if found is None or isinstance(found, bool):
             return found is not False
         raise DfcError(

@@ -71,16 +71,15 @@ def _read(model: str, say: Any) -> tuple[Graph, dict[str, Any]]:
     from pathlib import Path
 
     from dfc.cli.sources import is_package, open_source
-    from dfc.cli.steps import parse_steps, resolved
-    from dfc.rewrite.pass_ import DEFAULT, find_pass
+    from dfc.recipe.sources import DEFAULT_RECIPE, plan_of
 
     if is_package(model):
         from dfc.package import read_package
 
         say(f"reading {model}")
         package = read_package(Path(model))
-        steps = [resolved(p) for p in parse_steps(",".join(package.steps))]
-        return package.graph, {**package.lock, "steps": steps, "proof": package.report.proof}
+        decided = {"recipe": package.recipe, **package.lock, "proof": package.report.proof}
+        return package.graph, decided
     if Path(model).suffix == ".dfc":
         import dfc
         from dfc.cli.sources import read_text
@@ -91,7 +90,7 @@ def _read(model: str, say: Any) -> tuple[Graph, dict[str, Any]]:
         source = open_source(model)
         say("tracing")
         graph = source.graph()
-    return graph, {"steps": [resolved(find_pass(p)) for p in DEFAULT], "engine": "auto"}
+    return graph, {"recipe": str(plan_of(DEFAULT_RECIPE)), "engine": "auto"}
 
 
 def summarise(graph: Graph) -> dict[str, Any]:
@@ -155,11 +154,10 @@ def _print_summary(s: dict[str, Any]) -> None:
 def _print_resolved(decided: dict[str, Any]) -> None:
     from dfc.cli.tables import print_text
 
-    steps = "".join(f"  {step}\n" for step in decided["steps"])
-    print_text(f"passes\n{steps}".rstrip())
+    print_text(decided["recipe"].rstrip())
     for key, value in decided.items():
-        if key != "steps":
-            print_text(f"{key:<8} {value}")
+        if key != "recipe":
+            print_text(f"# {key:<8} {value}")
 
 
 def _print_graph(text: str) -> None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfc.cli.failures import user_error
 from dfc.errors import DfcError, did_you_mean
+from dfc.origin import failure_of
 
 if TYPE_CHECKING:
     from dfc.ir.graph import Graph
@@ -252,7 +252,7 @@ def _factory(place: str, function: str) -> Source:
     try:
         made = make()
     except (Exception, SystemExit) as e:
-        raise user_error(e, f"`{label}`", own) from e
+        raise failure_of(e, f"`{label}`", own) from e
     return _checked(function, label, made)
 
 
@@ -274,9 +274,9 @@ def load_module(place: str) -> tuple[Any, str]:
             raise DfcError(
                 "D050", f"there is no module `{place}`", help="run dfc where it can be imported"
             ) from None
-        raise user_error(e, f"`{place}`", "") from e
+        raise failure_of(e, f"`{place}`", "") from e
     except (Exception, SystemExit) as e:
-        raise user_error(e, f"`{place}`", "") from e
+        raise failure_of(e, f"`{place}`", "") from e
     return module, str(module.__file__ or "")
 
 
@@ -301,7 +301,7 @@ def load_file(path: Path) -> Any:
     except DfcError:
         raise  # a pass or an op in it is defined wrongly: it says where
     except (Exception, SystemExit) as e:
-        raise user_error(e, f"`{path.name}`", str(path)) from e
+        raise failure_of(e, f"`{path.name}`", str(path)) from e
     _files[path] = module
     return module
 

@@ -1,79 +1,155 @@
-"""Passes as the command line writes them: `canonicalize,cse{limit=3}`."""
+"""Passes as the command line writes them: `canonicalize,fuse{rules=[attention, norms]}`.
+
+Values are read as recipes read them: numbers with units, names, lists, selectors, `tune(1, 2)`.
+"""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import re
-import typing
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from dfc.errors import DfcError, Span
-from dfc.rewrite.pass_ import Pass, find_pass, pass_classes
+from dfc.errors import DfcError, Diagnostic, Span, did_you_mean
+from dfc.rewrite.pass_ import Pass, pass_classes
 
-_STEP = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)\s*(?:\{([^{}]*)\}\s*)?(,|$)")
-_OPTION = re.compile(
-    r"\s*([A-Za-z_][A-Za-z0-9_]*)\s*=\s*((?:[^,()\[\]]|\([^()]*\)|\[[^\[\]]*\])+?)\s*(,|$)"
-)
+if TYPE_CHECKING:
+    from dfc.recipe.plan import PassStep, Plan
+
+_FILE = "--passes"
+_STEP = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\{(.*)\}\s*)?", re.DOTALL)
+_OPTION = re.compile(r"\s*([A-Za-z_]\w*)\s*=(.+)", re.DOTALL)
+_OPEN, _CLOSE = "([{", ")]}"
 
 
 def parse_steps(text: str) -> list[Pass]:
     """The passes of a pipeline, in order; an empty text is an empty pipeline.
 
-    Raises:  DfcError Q001 and Q002 for names and options, Q005 for text that does not parse.
+    Raises:  DfcError Q001 and Q002 for names and options, Q005 for text that does not parse, Q012
+             for values.
     """
-    found: list[Pass] = []
-    at = 0
-    while text[at:].strip():
-        step = _STEP.match(text, at)
-        if step is None:
-            raise _unreadable(text, at, "write NAME or NAME{option=value}, separated by commas")
-        name, options = step[1], step[2] or ""
-        values = dict(_options(text, options, step.start(2)))
-        found.append(find_pass(name, _fitted(name, values)))
-        at = step.end()
-    return found
+    return [step.build({}) for step in parse_pipeline(text).passes()]
 
 
-def _options(text: str, options: str, offset: int) -> Iterator[tuple[str, Any]]:
-    at = 0
-    while options[at:].strip():
-        option = _OPTION.match(options, at)
-        if option is None:
-            raise _unreadable(text, offset + at, "write option=value")
-        yield option[1], _value(option[2])
-        at = option.end()
+def parse_pipeline(text: str) -> Plan:
+    """The same as a plan, whose options may be holes; every error is told.
+
+    Raises:  DfcError as `parse_steps`.
+    """
+    from dfc.recipe.plan import Plan
+
+    steps: list[PassStep] = []
+    problems: list[Diagnostic] = []
+    seen: dict[str, int] = {}
+    for low, high in _pieces(text, 0, len(text)):
+        found = _STEP.fullmatch(text, low, high)
+        if found is None:
+            help = "write NAME or NAME{option=value}, separated by commas"
+            problems.append(_unreadable(text, low, help))
+            continue
+        name = found[1]
+        if name not in pass_classes():
+            help_ = did_you_mean(name, [*pass_classes()])
+            span = _span(text, *found.span(1))
+            problems.append(Diagnostic("Q001", f"unknown pass `{name}`", span, help_))
+            continue
+        seen[name] = seen.get(name, 0) + 1
+        label = name if seen[name] == 1 else f"{name}_{seen[name]}"
+        body = found.span(2) if found[2] is not None else (high, high)
+        steps.append(_step(text, label, name, body, problems))
+    if problems:
+        raise DfcError.of(problems)
+    return Plan("main", tuple(steps))
 
 
-def _value(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
+def _step(
+    text: str, label: str, name: str, body: tuple[int, int], problems: list[Diagnostic]
+) -> PassStep:
+    from dfc.recipe.options import fields_of
+    from dfc.recipe.plan import PassStep
+
+    fields = fields_of(pass_classes()[name])
+    options: dict[str, Any] = {}
+    for low, high in _pieces(text, *body):
+        found = _OPTION.fullmatch(text, low, high)
+        if found is None:
+            problems.append(_unreadable(text, low, "write option=value"))
+        elif found[1] not in fields:
+            known = f"it has {', '.join(fields)}" if fields else "it has no options"
+            help = did_you_mean(found[1], [*fields]) or known
+            message = f"pass `{name}` has no option `{found[1]}`"
+            problems.append(Diagnostic("Q002", message, _span(text, *found.span(1)), help))
+        else:
+            option = found[1]
+            read = _read(text, found.span(2), fields[option], f"{label}.{option}", name)
+            if isinstance(read, list):
+                problems += read
+            else:
+                (options[option],) = read
+    return PassStep(label, name, options)
+
+
+def _read(
+    text: str, at: tuple[int, int], hint: Any, hole: str, name: str
+) -> tuple[Any] | list[Diagnostic]:
+    """A value in a tuple, or what is wrong with it."""
+    from dfc.lang import syntax as s
+    from dfc.lang.reader import parse_expression
+    from dfc.lang.source import Source
+    from dfc.recipe.options import BadValue, convert, type_text
+    from dfc.recipe.plan import Hole
+
+    # Python's quotes and empty tuple are what passes print; blanks keep the columns.
+    value = text[slice(*at)].replace("'", '"')
+    value = re.sub(r"\(\s*\)", lambda m: "[" + " " * (len(m[0]) - 2) + "]", value)
+    source = Source(" " * at[0] + value, _FILE)
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+        x = parse_expression(source)
+        if isinstance(x, s.Call) and x.name.name == "tune" and x.arguments and not x.keywords:
+            return (Hole(hole, tuple(convert(hint, a, source) for a in x.arguments)),)
+        choices = pass_classes()[name].auto.get(hole.rpartition(".")[2])
+        if isinstance(x, s.Word) and x.name == "auto" and choices:
+            return (Hole(hole, tuple(choices)),)
+        return (convert(hint, x, source),)
+    except BadValue as e:
+        option = hole.rpartition(".")[2]
+        help = e.help or f"`{option}` is a {type_text(hint)}"
+        place = _span(text, *e.at)
+        return [Diagnostic(e.code, f"`{option}`: {e.message}", place, help)]
+    except DfcError as e:
+        return [
+            replace(d, span=replace(d.span, text=text) if d.span else None) for d in e.diagnostics
+        ]
 
 
-def _fitted(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The options in the types that the pass declares: one name stands for a tuple of it."""
-    cls = pass_classes().get(name)
-    hints = typing.get_type_hints(cls) if cls else {}
-    found = dict(values)
-    for option, value in values.items():
-        hint = hints.get(option)
-        if typing.get_origin(hint) is tuple and not isinstance(value, tuple):
-            found[option] = (value,)
-        elif hint is float and type(value) is int:
-            found[option] = float(value)
-    return found
+def _pieces(text: str, low: int, high: int) -> Iterator[tuple[int, int]]:
+    """The parts between commas that stand outside of brackets and quotes; blank ones are left."""
+    depth, quote, start = 0, "", low
+    for i in range(low, high + 1):
+        c = text[i] if i < high else ","
+        if quote:
+            quote = "" if c == quote and text[i - 1] != "\\" else quote
+        elif c in "'\"":
+            quote = c
+        elif c in _OPEN:
+            depth += 1
+        elif c in _CLOSE:
+            depth -= 1
+        at_end = i == high
+        if at_end or (c == "," and depth <= 0 and not quote):
+            if text[start:i].strip():
+                yield start, i
+            start = i + 1
 
 
-def _unreadable(text: str, at: int, help: str) -> DfcError:
+def _unreadable(text: str, at: int, help: str) -> Diagnostic:
     at += len(text[at:]) - len(text[at:].lstrip())
-    span = Span("--passes", 1, at + 1, at + 2, text)
-    return DfcError("Q005", "the passes cannot be read here", span=span, help=help)
+    return Diagnostic("Q005", "the passes cannot be read here", _span(text, at, at + 1), help)
+
+
+def _span(text: str, low: int, high: int) -> Span:
+    return Span(_FILE, 1, low + 1, high + 1, text)
 
 
 def resolved(p: Pass) -> str:

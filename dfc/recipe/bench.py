@@ -1,0 +1,198 @@
+"""A bench for versions of one model: built for engines, judged, timed, and the last choice made.
+
+Engines are compared on the user's example. Runners are kept for a while, because a version is
+measured against the one before it and then against the one after.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dfc.compiled import Compiled, with_state_inputs
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph, Parameter
+from dfc.report import Report
+from dfc.rewrite.pass_ import EXACT, Numerics
+
+if TYPE_CHECKING:
+    from dfc.planning.engine import Engine, Runner
+    from dfc.runtime.measure import Comparison, Timing
+
+# How far an engine's own kernels may be from the witness, of the largest element.
+ENGINE_RTOL = 3e-5
+CANDIDATES = ("eager", "onnxruntime")  # what `auto` tries; inductor compiles for long
+_KEPT = 4  # runners; each may hold the weights in a form of its own
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Ready:
+    """A version of the model built for an engine, and how its results compare with the witness."""
+
+    graph: Graph
+    engine: Engine
+    runner: Runner
+    verdict: Any = None  # dfc.rewrite.agree.Verdict; None without an example
+
+    @property
+    def wrong(self) -> str | None:
+        return None if self.verdict is None or self.verdict.agrees else str(self.verdict.difference)
+
+
+@dataclass
+class Bench:
+    """Builds and measures versions of one model.
+
+    Needs:  `original` is the captured graph, which nobody changes; `probes` or None.
+    """
+
+    original: Graph
+    probes: Any
+    engine: str = "auto"
+    device: str = "cpu"
+    say: Progress = lambda what: None
+    rtol: float = 0.0  # what the recipe allows beside what passes promise
+    _promised: dict[int, tuple[Callable[[], Graph | None], Numerics]] = field(default_factory=dict)
+    _ready: OrderedDict[tuple[int, str], Ready] = field(default_factory=OrderedDict)
+    _lead: str | None = None
+
+    def why_not(self) -> str | None:
+        """Why nothing can be run, None when it can."""
+        if any(p.data is None for p in self.original.parameters.values()):
+            return "the model has no weights"
+        return "there are no example inputs" if self.probes is None else None
+
+    def ready(self, graph: Graph, engine: str) -> Ready:
+        """A version built for an engine and judged.
+
+        Raises:  DfcError when the engine refuses it, or running it fails.
+        """
+        key = (id(graph), engine)  # the entry keeps the graph, so that no other gets its id
+        found = self._ready.get(key)
+        if found is None:
+            made = find_engine(engine)
+            runner = made.build(with_state_inputs(graph), self.device)
+            found = Ready(graph, made, runner, self._judge(graph, runner))
+            self._ready[key] = found
+            while len(self._ready) > _KEPT:
+                self._ready.popitem(last=False)
+        self._ready.move_to_end(key)
+        return found
+
+    def promise(self, graph: Graph, numerics: Numerics) -> None:
+        """Note what the passes that made a version promise, so that engines are judged by it."""
+        self._promised[id(graph)] = weakref.ref(graph), numerics
+
+    def _judge(self, graph: Graph, runner: Runner) -> Any:
+        if self.probes is None:
+            return None
+        known, numerics = self._promised.get(id(graph), (lambda: None, EXACT))
+        numerics = numerics if known() is graph else EXACT
+        state = state_of(graph)
+
+        def run(inputs: Sequence[Any]) -> list[Any]:
+            given = on_device([*inputs, *state], self.device)
+            return on_device(runner(given), "cpu")
+
+        probes = self.probes if numerics.kind != "changes" else _own(self.probes, graph)
+        return probes.judge(run, rtol=max(ENGINE_RTOL, numerics.rtol, self.rtol))
+
+    def lead(self) -> str:
+        """The engine that steps are measured on: the one named, or the original's fastest.
+
+        Raises:  DfcError K005 when none runs the original.
+        """
+        if self.engine != "auto":
+            return self.engine
+        if self._lead is None:
+            right: list[str] = []
+            for name in CANDIDATES:
+                self.say(f"building the original for {name}")
+                try:
+                    if self.ready(self.original, name).wrong is None:
+                        right.append(name)
+                except DfcError:
+                    continue  # told in the end, when the rewritten graph is built for it
+            if not right:
+                raise DfcError("K005", "no engine runs the model as it was captured")
+            self._lead = right[0]
+            if len(right) > 1:
+                self.say("looking for the faster engine")
+                timings = self.times([(self.original, n) for n in right], seconds=0.3)
+                self._lead = min(zip(timings, right, strict=True), key=lambda x: x[0].p50_ms)[1]
+        return self._lead
+
+    # Measuring
+
+    def inputs(self) -> list[Any]:
+        return on_device(self.probes.probes[0].inputs, self.device)
+
+    def runner(self, graph: Graph, engine: str) -> Runner:
+        """A version as a function of the graph's inputs alone.
+
+        Raises:  DfcError V033 when it gives other results on the engine.
+        """
+        found = self.ready(graph, engine)
+        if found.wrong is not None:
+            raise DfcError("V033", f"engine `{engine}` gives other results: {found.wrong}")
+        state = on_device(state_of(graph), self.device)
+        if not state:
+            return found.runner
+        return lambda inputs: found.runner([*inputs, *state])
+
+    def times(self, versions: Sequence[tuple[Graph, str]], seconds: float = 1.0) -> list[Timing]:
+        """Versions on engines, measured in alternating runs."""
+        from dfc.runtime.measure import measure
+
+        runners = {str(i): self.runner(g, name) for i, (g, name) in enumerate(versions)}
+        found = measure(runners, self.inputs(), seconds=seconds, most=1000)
+        return [found[str(i)] for i in range(len(versions))]
+
+    def compare(
+        self, before: Graph, after: Graph, question: str, engine: str | None = None, **limits: Any
+    ) -> Comparison:
+        """One version against another on the same engine, beyond noise."""
+        from dfc.runtime.measure import compare
+
+        name = engine or self.lead()
+        runners = self.runner(before, name), self.runner(after, name)
+        return compare(*runners, self.inputs(), question=question, **limits)
+
+    def callable(self, graph: Graph, engine: str) -> Compiled:
+        """A version that is called like the model, with its state as it was at first."""
+        found = self.ready(graph, engine)
+        return Compiled(graph, found.engine, found.runner, Report(), device=self.device)
+
+
+def _own(probes: Any, graph: Graph) -> Any:
+    """The same inputs with a version's own results: it differs from the original on purpose."""
+    from dfc.rewrite.probe import Probe, Probes
+
+    return Probes(graph, [Probe(p.label, p.inputs) for p in probes.ready()], probes.seed)
+
+
+def find_engine(name: str) -> Engine:
+    from dfc.runtime.engines import find_engine as find
+
+    return find(name)
+
+
+def on_device(values: Sequence[Any], device: str) -> list[Any]:
+    """The tensors among the values on a device; numbers as they are."""
+    import torch
+
+    return [x.to(device) if isinstance(x, torch.Tensor) else x for x in values]
+
+
+def state_of(graph: Graph) -> list[Any]:
+    """The buffers that the model writes to, as they are at first."""
+    return [
+        m.target.data.tensor().clone()
+        for m in graph.mutations
+        if isinstance(m.target, Parameter) and m.target.data is not None
+    ]

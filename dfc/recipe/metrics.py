@@ -1,0 +1,155 @@
+"""The user's own metrics and data: there when a recipe names them, callable, and read twice.
+
+    def top1(run, data):           # for `metric top1 on val, higher is better`
+        return sum(float((run(x).argmax(-1) == y).float().mean()) for x, y in data) / len(data)
+
+    def sharpness(run):            # for `metric sharpness, lower is better`
+        return float(run(torch.ones(1, 8)).std())
+
+`run` is called like the model. A recipe names metrics and data; only the caller can pass them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dfc.errors import DfcError, Diagnostic, Span, did_you_mean
+from dfc.origin import failure_of, origin_of
+from dfc.recipe.plan import Metric, Plan, Quantity, Test, WhenStep
+
+
+@dataclass(frozen=True)
+class UserMetric:
+    """A metric as declared, with the function and the data that the caller passed for it."""
+
+    declared: Metric
+    function: Callable[..., Any]
+    data: Any = None
+
+    def __call__(self, run: Callable[..., Any]) -> float:
+        """The number.
+
+        Raises:  DfcError K040 with the line that raised, K041 when it returns no number.
+        """
+        name = self.declared.name
+        code = getattr(self.function, "__code__", None)
+        given = (run, self.data) if self.declared.data else (run,)
+        try:
+            value = self.function(*given)
+        except DfcError:
+            raise
+        except (Exception, SystemExit) as e:
+            own = code.co_filename if code else ""
+            raise failure_of(e, f"metric `{name}`", own) from e
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError):
+            kind = type(value).__name__
+            raise DfcError(
+                "K041",
+                f"metric `{name}` returned a {kind}, not a number",
+                span=_place(self.function),
+            ) from None
+
+
+def bind(
+    plan: Plan, metrics: Mapping[str, Any] | None, data: Mapping[str, Any] | None
+) -> dict[str, UserMetric]:
+    """The plan's metrics with their functions and data.
+
+    Raises:  DfcError Q051 that names everything that is missing or cannot be used.
+    """
+    functions, held = dict(metrics or {}), dict(data or {})
+    problems = [*_problems(plan, functions, held)]
+    if problems:
+        raise DfcError.of(problems)
+    return {
+        m.name: UserMetric(m, functions[m.name], held.get(m.data) if m.data else None)
+        for m in used_metrics(plan)
+    }
+
+
+def used_metrics(plan: Plan) -> list[Metric]:
+    """The metrics that something in the plan is decided by."""
+    names = {q.name for q in used_quantities(plan)}
+    return [m for m in plan.metrics if m.name in names]
+
+
+def used_quantities(plan: Plan) -> Iterator[Quantity]:
+    """Every quantity that goals, requirements and steps speak of."""
+    yield from (g.quantity for g in plan.goals)
+    for r in plan.requirements:
+        yield from r.quantities()
+    yield from _in_steps(plan.steps)
+
+
+def _in_steps(steps: Any) -> Iterator[Quantity]:
+    for step in steps:
+        keep = getattr(step, "keep", None)
+        if keep is not None and isinstance(keep.test, Test):
+            yield from keep.test.quantities()
+        if isinstance(step, WhenStep):
+            yield from step.test.quantities()
+            yield from _in_steps(step.then)
+            yield from _in_steps(step.otherwise)
+
+
+def _problems(
+    plan: Plan, functions: Mapping[str, Any], held: Mapping[str, Any]
+) -> Iterator[Diagnostic]:
+    wanted = {m.data for m in used_metrics(plan) if m.data} | _data_of_steps(plan)
+    for name in plan.data:
+        if name in wanted and name not in held:
+            yield _missing("data", name, held)
+    for name, value in held.items():
+        if name in wanted and isinstance(value, Iterator):
+            message = f"data `{name}` can be read only once: it is a {type(value).__name__}"
+            help = "pass a list, a DataLoader, or anything else that can be iterated again"
+            yield Diagnostic("Q051", message, None, help)
+    for m in used_metrics(plan):
+        if m.name not in functions:
+            yield _missing("metric", m.name, functions)
+        else:
+            problem = _signature(m, functions[m.name])
+            if problem:
+                yield problem
+
+
+def _data_of_steps(plan: Plan) -> set[str]:
+    """Data that passes read."""
+    values = [v for step in plan.passes() for v in step.options.values()]
+    return {n for n in plan.data if n in values}
+
+
+def _missing(kind: str, name: str, given: Mapping[str, Any]) -> Diagnostic:
+    many = {"metric": "metrics", "data": "data"}[kind]
+    how = (
+        f'pass {many}={{"{name}": ...}} to dfc.compile, '
+        f"or --{kind} {name}=FILE.py:FUNCTION to `dfc compile`"
+    )
+    near = did_you_mean(name, [*given])
+    return Diagnostic("Q051", f"{kind} `{name}` is not passed", None, near or how)
+
+
+def _signature(m: Metric, function: Any) -> Diagnostic | None:
+    given = ("run", "data") if m.data else ("run",)
+    shown = f"{m.name}({', '.join(given)})"
+    if not callable(function):
+        message = f"metric `{m.name}` is a {type(function).__name__}, not a function"
+        return Diagnostic("Q051", message, None, f"it is called as {shown}")
+    try:
+        inspect.signature(function).bind(*given)
+    except TypeError:
+        message = f"metric `{m.name}` cannot be called as {shown}"
+        return Diagnostic("Q051", message, _place(function), "`run` is called like the model")
+    except ValueError:  # a builtin says nothing of its arguments
+        pass
+    return None
+
+
+def _place(function: Any) -> Span | None:
+    """Where the user's function is defined; an object that is called has no such place."""
+    return origin_of(function).span() if hasattr(function, "__code__") else None
