@@ -16,7 +16,9 @@ from dfc.ir.graph import Graph, Parameter, Range, Value, attribute_key
 from dfc.ir.types import DType, TensorType
 from dfc.lang import syntax as s
 from dfc.lang.wording import expression_text
-from dfc.rewrite.intervals import Interval, interval
+from dfc.rewrite.copies import HALVES, PAIRS, repeats
+from dfc.rewrite.first_column import first_column
+from dfc.rewrite.intervals import ANY, FALSE, TRUE, Interval, interval
 from dfc.rewrite.rule import CONSTANTS
 
 Binding = Any  # Value | tuple of values | number, text, dtype or tuple of an attribute | None
@@ -33,6 +35,7 @@ class Facts:
 
     graph: Graph | None = None
     memo: dict[Value, Interval] = field(default_factory=dict)
+    moderate: dict[Value, Interval] = field(default_factory=dict)
 
     @property
     def ranges(self) -> Mapping[str, Range]:
@@ -420,12 +423,81 @@ def _leading(source: s.Call, given: Sequence[Any], facts: Facts) -> Any:
 
 
 def _open_rows(source: s.Call, given: Sequence[Any], facts: Facts) -> bool:
-    """Whether every row of a constant boolean mask has an element that is true."""
-    x = given[0]
+    """Whether every row of a mask has an element that lets through: one that is true (or false,
+    when the second argument says so), or, in a mask of numbers, one that is finite."""
+    x, wanted = given[0], given[1] if len(given) > 1 else True
+    if not _tensor(x, source).rank:
+        raise Undecided(f"`{_text(source)}`: {_shown(x)} has no rows")
+    if not _opens(x, bool(wanted), facts):
+        raise Undecided(f"nothing says that every row of {_shown(x)} is open somewhere")
+    return True
+
+
+def _attends(source: s.Call, given: Sequence[Any], facts: Facts) -> bool:
+    """Whether every row sees something once all these masks are added to the scores.
+
+    Either the sum is finite, or it is so in column 0 and nowhere +inf. What products of
+    activations give counts as moderate; absent masks add nothing.
+    """
+    masks = [x for x in given if x is not None]
+    for x in masks:
+        _tensor(x, source)
+    whole = _sum_of([interval(x, facts.moderate, moderate=True) for x in masks])
+    if whole.finite:
+        return True
+    column = _sum_of([first_column(x, facts.moderate, moderate=True) for x in masks])
+    if column.finite and all(_below_infinity(x, facts) for x in masks):
+        return True
+    shown = ", ".join(map(_shown, masks))
+    raise Undecided(f"nothing says that every row sees something through {shown}")
+
+
+def _sum_of(bounds: Sequence[Interval]) -> Interval:
+    total = FALSE
+    for b in bounds:
+        if not b.finite:
+            return ANY
+        total = Interval(total.low + b.low, total.high + b.high)
+    limit = 3.4028235e38 * (1 + 1e-7)  # what rounds to the largest float32
+    return total if max(-total.low, total.high) <= limit else ANY
+
+
+def _below_infinity(x: Value, facts: Facts) -> bool:
+    found = interval(x, facts.moderate, moderate=True)
+    return not found.nan and found.high < math.inf
+
+
+def _product(source: s.Call, given: Sequence[Any], facts: Facts) -> tuple[Any, ...]:
+    """The shape of the matrix product of two stacks of matrices of one size."""
+    a, b = (_tensor(x, source).shape for x in given)
+    if len(a) < 2 or len(a) != len(b):
+        raise Undecided(f"`{_text(source)}`: {_shown(a)} and {_shown(b)} are no stacks of matrices")
+    return (*a[:-1], b[-1])
+
+
+def _opens(x: Value, wanted: bool, facts: Facts) -> bool:
+    column = first_column(x, facts.memo)
+    if x.tensor_type.dtype.is_float:
+        whole = interval(x, facts.memo)
+        return column.finite and not whole.nan and whole.high < math.inf
+    if column == (TRUE if wanted else FALSE):
+        return True
     if not isinstance(x, Parameter) or x.data is None or x.kind == "state":
-        raise Undecided(f"`{_text(source)}`: {_shown(x)} is no constant")
+        return False
     data = x.data.tensor()
-    return data.dim() > 0 and bool((data != 0).any(-1).all())
+    return bool(((data != 0) == wanted).any(-1).all())
+
+
+def _repeats(how: str) -> Callable[..., Any]:
+    """Whether the last dimension holds everything twice: in two halves, or side by side."""
+
+    def apply(source: s.Call, given: Sequence[Any], facts: Facts) -> bool:
+        _tensor(given[0], source)
+        if not repeats(given[0], how):
+            raise Undecided(f"nothing says that {_shown(given[0])} holds everything twice")
+        return True
+
+    return apply
 
 
 def _normal(source: s.Call, given: Sequence[Any], facts: Facts) -> bool:
@@ -456,7 +528,11 @@ _FUNCTIONS: Mapping[str, Callable[[s.Call, Sequence[Any], Facts], Any]] = {
     "default": lambda src, given, facts: given[1] if given[0] is None else given[0],
     "leading": _leading,
     "open_rows": _open_rows,
+    "attends": _attends,
+    "product": _product,
     "normal": _normal,
+    "halves": _repeats(HALVES),
+    "pairs": _repeats(PAIRS),
     "broadcasts": _broadcasts,
     "broadcast": _broadcast,
     **{name: _numeric(name) for name in ("min", "max", "sqrt", "rsqrt", "abs", "float")},

@@ -93,7 +93,9 @@ def _is_tensor(x: s.Expr, env: Env) -> bool:
     return False
 
 
-def _apply(x: s.Call, env: Env, to: Construction) -> tuple[Value, ...]:
+def _apply(x: s.Call, env: Env, to: Construction) -> tuple[Value | None, ...]:
+    if x.mark == "?" and any(_is_absent(a, env) for a in x.arguments):
+        return (_what_is_there(x, env, to),)
     given = [construct(a, env, to) for a in x.arguments]
     named = {k.name.name: construct(k.value, env, to) for k in x.keywords}
     op, operands, attributes = _overload(x, given, named, to)
@@ -102,6 +104,25 @@ def _apply(x: s.Call, env: Env, to: Construction) -> tuple[Value, ...]:
     node = to.builder.node(op, *operands, **attributes)
     to.made.append(node)
     return node.results
+
+
+def _is_absent(x: s.Expr, env: Env) -> bool:
+    """Whether an argument has no value, an optional op none of whose operands has one included."""
+    if isinstance(x, s.Word):
+        return env.get(x.name) is None and x.name not in CONSTANTS
+    if isinstance(x, s.Call) and x.mark == "?":
+        return all(_is_absent(a, env) for a in x.arguments if isinstance(a, (s.Word, s.Call)))
+    return False
+
+
+def _what_is_there(x: s.Call, env: Env, to: Construction) -> Value | None:
+    """`add?(a, b)` without b is a, without a is b: like the optional op that bound them."""
+    for a in x.arguments:
+        if isinstance(a, (s.Word, s.Call)) and not _is_absent(a, env):
+            found = construct(a, env, to)
+            if isinstance(found, Value):
+                return found
+    return None
 
 
 def _folded(

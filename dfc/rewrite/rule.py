@@ -32,8 +32,9 @@ FUNCTIONS: Mapping[str, tuple[int, int]] = {
     "floating": (1, 1), "value": (1, 1), "users": (1, 1), "numel": (1, 1), "len": (1, 1),
     "absent": (1, 1), "present": (1, 1), "shared": (1, 1), "finite": (1, 1), "op": (1, 1),
     "item": (2, 2), "same": (2, 2), "static": (1, 1), "broadcasts": (2, 2), "broadcast": (2, 2),
-    "float": (1, 1), "normal": (1, 1), "default": (2, 2), "leading": (2, 2), "open_rows": (1, 1),
+    "float": (1, 1), "normal": (1, 1), "default": (2, 2), "leading": (2, 2), "open_rows": (1, 2),
     "min": (1, 8), "max": (1, 8), "sqrt": (1, 1), "abs": (1, 1), "rsqrt": (1, 1),
+    "halves": (1, 1), "pairs": (1, 1), "attends": (1, 4), "product": (2, 2),
 }  # fmt: skip
 ARITHMETIC = ("min", "max", "sqrt", "abs", "rsqrt")  # ops as well, where tensors are given
 _C = TypeVar("_C")
