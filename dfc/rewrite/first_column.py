@@ -105,7 +105,7 @@ def _keeps_columns(name: str, node: Node, operands: list[Value]) -> bool:
 
 
 def _tuple(x: object) -> tuple[int, ...]:
-    return x if isinstance(x, tuple) else (x,)  # type: ignore[return-value]
+    return x if isinstance(x, tuple) else (x,)
 
 
 def _last(value: Value) -> object:
