@@ -433,6 +433,13 @@ def _open_rows(source: s.Call, given: Sequence[Any], facts: Facts) -> bool:
     return True
 
 
+def _moderate(source: s.Call, given: Sequence[Any], facts: Facts) -> bool:
+    """Whether a value is finite and not large unless an activation before it overflows."""
+    if not interval(given[0], facts.moderate, moderate=True).finite:
+        raise Undecided(f"nothing says that {_shown(given[0])} is finite")
+    return True
+
+
 def _attends(source: s.Call, given: Sequence[Any], facts: Facts) -> bool:
     """Whether every row sees something once all these masks are added to the scores.
 
@@ -529,6 +536,7 @@ _FUNCTIONS: Mapping[str, Callable[[s.Call, Sequence[Any], Facts], Any]] = {
     "leading": _leading,
     "open_rows": _open_rows,
     "attends": _attends,
+    "moderate": _moderate,
     "product": _product,
     "normal": _normal,
     "halves": _repeats(HALVES),

@@ -274,6 +274,17 @@ def _total(node: Node, given: Sequence[Interval]) -> Interval:
     return _cumsum(node, given) | FALSE
 
 
+def _nan_to_num(node: Node, given: Sequence[Interval]) -> Interval:
+    """Finite, whatever it was; what stands in for NaN and infinities is a number or the largest."""
+    kind = node.results[0].type
+    if not isinstance(kind, TensorType) or not kind.dtype.is_float:
+        return ANY
+    import torch
+
+    largest = torch.finfo(kind.dtype.to_torch()).max
+    return Interval(-largest, largest)
+
+
 def _neg(node: Node, given: Sequence[Interval]) -> Interval:
     return Interval(-given[0].high, -given[0].low, given[0].nan)
 
@@ -391,6 +402,7 @@ _RULES: dict[str, Rule] = {
     "rsub": _rsub,
     "mul": _mul,
     "neg": _neg,
+    "nan_to_num": _nan_to_num,
     "div": _div,
     "sum": _total,
     "triu": _triangle,

@@ -46,13 +46,24 @@ class Refused(Unbuildable):
 
 @dataclass(frozen=True)
 class Spec:
-    """The type of one input of a sample; `constant`: a parameter with data."""
+    """The type of one input of a sample, and its mark.
+
+    `constant` is a parameter with data. `moderate` is what activations are: finite and not large.
+    `halves` and `pairs` hold everything twice along the last dimension.
+    """
 
     type: TensorType
-    constant: bool = False
+    mark: str = ""
+
+    @property
+    def constant(self) -> bool:
+        return self.mark == "constant"
 
     def __str__(self) -> str:
-        return f"{self.type}{' constant' if self.constant else ''}"
+        return f"{self.type}{self.mark and ' '}{self.mark}"
+
+
+MARKS = ("constant", "moderate", "halves", "pairs")
 
 
 Given = Any  # Spec | tuple of Spec, of a tail | number, text, dtype or tuple of an attribute
@@ -77,10 +88,10 @@ def case_of(rule: Rule, sample: s.Sample) -> dict[str, Given]:
             if math.prod(shape) > MAX_ELEMENTS or len(shape) > MAX_RANK:
                 limits = f"{MAX_ELEMENTS} elements and {MAX_RANK} dimensions"
                 raise Unbuildable(f"`{g.name.name}` is too large for a sample: at most {limits}")
-            constant = g.mark is not None and g.mark.name == "constant"
-            if g.mark is not None and not constant:
-                raise Unbuildable(f"`{g.mark.name}` is no mark; the only one is `constant`")
-            found[g.name.name] = Spec(TensorType(dtype, shape), constant)
+            mark = "" if g.mark is None else g.mark.name
+            if mark and mark not in MARKS:
+                raise Unbuildable(f"`{mark}` is no mark; there are {', '.join(MARKS)}")
+            found[g.name.name] = Spec(TensorType(dtype, shape), mark)
         else:
             found[g.name.name] = _number(g.value, sizes)
     return found
@@ -195,13 +206,34 @@ class _Writer:
         return frozenset(v.name for v in self.graph._inputs if v.type.symbols & wanted)
 
     def tensor(self, name: str, spec: Spec) -> Value:
+        if spec.mark in ("halves", "pairs"):
+            return self.twice(name, spec)
         if not spec.constant:
-            return self.graph.add_input(self.graph.fresh_name(name), spec.type)
+            value = self.graph.add_input(self.graph.fresh_name(name), spec.type)
+            return self.moderate(value) if spec.mark == "moderate" else value
         data = self.data.get(name)
         if data is None:
             raise Unbuildable(f"`{name}` is constant and has no data")
         kept = TensorData(name, data)
         return self.graph.add_parameter(name, spec.type, "parameter", kept)
+
+    def moderate(self, x: Value) -> Value:
+        """Any input made finite and small: what is made of it cannot overflow."""
+        if not x.tensor_type.dtype.is_float:
+            return x
+        return self.builder("aten.tanh.default", self.builder("aten.nan_to_num.default", x))
+
+    def twice(self, name: str, spec: Spec) -> Value:
+        """A tensor whose last dimension is two copies of an input."""
+        *lead, last = spec.type.shape or (None,)
+        if not isinstance(last, int) or last % 2:
+            raise Unbuildable(f"`{name}` is {spec.type}: its last dimension is not even")
+        once = spec.type.with_shape((*lead, last // 2))
+        x = self.graph.add_input(self.graph.fresh_name(name), once)
+        if spec.mark == "halves":
+            return self.builder("aten.cat.default", [x, x], dim=-1)
+        pairs = self.builder("aten.stack.default", [x, x], dim=-1)
+        return self.builder("aten.view.default", pairs, size=spec.type.shape)
 
     # Expressions
 

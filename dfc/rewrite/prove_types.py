@@ -200,8 +200,8 @@ def _numbers(case: Case) -> Iterator[Variation]:
         if isinstance(given, int | float) and not isinstance(given, bool) and shapes:
             first = max(shapes, key=lambda t: t.rank)
             for shape in ((), first.shape, first.shape[-1:]):
-                for constant in (False, True):
-                    spec = Spec(TensorType(first.dtype, shape), constant)
+                for mark in ("", "constant"):
+                    spec = Spec(TensorType(first.dtype, shape), mark)
                     yield Variation(f"{name} a tensor, {spec}", {**case, name: spec})
 
 
@@ -226,10 +226,10 @@ def _roles(case: Case) -> Iterator[Variation]:
     """Constants as inputs and inputs as constants, and numbers in the place of tensors."""
     specs = {n: g for n, g in case.items() if isinstance(g, Spec)}
     if any(not g.constant for g in specs.values()):
-        every = {n: replace(g, constant=True) for n, g in specs.items()}
+        every = {n: replace(g, mark="constant") for n, g in specs.items()}
         yield Variation("every input constant", {**case, **every})
     if any(g.constant for g in specs.values()):
-        every = {n: replace(g, constant=False) for n, g in specs.items()}
+        every = {n: replace(g, mark="") for n, g in specs.items()}
         yield Variation("no input constant", {**case, **every})
     for name, given in specs.items():
         if given.type.dtype.is_float and len(specs) > 1:

@@ -35,6 +35,7 @@ FUNCTIONS: Mapping[str, tuple[int, int]] = {
     "float": (1, 1), "normal": (1, 1), "default": (2, 2), "leading": (2, 2), "open_rows": (1, 2),
     "min": (1, 8), "max": (1, 8), "sqrt": (1, 1), "abs": (1, 1), "rsqrt": (1, 1),
     "halves": (1, 1), "pairs": (1, 1), "attends": (1, 4), "product": (2, 2),
+    "moderate": (1, 1),
 }  # fmt: skip
 ARITHMETIC = ("min", "max", "sqrt", "abs", "rsqrt")  # ops as well, where tensors are given
 _C = TypeVar("_C")
