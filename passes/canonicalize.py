@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dfc.ir.graph import Graph, Node
+from dfc.ir.graph import Attributes, Graph, Node, Value
 from dfc.ir.types import TensorType
 from dfc.rewrite.pass_ import Context, Pass
 
@@ -51,11 +51,32 @@ class Canonicalize(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> int:
         changes = 0
+        told: list[tuple[Value, str, Attributes]] = []
         for node in graph.nodes:
             for inner in node.graphs:
                 changes += self.run(inner, ctx)
-            changes += _rewrite(graph, node)
+            op, attributes, results = node.op, node.attributes, node.results
+            changed = _rewrite(graph, node)
+            changes += changed
+            if changed and ctx.asked:
+                told.append((results[0], op, attributes))
+        if told:
+            _tell(graph, ctx, told)
         return changes
+
+
+def _tell(graph: Graph, ctx: Context, told: list[tuple[Value, str, Attributes]]) -> None:
+    """What became of nodes: `_swap` gives their names to the new ones."""
+    now = {r.name: n for n in graph.nodes for r in n.results}
+    for value, op, attributes in told:
+        made = now.get(value.name)
+        if made is None:
+            ctx.decided(value, "dropped", f"`{op}` changes nothing here")
+        elif made.op != op:
+            ctx.decided(made, "rewritten", f"`{op}` is written as `{made.op}`")
+        else:
+            parts = [f"{k}={v}" for k, v in made.attributes.items() if attributes.get(k) != v]
+            ctx.decided(made, "rewritten", f"in full: {', '.join(parts)}")
 
 
 def _rewrite(graph: Graph, node: Node) -> int:

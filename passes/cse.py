@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dfc.ir.graph import Graph, Node
-from dfc.rewrite.pass_ import Context, Pass
+from dfc.rewrite.pass_ import KEPT, Context, Pass
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,33 @@ class CommonSubexpressions(Pass):
             key = (node.op, node.attributes, node.stage, *node.inputs)
             twin = first.setdefault(key, node)
             if twin is not node and merged != self.limit:
+                ctx.decided(node, "merged", "computes the same", twin.results[0])
                 graph.replace(node, twin)
                 merged += 1
+        if ctx.asked:
+            _kept(graph, ctx, self.limit)
         return merged
+
+
+def _kept(graph: Graph, ctx: Context, limit: int | None) -> None:
+    """Why nodes that look alike are not merged."""
+    first: dict[tuple[object, ...], Node] = {}
+    for node in graph.nodes:
+        twin = first.setdefault((node.op, node.attributes, *node.inputs), node)
+        if twin is node or not node.results or node.op in _QUIET:
+            continue
+        other = f"%{twin.results[0].name}"
+        if node.graphs:
+            reason = f"has graphs inside, as {other} has"
+        elif node.binds:
+            reason = f"binds a size of its own, as {other} does"
+        elif not node.pure:
+            reason = f"looks like {other}, but is random or has an effect"
+        elif node.stage != twin.stage:
+            reason = f"is like {other}, but in stage {node.stage}, not {twin.stage}"
+        else:
+            reason = f"is like {other}; the limit of {limit} is reached"
+        ctx.decided(node, KEPT, reason)
+
+
+_QUIET = frozenset({"aten._assert_scalar.default", "aten._assert_async.msg"})

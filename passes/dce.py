@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dfc.ir.graph import Graph
-from dfc.rewrite.pass_ import Context, Pass
+from dfc.ir.graph import Graph, Node
+from dfc.rewrite.pass_ import KEPT, Context, Pass
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,17 @@ class DeadCodeElimination(Pass):
     name = "dce"
 
     def run(self, graph: Graph, ctx: Context) -> int:
-        dropped = _sweep(graph)
+        dropped = _sweep(graph, ctx)
         targets = {m.target for m in graph.mutations}
         for p in list(graph.parameters.values()):
             if not p.use_count and p not in targets:
+                ctx.decided(p, "dropped", "nothing reads it")
                 graph.drop_parameter(p.name)
                 dropped += 1
         return dropped
 
 
-def _sweep(graph: Graph) -> int:
+def _sweep(graph: Graph, ctx: Context) -> int:
     needed: set[str] = set()
     for v in graph.outputs:
         needed |= v.type.symbols
@@ -39,16 +40,25 @@ def _sweep(graph: Graph) -> int:
     for node in graph.reversed_nodes:
         used = any(r.use_count for r in node.results)
         if used or node.effect or any(b.symbol in needed for b in node.binds):
+            if not used:
+                ctx.decided(node, KEPT, "nothing reads it, but " + _use(node))
             needed |= node.symbols
             for r in node.results:
                 needed |= r.type.symbols
             for inner in node.graphs:
-                dropped += _sweep(inner)
+                dropped += _sweep(inner, ctx)
                 needed |= _all_symbols(inner)
             continue
+        ctx.decided(node, "dropped", "nothing reads it")
         graph.erase(node)
         dropped += 1
     return dropped
+
+
+def _use(node: Node) -> str:
+    if node.effect:
+        return "it has an effect, or is random: its place in the order counts"
+    return f"it says how large `{node.binds[0].symbol}` is"
 
 
 def _tree_symbols(graph: Graph) -> frozenset[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dfc.ir.graph import Graph
 from dfc.ops.builder import decomposable, decompose
-from dfc.rewrite.pass_ import Context, Pass, close
+from dfc.rewrite.pass_ import KEPT, Context, Pass, close
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,11 @@ class Decompose(Pass):
                 changes += self.run(inner, ctx)
             wanted = not self.ops or node.op.removeprefix("dfc.") in self.ops
             if not wanted or not decomposable(node.op):
+                if not node.op.startswith(("aten.", "torch.")):
+                    why = "is not among `ops`" if not wanted else "says nothing of how it is made"
+                    ctx.decided(node, KEPT, f"{node.op} {why}")
                 continue
+            ctx.decided(node, "decomposed", f"{node.op} is written in other ops")
             made = decompose(node)
             names = [r.name for r in node.results]
             graph.replace(node, made)

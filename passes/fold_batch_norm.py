@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.types import TensorType
-from dfc.rewrite.pass_ import Context, Pass, close
+from dfc.rewrite.pass_ import KEPT, Context, Pass, close
 
 if TYPE_CHECKING:
     import torch
@@ -40,28 +40,69 @@ class FoldBatchNorm(Pass):
     numerics = close(1e-5)
 
     def run(self, graph: Graph, ctx: Context) -> int:
-        return sum(_fold(graph, node) for node in graph.nodes if node.op in _NORMS)
+        folded = 0
+        for norm in graph.nodes:
+            if norm.op not in _NORMS:
+                continue
+            reason = _why_not(graph, norm)
+            if reason is not None:
+                ctx.decided(norm, KEPT, reason)
+                continue
+            source = norm.inputs[0]
+            assert isinstance(source, Value)
+            ctx.decided(norm, "folded", "scales the weights of the layer before it", source)
+            _fold(graph, norm, source)
+            folded += 1
+        return folded
 
 
-def _fold(graph: Graph, norm: Node) -> int:
+def _why_not(graph: Graph, norm: Node) -> str | None:
+    """Why a norm cannot be folded into the layer before it, None when it can."""
     source = norm.inputs[0]
-    if not isinstance(source, Value) or source.node is None or source.use_count != 1:
-        return 0
+    if not isinstance(source, Value) or source.node is None:
+        return "its input is no layer's result but the graph's own input"
     layer = source.node
-    if layer.op not in _LAYERS or norm.attributes.get("training", False):
-        return 0
-    if layer.attributes.get("transposed", False) or any(r.use_count for r in norm.results[1:]):
-        return 0
+    if layer.op not in _LAYERS:
+        return f"its input %{source.name} is no convolution or linear layer but {layer.op}"
+    if source.use_count != 1:
+        return f"%{source.name} is read by others as well: {_readers(source, norm)}"
+    if norm.attributes.get("training", False):
+        return "it is in training mode: call `.eval()` on the model"
+    if layer.attributes.get("transposed", False):
+        return f"%{source.name} is a transposed convolution"
+    if any(r.use_count for r in norm.results[1:]):
+        return "its statistics are read as well"
     weight, bias = layer.inputs[1], layer.inputs[2]
     gamma, beta, mean, variance = norm.inputs[1:5]
     mutated = {m.target for m in graph.mutations}
     for x in (weight, bias, gamma, beta, mean, variance):
-        if x is not None and (not isinstance(x, Parameter) or x.data is None or x in mutated):
-            return 0
+        if x is None:
+            continue
+        if not isinstance(x, Parameter):
+            return f"%{getattr(x, 'name', x)} is computed, not a constant"
+        if x.data is None:
+            return f"!{x.name} has no numbers: the model has no weights"
+        if x in mutated:
+            return f"the model writes to !{x.name}"
     if not isinstance(weight, Parameter) or mean is None or variance is None:
-        return 0
+        return "it has no running statistics"
     if source.tensor_type.rank != weight.tensor_type.rank:
-        return 0  # sequences into linear, no batch into conv: dimension 1 is not the channels
+        # sequences into linear, no batch into conv
+        return "dimension 1, which it normalises, is not the layer's output channels"
+    return None
+
+
+def _readers(source: Value, norm: Node) -> str:
+    others = [n for n in source.users if n is not norm]
+    shown = [f"%{n.results[0].name} ({n.op})" if n.results else "an output" for n in others]
+    return ", ".join(shown) or "twice by the norm itself"
+
+
+def _fold(graph: Graph, norm: Node, source: Value) -> None:
+    layer = source.node
+    assert layer is not None
+    weight, bias = layer.inputs[1], layer.inputs[2]
+    gamma, beta, mean, variance = norm.inputs[1:5]
     names = [x.name for x in (weight, norm.results[0]) if isinstance(x, Value)]
     scaled, shifted = _fused(weight, bias, gamma, beta, mean, variance, norm.attributes["eps"])
     new_weight = _parameter(graph, f"{names[0]}.{norm.results[0].name}", scaled)
@@ -69,7 +110,6 @@ def _fold(graph: Graph, norm: Node) -> int:
     graph.set_inputs_of(layer, [layer.inputs[0], new_weight, new_bias, *layer.inputs[3:]])
     graph.replace_uses(norm.results[0], source)
     graph.erase(norm)
-    return 1
 
 
 def _fused(

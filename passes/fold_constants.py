@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.types import TensorType
-from dfc.rewrite.pass_ import Context, Pass
+from dfc.rewrite.pass_ import KEPT, Context, Pass
 
 # What these hold is whatever was in memory: a compiled model must not depend on it.
 _UNINITIALISED = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "empty_permuted"})
@@ -31,25 +31,51 @@ class FoldConstants(Pass):
         mutated = {m.target for m in graph.mutations}
         folded = 0
         while True:  # folding one reader of a parameter may let the last one replace it
-            now = sum(_fold(graph, n) for n in graph.nodes if self._foldable(n, mutated))
+            now = sum(
+                _fold(graph, n, ctx) for n in graph.nodes if self._why_not(n, mutated) is None
+            )
             folded += now
             if not now:
-                return folded
+                break
+        for node in graph.nodes if ctx.asked else ():
+            reason = self._why_not(node, mutated)
+            if reason and reason is not _COMPUTED:
+                ctx.decided(node, KEPT, reason)
+        return folded
 
-    def _foldable(self, node: Node, mutated: set[Value]) -> bool:
-        if node.graphs or node.binds or node.symbols or not node.results or not node.pure:
-            return False
-        if node.op.split(".")[1] in _UNINITIALISED:
-            return False
+    def _why_not(self, node: Node, mutated: set[Value]) -> str | None:
+        """Why a node cannot be folded, None when it can; `_COMPUTED` for most nodes."""
+        if node.graphs or not node.results:
+            return _COMPUTED
         read = 0
         for v in node.operands:
-            if not isinstance(v, Parameter) or v in mutated or v.data is None:
-                return False
+            if not isinstance(v, Parameter):
+                return _COMPUTED
             read += _bytes(v.type) if v.use_count == 1 else 0
+        if node.binds or node.symbols:
+            return "its size is known only when the model runs"
+        if not node.pure:
+            return "it is random, or has an effect"
+        if node.op.split(".")[1] in _UNINITIALISED:
+            return "it holds whatever was in memory"
+        for v in node.operands:
+            assert isinstance(v, Parameter)
+            if v in mutated:
+                return f"the model writes to !{v.name}"
+            if v.data is None:
+                return f"!{v.name} has no numbers: the model has no weights"
         types = [r.type for r in node.results]
         if not all(isinstance(t, TensorType) and t.is_static for t in types):
-            return False
-        return sum(map(_bytes, types)) <= read + self.growth
+            return "its size is known only when the model runs"
+        size = sum(map(_bytes, types))
+        if size > read + self.growth:
+            return (
+                f"it would add {size - read} bytes to the model, more than `growth` ({self.growth})"
+            )
+        return None
+
+
+_COMPUTED = "it reads what is computed from the inputs"
 
 
 def _bytes(t: object) -> int:
@@ -57,19 +83,21 @@ def _bytes(t: object) -> int:
     return int(t.numel) * t.dtype.itemsize  # type: ignore[arg-type]
 
 
-def _fold(graph: Graph, node: Node) -> int:
+def _fold(graph: Graph, node: Node, ctx: Context) -> int:
     from dfc.ir.interpret import run_constant
     from dfc.ir.weights import TensorData
 
     try:
         values = run_constant(node)
-    except DfcError:
+    except DfcError as e:
+        ctx.decided(node, KEPT, f"computing it fails: {e.message}")
         return 0  # it fails at run time too, where the user sees it with its line
     made: list[Value] = []
     for r, x in zip(node.results, values, strict=True):
         name = _free_name(graph, f"folded.{r.name}")
         x = x.detach().clone()  # strides are kept: another layout rounds differently
         made.append(graph.add_parameter(name, TensorType.of(x), "constant", TensorData(name, x)))
+    ctx.decided(node, "folded", "depends on constants alone", made[0])
     graph.replace(node, made)
     return 1
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dfc.ir.expr import Expr
 from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.types import TensorType
-from dfc.rewrite.pass_ import Context, Pass
+from dfc.rewrite.pass_ import KEPT, Context, Pass
 
 _END = 2**63 - 1
 
@@ -39,13 +39,27 @@ class RemoveNoops(Pass):
             if source is None or not isinstance(source.type, TensorType):
                 continue
             merged = _merge(graph, node, source)
-            changes += merged is not None
+            if merged is not None:
+                ctx.decided(node, "rewritten", f"reads %{merged.name}, past %{source.name}")
+                changes += 1
             source = merged or source
             test = _TESTS.get(node.op)
-            if test is not None and test(node, source):
+            if test is None:
+                continue
+            if test(node, source):
+                ctx.decided(node, "removed", "changes nothing", source)
                 graph.replace(node, [source])
                 changes += 1
+            elif ctx.asked:
+                ctx.decided(node, KEPT, _why_not(node, source, test))
         return changes
+
+
+def _why_not(node: Node, source: Value, test: Callable[[Node, Value], bool]) -> str:
+    """What a node does that its operand does not have yet."""
+    if test is _same_type or (test is _no_ones and not _same_type(node, source)):
+        return f"it makes {node.result.type} of {source.type}"
+    return _REASONS[test]
 
 
 def _always(node: Node, x: Value) -> bool:
@@ -175,6 +189,21 @@ _TESTS: dict[str, Callable[[Node, Value], bool]] = {
     "aten.constant_pad_nd.default": _no_padding,
     "aten.repeat.default": _once,
     "aten.cat.default": _single,
+}
+
+
+_REASONS: dict[Callable[[Node, Value], bool], str] = {
+    _apart: "its operand's elements share memory",
+    _no_ones: "a size that it would squeeze may be 1",
+    _no_training: "it drops out: the model is in training mode",
+    _whole_slice: "it takes a part only",
+    _identity_order: "it changes the order of dimensions",
+    _same_dims: "it changes the order of dimensions",
+    _integer_zero: "what it adds is not an integer 0 (0.0 added to -0.0 is 0.0)",
+    _one: "its factor is not 1, or it changes the type",
+    _no_padding: "it pads",
+    _once: "it repeats",
+    _single: "it joins several",
 }
 
 

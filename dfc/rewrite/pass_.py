@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, ClassVar, NewType
 
 from dfc.errors import DfcError, did_you_mean
-from dfc.ir.graph import Graph
+from dfc.ir.graph import Graph, Loc, Node, Parameter, Value
 from dfc.origin import Origin
 from dfc.registry import Plugin, Registry
 
@@ -44,16 +44,63 @@ def close(rtol: float) -> Numerics:
 
 
 @dataclass(frozen=True)
+class Decision:
+    """What a pass did with a node, or why it left it; `into` is the value that took its place."""
+
+    value: str  # `%name`, or `!name` of a parameter
+    op: str
+    outcome: str  # one word: folded, merged, dropped, rewritten, ...; "kept" when nothing was done
+    reason: str = ""
+    into: str = ""
+    loc: Loc | None = None
+
+    @property
+    def changed(self) -> bool:
+        return self.outcome != KEPT
+
+
+KEPT = "kept"
+
+
+@dataclass(frozen=True)
 class Context:
     """What a pass is handed that is not an option.
 
-    `progress(done, total)` reports long work; `products` takes what is made besides the graph.
+    `progress(done, total)` reports long work; `products` takes what is made besides the graph;
+    `decisions` is a list when somebody wants to know why (`dfc explain`).
     """
 
     target: object | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     progress: Callable[[int, int], None] = lambda done, total: None
     products: dict[str, Any] = field(default_factory=dict)
+    decisions: list[Decision] | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether anybody wants to know: reasons that cost something are built only then."""
+        return self.decisions is not None
+
+    def decided(
+        self, what: Node | Value, outcome: str, reason: str = "", into: Value | None = None
+    ) -> None:
+        """Note what becomes of a node or a parameter, before it is erased; else `KEPT` and why."""
+        if self.decisions is None:
+            return
+        node = what if isinstance(what, Node) else what.node
+        value = what if isinstance(what, Value) else next(iter(what.results), None)
+        name = named(value) if value is not None else ""
+        self.decisions.append(
+            Decision(
+                name, node.op if node else "parameter", outcome, reason,
+                named(into) if into is not None else "", node.loc if node else None,
+            )
+        )  # fmt: skip
+
+
+def named(value: Value) -> str:
+    """`%name` of a value, `!name` of a parameter: as graph text writes it."""
+    return f"{'!' if isinstance(value, Parameter) else '%'}{value.name}"
 
 
 class Pass:
