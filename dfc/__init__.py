@@ -16,6 +16,7 @@ from dfc.errors import DfcError
 if TYPE_CHECKING:
     from dfc.api import compile, load, parse, trace
     from dfc.compiled import Compiled
+    from dfc.explaining import explain
     from dfc.ir.graph import Graph
     from dfc.ir.op import Op
     from dfc.lang.selectors import Selector
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "CHANGES", "EXACT", "Compiled", "Context", "Data", "DfcError", "Graph", "Op", "Pass",
-    "RequirementMissed", "Selector", "close", "compile", "engine", "load", "op", "parse", "pass_",
-    "recipe", "trace",
+    "RequirementMissed", "Selector", "close", "compile", "engine", "explain", "load", "op",
+    "parse", "pass_", "recipe", "trace",
 ]  # fmt: skip
 
 _HOMES = {
@@ -40,6 +41,7 @@ _HOMES = {
     "trace": "dfc.api",
     "Compiled": "dfc.compiled",
     "RequirementMissed": "dfc.recipe.requirements",
+    "explain": "dfc.explaining",
     "Graph": "dfc.ir.graph",
     # for those who write passes, ops and engines
     "CHANGES": "dfc.rewrite.pass_",

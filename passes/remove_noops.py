@@ -50,9 +50,18 @@ class RemoveNoops(Pass):
                 ctx.decided(node, "removed", "changes nothing", source)
                 graph.replace(node, [source])
                 changes += 1
-            elif ctx.asked:
+            elif ctx.asked and _looks_idle(node):
                 ctx.decided(node, KEPT, _why_not(node, source, test))
         return changes
+
+
+def _looks_idle(node: Node) -> bool:
+    """Whether a node might be thought to change nothing: not so when it adds 3."""
+    other = node.attributes.get("other", 1 if node.op.startswith(_MULTIPLY) else 0)
+    return bool(other == (1 if node.op.startswith(_MULTIPLY) else 0))
+
+
+_MULTIPLY = ("aten.mul.", "aten.div.")
 
 
 def _why_not(node: Node, source: Value, test: Callable[[Node, Value], bool]) -> str:

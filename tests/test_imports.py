@@ -27,8 +27,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "passes runtime package calling compiled report report_page",
         "recipe",  # runs passes, builds engines, measures
         "reproducer",  # a wrong step as a folder: a graph, numbers and a recipe
-        "api",
-        "testing",
+        "api lsp",
+        "testing explaining",
         "cli",
     )
 )

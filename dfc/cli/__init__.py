@@ -18,6 +18,7 @@ from dfc.cli.check import check as check_
 from dfc.cli.compile import compile as compile_
 from dfc.cli.diff import diff as diff_
 from dfc.cli.doctor import doctor as doctor_
+from dfc.cli.explain import explain as explain_
 from dfc.cli.failures import INTERRUPTED, guarded, usage
 from dfc.cli.fmt import fmt as fmt_
 from dfc.cli.list import list_
@@ -38,6 +39,7 @@ for verb in (
     bench_,
     show_,
     select_,
+    explain_,
     verify_,
     check_,
     fmt_,

@@ -19,7 +19,7 @@ from dfc.lang.wording import expression_text
 from dfc.rewrite.copies import HALVES, PAIRS, repeats
 from dfc.rewrite.first_column import first_column
 from dfc.rewrite.intervals import ANY, FALSE, TRUE, Interval, interval
-from dfc.rewrite.rule import CONSTANTS
+from dfc.rewrite.rule import CONSTANTS, conjunctions
 
 Binding = Any  # Value | tuple of values | number, text, dtype or tuple of an attribute | None
 Env = Mapping[str, Binding]
@@ -52,7 +52,7 @@ class Failure:
 
 def first_failure(conditions: Sequence[s.Expr], env: Env, facts: Facts) -> Failure | None:
     """The first of the conditions that does not hold, None when all hold."""
-    for c in conditions:
+    for c in conjunctions(conditions):
         try:
             if not holds(c, env, facts):
                 return Failure(c, _seen(c, env, facts))

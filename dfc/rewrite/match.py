@@ -136,8 +136,9 @@ class Name(Pattern):
             yield {**env, self.name: x}
         elif _same(env[self.name], x):
             yield env
-        else:
-            m.fail(env, self, x, "is something else than before")
+        elif m.explain:
+            before = _shown(env[self.name])
+            m.fail(env, self, x, f"is not {before}, which is `{self.name}` elsewhere")
 
 
 @dataclass(eq=False)
@@ -518,7 +519,8 @@ class Attempt:
         values = [v for v in bound if not isinstance(v, Parameter)] or bound
         if values:
             best = min(values, key=lambda v: v.use_count)
-            found = _above(best, line.height)
+            # To explain, what is a little further away is tried as well, and fails by itself.
+            found = _above(best, line.height + 2 * self.explain)
         else:
             found = list(self.graph.nodes)[:MAX_CANDIDATES]
         return [n for n in found if base_of(n.op) in line.bases and n not in taken]

@@ -246,7 +246,7 @@ def as_pass(x: str | Pass | type[Pass]) -> Pass:
 
     Raises:  DfcError Q001, Q002.
     """
-    if isinstance(x, Pass):
+    if isinstance(x, Pass) and dataclasses.is_dataclass(x):
         return x
     if isinstance(x, type) and issubclass(x, Pass):
         return find_pass(x.name) if pass_classes().get(x.name) is x else x()

@@ -1,0 +1,105 @@
+"""`dfc explain`: why a rule, a pass or a node went the way it did."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dfc.cli.options import Json, Model, Use, load_used
+
+if TYPE_CHECKING:
+    from dfc.rewrite.pass_ import Pass
+
+
+def explain(
+    model: Model,
+    rule: Annotated[
+        str | None,
+        typer.Option("--rule", metavar="NAME", help="Where a rule, or a set of them, applies."),
+    ] = None,
+    pass_: Annotated[
+        str | None, typer.Option("--pass", metavar="NAME", help="What a pass did, and left.")
+    ] = None,
+    node: Annotated[
+        str | None,
+        typer.Option("--node", metavar="%NAME|MODULE|OP", help="What became of a node."),
+    ] = None,
+    passes: Annotated[
+        str | None,
+        typer.Option(
+            "-p",
+            "--passes",
+            metavar="STEPS",
+            help="Passes in order; default: the shipped ones, then fuse.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("-r", "--recipe", metavar="FILE", help="Take the passes of a recipe."),
+    ] = None,
+    before: Annotated[
+        str | None,
+        typer.Option(
+            "--before", metavar="PASS", help="Try a rule on the graph as it reaches this pass."
+        ),
+    ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every kind, not the nearest alone.")] = False,
+    use: Use = None,
+    as_json: Json = False,
+) -> None:
+    """Say why a rule applied or nearly did, what a pass did, or what became of a node.
+
+    \b
+    A rule is tried everywhere in the graph as it reaches `fuse`. For each near miss: how far it
+    came, the first condition that fails with its values, and the nearest change that lets it
+    match, which was tried on a copy of the graph. Without an option: an overview.
+
+    \b
+    Examples:
+      dfc explain bert.py:build
+      dfc explain bert.py:build --rule fuse_attention
+      dfc explain bert.py:build --pass fold_batch_norm
+      dfc explain bert.py:build --node %softmax_3
+      dfc explain bert.py:build --use my_rules.dfc --rule my_rules --before canonicalize
+    """  # fmt: skip
+    load_used(use)
+    from dfc.cli.progress import Progress
+
+    with Progress() as say:
+        say("loading PyTorch")
+        chosen = _passes(passes, recipe)
+        from dfc.cli.sources import open_source
+        from dfc.explaining import explain as answer
+
+        say(f"loading {model}")
+        source = open_source(model)
+        found = answer(
+            source.graph(), rule=rule, pass_=pass_, node=node, passes=chosen, before=before,
+            all=all_, progress=say,
+        )  # fmt: skip
+    if as_json:
+        from dfc.cli.tables import print_json
+
+        print_json({"model": model, **found.data})
+        return
+    from dfc.cli.tables import print_text
+
+    print_text(str(found))
+
+
+def _passes(steps: str | None, recipe: str | None) -> list[Pass] | None:
+    if steps is not None:
+        from dfc.cli.steps import parse_steps
+
+        return parse_steps(steps)
+    if recipe is None:
+        return None
+    from pathlib import Path
+
+    from dfc.cli.sources import read_text
+    from dfc.lang.source import Source
+    from dfc.recipe.resolve import resolve
+
+    plan = resolve(Source(read_text(Path(recipe)), recipe))
+    return [step.build({}) for step in plan.passes()]

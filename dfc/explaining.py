@@ -1,0 +1,401 @@
+"""`dfc.explain`: why a rule, a pass or a node went the way it did, as text and as data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dfc.errors import DfcError, did_you_mean
+from dfc.ir.graph import Graph, Node
+
+if TYPE_CHECKING:
+    from dfc.rewrite.explain import NearMiss, RuleReport, Site
+    from dfc.rewrite.pass_ import Pass
+    from dfc.rewrite.story import Group, Run, Story
+
+Say = Callable[[str], None]
+SHOWN = 8  # groups of a kind, unless all are asked for
+_INDENT = " " * 13
+
+
+@dataclass
+class Explanation:
+    """An answer: `str` is for people, `data` for programs."""
+
+    lines: list[str] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def explain(
+    model: Any,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    *,
+    rule: str | None = None,
+    pass_: str | None = None,
+    node: str | None = None,
+    passes: Sequence[str | Pass | type[Pass]] | None = None,
+    before: str | None = None,
+    all: bool = False,
+    progress: Say | None = None,
+) -> Explanation:
+    """Why a rule matched or nearly did, what a pass did and left, or one node's whole story.
+
+    `model` is a model with its arguments, or a graph. `passes` is what runs (default: the shipped
+    passes, then `fuse`); a rule is tried on the graph as it reaches `fuse`, or the pass that
+    `before` names. `node` is `%name`, a module path or an op. Without these: an overview.
+    Raises:  DfcError Q001, Q050, R008 for names that nothing has.
+    """
+    import dfc.api as api
+    from dfc.rewrite.pass_ import DEFAULT, as_pass
+
+    say = progress or (lambda what: None)
+    if sum(x is not None for x in (rule, pass_, node)) > 1:
+        raise DfcError("Q050", "one thing at a time: a rule, a pass or a node")
+    say("tracing")
+    graph = (
+        model if isinstance(model, Graph) else api.trace(model, args or (), kwargs, dynamic_shapes)
+    )
+    chosen = [as_pass(p) for p in ((*DEFAULT, "fuse") if passes is None else passes)]
+    asked = _Asked(graph, chosen, before, all, say)
+    if rule is not None:
+        return asked.rule(rule)
+    if pass_ is not None:
+        return asked.pass_(pass_)
+    return asked.node(node) if node is not None else asked.overview()
+
+
+@dataclass
+class _Asked:
+    """One question about one graph."""
+
+    graph: Graph
+    passes: list[Pass]
+    before: str | None
+    all: bool
+    say: Say
+
+    # A rule
+
+    def rule(self, name: str) -> Explanation:
+        from dfc.rewrite.explain import explain_rule
+        from dfc.rewrite.fixes import Fixes
+        from dfc.rewrite.rulesets import all_sets, select_rules
+        from dfc.rewrite.story import run_through
+
+        rules = select_rules([name])
+        head = self._head(self.before or "fuse", must=self.before is not None)
+        run = run_through(self.graph, head, self.say)
+        others = select_rules(())
+        found = Explanation()
+        where = f"as it reaches `{self.before or 'fuse'}`, behind {run.names}"
+        found.data = {"graph": where, "rules": []}
+        for r in rules:
+            self.say(f"trying {r.full_name}")
+            report = explain_rule(r, run.graph, others if r in others else ())
+            fixes = Fixes(r, run.graph, [s for s in all_sets() if s != r.set])
+            misses = report.misses if self.all else report.misses[:SHOWN]
+            for miss in misses:
+                self.say(f"trying what helps {r.name} at {miss.sites[0].module or miss.sites[0]}")
+                miss.fix = fixes.nearest(miss)
+            found.lines += _rule_lines(report, len(misses))
+            found.data["rules"].append(_rule_data(report))
+        found.lines.append(f"({len(run.graph)} nodes; the graph {where})")
+        return found
+
+    def _head(self, stop: str, must: bool) -> list[Pass]:
+        """The passes before one; all of them when it is not there."""
+        names = [p.name for p in self.passes]
+        if stop in names:
+            return self.passes[: names.index(stop)]
+        if must:
+            help = did_you_mean(stop, names) or f"there are {', '.join(dict.fromkeys(names))}"
+            raise DfcError("Q050", f"no pass called `{stop}` runs", help=help)
+        return self.passes
+
+    # A pass
+
+    def pass_(self, name: str) -> Explanation:
+        from dfc.rewrite.pass_ import find_pass
+        from dfc.rewrite.story import grouped, run_through
+
+        names = [p.name for p in self.passes]
+        if name in names:
+            at = names.index(name)
+            head, it = self.passes[:at], self.passes[at]
+        else:
+            head, it = (
+                self._head(self.before or "fuse", must=self.before is not None),
+                find_pass(name),
+            )
+        run = run_through(self.graph, [*head, it], self.say)
+        step = run.steps[-1]
+        groups = grouped(step.decisions)
+        behind = ", ".join(s.text for s in run.steps[:-1]) or "capture"
+        found = Explanation(data={"pass": step.text, "behind": behind, "changes": step.changes})
+        found.data["decisions"] = [_group_data(g) for g in groups]
+        changes = f"{step.changes} change{'s' if step.changes != 1 else ''}"
+        found.lines.append(f"{step.text}: {changes}, behind {behind}")
+        found.lines += self._group_lines(groups)
+        if not groups:
+            found.lines.append("  there was nothing that it looks for")
+        if not step.tells:
+            found.lines.append("  a pass tells more when it calls `ctx.decided(node, ...)`")
+        if name == "fuse":
+            found.lines.append("  why a rule did not apply elsewhere: --rule NAME, or --node NAME")
+        return found
+
+    def _group_lines(self, groups: Sequence[Group]) -> list[str]:
+        from dfc.rewrite.explain import modules_text
+
+        lines: list[str] = []
+        shown = groups if self.all else groups[: 2 * SHOWN]
+        for g in shown:
+            d = g.decisions[0]
+            into = f" into {d.into}" if d.into and d.into != d.value else ""
+            lines.append(f"  {g.outcome:<10} {g.sites[0]}{into}: {g.reason}")
+            rest = g.sites[1:]
+            if rest:
+                modules = modules_text(g.sites) or "the model itself"
+                lines.append(f"{_INDENT}and {len(rest)} more like it: {modules}")
+        if len(shown) < len(groups):
+            lines.append(f"  ... and {len(groups) - len(shown)} more kinds (--all shows them)")
+        return lines
+
+    # A node
+
+    def node(self, spec: str) -> Explanation:
+        from dfc.rewrite.rulesets import select_rules
+        from dfc.rewrite.story import (
+            chosen_values,
+            nearest_rules,
+            node_named,
+            run_through,
+            story_of,
+        )
+
+        run = run_through(self.graph, self.passes, self.say)
+        values = chosen_values(run, spec)
+        stories = [story_of(run, v) for v in values]
+        if len(stories) == 1:
+            story = stories[0]
+            node = node_named(run.graph, story.final.value) if story.final else None
+            if node is not None:
+                story.engines = engines_say(node)
+                self.say("looking for the nearest rule")
+                story.nearest = nearest_rules(run.graph, node, select_rules(()))[:3]
+            return Explanation(_story_lines(story, run), _story_data(story))
+        found = Explanation(data={"nodes": [_story_data(s) for s in stories]})
+        found.lines.append(f"{spec}: {len(stories)} values, behind {run.names}")
+        shown = stories if self.all else stories[: 4 * SHOWN]
+        found.lines += [f"  {_short_story(s)}" for s in shown]
+        if len(shown) < len(stories):
+            found.lines.append(f"  ... and {len(stories) - len(shown)} more (--all shows them)")
+        return found
+
+    # All of it
+
+    def overview(self) -> Explanation:
+        from dfc.rewrite.explain import explain_rule
+        from dfc.rewrite.rulesets import select_rules
+        from dfc.rewrite.story import grouped, run_through
+
+        count = len(self.graph)
+        run = run_through(self.graph, self.passes, self.say)
+        found = Explanation(data={"nodes_before": count, "nodes_after": len(run.graph)})
+        found.lines.append(f"{count} -> {len(run.graph)} nodes")
+        found.data["passes"] = []
+        for step in run.steps:
+            done = Counter(d.outcome for d in step.decisions if d.changed)
+            kept = [g for g in grouped(step.decisions) if g.outcome == "kept"]
+            what = ", ".join(f"{n} {o}" for o, n in done.items())
+            if kept:
+                left = sum(len(g.decisions) for g in kept)
+                most = f"{len(kept[0].decisions)}: {kept[0].reason}"
+                what += f"{'; ' * bool(what)}{left} left ({most})"
+            found.lines.append(f"  {step.text:<18} {step.changes:>4} changes  {what}".rstrip())
+            entry = {"pass": step.text, "changes": step.changes, "outcomes": dict(done)}
+            entry["kept"] = {g.reason: len(g.decisions) for g in kept}
+            found.data["passes"].append(entry)
+        fired = Counter(
+            d.reason.split("`")[1]
+            for s in run.steps for d in s.decisions
+            if d.outcome == "fused" and " makes " in d.reason
+        )  # fmt: skip
+        rows: list[tuple[str, int, int]] = []
+        for r in select_rules(()):
+            self.say(f"trying {r.full_name}")
+            misses = sum(len(m.sites) for m in explain_rule(r, run.graph).misses)
+            if fired[r.full_name] or misses:
+                rows.append((r.full_name, fired[r.full_name], misses))
+        if rows:
+            found.lines.append("rules (near misses are those that are left at the end)")
+        for name, n, misses in sorted(rows, key=lambda row: (-row[1], row[2])):
+            near = f"{misses} near miss{'es' if misses != 1 else ''}" if misses else ""
+            found.lines.append(f"  {name:<32} {n:>4} applied  {near}".rstrip())
+        found.data["rules"] = [{"rule": n, "applied": a, "near_misses": m} for n, a, m in rows]
+        ops = Counter(n.op for n in run.graph.walk()).most_common(10)
+        found.data["ops"] = dict(ops)
+        found.lines.append("what is left: " + ", ".join(f"{n} {op}" for op, n in ops))
+        found.lines.append("more: --rule NAME, --pass NAME, --node %NAME|MODULE|OP")
+        return found
+
+
+# In words
+
+
+def _rule_lines(report: RuleReport, explained: int) -> list[str]:
+    from dfc.rewrite.explain import modules_text
+
+    name, applied, count = report.rule.full_name, len(report.matched), report.count
+    lines = [f"{name}: matched {applied} of {count}" if count else f"{name}: nothing is near it"]
+    if report.matched:
+        lines.append(f"  matched    {modules_text(report.matched) or 'the model itself'}")
+    for other, sites in report.taken.items():
+        where = modules_text(sites) or "the model itself"
+        lines.append(f"  but first  `{other}` takes {len(sites)}: {where}")
+    for miss in report.misses[:explained]:
+        lines += _miss_lines(miss)
+    if explained < len(report.misses):
+        rest = len(report.misses) - explained
+        lines.append(f"  ... and {rest} more kinds of near misses (--all shows them)")
+    return lines
+
+
+def _miss_lines(miss: NearMiss) -> list[str]:
+    from dfc.rewrite.explain import modules_text
+
+    where = modules_text(miss.sites)
+    lines = [f"  near miss  {f'{where}: ' if where else ''}{miss.sites[0]}"]
+    ops = f"{min(miss.matched, miss.size)} of {miss.size} ops stand"
+    if miss.condition:
+        lines.append(f"{_INDENT}{ops}, then `{miss.condition}` fails: {miss.reason}")
+    else:
+        lines.append(f"{_INDENT}{ops}, then {miss.reason}{_blocked_at(miss)}")
+    bound = ", ".join(f"{k} = {v}" for k, v in miss.bound.items())
+    if bound:
+        lines.append(f"{_INDENT}with {bound}")
+    if miss.fix:
+        lines.append(f"{_INDENT}the nearest fix: {miss.fix}")
+    else:
+        lines.append(f"{_INDENT}no single change was found that lets it match")
+    return lines
+
+
+def _blocked_at(miss: NearMiss) -> str:
+    """The Python line of the node in the way, if the reason has not said it."""
+    loc = miss.refusal.blocker.loc if miss.refusal.blocker else None
+    if loc is None or not loc.file or loc.file in miss.reason:
+        return ""
+    return f" (at {loc.file}:{loc.line})"
+
+
+def _story_lines(story: Story, run: Run) -> list[str]:
+    lines = [story.value]
+    t = story.traced
+    if t is not None:
+        inside = f" in {t.module}" if t.module else ""
+        lines.append(f"  traced       as {t.op} at {t.place or 'an unknown place'}{inside}")
+    else:
+        lines.append("  traced       not: a pass made it")
+    for e in story.events:
+        lines.append(f"  {e.step:<12} {e.text}")
+    if story.final is None:
+        lines.append("  at the end it is gone")
+        return lines
+    kept = "unchanged" if not story.events else "there"
+    lines.append(f"  at the end   {kept}: {story.final}")
+    for engine, why in story.engines.items():
+        lines.append(f"  {engine:<12} {'takes it' if not why else f'does not take it: {why}'}")
+    for name, refusal in story.nearest:
+        from dfc.lang.wording import expression_text
+
+        c = refusal.condition
+        failed = (
+            f"`{expression_text(c)}` fails: {refusal.reason}" if c is not None else refusal.reason
+        )
+        ops = len(set(refusal.nodes))
+        lines.append(
+            f"  not fused    by `{name}`: {ops} op{'s' if ops != 1 else ''} stand, then {failed}"
+        )
+    if not story.nearest:
+        lines.append("  no rule comes near it")
+    return lines
+
+
+def _short_story(story: Story) -> str:
+    start = f"{story.value} ({story.traced.op if story.traced else 'made'})"
+    if not story.events:
+        return f"{start}: unchanged"
+    return f"{start}: " + "; then ".join(f"{e.step}: {e.text}" for e in story.events)
+
+
+def engines_say(node: Node) -> dict[str, str]:
+    """What each engine says of a node: "" when it takes it, else why not."""
+    from dfc.runtime.engines import engine_names, find_engine
+
+    found: dict[str, str] = {}
+    for name in engine_names():
+        try:
+            found[name] = find_engine(name).supports(node) or ""
+        except DfcError as e:
+            found[name] = e.message
+    return found
+
+
+# As data
+
+
+def _site_data(s: Site) -> dict[str, str]:
+    return {"value": s.value, "op": s.op, "module": s.module, "place": s.place}
+
+
+def _rule_data(report: RuleReport) -> dict[str, Any]:
+    return {
+        "rule": report.rule.full_name,
+        "matched": [_site_data(s) for s in report.matched],
+        "taken": {k: [_site_data(s) for s in v] for k, v in report.taken.items()},
+        "near_misses": [
+            {
+                "sites": [_site_data(s) for s in m.sites],
+                "ops": m.matched,
+                "of": m.size,
+                "condition": m.condition,
+                "reason": m.reason,
+                "bound": m.bound,
+                "fix": m.fix.text if m.fix else None,
+                "tried": m.fix.tried if m.fix else None,
+            }
+            for m in report.misses
+        ],
+    }
+
+
+def _group_data(g: Group) -> dict[str, Any]:
+    return {
+        "outcome": g.outcome,
+        "reason": g.reason,
+        "nodes": [
+            {**_site_data(s), "into": d.into} for s, d in zip(g.sites, g.decisions, strict=True)
+        ],
+    }
+
+
+def _story_data(story: Story) -> dict[str, Any]:
+    return {
+        "value": story.value,
+        "traced": _site_data(story.traced) if story.traced else None,
+        "events": [{"pass": e.step, "outcome": e.outcome, "text": e.text} for e in story.events],
+        "final": _site_data(story.final) if story.final else None,
+        "engines": story.engines,
+        "nearest_rules": [{"rule": n, "reason": r.reason} for n, r in story.nearest],
+    }
