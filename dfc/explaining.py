@@ -13,6 +13,7 @@ from dfc.ir.graph import Graph, Node
 if TYPE_CHECKING:
     from dfc.rewrite.explain import NearMiss, RuleReport, Site
     from dfc.rewrite.pass_ import Pass
+    from dfc.rewrite.rule import Rule
     from dfc.rewrite.story import Group, Run, Story
 
 Say = Callable[[str], None]
@@ -89,25 +90,28 @@ class _Asked:
     def rule(self, name: str) -> Explanation:
         from dfc.rewrite.explain import explain_rule
         from dfc.rewrite.fixes import Fixes
-        from dfc.rewrite.rulesets import all_sets, select_rules
+        from dfc.rewrite.rulesets import all_sets, proved_rules, select_rules
         from dfc.rewrite.story import run_through
 
         rules = select_rules([name])
         head = self._head(self.before or "fuse", must=self.before is not None)
         run = run_through(self.graph, head, self.say)
-        others = select_rules(())
+        proved = proved_rules(())
         found = Explanation()
         where = f"as it reaches `{self.before or 'fuse'}`, behind {run.names}"
         found.data = {"graph": where, "rules": []}
         for r in rules:
             self.say(f"trying {r.full_name}")
-            report = explain_rule(r, run.graph, others if r in others else ())
+            report = explain_rule(r, run.graph, competing=r in proved.rules)
             fixes = Fixes(r, run.graph, [s for s in all_sets() if s != r.set])
             misses = report.misses if self.all else report.misses[:SHOWN]
             for miss in misses:
                 self.say(f"trying what helps {r.name} at {miss.sites[0].module or miss.sites[0]}")
                 miss.fix = fixes.nearest(miss)
             found.lines += _rule_lines(report, len(misses))
+            if r.full_name in proved.left_out:
+                why = proved.left_out[r.full_name][0].message
+                found.lines.append(f"  left out   it does not hold with this PyTorch: {why}")
             found.data["rules"].append(_rule_data(report))
         found.lines.append(f"({len(run.graph)} nodes; the graph {where})")
         return found
@@ -174,7 +178,6 @@ class _Asked:
     # A node
 
     def node(self, spec: str) -> Explanation:
-        from dfc.rewrite.rulesets import select_rules
         from dfc.rewrite.story import (
             chosen_values,
             nearest_rules,
@@ -192,7 +195,7 @@ class _Asked:
             if node is not None:
                 story.engines = engines_say(node)
                 self.say("looking for the nearest rule")
-                story.nearest = nearest_rules(run.graph, node, select_rules(()))[:3]
+                story.nearest = nearest_rules(run.graph, node, self._rules())[:3]
             return Explanation(_story_lines(story, run), _story_data(story))
         found = Explanation(data={"nodes": [_story_data(s) for s in stories]})
         found.lines.append(f"{spec}: {len(stories)} values, behind {run.names}")
@@ -202,11 +205,19 @@ class _Asked:
             found.lines.append(f"  ... and {len(stories) - len(shown)} more (--all shows them)")
         return found
 
+    def _rules(self) -> tuple[Rule, ...]:
+        """The rules that the passes apply; all that dfc ships when none applies any."""
+        from dfc.passes.fuse import Fuse
+        from dfc.rewrite.rulesets import proved_rules
+
+        named = [p.rules for p in self.passes if isinstance(p, Fuse)] or [()]
+        found = {r.full_name: r for names in named for r in proved_rules(names).rules}
+        return tuple(found.values())
+
     # All of it
 
     def overview(self) -> Explanation:
         from dfc.rewrite.explain import explain_rule
-        from dfc.rewrite.rulesets import select_rules
         from dfc.rewrite.story import grouped, run_through
 
         count = len(self.graph)
@@ -232,7 +243,7 @@ class _Asked:
             if d.outcome == "fused" and " makes " in d.reason
         )  # fmt: skip
         rows: list[tuple[str, int, int]] = []
-        for r in select_rules(()):
+        for r in self._rules():
             self.say(f"trying {r.full_name}")
             misses = sum(len(m.sites) for m in explain_rule(r, run.graph).misses)
             if fired[r.full_name] or misses:

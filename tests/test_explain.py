@@ -24,7 +24,7 @@ RULES = """\
 dfc 1
 rule norm(x, weight, eps) {
   match   y = mul(mul(x, rsqrt(add(mean(pow(x, 2), [-1], keepdim=True), eps))), weight)
-  where   floating(x) and dtype(weight) == dtype(x)
+  where   floating(x) and shape(weight) == [dim(x, -1)] and dtype(weight) == dtype(x)
   rewrite y = rms_norm(x, [dim(x, -1)], weight, value(eps))
   within  1e-5
   applies x: f32[2, 3, 16], weight: f32[16], eps=1e-6
@@ -53,9 +53,8 @@ rule merge(x, wq, wk, wv) {
 
 @pytest.fixture(autouse=True, scope="module")
 def _own_rules() -> Iterator[None]:
-    rulesets.add_set(rules_of(Source(RULES, "explained.dfc"), "explained"))
-    yield
-    rulesets._loaded.pop("explained", None)
+    with rulesets.instead(rules_of(Source(RULES, "explained.dfc"), "explained")):
+        yield
 
 
 class Norm(nn.Module):
@@ -313,25 +312,28 @@ def test_a_pass_of_the_users_that_tells_nothing_is_told_by_what_changed() -> Non
 # Nodes
 
 
+def attended() -> list[dfc.Pass]:
+    names = ("canonicalize", "remove_noops")
+    return [*map(find_pass, names), find_pass("fuse", {"rules": ("explained.attend",)})]
+
+
 def test_a_nodes_whole_story() -> None:
     line = line_of("        weights = torch.softmax(q @ k.transpose(-2, -1), -1)")
-    lines = str(dfc.explain(graph(), node="%softmax")).splitlines()
+    lines = str(dfc.explain(graph(), node="%softmax", passes=attended())).splitlines()
     assert lines[0] == "%softmax"
     assert lines[1].split() == (
         f"traced as aten.softmax.int at tests/test_explain.py:{line} in blocks.0".split()
     )
     assert lines[2].split() == ["canonicalize", "rewritten:", "in", "full:", "dim=2"]
-    assert "fuse         fused into %matmul_1: by `attention.fuse_attention`" in lines[3]
+    assert lines[3].endswith("fused into %matmul_1: by `explained.attend`")
     assert "at the end   there: %matmul_1 (aten.scaled_dot_product_attention.default" in lines[4]
     assert [x.split(None, 1)[1] for x in lines[5:8]] == ["takes it"] * 3
 
 
 def test_a_node_that_no_rule_took_is_told_with_the_nearest_rule() -> None:
-    text = str(dfc.explain(graph(), node="%softmax_3"))
-    assert (
-        "not fused    by `attention.fuse_attention`: 3 ops stand, then %softmax_3 is read by"
-        in text
-    )
+    text = str(dfc.explain(graph(), node="%softmax_3", passes=attended()))
+    start = "not fused    by `explained.attend`: 3 ops stand, then "
+    assert f"{start}%softmax_3 is read by" in text
 
 
 def test_a_node_that_goes_is_followed_to_the_pass_that_took_it() -> None:
@@ -350,11 +352,14 @@ def test_modules_and_ops_stand_for_their_nodes() -> None:
 
 
 def test_an_overview_counts_passes_rules_and_what_is_left() -> None:
-    found = dfc.explain(graph())
+    passes = ["fold_batch_norm", find_pass("fuse", {"rules": ("explained",)})]
+    found = dfc.explain(graph(), passes=passes)
     assert found.data["nodes_before"] == len(graph()) > found.data["nodes_after"]
     rules = {r["rule"]: r for r in found.data["rules"]}
-    assert rules["norms.fuse_rms_norm"]["applied"] == 4
-    assert rules["attention.fuse_attention"]["near_misses"] >= 1
+    assert rules["explained.norm"]["applied"] == 4 and rules["explained.norm"]["near_misses"] == 3
+    assert rules["explained.attend"] == {
+        "rule": "explained.attend", "applied": 6, "near_misses": 1,
+    }  # fmt: skip
     passes = {p["pass"]: p for p in found.data["passes"]}
     assert passes["fold_batch_norm"]["kept"] == {
         k: 1 for k in passes["fold_batch_norm"]["kept"]
@@ -377,7 +382,7 @@ def test_the_command_prints_text_or_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "model.py").write_text(FACTORY)
-    (tmp_path / "mine.dfc").write_text(RULES)
+    (tmp_path / "mine.dfc").write_text(RULES.partition("rule attend")[0])
     model = f"{tmp_path / 'model.py'}:build"
     use = ["--use", str(tmp_path / "mine.dfc")]
     assert main(["explain", model, *use, "--rule", "mine.norm"]) == 0

@@ -89,8 +89,8 @@ def graphs_of(graph: Graph) -> Iterator[Graph]:
             yield from graphs_of(inner)
 
 
-def explain_rule(rule: Rule, graph: Graph, others: Sequence[Rule] = ()) -> RuleReport:
-    """Try a rule everywhere. `others` are the rules that it competes with.
+def explain_rule(rule: Rule, graph: Graph, competing: bool = False) -> RuleReport:
+    """Try a rule everywhere; if `competing`, beside the other rules that dfc ships.
 
     Needs:   a graph as the pass `fuse` would see it; it stays as it is.
     """
@@ -106,7 +106,7 @@ def explain_rule(rule: Rule, graph: Graph, others: Sequence[Rule] = ()) -> RuleR
             elif found is not None and is_near(found, compiled):
                 refusals.append(found)
     matches = _disjoint(matches)
-    firings = _firings(others, graph) if len(others) > 1 else []
+    firings = _firings(graph) if competing else []
     used = {n for m in matches for n in m.nodes}
     near = _apart(refusals, used)
     misses = _grouped([r for r in near if not _taken_by(rule, r.nodes[0], firings)], compiled)
@@ -129,12 +129,12 @@ def _disjoint(matches: Sequence[Match]) -> list[Match]:
     return kept
 
 
-def _firings(rules: Sequence[Rule], graph: Graph) -> list[Any]:
-    """What the rules do together, on a copy."""
+def _firings(graph: Graph) -> list[Any]:
+    """What all rules do together, on a copy."""
     from dfc.passes.fuse import JOURNAL, Fuse
 
     ctx = Context()
-    Fuse(rules=tuple(r.full_name for r in rules)).run(graph.copy(), ctx)
+    Fuse().run(graph.copy(), ctx)
     return list(ctx.products[JOURNAL].firings)
 
 
