@@ -155,8 +155,11 @@ def _binary(x: s.Binary, env: Env, facts: Facts) -> Any:
         raise Undecided(f"`{_text(x)}`: {e}") from None
 
 
-def near(a: float, b: float, tolerance: float = 1e-4) -> bool:
-    """What `~=` means: equal up to four digits, enough for constants written down by hand."""
+NEAR = 2e-5  # relative
+
+
+def near(a: float, b: float, tolerance: float = NEAR) -> bool:
+    """What `~=` means: equal up to the digits that people write down, 0.7979 for sqrt(2 / pi)."""
     return a == b or abs(a - b) <= tolerance * max(abs(a), abs(b))
 
 
@@ -309,7 +312,7 @@ def _constant(source: s.Call, given: Sequence[Any], facts: Facts) -> bool:
     if isinstance(x, tuple):
         return all(_constant(source, [i], facts) for i in x)
     if not isinstance(x, Value):
-        return x is not None
+        return True  # a number; an operand that is absent is known to be
     mutated = {m.target for m in facts.graph.mutations} if facts.graph else set()
     return isinstance(x, Parameter) and x not in mutated
 

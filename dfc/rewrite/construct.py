@@ -22,7 +22,7 @@ from dfc.lang.wording import expression_text
 from dfc.ops.aten import AtenOp, _resolve
 from dfc.ops.builder import Builder
 from dfc.rewrite.conditions import Env, Facts, Undecided, evaluate
-from dfc.rewrite.match import signature
+from dfc.rewrite.match import holds_value, signature
 from dfc.rewrite.rule import ARITHMETIC, CONSTANTS, FUNCTIONS
 
 # Tried in this order when several overloads of a bare name take the arguments.
@@ -50,7 +50,7 @@ class Construction:
 def construct(x: s.Expr, env: Env, to: Construction) -> Any:
     """The value, the several values, the number or the list that an expression stands for.
 
-    Raises:  DfcError R010..R012 with the place; V020 when an op refuses its operands.
+    Raises:  DfcError R010..R013 with the place; V020 when an op refuses its operands.
     """
     if isinstance(x, s.Call) and not _is_function(x, env):
         results = _apply(x, env, to)
@@ -97,6 +97,8 @@ def _apply(x: s.Call, env: Env, to: Construction) -> tuple[Value | None, ...]:
     if x.mark == "?" and any(_is_absent(a, env) for a in x.arguments):
         return (_what_is_there(x, env, to),)
     given = [construct(a, env, to) for a in x.arguments]
+    if x.mark == "!" and given and _nothing(given[0]):
+        return (None,)  # what is computed from an absent bias is absent
     named = {k.name.name: construct(k.value, env, to) for k in x.keywords}
     op, operands, attributes = _overload(x, given, named, to)
     if x.mark == "!":
@@ -123,6 +125,11 @@ def _what_is_there(x: s.Call, env: Env, to: Construction) -> Value | None:
             if isinstance(found, Value):
                 return found
     return None
+
+
+def _nothing(x: Any) -> bool:
+    """Whether an operand is absent, or a list of absent ones."""
+    return x is None or (isinstance(x, tuple) and bool(x) and all(v is None for v in x))
 
 
 def _folded(
@@ -152,6 +159,7 @@ def _folded(
     else:
         (value,) = run_constant(node)
         if _overflows(value, read):
+            graph.erase(node)
             raise _error("R013", f"`{x.name.name}!` overflows", x, to)
         data = TensorData(name, value.detach().clone())
         made = graph.add_parameter(name, TensorType.of(value), "constant", data)
@@ -238,16 +246,12 @@ def _bound(
     for a in info.attributes:
         if a.name in values:
             value = values[a.name]
-            if _holds_value(value) or not _fits(info, a.name, value):
+            if holds_value(value) or not _fits(info, a.name, value):
                 return None
             attributes[a.name] = value
         elif a.default is REQUIRED:
             return None
     return operands, attributes
-
-
-def _holds_value(x: Any) -> bool:
-    return isinstance(x, Value) or (isinstance(x, tuple) and any(map(_holds_value, x)))
 
 
 def _fits(info: Any, name: str, value: Any) -> bool:

@@ -260,7 +260,7 @@ def _all(patterns: Sequence[Pattern], values: Sequence[Any], env: Env, m: Attemp
 
 def _is_default(node: Node, name: str, sig: Signature) -> bool:
     value, default = argument(node, name), sig.defaults.get(name)
-    if default is REQUIRED:
+    if default is REQUIRED or holds_value(value):
         return False
     if name == "dtype" and value is not None and base_of(node.op) in _SAME_DTYPE:
         first = next(node.operands, None)
@@ -269,6 +269,11 @@ def _is_default(node: Node, name: str, sig: Signature) -> bool:
     if isinstance(default, list):
         default = tuple(default)
     return attribute_key(_neutral(value)) == attribute_key(_neutral(default))
+
+
+def holds_value(x: Any) -> bool:
+    """Whether an argument is, or has in it, what is only known when the graph runs."""
+    return isinstance(x, Value) or (isinstance(x, tuple) and any(map(holds_value, x)))
 
 
 def _neutral(x: Any) -> Any:

@@ -43,6 +43,7 @@ from dfc.rewrite.prove_build import (
 from dfc.rewrite.prove_inputs import BRIEF, QUICK, THOROUGH, Plan, plans, tensor
 from dfc.rewrite.prove_judge import Disagreement, disagreement, same
 from dfc.rewrite.prove_report import counterexample
+from dfc.rewrite.prove_sums import order_decides
 from dfc.rewrite.prove_types import Variation, symbolic, variations
 from dfc.rewrite.replace import Order, replace
 from dfc.rewrite.rule import Rule
@@ -254,6 +255,9 @@ class _Prover:
                     continue
                 if isinstance(done, str):
                     self.tally.refused += 1
+                    if plan.seed != 1:  # others may do
+                        left = None
+                        continue
                     return done
                 right = done
                 self.tally.graphs += 1
@@ -305,7 +309,12 @@ class _Prover:
                 continue
             witness = expected if self.rule.claim == EXACT else self.witness(left, inputs, expected)
             found = disagreement(got, expected, witness, self.rule.claim)
-            if found is not None:
+            if found is None:
+                continue
+            sums = self.rule.claim != EXACT and plan.finite
+            if sums and order_decides(left.graph, list(inputs.values())):
+                self.tally.skipped += 1
+            else:
                 raise _Wrong(counterexample(trial, difference=found))
 
     def witness(self, left: Left, inputs: Mapping[str, Any], expected: Sequence[Any]) -> Any:

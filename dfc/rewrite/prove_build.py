@@ -26,6 +26,7 @@ from dfc.lang import syntax as s
 from dfc.lang.wording import expression_text
 from dfc.ops.aten import AtenOp, complete
 from dfc.ops.builder import Builder
+from dfc.rewrite.conditions import NEAR
 from dfc.rewrite.construct import _bound, overloads
 from dfc.rewrite.match import _COMMUTATIVE, signature
 from dfc.rewrite.rule import CONSTANTS, Rule, is_scoped
@@ -275,7 +276,7 @@ class _Writer:
 
     def near(self, value: float, place: str) -> float:
         """A constant as written, or as far from it as `~=` allows."""
-        shift = (0.0, 9e-5, -9e-5)[self.choices.take(f"{place}~", 3)]
+        shift = (0.0, 0.9 * NEAR, -0.9 * NEAR)[self.choices.take(f"{place}~", 3)]
         return value * (1 + shift) if shift else value
 
     def items(self, x: s.Several, place: str) -> tuple[Any, ...]:
