@@ -123,5 +123,7 @@ def did_you_mean(word: str, known: Sequence[str], count: int = 1) -> str | None:
     """A help text that names the nearest known words, or None when nothing is near."""
     import difflib
 
-    near = difflib.get_close_matches(word, known, n=count, cutoff=0.6)
+    alike = [k for k in known if k.lower() == word.lower()]  # only the case differs
+    near = [*alike, *difflib.get_close_matches(word, known, n=count, cutoff=0.6)]
+    near = list(dict.fromkeys(near))[:count]
     return "did you mean " + ", ".join(f"`{n}`" for n in near) + "?" if near else None

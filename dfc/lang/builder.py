@@ -242,6 +242,7 @@ class Builder:
         value = int(digits) if digits.isdigit() else float(digits)
         if value == float("inf"):
             self.report("P005", f"{digits} is larger than a float64 holds", place)
+            value = 0
         return s.Number(place, value, unit)
 
     def call(self, at: At, items: Sequence[Any]) -> s.Expr:

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from dfc.errors import did_you_mean
 from dfc.lang import syntax as s
-from dfc.lang.units import Amount, amount, fits
+from dfc.lang.units import UNITS, Amount, amount, fits
 from dfc.lang.wording import expression_text
 from dfc.recipe import plan as p
+from dfc.recipe.bounds import verdict
 from dfc.recipe.names import Names
 from dfc.recipe.scope import Scope
 
@@ -69,9 +70,14 @@ class Goals:
             return None
         if not fits(left[1], right[1]):
             message = f"one side measures {left[1]}, the other {right[1]}"
-            self.problems.say(scope.source, "Q015", message, x.at)
+            self.problems.say(scope.source, "Q015", message, x.at, _units(left[1], right[1]))
             return None
-        return p.Test(x.op, left[0], right[0], left[1])
+        test = p.Test(x.op, left[0], right[0], left[1])
+        certain = verdict(test)
+        if certain:
+            which, why = certain
+            self.problems.say(scope.source, "Q018", f"this holds {which}: {why}", x.at)
+        return test
 
     def _direction(self, x: s.Goal, q: p.Quantity, scope: Scope) -> None:
         metric = self.names.metrics.get(q.name)
@@ -121,6 +127,9 @@ class Goals:
         self, x: s.Binary, left: Measured, right: Measured, scope: Scope
     ) -> Measured | None:
         plain = ("number", "share")
+        if x.op == "/" and isinstance(right[0], Amount) and right[0].value == 0:
+            self.problems.say(scope.source, "Q015", "division by 0", x.right.at)
+            return None
         if x.op in "+-":
             dimension = left[1] if fits(left[1], right[1]) else None
         elif right[1] in plain:
@@ -157,13 +166,23 @@ class Goals:
                 label = self.label(a, scope)
                 version = label if label else version
             else:
-                near = did_you_mean(word, [*scope.frame.known(), *details])
-                help = near or "a label is known from its step on"
                 message = f"`{name.name}` of `{word}`?"
+                help = self._of_what(name.name, word, scope)
                 self.problems.say(scope.source, "Q013", message, a.at, help)
                 return None
         q = p.Quantity(name.name, detail, version)
         return q, self._dimension(q)
+
+    def _of_what(self, quantity: str, word: str, scope: Scope) -> str:
+        """What could stand in the brackets of a quantity."""
+        details = self._details(quantity)
+        near = did_you_mean(word, [*scope.frame.known(), *details])
+        if near:
+            return near
+        if quantity == "peak_memory" and self.names.target is None:
+            return "devices are known where a target is: `recipe NAME for TARGET`"
+        some = f"it takes {', '.join(details)}, or a label; " if details else ""
+        return f"{some}a label is known from its step on"
 
     def label(self, o: s.Expr, scope: Scope, first: bool = False) -> str | None:
         """The last step, or the first, that a label stands for; an unknown one is told."""
@@ -188,3 +207,10 @@ class Goals:
         target = self.names.target
         devices = target.devices if target and quantity == "peak_memory" else ()
         return [d.name for d in devices]
+
+
+def _units(a: str, b: str) -> str | None:
+    """What to write where a number stands without its unit."""
+    wanted = b if a == "number" else a if b == "number" else None
+    units = [u for u, (dimension, _) in UNITS.items() if dimension == wanted]
+    return f"write its unit: {', '.join(units[:6])}" if units else None

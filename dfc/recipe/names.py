@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dfc.errors import DfcError, Diagnostic, Span, did_you_mean
+from dfc.errors import Diagnostic, Span, did_you_mean
 from dfc.lang import syntax as s
 from dfc.lang.source import Source
 from dfc.recipe import plan as p
 from dfc.recipe.imports import File, std_files
-from dfc.rewrite.rule import read_rules
-from dfc.rewrite.rulesets import add_set
+from dfc.rewrite.rule import RuleSet, read_rules
+from dfc.rewrite.rulesets import all_sets, is_another, shipped_sets
 
 MAX_PROBLEMS = 100  # what nobody reads is not looked for
 
@@ -60,6 +60,7 @@ class Names:
         self.targets: dict[str, tuple[s.Target, Source]] = {}
         self.metrics: dict[str, tuple[s.Metric, Source]] = {}
         self.data: dict[str, tuple[s.Word, Source]] = {}
+        self.sets: dict[str, RuleSet] = {}  # of rules that stand in the user's files
         self.used: set[str] = set()
         self.target: p.Target | None = None  # of the recipe at hand
         files = [*std_files(), *(extra.all() if extra else ()), *main.all()]
@@ -112,11 +113,18 @@ class Names:
     def _rules(self, file: File) -> None:
         rules, problems = read_rules(file.source, file.name)
         self.problems.add(problems)
-        if not problems and not file.shipped:
-            try:
-                add_set(rules)
-            except DfcError as e:
-                self.problems.add(e.diagnostics)
+        if file.shipped:
+            return
+        known = self.sets.get(rules.name) or shipped_sets().get(rules.name)
+        if known is not None and is_another(known, rules):
+            at = next(e.name.at for e in file.document.entries if isinstance(e, s.Rule))
+            message = f"a rule set `{rules.name}` exists already: {known.source.file}"
+            self.problems.say(file.source, "R009", message, at, "rename one of the files")
+        self.sets[rules.name] = rules
+
+    def known_sets(self) -> dict[str, RuleSet]:
+        """Shipped rule sets, what the user has loaded, and those of the files at hand."""
+        return {**all_sets(), **self.sets}
 
     def _declare(
         self, table: dict[str, Any], w: s.Word, entry: Any, source: Source, kind: str

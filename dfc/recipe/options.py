@@ -6,6 +6,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from dfc.errors import did_you_mean
@@ -13,7 +14,7 @@ from dfc.ir.types import DTYPES, DType
 from dfc.lang import syntax as s
 from dfc.lang.selectors import Selector, check_selector
 from dfc.lang.source import Source
-from dfc.lang.units import Amount, amount
+from dfc.lang.units import UNITS, Amount, amount, fits
 from dfc.lang.wording import expression_text
 from dfc.rewrite.pass_ import Data, Pass
 
@@ -30,12 +31,25 @@ class BadValue(Exception):
 
 def fields_of(cls: type[Pass]) -> Mapping[str, Any]:
     """The options of a pass and their types."""
+    anything: Any = cls  # mypy takes a class with __hash__ for no key
+    return _fields_of(anything)
+
+
+@lru_cache(256)
+def _fields_of(cls: Any) -> Mapping[str, Any]:
     hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
-def convert(hint: Any, x: s.Expr, source: Source, data: Sequence[str] = ()) -> Any:
-    """The value of an option of the type `hint`.
+# A field whose name ends so takes amounts of that dimension, in this unit.
+_ENDINGS: Mapping[str, tuple[str, str]] = {
+    "_bytes": ("bytes", "B"), "_ms": ("time", "ms"), "_us": ("time", "us"), "_s": ("time", "s"),
+    "_seconds": ("time", "s"), "_flops": ("flops/s", "FLOPS"),
+}  # fmt: skip
+
+
+def convert(hint: Any, x: s.Expr, source: Source, data: Sequence[str] = (), name: str = "") -> Any:
+    """The value of an option of the type `hint`; its name may say in which unit.
 
     Raises:  BadValue.
     """
@@ -47,10 +61,10 @@ def convert(hint: Any, x: s.Expr, source: Source, data: Sequence[str] = ()) -> A
         kept = [h for h in inside if h is not type(None)]
         for h in kept[:-1]:
             try:
-                return convert(h, x, source, data)
+                return convert(h, x, source, data, name)
             except BadValue:
                 continue
-        return convert(kept[-1], x, source, data)
+        return convert(kept[-1], x, source, data, name)
     if hint is Selector:
         problems = check_selector(x, source)
         if problems:
@@ -58,7 +72,7 @@ def convert(hint: Any, x: s.Expr, source: Source, data: Sequence[str] = ()) -> A
         return Selector(x, source)
     if origin is tuple:
         items = x.items if isinstance(x, s.Several) else (x,)
-        return tuple(convert(inside[0], i, source, data) for i in items)
+        return tuple(convert(inside[0], i, source, data, name) for i in items)
     if origin is typing.Literal:
         if isinstance(x, (s.Word, s.Text)) and _name(x) in inside:
             return _name(x)
@@ -77,14 +91,14 @@ def convert(hint: Any, x: s.Expr, source: Source, data: Sequence[str] = ()) -> A
             return DTYPES[x.name]
         near = did_you_mean(expression_text(x), list(DTYPES))
         raise BadValue(f"`{expression_text(x)}` is no dtype", x.at, near)
-    return _plain(hint, x, source)
+    return _plain(hint, x, source, name)
 
 
 def _name(x: s.Word | s.Text) -> str:
     return x.name if isinstance(x, s.Word) else x.value
 
 
-def _plain(hint: Any, x: s.Expr, source: Source) -> Any:
+def _plain(hint: Any, x: s.Expr, source: Source, name: str) -> Any:
     if hint is bool and isinstance(x, s.Word) and x.name in _WORDS:
         return _WORDS[x.name]
     if hint is str and isinstance(x, (s.Word, s.Text)):
@@ -93,15 +107,28 @@ def _plain(hint: Any, x: s.Expr, source: Source) -> Any:
         found = amount(x, source)
         if not isinstance(found, Amount):
             raise BadValue(found.message, x.at, found.help, found.code)
+        value = _in_unit(found, name, x)
         if hint is float:
-            return float(found.value)
-        if float(found.value).is_integer():
-            return int(found.value)
+            return float(value)
+        if isinstance(value, int) or value.is_integer():
+            return int(value)
         raise BadValue(f"`{expression_text(x)}` is no whole number", x.at)
     wanted = {bool: "yes or no", str: "a name or a string", int: "a whole number"}.get(
         hint, "a number" if hint is float else str(hint)
     )
     raise BadValue(f"`{expression_text(x)}` is not {wanted}", x.at)
+
+
+def _in_unit(found: Amount, name: str, x: s.Number) -> float:
+    """The number, in the unit that the option's name states: a plain one else."""
+    if found.dimension == "number":
+        return found.value
+    ending = next((e for e in _ENDINGS if name.endswith(e)), None)
+    dimension, unit = _ENDINGS[ending] if ending else ("number", "")
+    if not fits(found.dimension, dimension):
+        raise BadValue(f"a {dimension} is wanted, got {found.dimension}", x.at, code="Q015")
+    value = found.value / UNITS[unit][1]
+    return round(value) if ending and abs(value - round(value)) < 1e-9 * abs(value) else value
 
 
 def type_text(hint: Any) -> str:

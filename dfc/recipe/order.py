@@ -13,6 +13,7 @@ from dfc.rewrite.pass_ import pass_classes
 def check_order(steps: Sequence[p.PlanStep], problems: Problems) -> None:
     """Tell passes that come after one which they must not follow."""
     _walk(steps, [], problems)
+    check_emits(steps, problems)
 
 
 def _walk(
@@ -34,9 +35,25 @@ def _walk(
     return before
 
 
+def check_emits(steps: Sequence[p.PlanStep], problems: Problems) -> None:
+    """Tell two steps that write the same file."""
+    seen: set[tuple[str, object]] = set()
+    for step in steps:
+        if isinstance(step, p.EmitStep):
+            key = (step.format, step.options.get("file"))
+            if key in seen:
+                message = f"a second `emit {step.format}` would replace the first"
+                help = "give each a file: with file=..."
+                problems.add([Diagnostic("Q014", message, step.span, help)])
+            seen.add(key)
+        elif isinstance(step, p.WhenStep):
+            check_emits(step.then, problems)
+            check_emits(step.otherwise, problems)
+
+
 def _one(step: p.PassStep, before: Sequence[p.PassStep], problems: Problems) -> None:
     forbidden = pass_classes()[step.name].not_after
-    for earlier in before:
+    for earlier in before if forbidden else ():
         if earlier.name in forbidden:
             message = f"`{step.label}` cannot come after `{earlier.label}`"
             place = f"`{earlier.label}` stands at {earlier.span}" if earlier.span else ""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,8 +100,15 @@ _COMPARE: Mapping[str, Callable[[Any, Any], Any]] = {
     ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt,
     "==": operator.eq, "!=": operator.ne,
 }  # fmt: skip
+
+
+def _divide(a: float, b: float) -> float:
+    """a / b; what is divided by nothing is beyond all bounds."""
+    return a / b if b else math.copysign(math.inf, a) if a else math.nan
+
+
 _COMPUTE: Mapping[str, Callable[[Any, Any], Any]] = {
-    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": _divide,
 }  # fmt: skip
 
 
@@ -195,6 +203,7 @@ class EmitStep:
 
     format: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    span: Span | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         given = ", ".join(f"{k}={value_text(v)}" for k, v in self.options.items())

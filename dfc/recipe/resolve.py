@@ -26,6 +26,7 @@ from dfc.recipe.order import check_order
 from dfc.recipe.settings import apply_settings
 from dfc.recipe.steps import Resolver
 from dfc.recipe.targets import check_needs, made_target, target_of
+from dfc.rewrite.rulesets import add_set
 
 if TYPE_CHECKING:
     from dfc.ir.graph import Graph
@@ -43,10 +44,13 @@ def resolve(
     `settings` are `label.option` or `verb.option` with the text of a value.
     Raises:  DfcError with every error of the file, of what it imports, and of the settings.
     """
-    found, problems = resolve_all(source, name=name, target=target, settings=settings)
-    if problems:
-        raise DfcError.of(problems)
-    assert found is not None
+    problems = Problems()
+    found, names = _resolve(source, name, target, settings, problems)
+    if problems.found:
+        raise DfcError.of(problems.in_order())
+    assert found is not None and names is not None
+    for rules in names.sets.values():
+        add_set(rules)  # the steps know them by name
     return found
 
 
@@ -59,7 +63,18 @@ def resolve_all(
 ) -> tuple[p.Plan | None, list[Diagnostic]]:
     """The plan, as far as it can be made, and all that is wrong; never raises for bad text."""
     problems = Problems()
-    found = None
+    found, _ = _resolve(source, name, target, settings, problems)
+    return found, problems.in_order()
+
+
+def _resolve(
+    source: Source,
+    name: str | None,
+    target: Source | None,
+    settings: Mapping[str, str] | None,
+    problems: Problems,
+) -> tuple[p.Plan | None, Names | None]:
+    found = names = None
     try:
         names = _names(source, target, problems)
         chosen = _chosen(names, name)
@@ -68,7 +83,7 @@ def resolve_all(
             found = _plan(Resolver(names), *chosen, settings or {})
     except Enough:
         pass
-    return found, problems.in_order()
+    return found, names
 
 
 def preset(name: str, settings: Mapping[str, str] | None = None) -> p.Plan:

@@ -51,18 +51,18 @@ class Scope:
     source: Source
     applied: tuple[str, ...]  # the recipes that we are inside of
     frame: Frame = field(default_factory=Frame)
-    taken: set[str] = field(default_factory=set)  # labels of the plan
+    taken: dict[str, int] = field(default_factory=dict)  # labels of the plan, how often wanted
     goals: list[p.Goal] = field(default_factory=list)
     requirements: list[p.Test] = field(default_factory=list)
     steps: int = 0
 
     def fresh(self, wanted: str) -> str:
         """A label that no step of the plan has yet."""
-        name, count = wanted, 1
+        name = wanted
         while name in self.taken:
-            count += 1
-            name = f"{wanted}_{count}"
-        self.taken.add(name)
+            self.taken[wanted] += 1
+            name = f"{wanted}_{self.taken[wanted]}"
+        self.taken[name] = 1
         return name
 
     @contextmanager

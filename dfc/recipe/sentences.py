@@ -12,7 +12,6 @@ from dfc.lang.wording import expression_text
 from dfc.recipe import plan as p
 from dfc.recipe.names import Names
 from dfc.recipe.options import BadValue, convert, fields_of, type_text
-from dfc.rewrite.rulesets import all_sets
 
 
 def options_of(x: s.Step, cls: Any, label: str, source: Source, names: Names) -> dict[str, Any]:
@@ -41,7 +40,7 @@ def option_value(
     if isinstance(x, s.Call) and x.name.name == "tune":
         if not x.arguments or x.keywords:
             raise BadValue("`tune` takes the values to try", x.at, "tune(0.1, 0.3, 0.5)")
-        values = [convert(hint, a, source, [*names.data]) for a in x.arguments]
+        values = [convert(hint, a, source, [*names.data], name) for a in x.arguments]
         return p.Hole(hole, tuple(values))
     if isinstance(x, s.Word) and x.name == "auto":
         choices = cls.auto.get(name)
@@ -50,7 +49,7 @@ def option_value(
         return p.Hole(hole, tuple(choices))
     if isinstance(x, s.Word) and x.name in names.data:
         names.used.add(x.name)
-    return convert(hint, x, source, [*names.data])
+    return convert(hint, x, source, [*names.data], name)
 
 
 def plain_options(
@@ -70,7 +69,7 @@ def plain_options(
             names.problems.say(source, "Q002", f"`{name}` is given twice", k.name.at)
         else:
             try:
-                made[name] = convert(hint, k.value, source)
+                made[name] = convert(hint, k.value, source, name=name)
             except BadValue as e:
                 help = e.help or f"`{name}` is a {type_text(hint)}"
                 names.problems.say(source, e.code, f"`{name}`: {e.message}", e.at, help)
@@ -138,7 +137,7 @@ def _either(operands: Sequence[s.Expr]) -> s.Expr:
 
 def _check_rules(names_: Any, x: s.Step, source: Source, names: Names) -> None:
     """Tell rules and sets that do not exist."""
-    sets = all_sets()
+    sets = names.known_sets()
     known = [*sets, *(n for q in sets.values() for r in q.rules for n in (r.name, r.full_name))]
     choices = names_.choices if isinstance(names_, p.Hole) else (names_,)
     for name in dict.fromkeys(n for choice in choices for n in choice):

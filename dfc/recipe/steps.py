@@ -16,9 +16,10 @@ from dfc.recipe.names import Enough, Names
 from dfc.recipe.scope import Scope, Stretch
 from dfc.recipe.sentences import options_of, plain_options
 from dfc.rewrite.pass_ import pass_classes
-from dfc.rewrite.rulesets import all_sets
 
-BUILT_IN = ("apply", "verify", "emit", "revert", "keep", "when")
+BUILT_IN = (
+    "apply", "verify", "emit", "revert", "keep", "when", "minimize", "maximize", "require",
+)  # fmt: skip
 MAX_STEPS = 1000  # of one recipe
 MAX_DEPTH = 16  # of recipes that apply or extend each other
 MAX_WORK = 20_000  # steps of all recipes of a file
@@ -125,7 +126,7 @@ class Resolver:
             help = did_you_mean(verb, [*pass_classes(), *BUILT_IN])
             if verb in self.names.recipes:
                 help = f"write `apply {verb}`"
-            elif verb in all_sets():
+            elif verb in self.names.known_sets():
                 help = f"write `apply rules({verb})`"
             self.problems.say(scope.source, "Q001", f"unknown pass `{verb}`", x.verb.at, help)
             return ()
@@ -207,7 +208,7 @@ class Resolver:
         found = self.names.recipes.get(o.name)
         if found is None:
             help = did_you_mean(o.name, [*self.names.recipes])
-            if help is None and o.name in all_sets():
+            if help is None and o.name in self.names.known_sets():
                 help = f"write `apply rules({o.name})`"
             help = help or f"there are {', '.join([*self.names.recipes][:8])}"
             message = f"there is no recipe `{o.name}`"
@@ -249,7 +250,7 @@ class Resolver:
             self.problems.say(scope.source, "Q013", f"`emit` cannot write `{name}`", at, help)
             return ()
         options = plain_options(x, EMIT[name], f"emit {name}", scope.source, self.names)
-        return (p.EmitStep(name, options),)
+        return (p.EmitStep(name, options, scope.source.span(*x.at)),)
 
     def _revert(self, x: s.Step, scope: Scope) -> Steps:
         if not x.operands:
@@ -274,10 +275,6 @@ class Resolver:
 
     def _when(self, x: s.When, scope: Scope) -> Steps:
         test = self.goals.test(x.condition, scope)
-        if test is not None and not any(True for _ in test.quantities()):
-            which = "always" if test.evaluate(lambda q: 0.0) else "never"
-            message = f"this holds {which}: nothing in it is measured"
-            self.problems.say(scope.source, "Q016", message, x.condition.at)
         then = tuple(self._statements(x.then, scope, goals=False))
         otherwise = tuple(self._statements(x.otherwise, scope, goals=False))
         return (p.WhenStep(test, then, otherwise),) if test else ()

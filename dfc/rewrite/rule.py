@@ -155,7 +155,8 @@ def rules_of(source: Source, name: str) -> RuleSet:
 def read_rules(source: Source, name: str) -> tuple[RuleSet, list[Diagnostic]]:
     """As many rules as are right, and everything that is wrong; never raises for bad text."""
     reading = read_document(source)
-    checker = _Checker(source, name, reading.document)
+    broken = {d.span.line for d in reading.problems if d.span}
+    checker = _Checker(source, name, reading.document, broken)
     rules = checker.rules()
     problems = [*reading.problems, *checker.problems]
     problems.sort(key=lambda d: (d.span.line, d.span.col) if d.span else (0, 0))
@@ -193,7 +194,10 @@ def walk(x: s.Expr) -> Iterator[s.Expr]:
 class _Checker:
     """Turns the rules of a document into `Rule`s and collects what is wrong with them."""
 
-    def __init__(self, source: Source, name: str, document: s.Document) -> None:
+    def __init__(
+        self, source: Source, name: str, document: s.Document, broken: set[int] | None = None
+    ) -> None:
+        self.broken = broken or set()  # lines that could not be read
         self.source = source
         self.set = name
         self.document = document
@@ -213,11 +217,13 @@ class _Checker:
                     self.say("R002", f"`{p.name.name}` is a function of conditions", p.name.at)
                 self.patterns[p.name.name] = p
         found: dict[str, Rule] = {}
+        seen: set[str] = set()
         for entry in self.document.entries:
             if not isinstance(entry, s.Rule):
                 continue
-            if entry.name.name in found:
+            if entry.name.name in seen:
                 self.say("R002", f"a rule `{entry.name.name}` exists already", entry.name.at)
+            seen.add(entry.name.name)
             before = len(self.problems)
             rule = self.rule(entry)
             if rule is not None and len(self.problems) == before:
@@ -225,15 +231,16 @@ class _Checker:
         return tuple(found.values())
 
     def rule(self, entry: s.Rule) -> Rule | None:
+        whole = not self._broken(entry)
         for kind, name, least, most in _COUNTS:
             clauses = _of(entry, kind)
-            if len(clauses) < least:
+            if len(clauses) < least and whole:
                 self.say("R001", f"the rule has no `{name}`", entry.name.at, _HELP.get(kind))
             elif len(clauses) > most:
                 self.say("R001", f"a second `{name}`", clauses[1].at)
         matches, rewrites = _of(entry, s.Match), _of(entry, s.Rewrite)
         claims, priorities = _of(entry, s.Claim), _of(entry, s.Priority)
-        if not matches or not rewrites or not claims:
+        if not matches or not rewrites:
             return None
         matches, rewrites = self._named(entry, matches, rewrites)
         self.expansions = 0
@@ -242,7 +249,7 @@ class _Checker:
             rewrites = [replace(r, value=self.expand(r.value, ())) for r in rewrites]
         except _Failed:
             return None
-        tolerance = claims[0].tolerance
+        tolerance = claims[0].tolerance if claims else None  # a missing claim has been told
         rule = Rule(
             name=entry.name.name,
             set=self.set,
@@ -260,6 +267,11 @@ class _Checker:
         )
         self._check(entry, rule)
         return rule
+
+    def _broken(self, entry: s.Rule) -> bool:
+        """Whether a clause of the rule could not be read: what is missing may be there."""
+        first, last = (self.source.span(at).line for at in entry.at)
+        return any(first <= line <= last for line in self.broken)
 
     def _comment(self, entry: s.Rule) -> str:
         """The comment that stands above a rule: why it helps."""

@@ -32,13 +32,18 @@ def add_set(rules: RuleSet) -> None:
     Raises:  DfcError R009 when another file has brought a set of this name.
     """
     known = _loaded.get(rules.name) or shipped_sets().get(rules.name)
-    if known is not None and known.source.text != rules.source.text:
+    if known is not None and is_another(known, rules):
         raise DfcError(
             "R009",
             f"the rule set `{rules.name}` of {rules.source.file} exists already",
             help=f"rename the file: the other one is {known.source.file}",
         )
     _loaded[rules.name] = rules
+
+
+def is_another(known: RuleSet, rules: RuleSet) -> bool:
+    """Whether two sets of one name are two: neither the same rules, nor the same file edited."""
+    return known.source.text != rules.source.text and known.source.file != rules.source.file
 
 
 @contextmanager
