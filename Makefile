@@ -8,7 +8,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TESTS ?= tests
 
-.PHONY: help venv assets demo test test-full lint bench clean
+.PHONY: help venv assets demo test test-full lint bench bench-peers clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,11 @@ bench: assets ## run every benchmark
 	  test -e "$$script" || { echo "there is no benchmark yet"; exit 1; }; \
 	  echo "== $$script"; $(BIN)/python "$$script"; \
 	done
+
+bench-peers: venv ## time other rewriters on the same rules and graphs (TVM in .venv-peers)
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --disable-pip-version-check -q apache-tvm==0.27.0
+	$(BIN)/python benchmarks/rules.py --peers
 
 clean: ## remove what was built or cached; .venv and .assets stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov

@@ -22,6 +22,11 @@ if ls .whl/*.whl >/dev/null 2>&1; then
   export PYTHONPATH="$PYTHONPATH:$site" # after what the machine has: its own versions win
 fi
 
+if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "no CUDA device: nothing to measure"
+  exit 0
+fi
+
 log=$(mktemp)
 failed=0
 say() { echo "$@" | tee -a "$log"; }
