@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dfc.ir.graph import Graph, Node, Parameter, Value
-from dfc.ir.types import TensorType
 from dfc.rewrite.pass_ import KEPT, Context, Pass, close
 
 if TYPE_CHECKING:
@@ -105,8 +104,8 @@ def _fold(graph: Graph, norm: Node, source: Value) -> None:
     gamma, beta, mean, variance = norm.inputs[1:5]
     names = [x.name for x in (weight, norm.results[0]) if isinstance(x, Value)]
     scaled, shifted = _fused(weight, bias, gamma, beta, mean, variance, norm.attributes["eps"])
-    new_weight = _parameter(graph, f"{names[0]}.{norm.results[0].name}", scaled)
-    new_bias = _parameter(graph, f"{names[0]}.{norm.results[0].name}.bias", shifted)
+    new_weight = graph.add_constant(f"{names[0]}.{norm.results[0].name}", scaled)
+    new_bias = graph.add_constant(f"{names[0]}.{norm.results[0].name}.bias", shifted)
     graph.set_inputs_of(layer, [layer.inputs[0], new_weight, new_bias, *layer.inputs[3:]])
     graph.replace_uses(norm.results[0], source)
     graph.erase(norm)
@@ -133,13 +132,3 @@ def _fused(
     dtype = weight.tensor_type.dtype.to_torch()
     scaled = w * scale.reshape(-1, *[1] * (w.dim() - 1))
     return scaled.to(dtype), shifted.to(dtype)
-
-
-def _parameter(graph: Graph, wish: str, tensor: torch.Tensor) -> Parameter:
-    from dfc.ir.weights import TensorData
-
-    name, n = wish, 1
-    while name in graph.parameters:
-        name, n = f"{wish}.{n}", n + 1
-    data = TensorData(name, tensor)
-    return graph.add_parameter(name, TensorType.of(tensor), "constant", data)

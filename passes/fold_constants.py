@@ -85,7 +85,6 @@ def _bytes(t: object) -> int:
 
 def _fold(graph: Graph, node: Node, ctx: Context) -> int:
     from dfc.ir.interpret import run_constant
-    from dfc.ir.weights import TensorData
 
     try:
         values = run_constant(node)
@@ -94,16 +93,8 @@ def _fold(graph: Graph, node: Node, ctx: Context) -> int:
         return 0  # it fails at run time too, where the user sees it with its line
     made: list[Value] = []
     for r, x in zip(node.results, values, strict=True):
-        name = _free_name(graph, f"folded.{r.name}")
         x = x.detach().clone()  # strides are kept: another layout rounds differently
-        made.append(graph.add_parameter(name, TensorType.of(x), "constant", TensorData(name, x)))
+        made.append(graph.add_constant(f"folded.{r.name}", x))
     ctx.decided(node, "folded", "depends on constants alone", made[0])
     graph.replace(node, made)
     return 1
-
-
-def _free_name(graph: Graph, wish: str) -> str:
-    name, n = wish, 1
-    while name in graph.parameters:
-        name, n = f"{wish}.{n}", n + 1
-    return name

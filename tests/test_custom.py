@@ -717,3 +717,71 @@ print(find_pass("dce"))
     assert "pass `cse` exists already: dfc itself, but also the package `other-demo`" in shown
     assert "pass `demo_broken` exists already: the package `dfc-demo`" in shown
     assert shown.endswith("dce\n")
+
+
+# What is written about it
+
+
+def blocks() -> list[tuple[str, str, str]]:
+    """The blocks of the page: language, file, text."""
+    import re
+
+    page = (ROOT / "docs" / "writing-passes.md").read_text()
+    found = re.findall(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    return [(kind, file, text) for kind, file, text in found]
+
+
+def test_every_block_of_the_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shlex
+    import tomllib
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    space: dict[str, Any] = {"dfc": dfc, "__name__": "page"}
+    seen = set()
+    for kind, file, text in blocks():
+        seen.add(kind)
+        if file:
+            (tmp_path / file).write_text(text)
+        elif kind == "python":
+            exec(compile(text, "page.md", "exec"), space)
+        elif kind == "toml":
+            groups = tomllib.loads(text)["project"]["entry-points"]
+            assert set(groups) == {"dfc.passes", "dfc.ops", "dfc.engines"}
+        elif kind == "console":
+            for line in text.splitlines():
+                _, command, *given = shlex.split(line)
+                assert command == "dfc" and main(given) == 0, capsys.readouterr().err
+    assert seen == {"python", "dfc", "toml", "console"}
+    shown = capsys.readouterr().out
+    assert "folded     %mul (aten.mul.Scalar" in shown and "the weights hold 0.25" in shown
+    for name in ("my_passes", "my_ops"):
+        sys.modules.pop(name, None)
+
+
+def test_the_example_pass_runs_by_itself() -> None:
+    shown = python("examples/custom_pass.py").stdout
+    assert "fold_scale               4 changes" in shown and "proved" in shown
+    assert "the weights hold the factor 0.25" in shown and "layers.0..3.self_attn (4)" in shown
+
+
+def test_the_example_rule_is_proved_and_used(capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(ROOT / "examples" / "custom_rule.dfc")
+    assert main(["test", file]) == 0
+    assert "swish: proved" in capsys.readouterr().out
+    from dfc.cli.extensions import load_extension
+
+    load_extension(file)
+
+    class Swish(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.sigmoid(x)
+
+    compiled = dfc.compile(
+        Swish(), (torch.randn(4),), passes=[find_pass("fuse", {"rules": ("custom_rule",)})]
+    )
+    assert [n.op for n in compiled.graph.nodes] == ["aten.silu.default"]
+    plan = resolve(Source(Path(file).read_text(), file))
+    assert [p.name for p in plan.passes()] == ["canonicalize", "fuse"]

@@ -444,6 +444,16 @@ class Graph:
         self._parameters[name] = Parameter(name, type, kind, data, aliases)
         return self._parameters[name]
 
+    def add_constant(self, wish: str, tensor: torch.Tensor) -> Parameter:
+        """Append a parameter with these numbers, by the wished name or the next free one."""
+        from dfc.ir.weights import TensorData
+
+        name, n = wish, 1
+        while name in self._parameters:
+            name, n = f"{wish}.{n}", n + 1
+        data = TensorData(name, tensor)
+        return self.add_parameter(name, TensorType.of(tensor), "constant", data)
+
     def drop_parameter(self, name: str) -> None:
         """Forget a parameter that nothing reads."""
         assert not self._parameters[name]._users, f"!{name} is still used"
