@@ -193,6 +193,7 @@ BROAD = {
     "dfc/cli/failures.py": 2,  # ... and while it is written down
     "dfc/cli/inputs.py": 1,  # a file of inputs that is broken in any way
     "dfc/cli/judge.py": 1,  # the user's check
+    "dfc/cli/recipes.py": 1,  # the function that makes data
     "dfc/cli/sources.py": 4,  # the user's factory, and files that torch reads
     "dfc/emit/decompose.py": 1,  # tracing raises whatever a decomposition meets
     "dfc/emit/onnx_run.py": 2,  # ONNX Runtime has a class for each status code

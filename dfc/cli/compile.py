@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dfc.cli.compile_tables import facts, print_facts
 from dfc.cli.options import Device, Force, Json, Model, Use, load_used
+from dfc.cli.recipes import Level, RecipeFile, RecipeName, Settings, Steps, TargetFile
 from dfc.errors import DfcError, did_you_mean
 
 if TYPE_CHECKING:
     from dfc.cli.progress import Progress
+    from dfc.cli.recipes import Chosen
     from dfc.compiled import Compiled
 
 
@@ -30,10 +32,32 @@ def compile(
             "--contrib/--no-contrib", help="Allow ONNX Runtime's own operators in that file."
         ),
     ] = False,
-    passes: Annotated[
+    recipe: RecipeFile = None,
+    name: RecipeName = None,
+    level: Level = None,
+    passes: Steps = None,
+    target: TargetFile = None,
+    settings: Settings = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data", metavar="NAME=FILE.py:FUNCTION", help="Data of the recipe: what it returns."
+        ),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            metavar="NAME=FILE.py:FUNCTION",
+            help="A metric of the recipe: FUNCTION(run, data), or FUNCTION(run) without data.",
+        ),
+    ] = None,
+    budget: Annotated[
         str | None,
         typer.Option(
-            "-p", "--passes", metavar="STEPS", help="Passes in order, as in 'cse{limit=3},dce'."
+            "--budget",
+            metavar="60s|20",
+            help="For `tune` and `auto`: a time, or a number of tries.",
         ),
     ] = None,
     engine: Annotated[
@@ -69,97 +93,142 @@ def compile(
 ) -> None:
     """Compile a model, prove it, choose the fastest engine.
 
+    Exit status 5 says that a requirement of the recipe is not met: then the report is printed (and
+    written, with --html), and nothing else is written.
+
     \b
     Examples:
-      dfc compile encoder.py:build -o encoder.dfcpkg
-      dfc compile encoder.py:build --onnx encoder.onnx --engine onnxruntime
-      dfc compile graph.dfc -p 'canonicalize,cse{limit=3}' --print-after cse
+      dfc compile encoder.py:build -o encoder.dfcpkg --onnx encoder.onnx
+      dfc compile encoder.py:build -r small.dfc --data val=data.py:val --metric top1=data.py:top1
+      dfc compile graph.dfc -p 'canonicalize,fuse{rules=attention}' --print-after fuse
     """
     from dfc.cli.outputs import require_writable
     from dfc.cli.progress import Progress
+    from dfc.cli.recipes import choose_recipe, emit_paths
 
     load_used(use)
     for path in (output, onnx, html):
         require_writable(path, force)
-    written: dict[str, str] = {}
     with Progress() as say:
-        compiled = _compile(
-            model, passes, engine, verify, strict, print_after, device, reproducers, say
-        )
-        if output:
-            say(f"writing {output}")
-            compiled.save(output, force=force)
-            written["package"] = output
-        if onnx:
-            say(f"writing {onnx} and running it in ONNX Runtime")
-            compiled.export(onnx, force=force, contrib=contrib)
-            written["onnx"] = onnx
+        say("reading the options")
+        chosen = choose_recipe(recipe, name, level, passes, target, settings)
+        for path in emit_paths(chosen.plan, output):
+            require_writable(path, force)
+        job = _Job(chosen, data, metric, budget, engine, verify, strict, device, reproducers, say)
+        compiled, missed = job.run(model, print_after)
+        written: dict[str, str] = {}
+        if missed is None:
+            written = _write(compiled, output, onnx, contrib, force, say)
         if html:
             from dfc.cli.outputs import write_text
 
             write_text(html, compiled.report.to_html(), force)
             written["html"] = html
         say("looking for the largest error")
-        data = _facts(model, compiled, written)
+        told = facts(model, compiled, written)
     if as_json:
         from dfc.cli.tables import print_json
 
-        print_json(data)
+        print_json(told)
     else:
-        _print(model, compiled, data)
+        print_facts(model, compiled, told)
+    if missed is not None:
+        raise missed
 
 
-def _compile(
-    model: str,
-    passes: str | None,
-    engine: str,
-    verify: str | None,
-    strict: bool,
-    print_after: str | None,
-    device: str,
-    reproducers: str | None,
+@dataclass
+class _Job:
+    """What the options ask of one compilation."""
+
+    chosen: Chosen
+    data: list[str] | None
+    metrics: list[str] | None
+    budget: str | None
+    engine: str
+    verify: str | None
+    strict: bool
+    device: str
+    reproducers: str | None
+    say: Progress
+
+    def run(self, model: str, print_after: str | None) -> tuple[Compiled, DfcError | None]:
+        """What was compiled, and the error of a requirement that it does not meet."""
+        say = self.say
+        import dfc
+        from dfc.cli.engines import check_device, check_engine
+        from dfc.cli.recipes import named_data, named_metrics
+        from dfc.cli.sources import open_source
+        from dfc.recipe.tune import Budget
+        from dfc.rewrite.driver import VERIFY
+
+        if self.verify not in (None, *VERIFY):
+            message = f"verify is one of {', '.join(VERIFY)}, got `{self.verify}`"
+            raise DfcError("Q004", message)
+        check_engine(self.engine)
+        check_device(self.device)
+        Budget.of(self.budget)
+        _check_print_after(print_after, [step.name for step in self.chosen.plan.passes()])
+        say(f"loading {model}")
+        source = open_source(model)
+        metrics, data = named_metrics(self.metrics), named_data(self.data)
+
+        def show(step: str, graph: Any) -> None:
+            if print_after in ("all", step.partition("{")[0]):
+                say.log(f"# after {step}\n{graph}")
+
+        try:
+            compiled = dfc.compile(
+                source.model,
+                source.args,
+                source.kwargs,
+                source.dynamic_shapes,
+                recipe=self.chosen.recipe,
+                settings=self.chosen.settings or None,
+                target=self.chosen.target,
+                data=data,
+                metrics=metrics,
+                budget=self.budget,
+                engine=self.engine,
+                verify=self.verify,
+                strict=self.strict,
+                device=self.device,
+                reproducers=self.reproducers,
+                print_after=show if print_after else None,
+                progress=say,
+            )
+        except dfc.RequirementMissed as e:
+            return e.compiled, e
+        return compiled, None
+
+
+def _write(
+    compiled: Compiled,
+    output: str | None,
+    onnx: str | None,
+    contrib: bool,
+    force: bool,
     say: Progress,
-) -> Compiled:
-    say("reading the options")
-    import dfc
-    from dfc.cli.engines import check_device, check_engine
-    from dfc.cli.sources import open_source
-    from dfc.recipe.sources import DEFAULT_RECIPE, plan_of
-    from dfc.rewrite.driver import VERIFY
+) -> dict[str, str]:
+    """The package, what the recipe emits beside it, and the ONNX file of the command line."""
+    from dfc.cli.recipes import stem_of
 
-    plan = plan_of(DEFAULT_RECIPE) if passes is None else _pipeline(passes)
-    if verify not in (None, *VERIFY):
-        raise DfcError("Q004", f"verify is one of {', '.join(VERIFY)}, got `{verify}`")
-    check_engine(engine)
-    check_device(device)
-    _check_print_after(print_after, [step.name for step in plan.passes()])
-    say(f"loading {model}")
-    source = open_source(model)
-
-    def show(step: str, graph: Any) -> None:
-        if print_after in ("all", step.partition("{")[0]):
-            say.log(f"# after {step}\n{graph}")
-
-    return dfc.compile(
-        source.model,
-        source.args,
-        source.kwargs,
-        source.dynamic_shapes,
-        recipe=plan if passes is not None else None,
-        engine=engine,
-        verify=verify,
-        strict=strict,
-        device=device,
-        reproducers=reproducers,
-        print_after=show if print_after else None,
-        progress=say,
-    )
-
-
-def _pipeline(text: str) -> Any:
-    from dfc.cli.steps import parse_pipeline
-
-    return parse_pipeline(text)
+    written: dict[str, str] = {}
+    if output:
+        say(f"writing {output}")
+        compiled.save(output, force=force)
+        written["package"] = output
+        if compiled.emits:
+            say("writing what the recipe emits")
+            paths = compiled.emit(stem_of(output), force=force)
+            written |= {f"emitted {i}": path for i, path in enumerate(paths, 1)}
+    elif compiled.emits:
+        formats = ", ".join(format for format, _ in compiled.emits)
+        compiled.report.notes.append(f"`emit {formats}` writes beside a package: name one by -o")
+    if onnx:
+        say(f"writing {onnx} and running it in ONNX Runtime")
+        compiled.export(onnx, force=force, contrib=contrib)
+        written["onnx"] = onnx
+    return written
 
 
 def _check_print_after(wanted: str | None, names: list[str]) -> None:
@@ -170,77 +239,3 @@ def _check_print_after(wanted: str | None, names: list[str]) -> None:
             f"--print-after names `{wanted}`, the passes are {', '.join(names)}",
             help=did_you_mean(wanted, [*names, "all"]),
         )
-
-
-def _facts(model: str, compiled: Compiled, written: dict[str, str]) -> dict[str, Any]:
-    from dfc.cli.prove import largest_error
-    from dfc.cli.tables import size_of
-
-    worst = largest_error(compiled)
-    return {
-        "model": model,
-        "engine": compiled.engine.name,
-        "report": asdict(compiled.report),
-        "largest_error": worst.to_data() if worst else None,
-        "largest_error_text": str(worst) if worst else None,
-        "written": {k: {"path": p, "bytes": size_of(p)} for k, p in written.items()},
-        "next": _next(model, written),
-    }
-
-
-def _next(model: str, written: dict[str, str]) -> str:
-    if "package" in written:
-        return f"dfc bench {written['package']}"
-    return f"dfc compile {json.dumps(model) if ' ' in model else model} -o model.dfcpkg"
-
-
-def _print(model: str, compiled: Compiled, data: dict[str, Any]) -> None:
-    from dfc.cli.tables import bytes_text, ms_text, print_table, print_text
-
-    report = compiled.report
-    print_text(f"{model}: {report.proof}\n")
-    gain = ""
-    if report.before_ms and report.after_ms:
-        gain = f"{report.before_ms / report.after_ms:.2f}x on {compiled.engine.name}"
-    rows = [
-        ["nodes", str(report.nodes_before), str(report.nodes_after), ""],
-        ["weights", bytes_text(report.bytes_before), bytes_text(report.bytes_after), ""],
-        ["latency", ms_text(report.before_ms), ms_text(report.after_ms), gain],
-    ]
-    print_table(["", "before", "after", ""], rows, right=(1, 2))
-    if data["largest_error_text"]:
-        print_text(f"largest error against the original: {data['largest_error_text']}")
-    if report.passes:
-        print_text("")
-        _print_passes(report)
-    if report.engines:
-        print_text("")
-        _print_engines(report)
-    for note in report.notes:
-        print_text(f"note: {note}")
-    print_text("")
-    for kind, file in data["written"].items():
-        print_text(f"wrote {file['path']} ({kind}, {bytes_text(file['bytes'])})")
-    print_text(f"next: {data['next']}")
-
-
-def _print_passes(report: Any) -> None:
-    from dfc.cli.tables import ms_text, print_table
-
-    rows = [
-        [p.step, str(p.changes), f"{p.nodes_before} -> {p.nodes_after}", ms_text(p.ms),
-         f"{p.verdict}: {p.reason}" if p.reason else p.verdict]
-        for p in report.passes
-    ]  # fmt: skip
-    print_table(["pass", "changes", "nodes", "time", ""], rows, right=(1, 3))
-
-
-def _print_engines(report: Any) -> None:
-    from dfc.cli.tables import ms_text, print_table
-
-    rows = [
-        [e.name, ms_text(e.p50_ms), f"± {ms_text(e.spread_ms)}" if e.spread_ms is not None else "",
-         f"{e.verdict}: {e.reason}" if e.reason else e.verdict]
-        for e in report.engines
-    ]  # fmt: skip
-    print_table(["engine", "p50", "spread", ""], rows, right=(1,))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dfc.cli.options import Json, Model, Use, load_used
+from dfc.cli.options import MODEL_HELP, Json, Use, load_used
+from dfc.cli.recipes import Level, RecipeName, Settings, TargetFile
+from dfc.errors import DfcError
 
 if TYPE_CHECKING:
     from dfc.ir.graph import Graph
@@ -23,27 +26,45 @@ _COLOURS = {
 
 
 def show(
-    model: Model,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help=f"{MODEL_HELP} Or a recipe.dfc.", show_default=False
+        ),
+    ] = None,
     summary: Annotated[
         bool, typer.Option("--summary", help="Inputs, outputs, sizes and ops, counted.")
     ] = False,
     resolved: Annotated[
-        bool, typer.Option("--resolved", help="Every pass and option, engine and version.")
+        bool,
+        typer.Option(
+            "--resolved", help="The recipe, resolved: every step and option; engine and versions."
+        ),
     ] = False,
+    name: RecipeName = None,
+    level: Level = None,
+    target: TargetFile = None,
+    settings: Settings = None,
     use: Use = None,
     as_json: Json = False,
 ) -> None:
-    """Show a graph: traced from a model, or a package's own.
+    """Show a graph, traced from a model or a package's own; or a recipe, resolved.
 
     \b
     Examples:
-      dfc show encoder.dfcpkg --summary
       dfc show encoder.py:build > encoder.dfc
-      dfc show encoder.dfcpkg --resolved --json
+      dfc show --resolved small.dfc --set q.limit=3
+      dfc show --resolved -O2
     """
     from dfc.cli.progress import Progress
 
     load_used(use)
+    if model is None or _is_recipe(model):
+        _show_recipe(model, name, level, target, settings, as_json)
+        return
+    if (name, level, target, settings or None) != (None, None, None, None):
+        message = f"--name, -O, -t and --set are of recipes, and `{model}` is none"
+        raise DfcError("D054", message)
     with Progress() as say:
         graph, decided = _read(model, say)
         say("printing")
@@ -67,9 +88,46 @@ def show(
         _print_graph(data["text"])
 
 
-def _read(model: str, say: Any) -> tuple[Graph, dict[str, Any]]:
-    from pathlib import Path
+def _is_recipe(model: str) -> bool:
+    """Whether a file of the language holds no graph, but recipes, targets and rules."""
+    from dfc.recipe.sources import split_name
 
+    file, _ = split_name(model)
+    path = Path(file)
+    if path.suffix != ".dfc" or not path.is_file():
+        return False
+    from dfc.cli.sources import read_source
+    from dfc.lang.source import holds_graph
+
+    return not holds_graph(read_source(file).text)
+
+
+def _show_recipe(
+    file: str | None,
+    name: str | None,
+    level: int | None,
+    target: str | None,
+    settings: list[str] | None,
+    as_json: bool,
+) -> None:
+    """Print a recipe without imports, defaults and settings filled in."""
+    from dfc.cli.recipes import choose_recipe
+
+    if file is None and level is None:
+        help = "name a model, a package, a recipe.dfc, or a preset by -O2"
+        raise DfcError("D054", "there is nothing to show", help=help)
+    plan = choose_recipe(file, name, level, None, target, settings).plan
+    if as_json:
+        from dfc.cli.tables import print_json
+
+        print_json({"model": file, "resolved": {"recipe": str(plan)}})
+    else:
+        _print_graph(str(plan))
+    for warning in plan.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+
+
+def _read(model: str, say: Any) -> tuple[Graph, dict[str, Any]]:
     from dfc.cli.sources import is_package, open_source
     from dfc.recipe.sources import DEFAULT_RECIPE, plan_of
 

@@ -184,7 +184,7 @@ def _chosen(names: Names, name: str | None) -> tuple[s.Recipe, Source] | None:
     elif not names.problems.found:
         listed = ", ".join(f"`{e.name.name}`" for e in own)
         message = f"the file has {len(own)} recipes: {listed}" if own else "the file has no recipe"
-        advice = "say which: --recipe NAME" if own else "write `recipe NAME { ... }`"
+        advice = "say which: FILE.dfc:NAME" if own else "write `recipe NAME { ... }`"
         place = names.main.source.span(0)
         names.problems.add([Diagnostic("Q011", message, place, advice)])
     return None

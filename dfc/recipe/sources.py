@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dfc.errors import DfcError, did_you_mean
+from dfc.errors import DfcError, Diagnostic, did_you_mean
 from dfc.lang.source import Source
-from dfc.recipe.plan import PassStep, Plan
+from dfc.recipe.plan import EmitStep, PassStep, Plan, PlanStep, WhenStep
 from dfc.recipe.quantities import TIMED
 from dfc.recipe.resolve import resolve
 
@@ -29,20 +29,54 @@ def plan_of(
     """The plan that a recipe stands for.
 
     A text has several lines, or begins with `dfc 1`; a word without `.dfc` is a preset; anything
-    else is a file. `name` chooses among the recipes of a file.
+    else is a file. `name`, or FILE.dfc:NAME, chooses among the recipes of a file.
     Raises:  DfcError with every error of the text; D050 for a file that cannot be read.
     """
+    plan = _plan_of(recipe, name, target, settings)
+    problems = [*_emit_problems(plan)]
+    if problems:
+        raise DfcError.of(problems)
+    return plan
+
+
+def _plan_of(
+    recipe: Recipe,
+    name: str | None,
+    target: str | os.PathLike[str] | None,
+    settings: Mapping[str, Any] | None,
+) -> Plan:
     given = {k: v if isinstance(v, str) else _text(v) for k, v in (settings or {}).items()}
     if isinstance(recipe, Plan):
         if not given and target is None:
             return recipe
         recipe = str(recipe)
     elif hasattr(recipe, "plan") and not isinstance(recipe, (str, os.PathLike)):
-        return plan_of(recipe.plan(), name=name, target=target, settings=settings)
+        return _plan_of(recipe.plan(), name, target, settings)
     aim = None if target is None else source_of(target)
     if isinstance(recipe, str) and recipe.isidentifier():
         return resolve(Source("dfc 1\n"), name=recipe, target=aim, settings=given)
+    if isinstance(recipe, str) and not is_text(recipe):
+        recipe, last = split_name(recipe)
+        name = name or last
     return resolve(source_of(recipe), name=name, target=aim, settings=given)
+
+
+def _emit_problems(plan: Plan) -> Iterator[Diagnostic]:
+    """Names of files that lie elsewhere than beside the package."""
+    for step in _emits(plan.steps):
+        file = step.options.get("file")
+        if file is not None and (file in ("", ".", "..") or set(file) & set("/\\:\0")):
+            message = f'`emit {step.format}`: "{file}" is no file name'
+            yield Diagnostic("Q054", message, None, "it is written beside the package: give a name")
+
+
+def _emits(steps: Sequence[PlanStep]) -> Iterator[EmitStep]:
+    for step in steps:
+        if isinstance(step, EmitStep):
+            yield step
+        elif isinstance(step, WhenStep):
+            yield from _emits(step.then)
+            yield from _emits(step.otherwise)
 
 
 def chosen_plan(
@@ -75,6 +109,14 @@ def source_of(text_or_path: str | os.PathLike[str]) -> Source:
     except OSError as e:
         reason = (e.strerror or str(e)).lower()
         raise DfcError("D050", f"cannot read `{path}`: {reason}") from None
+
+
+def split_name(path: str) -> tuple[str, str | None]:
+    """FILE.dfc:NAME as the file and the name."""
+    file, colon, last = path.rpartition(":")
+    if colon and file.endswith(".dfc") and last.isidentifier():
+        return file, last
+    return path, None
 
 
 def is_text(recipe: str) -> bool:
