@@ -88,12 +88,14 @@ def _shipped_proofs() -> Mapping[str, Any]:
 
 
 def is_shipped_proof(rule: Rule) -> bool:
-    """Whether dfc comes with the proof of this rule, for this version of torch."""
-    shipped = _shipped_proofs()
-    rules = shipped.get("rules")
-    if shipped.get("torch") != torch_version() or not isinstance(rules, dict):
-        return False
-    return bool(rules.get(rule.full_name) == rule.digest)
+    """Whether dfc comes with the proof of this very rule.
+
+    Why:  under another torch it still counts: proving all anew takes a minute and runs kernels on
+          empty tensors, which end the process in some releases. What a rewrite does to a model is
+          compared on probes with the torch that runs it, and `dfc test` proves anew.
+    """
+    rules = _shipped_proofs().get("rules")
+    return isinstance(rules, dict) and rules.get(rule.full_name) == rule.digest
 
 
 def shipped_text(rules: Iterable[Rule]) -> str:
