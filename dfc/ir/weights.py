@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,21 +47,27 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 class SafetensorsData(ParameterData):
-    """An entry of a safetensors file, read when it is asked for."""
+    """An entry of a safetensors file, read when it is asked for.
+
+    It is mapped, and let go when nobody uses it: a model that is only looked at, or of which one
+    node after the other is run, is never in memory as a whole.
+    """
 
     def __init__(self, path: Path, key: str, digest: str | None = None) -> None:
         self.path = path
         self.key = key
         self._digest = digest  # None: computed when it is asked for
-        self._held: torch.Tensor | None = None
+        self._held: weakref.ref[torch.Tensor] | None = None
 
     def tensor(self) -> torch.Tensor:
-        if self._held is None:
+        held = self._held() if self._held is not None else None
+        if held is None:
             from safetensors import safe_open
 
             with safe_open(self.path, framework="pt") as f:
-                self._held = f.get_tensor(self.key)
-        return self._held
+                held = f.get_tensor(self.key)
+            self._held = weakref.ref(held)
+        return held
 
     def sha256(self) -> str:
         if self._digest is None:

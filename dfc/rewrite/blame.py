@@ -123,10 +123,12 @@ class Blame:
 
         Raises:  DfcError V030 (status 4) under `strict`, after the first one was found.
         """
-        if self._shaky(wrong):
-            return self._whole(
-                Wrong("the model gives other results from run to run, which proves nothing"), None
+        shaken = self._shaken(wrong)
+        if shaken is not None:
+            reason = (
+                f"nothing can be said: the graph before it is no longer right ({shaken.reason})"
             )
+            return self._whole(Wrong(reason, wrong.probe), None)
         trial = self.attempt(self.step, prove=wrong.probe or False)
         if trial.wrong is None:
             return self._whole(
@@ -177,11 +179,13 @@ class Blame:
 
     # Finding
 
-    def _shaky(self, wrong: Wrong) -> bool:
-        """Whether the graph before the pass fails its own proof by now."""
-        if wrong.probe is None:
-            return False
-        return isinstance(self.proof.judge(self.before, self.promised, wrong.probe), Wrong)
+    def _shaken(self, wrong: Wrong) -> Wrong | None:
+        """How the graph before the pass fails its own proof by now: a model that gives other
+        results from run to run, or weights that somebody wrote to."""
+        if wrong.probe is None or self.promised.kind == "changes":
+            return None
+        found = self.proof.judge(self.before, self.promised, wrong.probe)
+        return found if isinstance(found, Wrong) else None
 
     def _bisectable(self, wrong: Wrong) -> bool:
         """Whether the pass does nothing when it may do nothing."""
@@ -226,7 +230,10 @@ class Blame:
             if out.number >= 0:
                 reason = f"it was wrong {len(same)} times"
                 self.left_out.append(dataclasses.replace(out, number=-1, reason=reason))
-            return remove(out.rule), 0
+            rest = remove(out.rule)
+            if rest is not None and "skip" in fields_of(rest):  # the numbers are others now
+                rest = dataclasses.replace(rest, skip=self.step.skip)  # type: ignore[attr-defined]
+            return rest, 0
         if "skip" in fields_of(step) and out.number >= 0:
             # Leaving out one may change what comes after it, and so its number: it is found again.
             own = self.step.skip  # type: ignore[attr-defined]

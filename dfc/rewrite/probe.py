@@ -250,7 +250,8 @@ def _further(graph: Graph, inputs: Sequence[Any], number: int, seed: int) -> Pro
         if all(evaluate(r, {**sizes, **plan}) is not False for r in graph.requires):
             break
         plan = {}
-    label = f"{_label(plan)}, other values" if plan else f"other values, number {number}"
+    label = f"{_label(plan)}, other values" if plan else "other values"
+    label += f", number {number + 1}"
     return Probe(label, _drawn(graph, inputs, {**sizes, **plan}, generator))
 
 
