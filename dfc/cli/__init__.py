@@ -22,6 +22,7 @@ from dfc.cli.explain import explain as explain_
 from dfc.cli.failures import INTERRUPTED, guarded, usage
 from dfc.cli.fmt import fmt as fmt_
 from dfc.cli.list import list_
+from dfc.cli.lsp import lsp as lsp_
 from dfc.cli.run import run as run_
 from dfc.cli.select import select as select_
 from dfc.cli.show import show as show_
@@ -48,6 +49,7 @@ for verb in (
     test_,
     list_,
     doctor_,
+    lsp_,
 ):
     app.command(name=verb.__name__.rstrip("_"))(verb)
 

@@ -24,7 +24,11 @@ _NEEDED = {
     "typer": "this command",
     "rich": "tables",
 }
-_OPTIONAL = {"transformers": "pip install 'dfc-compiler[hf]'", "openvino": "pip install openvino"}
+_OPTIONAL = {
+    "transformers": "pip install 'dfc-compiler[hf]'",
+    "openvino": "pip install openvino",
+    "pygls": "pip install 'dfc-compiler[lsp]'",
+}
 _ALTERNATIVES = {"onnxruntime-gpu": ("onnxruntime",)}
 
 

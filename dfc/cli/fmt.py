@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from dfc.cli.failures import DIFFERENT
-
-if TYPE_CHECKING:
-    from dfc.lang.source import Source
 
 
 def fmt(
@@ -56,6 +53,7 @@ def _changed(files: list[str]) -> list[tuple[str, str, str]]:
     """The files that are not in layout, and stdin: all are read before the first is written."""
     from dfc.cli.sources import read_source
     from dfc.errors import DfcError, Diagnostic
+    from dfc.lang.format import formatted
 
     found: list[tuple[str, str, str]] = []
     problems: list[Diagnostic] = []
@@ -71,21 +69,6 @@ def _changed(files: list[str]) -> list[tuple[str, str, str]]:
     if problems:
         raise DfcError.of(problems, status=2)
     return found
-
-
-def formatted(source: Source) -> str:
-    """The text of a file in its layout, whatever it holds.
-
-    Raises:  DfcError P.
-    """
-    from dfc.lang.format import format_text
-    from dfc.lang.graph_comments import with_comments
-    from dfc.lang.graph_parser import parse_graph
-    from dfc.lang.source import holds_graph
-
-    if holds_graph(source.text):
-        return with_comments(source.text, str(parse_graph(source.text, source.file)))
-    return format_text(source.text, source.file)
 
 
 def _difference(file: str, before: str, after: str) -> str:

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from dfc.errors import DfcError
+from dfc.lang.graph_comments import with_comments
+from dfc.lang.graph_parser import parse_graph
 from dfc.lang.reader import Reading, read_document
-from dfc.lang.source import Source
+from dfc.lang.source import Source, holds_graph
 from dfc.lang.tokens import Token
 
 _STEP = 2  # of indentation
@@ -19,6 +21,16 @@ _CLAUSES = {"match", "where", "rewrite", "within", "applies", "refuses", "exact"
 _ENTRIES = {"recipe", "target", "rule"}
 _OPENS = {"LPAR", "LSQB", "LBRACE"}
 _CLOSES = {"RPAR", "RSQB", "RBRACE"}
+
+
+def formatted(source: Source) -> str:
+    """The text of a file in its layout, whatever it holds.
+
+    Raises:  DfcError P.
+    """
+    if holds_graph(source.text):
+        return with_comments(source.text, str(parse_graph(source.text, source.file)))
+    return format_text(source.text, source.file)
 
 
 def format_text(text: str, file: str = "<string>") -> str:

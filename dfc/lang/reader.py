@@ -219,8 +219,9 @@ class _Parser:
         for j in range(start, len(self.tokens)):
             type_ = self.tokens[j].type
             depth += (type_ == "LBRACE") - (type_ == "RBRACE")
-            if depth < 0:
-                return max(i, j)
+            if depth < 0 and j > i:
+                return j
+            depth = max(depth, 0)  # a bracket before the error has been read, or is the error
             if type_ == "_NL" and depth == 0 and j >= i:
                 return j
         return len(self.tokens)

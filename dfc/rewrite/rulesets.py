@@ -61,6 +61,17 @@ def instead(rules: RuleSet) -> Iterator[None]:
             _loaded[rules.name] = before
 
 
+@contextmanager
+def kept_apart() -> Iterator[None]:
+    """What is added inside is forgotten afterwards: for texts that are looked at, not used."""
+    before = dict(_loaded)
+    try:
+        yield
+    finally:
+        _loaded.clear()
+        _loaded.update(before)
+
+
 def all_sets() -> dict[str, RuleSet]:
     return {**shipped_sets(), **_loaded}
 
