@@ -114,8 +114,11 @@ def test_every_keyword_has_a_keywords_colour() -> None:
     plain = []
     for (line, column), (piece, names) in scopes(SAMPLE).items():
         assert lines[line][column : column + len(piece)] == piece
+        if any(n.startswith("string.") for n in names):
+            continue
         for word in re.findall(r"\w+", piece):
-            if word in _KEYWORDS and not any(n.startswith("keyword.") for n in names):
+            own = piece == word or not piece.startswith("dfc.")  # an op of ours is no keyword
+            if word in _KEYWORDS and own and not any(n.startswith("keyword.") for n in names):
                 plain.append((line + 1, word))
     assert plain == []
     coloured = {p for p, s in scopes(SAMPLE).values() if any(n.startswith("keyword") for n in s)}

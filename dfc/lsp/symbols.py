@@ -96,7 +96,7 @@ def _of_place(document: Document, name: str, w: Where, called: bool) -> str | No
             return info.text
         if w.part == "with" and not w.option and not w.frames and (o := _option(w.clause, name)):
             return o
-        if (w.clause == "fuse" or frame == "rules") and (info := v.rule_info(name)):
+        if _names_rules(w) and (info := v.rule_info(name)):
             return info.text
         if name in v.QUANTITIES and (called or not w.frames or frame in v.QUANTITIES):
             return f"**{name}** · quantity\n\n{v.QUANTITIES[name]}"
@@ -117,6 +117,13 @@ def _of_place(document: Document, name: str, w: Where, called: bool) -> str | No
         return f"**{name}** · {v.DEVICE_FACTS[name]}"
     word = v.keyword(name)
     return f"**{name}**\n\n{word.text}" if word else None
+
+
+def _names_rules(w: Where) -> bool:
+    """Whether a name may be a rule's or a set's: an operand of `fuse`, an argument of `rules`."""
+    if w.frame is not None:
+        return w.frame.callee == "rules" or not w.frame.callee
+    return w.clause == "fuse"
 
 
 def _option(verb: str, name: str) -> str | None:
@@ -174,7 +181,7 @@ def go_to(document: Document, offset: int) -> list[Target]:
     own = _own(document, token, w)
     if own is not None:
         return [Target(own.source, own.at, own.whole)]
-    return _shipped_rule(token.text)
+    return _shipped_rule(token.text) if w.block == "recipe" and _names_rules(w) else []
 
 
 def _imported(document: Document, token: Token, w: Where) -> list[Target]:
