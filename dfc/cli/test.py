@@ -12,6 +12,7 @@ from dfc.cli.options import Json
 from dfc.errors import DfcError
 
 if TYPE_CHECKING:
+    from dfc.rewrite.lint import Lint
     from dfc.rewrite.prove import Proof
     from dfc.rewrite.rule import Rule, RuleSet
 
@@ -61,13 +62,16 @@ def test(
     proofs = _proved(chosen, quiet=as_json)
     if write:
         _note(proofs)
+    lints = [x for rules in sets for x in _lints(rules, chosen)]
     if as_json:
         from dfc.cli.tables import print_json
 
-        print_json([_data(p) for p in proofs])
+        print_json({"rules": [_data(p) for p in proofs], "lints": [_lint_data(x) for x in lints]})
     else:
-        print(_summary(proofs))
-    if any(not p.holds for p in proofs):
+        for found in lints:
+            print(found.render())
+        print(_summary(proofs, lints))
+    if any(not p.holds for p in proofs) or any(not x.warning for x in lints):
         raise typer.Exit(DIFFERENT)
 
 
@@ -121,11 +125,33 @@ def _line(p: Proof) -> str:
     return f"{head} proved on {counts}, {p.seconds:.1f} s"
 
 
-def _summary(proofs: list[Proof]) -> str:
+def _lints(rules: RuleSet, chosen: list[Rule]) -> list[Lint]:
+    """What is wrong with a set as a set, about the rules that were chosen."""
+    from dfc.cli.progress import Progress
+    from dfc.rewrite.lint import lint
+
+    names = {r.full_name for r in chosen}
+    with Progress() as say:
+        say(f"looking at {rules.name} as a whole")
+        return [x for x in lint(rules.rules) if x.rule.full_name in names]
+
+
+def _summary(proofs: list[Proof], lints: list[Lint]) -> str:
     wrong = sum(not p.holds for p in proofs)
-    total = sum(p.seconds for p in proofs)
-    ending = f"{len(proofs) - wrong} proved in {total:.1f} s"
-    return f"{wrong} wrong, {ending}" if wrong else ending
+    errors = sum(not x.warning for x in lints)
+    warnings = len(lints) - errors
+    parts = [f"{len(proofs) - wrong} proved in {sum(p.seconds for p in proofs):.1f} s"]
+    parts += [f"{wrong} wrong"] * bool(wrong)
+    for count, what in ((errors, "error"), (warnings, "warning")):
+        if count:
+            parts.append(f"{count} {what}{'s' if count > 1 else ''} about the set")
+    return ", ".join(parts)
+
+
+def _lint_data(x: Lint) -> dict[str, Any]:
+    from dfc.cli.check import problem_data
+
+    return {"rule": x.rule.full_name, "warning": x.warning, **problem_data(x.problem)}
 
 
 def _data(p: Proof) -> dict[str, Any]:

@@ -16,8 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from dfc.errors import DfcError, Diagnostic
 from dfc.ir.expr import evaluate
 from dfc.ir.graph import Graph, Value
@@ -40,7 +38,7 @@ from dfc.rewrite.prove_build import (
     case_of,
     choices_of,
 )
-from dfc.rewrite.prove_inputs import BRIEF, QUICK, THOROUGH, Plan, plans, tensor
+from dfc.rewrite.prove_inputs import BRIEF, QUICK, THOROUGH, Plan, constants, plans, tensor
 from dfc.rewrite.prove_judge import Disagreement, disagreement, same
 from dfc.rewrite.prove_report import counterexample
 from dfc.rewrite.prove_sums import order_decides
@@ -157,7 +155,7 @@ class _Prover:
         first: dict[str, int] | None = None
         others: list[dict[str, int]] = []
         refusals: list[tuple[int, Refusal | str]] = []
-        data = _constants(case, Plan("random inputs", seed=1))
+        data = constants(case, Plan("random inputs", seed=1))
         for wanted, built in choices_of(self.rule, case, data, STRUCTURES):
             if isinstance(built, Unbuildable):
                 refusals.append((0, str(built)))
@@ -200,7 +198,7 @@ class _Prover:
 
     def refuses(self, sample: s.Sample, case: Case) -> None:
         """Every structure that uses all of the sample must be refused, by a condition or an op."""
-        data = _constants(case, Plan("random inputs", seed=1))
+        data = constants(case, Plan("random inputs", seed=1))
         tried = 0
         why = "no graph of the pattern uses all that it gives"
         for _, built in choices_of(self.rule, case, data, STRUCTURES):
@@ -233,13 +231,13 @@ class _Prover:
             message = f"the proof takes more than {MAX_SECONDS:.0f} s"
             help = "make the samples smaller, or make several rules of it"
             raise _Wrong(self.problem("R026", message, help))
-        constants = any(isinstance(g, Spec) and g.constant for g in variation.case.values())
+        folds = any(isinstance(g, Spec) and g.constant for g in variation.case.values())
         left: Left | None = None
         right: Graph | None = None
         for plan in self.plans(variation):
-            if left is None or constants:
+            if left is None or folds:
                 try:
-                    data = _constants(variation.case, plan, variation.sizes[0])
+                    data = constants(variation.case, plan, variation.sizes[0])
                     left = build_left(
                         self.rule, variation.case, Choices(wanted), data, variation.ranges
                     )
@@ -328,21 +326,6 @@ _HELP = {
     "applies": "give one: `applies x: f32[2, 8]`; it is what the proof starts from",
     "refuses": "give one that looks alike and must be left alone, and say why in a comment",
 }
-
-
-def _constants(
-    case: Case, plan: Plan, sizes: Mapping[str, int] | None = None
-) -> dict[str, torch.Tensor]:
-    """The numbers of the constants, those of a tail by name and number."""
-    found: dict[str, torch.Tensor] = {}
-    for i, (name, g) in enumerate(case.items()):
-        if not isinstance(g, Spec) or not g.constant:
-            continue
-        shape = [int(evaluate(d, sizes or {})) for d in g.type.shape]  # type: ignore[arg-type]
-        found[name] = tensor(name, g.type, shape, plan, i)
-        for k in range(8):
-            found[f"{name}_{k}"] = tensor(name, g.type, shape, plan, 100 * i + k + 10)
-    return found
 
 
 def _inputs(left: Left, plan: Plan, sizes: Mapping[str, int]) -> dict[str, Any] | None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dfc.ir.expr import evaluate
 from dfc.ir.types import TensorType
+from dfc.rewrite.prove_build import Case, Spec
 
 Make = Callable[[torch.dtype, Sequence[int], torch.Generator], torch.Tensor]
 
@@ -224,3 +226,18 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
     view = wide[..., 1::2]
     view.copy_(x)
     return view
+
+
+def constants(
+    case: Case, plan: Plan, sizes: Mapping[str, int] | None = None
+) -> dict[str, torch.Tensor]:
+    """The numbers of the constants, those of a tail by name and number."""
+    found: dict[str, torch.Tensor] = {}
+    for i, (name, g) in enumerate(case.items()):
+        if not isinstance(g, Spec) or not g.constant:
+            continue
+        shape = [int(evaluate(d, sizes or {})) for d in g.type.shape]  # type: ignore[arg-type]
+        found[name] = tensor(name, g.type, shape, plan, i)
+        for k in range(8):
+            found[f"{name}_{k}"] = tensor(name, g.type, shape, plan, 100 * i + k + 10)
+    return found
