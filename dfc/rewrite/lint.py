@@ -61,8 +61,8 @@ def lint(rules: Sequence[Rule]) -> list[Lint]:
         found += _unused(rule)
         found += _untried(rule)
         if mine:
-            found += _forestalled(rule, mine, matcher)
             found += _uphill(rule, mine[0])
+    found += _places(rules, graphs, matcher)
     found += _endless(rules, graphs, matcher)
     return found
 
@@ -111,36 +111,45 @@ def _match(compiled: Compiled, graph: Graph, node: Node) -> Match | None:
 # Rules at the same place
 
 
-def _forestalled(rule: Rule, graphs: Sequence[Left], matcher: Matcher) -> Iterator[Lint]:
-    """Rules that apply where this one does: always before it, or with nothing to choose by."""
-    before: dict[str, list[bool]] = {}
-    others: dict[str, Compiled] = {}
-    own = next(c for c in matcher.compiled if c.rule is rule)
-    for left in graphs:
-        node = _root(rule, left)
-        order = matcher.candidates(node)
-        for other in order:
-            if other is own or _match(other, left.graph, node) is None:
-                continue
-            others[other.rule.full_name] = other
-            before.setdefault(other.rule.full_name, []).append(
-                order.index(other) < order.index(own)
-            )
-    for name, first in before.items():
-        other = others[name]
-        if all(first) and len(first) == len(graphs):
-            reason = "priority" if other.rule.priority > rule.priority else "size and order"
-            yield _lint(
-                "R032",
-                rule,
-                f"`{name}` applies to every sample of it, and comes first by {reason}",
-                "give this one a `priority` above the other's, or take it out",
-            )
-        elif other.rule.priority == rule.priority and other.size == own.size and not first[0]:
+def _places(
+    rules: Sequence[Rule], graphs: dict[str, list[Left]], matcher: Matcher
+) -> Iterator[Lint]:
+    """Rules that apply where another does: always after it, or with nothing to choose by."""
+    compiled = {c.rule.full_name: c for c in matcher.compiled}
+    overlaps: dict[tuple[str, str], None] = {}  # the one that comes first, and the other
+    hidden: dict[tuple[str, str], None] = {}
+    for rule in rules:
+        own = compiled[rule.full_name]
+        before: dict[str, int] = {}  # how many graphs another takes from this rule
+        for left in graphs[rule.full_name]:
+            order = matcher.candidates(_root(rule, left))
+            for other in order:
+                if other is own or _match(other, left.graph, _root(rule, left)) is None:
+                    continue
+                name = other.rule.full_name
+                if order.index(other) < order.index(own):
+                    before[name] = before.get(name, 0) + 1
+                    overlaps[name, rule.full_name] = None
+                else:
+                    overlaps[rule.full_name, name] = None
+        hidden |= {(n, rule.full_name): None for n, c in before.items()
+                   if c == len(graphs[rule.full_name])}  # fmt: skip
+    for first, second in hidden:
+        last, winner = compiled[second].rule, compiled[first].rule
+        by = "its priority" if winner.priority > last.priority else "its size or its place"
+        yield _lint(
+            "R032",
+            last,
+            f"`{first}` applies to every sample of it, and comes first by {by}",
+            "give this one a `priority` above the other's, or take it out",
+        )
+    for first, second in overlaps:
+        a, b = compiled[first], compiled[second]
+        if (a.rule.priority, a.size) == (b.rule.priority, b.size) and (first, second) not in hidden:
             yield _lint(
                 "R033",
-                rule,
-                f"`{name}` applies to the same graph, and nothing says which comes first",
+                b.rule,
+                f"`{first}` applies to the same graph, and nothing says which comes first",
                 "give one of them a `priority`",
             )
 

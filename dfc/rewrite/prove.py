@@ -22,9 +22,10 @@ from dfc.ir.graph import Graph, Value
 from dfc.ir.interpret import interpret
 from dfc.ir.types import TensorType
 from dfc.ir.verify import verify
+from dfc.ir.weights import TensorData
 from dfc.lang import syntax as s
 from dfc.rewrite.conditions import Facts
-from dfc.rewrite.match import Attempt, Compiled, Refusal
+from dfc.rewrite.match import Attempt, Compiled, Match, Refusal
 from dfc.rewrite.pass_ import EXACT
 from dfc.rewrite.prove_build import (
     Case,
@@ -171,7 +172,7 @@ class _Prover:
                 others.append(wanted)
         if first is None:
             raise _Wrong(self.not_applied(sample, refusals))
-        self.elsewhere(case, first, others)
+        self.elsewhere(case, first, others, main=sample.at == self.rule.samples[0].at)
 
     def not_applied(
         self, sample: s.Sample, refusals: Sequence[tuple[int, Refusal | str]]
@@ -188,12 +189,19 @@ class _Prover:
             "R021", f"the sample should apply and is refused: {why}", None, sample.at
         )
 
-    def elsewhere(self, case: Case, first: dict[str, int], others: list[dict[str, int]]) -> None:
-        """What the sample stands for, in the first structure; every third in another as well."""
+    def elsewhere(
+        self, case: Case, first: dict[str, int], others: list[dict[str, int]], main: bool
+    ) -> None:
+        """What the sample stands for, in the first structure; every third in another as well.
+
+        Of samples beyond the first, half: they show other structures.
+        """
         rest = others[1::5][:3] or others[:1]
         for i, variation in enumerate((*variations(case), *symbolic(case))):
+            if not main and (i % 2 or variation.ranges):
+                continue
             self.structure(variation, first)
-            if rest and (variation.care != QUICK or i % 3 == 0):
+            if rest and not variation.ranges and (variation.care != QUICK or i % 3 == 0):
                 self.structure(variation, rest[i % len(rest)])
 
     def refuses(self, sample: s.Sample, case: Case) -> None:
@@ -232,36 +240,63 @@ class _Prover:
             help = "make the samples smaller, or make several rules of it"
             raise _Wrong(self.problem("R026", message, help))
         folds = any(isinstance(g, Spec) and g.constant for g in variation.case.values())
-        left: Left | None = None
-        right: Graph | None = None
+        sides: tuple[Left, Graph] | None = None
         for plan in self.plans(variation):
-            if left is None or folds:
-                try:
-                    data = constants(variation.case, plan, variation.sizes[0])
-                    left = build_left(
-                        self.rule, variation.case, Choices(wanted), data, variation.ranges
-                    )
-                except Unbuildable as e:
-                    self.tally.skipped += 1
-                    return str(e)
-                done = self.rewritten(left, check=not variation.label or bool(variation.ranges))
-                if isinstance(done, Refusal):
-                    self.tally.refused += 1
-                    if plan.seed == 1:
-                        return done
-                    left = None
+            if sides is not None and folds:
+                sides = self.with_other_constants(sides, variation, plan)
+            if sides is None:
+                found = self.sides(variation, wanted, plan)
+                if not isinstance(found, tuple):
+                    if plan.seed == 1:  # later ones have other constants
+                        return found
                     continue
-                if isinstance(done, str):
-                    self.tally.refused += 1
-                    if plan.seed != 1:  # others may do
-                        left = None
-                        continue
-                    return done
-                right = done
-                self.tally.graphs += 1
-            assert left is not None and right is not None
-            self.run_plan(variation, left, right, plan)
+                sides = found
+            self.run_plan(variation, *sides, plan)
         return None
+
+    def sides(
+        self, variation: Variation, wanted: Mapping[str, int], plan: Plan
+    ) -> tuple[Left, Graph] | Refusal | str:
+        """Both sides as graphs, or why there are none."""
+        data = constants(variation.case, plan, variation.sizes[0])
+        strict = bool(variation.label)
+        try:
+            left = build_left(
+                self.rule, variation.case, Choices(wanted), data, variation.ranges, strict
+            )
+        except Unbuildable as e:
+            self.tally.skipped += 1
+            return str(e)
+        check = variation.care == THOROUGH or bool(variation.ranges)
+        right = self.rewritten(left, check)
+        if not isinstance(right, Graph):
+            self.tally.refused += 1
+            return right
+        self.tally.graphs += 1
+        return left, right
+
+    def with_other_constants(
+        self, sides: tuple[Left, Graph], variation: Variation, plan: Plan
+    ) -> tuple[Left, Graph] | None:
+        """The same graphs with other numbers, where the right side depends on them by reading
+        alone; None where everything must be done anew."""
+        left, right = sides
+        known = left.graph.parameters
+        if right.parameters.keys() - known.keys() or any(
+            p.tensor_type.numel == 1 for p in known.values()
+        ):
+            return None
+        data = constants(variation.case, plan, variation.sizes[0])
+        for graph in (left.graph, right):
+            for name, p in graph.parameters.items():
+                if name in data:
+                    p.data = TensorData(name, data[name])
+        return sides if self.match(left) is not None else None
+
+    def match(self, left: Left) -> Match | None:
+        node = left.roots[self.rule.roots[0]].node
+        assert node is not None
+        return Attempt(self.compiled, left.graph, Facts(left.graph), explain=False).run(node)
 
     def plans(self, variation: Variation) -> Iterator[Plan]:
         names: dict[str, TensorType] = {}

@@ -150,12 +150,17 @@ def build_left(
     choices: Choices,
     data: Mapping[str, torch.Tensor],
     ranges: Mapping[str, Range] | None = None,
+    strict: bool = False,
 ) -> Left:
     """Write the match lines as a graph. `data` has the numbers of constants.
 
+    With `strict`, an op that does not run on zeros of small size is refused at once.
+
     Raises:  Unbuildable.
     """
-    return _Writer(rule, case, choices, data, dict(ranges or {})).left()
+    writer = _Writer(rule, case, choices, data, dict(ranges or {}))
+    writer.builder.strict = strict
+    return writer.left()
 
 
 class _Writer:
@@ -339,15 +344,18 @@ class _Writer:
     ) -> Iterator[tuple[str, list[Any], dict[str, Any]]]:
         """The ways to call an op of this name, the one that is meant first."""
         candidates = (name,) if "." in name else overloads(name)
-        strict = [b for op in candidates if (b := self.bind(op, given, named, place, False))]
-        placed = [b for op in candidates if (b := self.bind(op, given, named, place, True))]
-        placed = [b for b in placed if b not in strict]
+        placed = []
+        if any(isinstance(v, int | float) for v in (*given, *named.values())):
+            placed = [b for op in candidates if (b := self.bind(op, given, named, place, True))]
         form = self.choices.take("number", 3) if placed else 0
         if form == 2:
             yield from (self.with_constants(*b) for b in placed)
         elif form == 1:
             yield from placed
-        yield from strict
+        for op in candidates:
+            strict = self.bind(op, given, named, place, False)
+            if strict is not None:
+                yield strict
         yield from placed
 
     def bind(
@@ -487,6 +495,8 @@ class RunBuilder(Builder):
     Why:  it takes a tenth of the time of a fake tensor, and a proof writes thousands of nodes.
     """
 
+    strict = False  # whether an op that does not run is refused, without asking its type rule
+
     def node(self, op: str, /, *inputs: Any, **attributes: Any) -> Node:
         info = lookup(op)
         operands = [tuple(x) if isinstance(x, list | tuple) else x for x in inputs]
@@ -495,6 +505,10 @@ class RunBuilder(Builder):
             return super().node(op, *operands, **attributes)
         full = complete(info, attributes)
         types = _types_by_running(op, tuple(map(_type_of, operands)), Attributes(full))
+        if isinstance(types, str):
+            if self.strict:
+                raise Refused(types)
+            types = None
         return self.graph.add(op, operands, full, types=types, before=self.before)
 
 
@@ -502,11 +516,11 @@ def _type_of(x: Any) -> Any:
     return tuple(map(_type_of, x)) if isinstance(x, tuple) else x and x.type
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=8192)
 def _types_by_running(
     op: str, types: tuple[Any, ...], attributes: Attributes
-) -> tuple[Type, ...] | None:
-    """The result types; None when sizes are symbolic, tensors large, or the op fails on zeros."""
+) -> tuple[Type, ...] | str | None:
+    """The result types, or why the op fails; None when sizes are symbolic or tensors large."""
 
     def zeros(t: Any) -> Any:
         if isinstance(t, tuple):
@@ -522,8 +536,8 @@ def _types_by_running(
         with torch.no_grad():
             results = lookup(op).run([zeros(t) for t in types], attributes)
         return tuple(TensorType.of(r) for r in results)
-    except (RuntimeError, IndexError, ValueError, TypeError, AttributeError):
-        return None
+    except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as e:
+        return f"`{op}` refuses ({', '.join(map(str, flat))}): {str(e).partition(chr(10))[0]}"
 
 
 _SMALL = 50_000_000  # elements of an outer product of all operands: no op gives more
