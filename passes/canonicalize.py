@@ -48,13 +48,17 @@ class Canonicalize(Pass):
     """
 
     name = "canonicalize"
+    limit: int | None = None  # rewrite at most this many nodes; bisects a miscompile
 
     def run(self, graph: Graph, ctx: Context) -> int:
         changes = 0
         told: list[tuple[Value, str, Attributes]] = []
         for node in graph.nodes:
             for inner in node.graphs:
-                changes += self.run(inner, ctx)
+                left = None if self.limit is None else self.limit - changes
+                changes += Canonicalize(left).run(inner, ctx)
+            if changes == self.limit:
+                break
             op, attributes, results = node.op, node.attributes, node.results
             changed = _rewrite(graph, node)
             changes += changed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dfc.ir.graph import Graph, Node
-from dfc.rewrite.pass_ import KEPT, Context, Pass
+from dfc.rewrite.pass_ import KEPT, Context, Pass, Quota
 
 
 @dataclass(frozen=True)
@@ -21,24 +21,28 @@ class CommonSubexpressions(Pass):
     name = "cse"
     limit: int | None = None  # merge at most this many nodes; bisects a miscompile
 
+    skip: tuple[int, ...] = ()  # merges by number that are left out: those found to be wrong
+
     def run(self, graph: Graph, ctx: Context) -> int:
-        first: dict[tuple[object, ...], Node] = {}
-        merged = 0
-        for node in graph.nodes:
-            for inner in node.graphs:
-                left = None if self.limit is None else self.limit - merged
-                merged += CommonSubexpressions(left).run(inner, ctx)
-            if node.graphs or node.binds or not node.results or not node.pure:
-                continue
-            key = (node.op, node.attributes, node.stage, *node.inputs)
-            twin = first.setdefault(key, node)
-            if twin is not node and merged != self.limit:
-                ctx.decided(node, "merged", "computes the same", twin.results[0])
-                graph.replace(node, twin)
-                merged += 1
-        if ctx.asked:
-            _kept(graph, ctx, self.limit)
-        return merged
+        quota = Quota(self.limit, self.skip)
+        _merge(graph, ctx, quota)
+        return quota.done
+
+
+def _merge(graph: Graph, ctx: Context, quota: Quota) -> None:
+    first: dict[tuple[object, ...], Node] = {}
+    for node in graph.nodes:
+        for inner in node.graphs:
+            _merge(inner, ctx, quota)
+        if node.graphs or node.binds or not node.results or not node.pure:
+            continue
+        key = (node.op, node.attributes, node.stage, *node.inputs)
+        twin = first.setdefault(key, node)
+        if twin is not node and quota.allows(node):
+            ctx.decided(node, "merged", "computes the same", twin.results[0])
+            graph.replace(node, twin)
+    if ctx.asked:
+        _kept(graph, ctx, quota.limit)
 
 
 def _kept(graph: Graph, ctx: Context, limit: int | None) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dfc.ir.graph import Graph, Node, Parameter, Value
-from dfc.rewrite.pass_ import KEPT, Context, Pass, close
+from dfc.rewrite.pass_ import KEPT, Context, Pass, Quota, close
 
 if TYPE_CHECKING:
     import torch
@@ -37,9 +37,11 @@ class FoldBatchNorm(Pass):
 
     name = "fold_batch_norm"
     numerics = close(1e-5)
+    limit: int | None = None  # fold at most this many; bisects a miscompile
+    skip: tuple[int, ...] = ()  # folds by number that are left out: those found to be wrong
 
     def run(self, graph: Graph, ctx: Context) -> int:
-        folded = 0
+        quota = Quota(self.limit, self.skip)
         for norm in graph.nodes:
             if norm.op not in _NORMS:
                 continue
@@ -47,12 +49,13 @@ class FoldBatchNorm(Pass):
             if reason is not None:
                 ctx.decided(norm, KEPT, reason)
                 continue
+            if not quota.allows(norm):
+                continue
             source = norm.inputs[0]
             assert isinstance(source, Value)
             ctx.decided(norm, "folded", "scales the weights of the layer before it", source)
             _fold(graph, norm, source)
-            folded += 1
-        return folded
+        return quota.done
 
 
 def _why_not(graph: Graph, norm: Node) -> str | None:

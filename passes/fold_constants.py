@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.types import TensorType
-from dfc.rewrite.pass_ import KEPT, Context, Pass
+from dfc.rewrite.pass_ import KEPT, Context, Pass, Quota
 
 # What these hold is whatever was in memory: a compiled model must not depend on it.
 _UNINITIALISED = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "empty_permuted"})
@@ -26,22 +26,23 @@ class FoldConstants(Pass):
 
     name = "fold_constants"
     growth: int = 65536  # bytes that one folded value may add to the model
+    limit: int | None = None  # fold at most this many nodes; bisects a miscompile
+    skip: tuple[int, ...] = ()  # folds by number that are left out: those found to be wrong
 
     def run(self, graph: Graph, ctx: Context) -> int:
+        quota = Quota(self.limit, self.skip)
         mutated = {m.target for m in graph.mutations}
-        folded = 0
-        while True:  # folding one reader of a parameter may let the last one replace it
-            now = sum(
-                _fold(graph, n, ctx) for n in graph.nodes if self._why_not(n, mutated) is None
-            )
-            folded += now
-            if not now:
-                break
+        done = -1
+        while done != quota.done:  # folding one reader of a parameter may free it for the last one
+            done = quota.done
+            for n in graph.nodes:
+                if self._why_not(n, mutated) is None and quota.allows(n):
+                    _fold(graph, n, ctx, quota)
         for node in graph.nodes if ctx.asked else ():
             reason = self._why_not(node, mutated)
             if reason and reason is not _COMPUTED:
                 ctx.decided(node, KEPT, reason)
-        return folded
+        return quota.done
 
     def _why_not(self, node: Node, mutated: set[Value]) -> str | None:
         """Why a node cannot be folded, None when it can; `_COMPUTED` for most nodes."""
@@ -83,18 +84,18 @@ def _bytes(t: object) -> int:
     return int(t.numel) * t.dtype.itemsize  # type: ignore[arg-type]
 
 
-def _fold(graph: Graph, node: Node, ctx: Context) -> int:
+def _fold(graph: Graph, node: Node, ctx: Context, quota: Quota) -> None:
     from dfc.ir.interpret import run_constant
 
     try:
         values = run_constant(node)
     except DfcError as e:
         ctx.decided(node, KEPT, f"computing it fails: {e.message}")
-        return 0  # it fails at run time too, where the user sees it with its line
+        quota.failed(node)  # it fails at run time too, where the user sees it with its line
+        return
     made: list[Value] = []
     for r, x in zip(node.results, values, strict=True):
         x = x.detach().clone()  # strides are kept: another layout rounds differently
         made.append(graph.add_constant(f"folded.{r.name}", x))
     ctx.decided(node, "folded", "depends on constants alone", made[0])
     graph.replace(node, made)
-    return 1

@@ -25,12 +25,16 @@ class RemoveNoops(Pass):
     """
 
     name = "remove_noops"
+    limit: int | None = None  # make at most this many changes; bisects a miscompile
 
     def run(self, graph: Graph, ctx: Context) -> int:
         changes = 0
         for node in graph.nodes:
             for inner in node.graphs:
-                changes += self.run(inner, ctx)
+                left = None if self.limit is None else self.limit - changes
+                changes += RemoveNoops(left).run(inner, ctx)
+            if changes == self.limit:
+                break
             if len(node.results) != 1 or not node.op.startswith("aten."):
                 continue
             source = node.inputs[0] if node.inputs else None
@@ -44,7 +48,7 @@ class RemoveNoops(Pass):
                 changes += 1
             source = merged or source
             test = _TESTS.get(node.op)
-            if test is None:
+            if test is None or changes == self.limit:
                 continue
             if test(node, source):
                 ctx.decided(node, "removed", "changes nothing", source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,13 +22,18 @@ from dfc.lang.source import Source
 from dfc.rewrite.agree import judge
 from dfc.rewrite.blame import PER_RULE
 from dfc.rewrite.driver import run_passes
-from dfc.rewrite.pass_ import EXACT, Context, Pass, find_pass
+from dfc.rewrite.pass_ import EXACT, Context, Pass, find_pass, pass_classes
 from dfc.rewrite.probe import make_probes
 from dfc.rewrite.rule import rules_of
 from dfc.rewrite.rulesets import instead
+from tests.golden_file import Golden, give_data, parse
 from tests.seeded import BUGS, Bug, Seeded, host, read_through_alias
 
 NODES = 27
+
+
+def fields_of_class(cls: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls)}
 
 
 def bug(name: str) -> Bug:
@@ -254,6 +260,39 @@ def test_a_limit_that_is_not_obeyed_is_noticed() -> None:
     graph, probes = twice()
     (report,) = run_passes(graph, [Deaf()], probes=probes).reports
     assert report.verdict == "reverted" and report.left_out[0].number == -1
+
+
+# The shipped passes can be cut
+
+LIMITED = sorted(n for n, c in pass_classes().items() if "limit" in fields_of_class(c))
+GOLDENS = [Golden.read(p) for p in sorted((Path(__file__).parent / "golden").glob("*.dfc"))]
+
+
+def test_most_shipped_passes_can_be_cut() -> None:
+    wanted = "canonicalize cse decompose fold_batch_norm fold_constants fuse remove_noops"
+    assert set(wanted.split()) <= set(LIMITED)
+
+
+@pytest.mark.parametrize("golden", [g for g in GOLDENS if g.steps in LIMITED], ids=str)
+def test_a_shipped_pass_makes_as_many_changes_as_it_may(golden: Golden) -> None:
+    def run(**options: Any) -> tuple[int, str]:
+        graph = with_data(golden)
+        return find_pass(golden.steps, options).run(graph, Context()), str(graph)
+
+    total, whole = run()
+    seen = [run(limit=n) for n in range(total + 1)]
+    assert [n for n, _ in seen] == list(range(total + 1))
+    assert seen[0][1] == str(with_data(golden)) and seen[-1][1] == whole
+    if total and "skip" in fields_of_class(pass_classes()[golden.steps]):
+        assert run(skip=tuple(range(total + 100))) == seen[0]
+        assert run(skip=(0,))[0] < total + (golden.steps == "fuse") and run(skip=(0,))[1] != whole
+
+
+def with_data(golden: Golden) -> Graph:
+    graph = parse(golden.before)
+    if golden.weights:
+        give_data(graph)
+    return graph
 
 
 # Rules

@@ -103,6 +103,35 @@ def named(value: Value) -> str:
     return f"{'!' if isinstance(value, Parameter) else '%'}{value.name}"
 
 
+class Quota:
+    """Which of a pass's changes are made: at most `limit` of them, and none of those in `skip`.
+
+    Changes are numbered from 0 in the order in which they are asked for, those left out included:
+    so a wrong one can be found by `limit`, and left out by `skip`.
+    """
+
+    def __init__(self, limit: int | None, skip: tuple[int, ...]) -> None:
+        self.limit, self.skip = limit, skip
+        self.number = self.done = 0
+        self._left: set[Node] = set()
+
+    def allows(self, node: Node) -> bool:
+        """Whether the change at this node is made, which then counts."""
+        if node in self._left or self.done == self.limit:
+            return False
+        self.number += 1
+        if self.number - 1 in self.skip:
+            self._left.add(node)
+            return False
+        self.done += 1
+        return True
+
+    def failed(self, node: Node) -> None:
+        """The change that was allowed could not be made: it is not asked for again."""
+        self.done -= 1
+        self._left.add(node)
+
+
 class Pass:
     """Graph to graph. `run` changes the graph in place and says how many changes it made.
 
