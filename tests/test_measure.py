@@ -1,0 +1,140 @@
+"""Which of two runners is faster: the decision on numbers, and the loop on a clock of its own."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from dfc.runtime.measure import compare, judge_pairs, measure, ratio_interval, timing
+
+
+def noisy(ratio: float, count: int, seed: int, noise: float = 0.1) -> tuple[list[float], ...]:
+    """Times of two runners in pairs, with a common drift, noise of their own, and outliers."""
+    draw = random.Random(seed)
+
+    def one(drift: float) -> float:
+        outlier = 5.0 if draw.random() < 0.05 else 1.0
+        return drift * outlier * draw.lognormvariate(0, noise)
+
+    drifts = [1 + 0.5 * math.sin(i / 7) for i in range(count)]
+    return [one(d) for d in drifts], [ratio * one(d) for d in drifts]
+
+
+def test_the_interval_of_the_median_by_hand() -> None:
+    before, after = [1.0] * 10, [float(i) for i in range(1, 11)]
+    found = ratio_interval(before, after, 0.95)
+    # one ratio may be left out on each side: 2 * (1 + 10) / 2**10 = 2.1 %
+    assert (found.ratio, found.low, found.high) == (5.5, 2.0, 9.0)
+    few = ratio_interval(before[:5], after[:5], 0.95)
+    assert (few.low, few.high) == (0.0, math.inf)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.9, 1.0, 1.3])
+def test_the_interval_holds_the_true_ratio(ratio: float) -> None:
+    held = 0
+    for seed in range(200):
+        found = ratio_interval(*noisy(ratio, 48, seed), 0.99)
+        held += found.low <= ratio <= found.high
+    assert held >= 194
+
+
+def test_verdicts() -> None:
+    assert judge_pairs(*noisy(0.8, 96, 1)).verdict == "faster"
+    assert judge_pairs(*noisy(1.25, 96, 2)).verdict == "slower"
+    assert judge_pairs(*noisy(1.0, 768, 3, noise=0.01)).verdict == "same"
+    assert judge_pairs(*noisy(1.0, 24, 4)).verdict == "undecided"
+    assert judge_pairs([1.0] * 48, [0.999] * 48).verdict == "same"  # no gain worth the name
+
+
+def test_equal_runners_are_hardly_ever_told_apart() -> None:
+    wrong = 0
+    for seed in range(300):
+        before, after = noisy(1.0, 192, seed)
+        looks = [judge_pairs(before[:n], after[:n]).verdict for n in (12, 24, 48, 96, 192)]
+        wrong += bool({"faster", "slower"} & set(looks))
+    assert wrong <= 5
+
+
+class Clock:
+    """Time that passes only while a runner works."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def runner(self, name: str, seconds: Sequence[float]) -> Any:
+        steps = iter(range(10**9))
+
+        def run(inputs: Sequence[Any]) -> list[Any]:
+            self.calls.append(name)
+            self.now += seconds[next(steps) % len(seconds)]
+            return []
+
+        return run
+
+
+def test_a_clear_difference_stops_the_measuring_early() -> None:
+    clock = Clock()
+    a, b = clock.runner("a", [0.010, 0.011]), clock.runner("b", [0.005, 0.006])
+    found = compare(a, b, [], clock=clock)
+    assert (found.verdict, found.runs) == ("faster", 12)
+    assert found.before_ms == pytest.approx(10.5) and 0.4 < found.ratio < 0.65
+    assert "1.9" in str(found) or "2.0" in str(found)
+    # after warm-up and one run that sets the length of a sample, pairs take turns in their order
+    order = "".join(clock.calls[5:13])
+    assert order == "abbaabba"
+
+
+def test_measuring_ends_in_time_and_says_undecided() -> None:
+    clock = Clock()
+    spread = [0.010, 0.020, 0.013, 0.017, 0.011, 0.019, 0.012]
+    found = compare(clock.runner("a", spread), clock.runner("b", spread[::-1]), [], seconds=1,
+                    clock=clock)  # fmt: skip
+    assert found.verdict in ("undecided", "same") and clock.now < 2.5
+
+
+def test_slow_runners_get_pairs_enough_within_ten_times_the_limit() -> None:
+    clock = Clock()
+    found = compare(clock.runner("a", [1.0]), clock.runner("b", [0.5]), [], seconds=2, clock=clock)
+    assert (found.verdict, found.runs) == ("faster", 12)
+    clock = Clock()
+    found = compare(clock.runner("a", [9.0]), clock.runner("b", [9.0]), [], seconds=2, clock=clock)
+    assert found.verdict == "undecided" and found.runs == 2
+
+
+def test_short_runs_are_timed_several_at_once() -> None:
+    clock = Clock()
+    compare(clock.runner("a", [1e-4]), clock.runner("b", [2e-4]), [], question="slower",
+            clock=clock)  # fmt: skip
+    assert "".join(clock.calls[5:25]) == "a" * 10 + "b" * 10
+
+
+def test_the_question_decides_when_to_stop() -> None:
+    def runs(question: str) -> int:
+        clock = Clock()
+        a = clock.runner("a", [0.010])
+        return compare(a, clock.runner("b", [0.020]), [], question=question, clock=clock).runs
+
+    assert runs("faster") == runs("slower") == runs("either") == 12
+
+
+def test_percentiles_are_of_the_runs_themselves() -> None:
+    found = timing([float(i) for i in range(1, 101)])
+    assert (found.p50_ms, found.p95_ms, found.p99_ms, found.mean_ms) == (50.5, 95.0, 99.0, 50.5)
+    assert timing([3.0]).p99_ms == 3.0
+
+
+def test_runners_take_turns() -> None:
+    seen: list[str] = []
+    names = ("a", "b")
+    runners = {n: (lambda inputs, n=n: seen.append(n) or []) for n in names}
+    found = measure(runners, [], seconds=0.0, least=3)
+    assert seen == ["a", "a", "b", "b"] + ["a", "b"] * 3
+    assert all(t.runs == 3 for t in found.values())
