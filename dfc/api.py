@@ -70,7 +70,7 @@ def compile(
     `args`, `kwargs` and `dynamic_shapes` are torch.export's.
 
     What to do is one of
-      recipe    a preset ("O0" to "O3", "simplify"; the default is "O2"), the path of a `.dfc`
+      recipe    a preset ("O0" to "O3"; the default is "simplify"), the path of a `.dfc`
                 file, its text, or a plan; with `target`, a path or text, `settings` as in
                 {"fuse.limit": 3}, and `budget` for its holes: "60s", or a number of tries
       passes    names or `Pass` objects, in order, and nothing else

@@ -21,6 +21,7 @@ import dfc
 from dfc.cli import app, main
 from dfc.cli.steps import parse_steps, resolved
 from dfc.lang.graph_comments import with_comments
+from dfc.recipe.sources import DEFAULT_RECIPE
 
 VERBS = [c.name or "" for c in app.registered_commands]
 NET = """
@@ -362,7 +363,9 @@ def test_show_in_summary_and_resolved(run: Run, package: Path) -> None:
     summary = run("show", package, "--summary")
     assert "aten.linear.default" in summary.out and "1..64" in summary.out
     resolved_ = run("show", package, "--resolved")
-    assert "recipe O2 {" in resolved_.out and "\n  fold_batch_norm\n" in resolved_.out
+    assert (
+        f"recipe {DEFAULT_RECIPE} {{" in resolved_.out and "\n  fold_batch_norm\n" in resolved_.out
+    )
     data = run("show", package, "--json").data
     assert data["summary"]["ops"]["aten.linear.default"] == 2
     assert data["summary"]["inputs"] == {"x": "f32[B, 8]"}

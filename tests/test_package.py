@@ -19,6 +19,7 @@ import dfc
 from dfc.cli import main
 from dfc.manifest import NAME, write_manifest
 from dfc.package import check_weights, read_package
+from dfc.recipe.sources import DEFAULT_RECIPE
 
 FILES = ["graph.dfc", "lock.json", "manifest.json", "probes.safetensors", "recipe.dfc",
          "report.json", "weights.safetensors"]  # fmt: skip
@@ -68,7 +69,7 @@ def test_a_package_is_plain_files_and_no_code(saved: Path) -> None:
     assert sorted(p.name for p in saved.iterdir()) == FILES
     lock = json.loads((saved / "lock.json").read_text())
     assert lock["torch"] == torch.__version__.split("+")[0] and lock["engine"] == "eager"
-    assert (saved / "recipe.dfc").read_text().startswith("dfc 1\n\nrecipe O2 {\n")
+    assert (saved / "recipe.dfc").read_text().startswith(f"dfc 1\n\nrecipe {DEFAULT_RECIPE} {{\n")
     manifest = json.loads((saved / NAME).read_text())
     assert [f["path"] for f in manifest["files"]] == [f for f in FILES if f != NAME]
 

@@ -14,7 +14,7 @@ from dfc.recipe.plan import EmitStep, PassStep, Plan, PlanStep, WhenStep
 from dfc.recipe.quantities import TIMED
 from dfc.recipe.resolve import resolve
 
-DEFAULT_RECIPE = "O2"
+DEFAULT_RECIPE = "simplify"  # what `dfc.compile` does when nothing is asked for
 
 Recipe = Any  # str, os.PathLike, Plan, or what has a `plan()`: dfc.recipe()
 
