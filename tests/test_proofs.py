@@ -120,6 +120,18 @@ def test_a_wrong_rule_is_not_remembered_and_not_used() -> None:
     assert not list(folder.iterdir())
 
 
+def test_rules_that_undo_each_other_are_not_used() -> None:
+    there = NEGATION.replace("negated_twice", "there").replace("neg(neg(x))", "neg(x)")
+    there = there.replace("y = x\n", "y = mul(x, -1.0)\n")
+    back = there.replace("there", "back").replace("neg(x)", "mul(x, -1.0)", 1)
+    back = back.replace("rewrite y = mul(x, -1.0)", "rewrite y = neg(x)")
+    rulesets.add_set(rule_set(there + back.partition("\n")[2]))
+    with pytest.raises(DfcError) as e:
+        rulesets.proved_rules(["mine"])
+    assert e.value.code == "R030"
+    assert [r.name for r in rulesets.proved_rules(["mine.there"]).rules] == ["there"]
+
+
 def test_a_right_rule_is_used() -> None:
     rulesets.add_set(rule_set(NEGATION))
     found = rulesets.proved_rules(["mine.negated_twice"])

@@ -7,7 +7,7 @@ R008  no rule or set has this name        R009  two sets of one name
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -111,8 +111,9 @@ class Proved:
 def proved_rules(names: Iterable[str], say: Callable[[str], None] | None = None) -> Proved:
     """The rules of these names, proved. `say` is told of each that has to be proved now.
 
-    Raises:  DfcError R008; R020..R025 with every rule that is wrong, if it is the user's or was
-             asked for by its own name. Rules that dfc ships are left out instead.
+    Raises:  DfcError R008; R020..R026 with every rule that is wrong, if it is the user's or was
+             asked for by its own name: rules that dfc ships are left out instead. R030..R033 for
+             rules of the user's that do not go together.
     """
     wanted = list(names)
     rules = select_rules(wanted)
@@ -127,9 +128,26 @@ def proved_rules(names: Iterable[str], say: Callable[[str], None] | None = None)
             left_out[r.full_name] = found
         else:
             wrong += found
+    wrong = wrong or _set_errors([r for r in unsure if r.set not in shipped])
     if wrong:
         raise DfcError.of(wrong)
     return Proved(tuple(r for r in rules if r.full_name not in left_out), left_out)
+
+
+_fitting: set[frozenset[str]] = set()  # digests of rules that were seen to go together
+
+
+def _set_errors(rules: Sequence[Rule]) -> list[Diagnostic]:
+    """What is wrong with the user's rules as a set: that they loop, grow or hide each other."""
+    from dfc.rewrite.lint import lint
+
+    key = frozenset(r.digest for r in rules)
+    if key in _fitting:
+        return []
+    found = [x.problem for x in lint(rules) if not x.warning]
+    if not found:
+        _fitting.add(key)
+    return found
 
 
 def _is(rule: Rule, rules: RuleSet, name: str) -> bool:
