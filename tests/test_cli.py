@@ -522,7 +522,10 @@ def test_fmt_refuses_what_does_not_parse(run: Run, tmp_path: Path) -> None:
 def test_list_names_passes_engines_and_ops(run: Run) -> None:
     passes = {p["name"]: p for p in run("list", "--json").data}
     assert {"canonicalize", "cse", "dce", "fold_batch_norm", "fold_constants"} <= set(passes)
-    assert passes["cse"]["options"] == [{"name": "limit", "type": "int | None", "default": "None"}]
+    assert passes["cse"]["options"] == [
+        {"name": "limit", "type": "whole number or none", "default": "none"},
+        {"name": "skip", "type": "list of whole number", "default": "[]"},
+    ]
     assert all(p["does"] and p["numerics"] for p in passes.values())
     engines = {e["name"]: e for e in run("list", "engines", "--json").data}
     assert engines["eager"]["state"] == engines["onnxruntime"]["state"] == "available"
@@ -546,16 +549,19 @@ def test_doctor_knows_what_is_here_and_what_is_missing(
 
 # small parts
 
+W4 = "decompose{ops=('linear_w4',), limit=None, skip=()}"
+
 
 @pytest.mark.parametrize(
     ("text", "steps"),
     [
         ("", []),
-        ("cse", ["cse{limit=None}"]),
-        (" cse{limit=3} ,dce,", ["cse{limit=3}", "dce"]),
-        ("fold_constants{growth=0}", ["fold_constants{growth=0}"]),
-        ("decompose{ops=('linear_w4',)}", ["decompose{ops=('linear_w4',)}"]),
-        ("decompose{ops=linear_w4}", ["decompose{ops=('linear_w4',)}"]),
+        ("cse", ["cse{limit=None, skip=()}"]),
+        (" cse{limit=3} ,dce,", ["cse{limit=3, skip=()}", "dce"]),
+        ("cse{skip=(3, 5)}", ["cse{limit=None, skip=(3, 5)}"]),
+        ("fold_constants{growth=0}", ["fold_constants{growth=0, limit=None, skip=()}"]),
+        ("decompose{ops=('linear_w4',)}", [W4]),
+        ("decompose{ops=linear_w4}", [W4]),
     ],
 )
 def test_steps_parse_and_print(text: str, steps: list[str]) -> None:
