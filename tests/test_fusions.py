@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import dfc
 from dfc.calling import flat_inputs
+from dfc.emit.onnx import export_onnx
 from dfc.ir.graph import Graph
 from dfc.passes.fuse import Fuse
 from dfc.rewrite.conditions import base_of
@@ -122,3 +124,80 @@ def test_rules_hold_their_claims_with_other_dtypes() -> None:
 
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         assert ops(fused(Silu(), torch.randn(4, 8, dtype=dtype))) == ["silu"]
+
+
+class FrozenBlock(nn.Module):
+    """Half of a ResNet's block, the norm followed by a scale and a shift of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.scale = nn.Parameter(torch.rand(4, 1, 1) + 0.5)
+        self.shift = nn.Parameter(torch.randn(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(nn.functional.pad(x, (1, 1, 1, 1)))
+        return torch.relu(self.norm(h) * self.scale + self.shift + x)
+
+
+def test_a_residual_block_is_a_convolution_a_sum_and_a_relu() -> None:
+    graph = fused(FrozenBlock(), torch.randn(2, 4, 6, 6), rules=("convolution",))
+    assert ops(graph) == ["conv2d", "add", "relu"]
+
+
+@pytest.mark.parametrize(("patch", "op"), [(16, "linear"), (4, "conv2d")])
+def test_only_large_patches_become_a_linear(patch: int, op: str) -> None:
+    from transformers.models.vit.modeling_vit import ViTPatchEmbeddings
+
+    config = transformers.ViTConfig(image_size=2 * patch, patch_size=patch, hidden_size=8)
+    graph = fused(
+        ViTPatchEmbeddings(config), torch.randn(2, 3, 2 * patch, 2 * patch), rules=("convolution",)
+    )
+    assert [o for o in ops(graph) if o in ("linear", "conv2d")] == [op]
+
+
+def bert() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, attn_implementation="eager",
+    )  # fmt: skip
+    model = transformers.BertModel(config)
+    ids = torch.randint(50, (2, 7))
+    return model, (ids, torch.tensor([[1] * 7, [1] * 4 + [0] * 3]))
+
+
+def llama() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=32, use_cache=False, attn_implementation="eager",
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config), (torch.randint(50, (2, 7)),)
+
+
+@pytest.mark.parametrize("opset", [20, 23])
+@pytest.mark.parametrize("build", [bert, llama])
+def test_a_fused_model_is_standard_onnx_and_right_in_stock_onnx_runtime(
+    build: Callable[[], tuple[nn.Module, tuple[Tensor, ...]]], opset: int, tmp_path: Path
+) -> None:
+    import onnx
+    import onnxruntime
+
+    torch.manual_seed(0)
+    model, inputs = build()
+    graph = fused(model, *inputs, rules=())  # every rule that dfc ships
+    assert "softmax" not in ops(graph), "attention is one op"
+    export_onnx(graph, tmp_path / "model.onnx", opset=opset, contrib=False)
+    written = onnx.load(tmp_path / "model.onnx")
+    assert {n.domain for n in written.graph.node} == {""}
+    assert [(o.domain, o.version) for o in written.opset_import] == [("", opset)]
+    assert not written.functions
+    assert ("Attention" in {n.op_type for n in written.graph.node}) == (opset == 23)
+    session = onnxruntime.InferenceSession(
+        tmp_path / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+    names = [i.name for i in session.get_inputs()]
+    found = session.run(None, dict(zip(names, [x.numpy() for x in inputs], strict=True)))
+    with torch.no_grad():
+        expected = model(*inputs)[0]
+    torch.testing.assert_close(torch.from_numpy(found[0]), expected, rtol=1e-4, atol=1e-5)
