@@ -96,10 +96,11 @@ class _Asked:
         rules = select_rules([name])
         head = self._head(self.before or "fuse", must=self.before is not None)
         run = run_through(self.graph, head, self.say)
-        proved = proved_rules(())
+        proved = proved_rules((), self.say)
         found = Explanation()
         where = f"as it reaches `{self.before or 'fuse'}`, behind {run.names}"
         found.data = {"graph": where, "rules": []}
+        far: list[str] = []
         for r in rules:
             self.say(f"trying {r.full_name}")
             report = explain_rule(r, run.graph, competing=r in proved.rules)
@@ -108,11 +109,16 @@ class _Asked:
             for miss in misses:
                 self.say(f"trying what helps {r.name} at {miss.sites[0].module or miss.sites[0]}")
                 miss.fix = fixes.nearest(miss)
-            found.lines += _rule_lines(report, len(misses))
+            if report.count or len(rules) == 1:
+                found.lines += _rule_lines(report, len(misses))
+            else:
+                far.append(r.full_name)
             if r.full_name in proved.left_out:
                 why = proved.left_out[r.full_name][0].message
                 found.lines.append(f"  left out   it does not hold with this PyTorch: {why}")
             found.data["rules"].append(_rule_data(report))
+        if far:
+            found.lines.append(f"nothing is near {', '.join(far)}")
         found.lines.append(f"({len(run.graph)} nodes; the graph {where})")
         return found
 
@@ -211,7 +217,7 @@ class _Asked:
         from dfc.rewrite.rulesets import proved_rules
 
         named = [p.rules for p in self.passes if isinstance(p, Fuse)] or [()]
-        found = {r.full_name: r for names in named for r in proved_rules(names).rules}
+        found = {r.full_name: r for names in named for r in proved_rules(names, self.say).rules}
         return tuple(found.values())
 
     # All of it
@@ -345,9 +351,11 @@ def _story_lines(story: Story, run: Run) -> list[str]:
 
 def _short_story(story: Story) -> str:
     start = f"{story.value} ({story.traced.op if story.traced else 'made'})"
-    if not story.events:
-        return f"{start}: unchanged"
-    return f"{start}: " + "; then ".join(f"{e.step}: {e.text}" for e in story.events)
+    changed = [e for e in story.events if e.outcome != "kept"]
+    kept = [e for e in story.events if e.outcome == "kept"][-1:]
+    if not changed:
+        return f"{start}: unchanged" + "".join(f" ({e.step}: {e.text})" for e in kept)
+    return f"{start}: " + "; then ".join(f"{e.step}: {e.text}" for e in changed)
 
 
 def engines_say(node: Node) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dfc.cli.failures import DIFFERENT
-from dfc.cli.options import MODEL_HELP, Json
+from dfc.cli.options import MODEL_HELP, Json, Use, load_used
 from dfc.errors import DfcError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def diff(
         bool, typer.Option("--text", help="Graph text with - and +, as in a patch.")
     ] = False,
     context: Annotated[int, typer.Option("--context", help="Unchanged lines around a change.")] = 2,
+    use: Use = None,
     as_json: Json = False,
 ) -> None:
     """Tell what changed between two graphs, by module path.
@@ -44,6 +45,7 @@ def diff(
 
     if (b is None) == (passes is None):
         raise DfcError("D054", "name two graphs, or one and --passes", help="see dfc diff --help")
+    load_used(use)
     with Progress() as say:
         say(f"reading {a}")
         before = _graph(a)

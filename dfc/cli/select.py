@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dfc.cli.options import Json, Model
+from dfc.cli.options import Json, Model, Use, load_used
 
 if TYPE_CHECKING:
     from dfc.ir.graph import Graph, Node, Parameter
@@ -24,6 +24,7 @@ def select(
     every: Annotated[
         bool, typer.Option("--all", help=f"Show every node, not only the first {_SHOWN}.")
     ] = False,
+    use: Use = None,
     as_json: Json = False,
 ) -> None:
     """Show the nodes, modules and parameters that a selector finds in a model.
@@ -42,6 +43,7 @@ def select(
     from dfc.cli.sources import open_source
     from dfc.lang.selectors import parse_selector
 
+    load_used(use)
     chosen = parse_selector(selector, "SELECTOR")  # before the model is traced
     with Progress() as say:
         say(f"reading {model}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dfc.cli.failures import DIFFERENT
-from dfc.cli.options import Json
+from dfc.cli.options import Json, Use, load_used
 from dfc.errors import DfcError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def test(
             "--write", help="For those who develop dfc: note the shipped rules that hold."
         ),
     ] = False,
+    use: Use = None,
     as_json: Json = False,
 ) -> None:
     """Prove rewrite rules: both sides on random and hostile inputs, until one breaks the claim.
@@ -52,6 +53,7 @@ def test(
     \b
     Exit status: 0 all rules hold; 9 one does not; 2 a file that does not parse.
     """
+    load_used(use)
     sets = [_read(Path(f)) for f in files] if files else _shipped()
     chosen = [r for x in sets for r in x.rules if not only or only in r.full_name]
     if only and not chosen:
