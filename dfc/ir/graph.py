@@ -619,6 +619,19 @@ class Graph:
         self._release(value.name)
         value.name = self._claim(name)
 
+    def become(self, other: Graph) -> None:
+        """Take over all that another graph is made of; the other is none any more."""
+        nodes, inputs, result = list(other.nodes), other.result.inputs, self.result
+        self._unuse(other.result)
+        self.__dict__.update(other.__dict__)
+        self.result = (
+            result  # the same node as before: it stands for the outputs, whatever they are
+        )
+        result.inputs = inputs
+        self._use(result)
+        for node in nodes:
+            node.graph = self
+
     def copy(self) -> Graph:
         """An independent graph that shares the parameters' data."""
         other, _ = self.copy_with_map()

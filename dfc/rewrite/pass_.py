@@ -147,6 +147,8 @@ class Pass:
     phrases: ClassVar[Mapping[str, str]] = {}
     # What `auto` tries for a field.
     auto: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    # Whether results are remembered by content: for passes that take long (dfc.rewrite.cache).
+    cached: ClassVar[bool] = False
     # Passes that must not have run before this one.
     not_after: ClassVar[tuple[str, ...]] = ()
     # Where a pass that dfc does not ship is defined (dfc.rewrite.custom).

@@ -14,6 +14,7 @@ from typing import Any
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter
 from dfc.ir.verify import verify
+from dfc.rewrite.cache import run_cached
 from dfc.rewrite.pass_ import CHANGES, Context, Numerics, Pass, close
 from dfc.rewrite.verdicts import PassReport
 
@@ -54,7 +55,7 @@ def _whose(p: Pass) -> dict[str, Any]:
 
 def _run(p: Pass, graph: Graph, ctx: Context) -> int:
     try:
-        return p.run(graph, ctx)
+        return run_cached(p, graph, ctx, lambda: p.run(graph, ctx))
     except MemoryError:
         raise
     except Exception as e:

@@ -107,15 +107,15 @@ def shipped_text(rules: Iterable[Rule]) -> str:
 # The user's cache
 
 
-def cache_folder() -> Path | None:
-    """The folder of remembered proofs, made if it is not there; None where there can be none."""
+def cache_folder(kind: str = "proofs") -> Path | None:
+    """The folder of what is remembered, made if it is not there; None where there can be none."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not os.path.isabs(base):
         return None
     folder = Path(base)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("dfc", "proofs"):
+        for name in ("dfc", kind):
             folder = folder / name
             with contextlib.suppress(FileExistsError):
                 folder.mkdir(mode=0o700)
