@@ -29,7 +29,8 @@ class EngineReport:
 class Decision:
     """What was measured before something was kept, undone or taken.
 
-    Units:  ratio is time after over time before, between low and high; None when nothing was timed.
+    Units:  ratio is time after over time before, between low and high; None when nothing was timed,
+            the bounds also when there were too few runs for any.
     """
 
     step: str
@@ -40,6 +41,11 @@ class Decision:
     low: float | None = None
     high: float | None = None
     runs: int = 0
+
+    def __post_init__(self) -> None:
+        if self.high == float("inf"):  # JSON has no such number
+            object.__setattr__(self, "low", None)
+            object.__setattr__(self, "high", None)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import dfc
 from dfc.ir.graph import Graph
 from dfc.ir.weights import TensorData
 from dfc.origin import origin_of
-from dfc.report import Report
+from dfc.report import Decision, Report
 from dfc.rewrite.pass_ import CHANGES, PASSES, Context, Pass
 
 
@@ -155,6 +155,13 @@ def test_revert_goes_back_to_before_the_label(net: Model) -> None:
     assert NORM in ops(compiled) and "aten.mul.Scalar" in ops(compiled)
     assert set(verdicts(compiled).values()) == {"reverted"}
     assert compiled.report.decisions[-1].step == "revert here"
+
+
+def test_too_few_runs_leave_no_bounds() -> None:
+    decision = Decision("s: keep if faster", "reverted", "", "eager", 0.9, 0.0, float("inf"), 3)
+    assert (decision.low, decision.high) == (None, None)
+    report = Report(decisions=[decision])
+    assert Report.from_json(report.to_json()) == report and "Infinity" not in report.to_json()
 
 
 def test_when_takes_one_branch(net: Model) -> None:
@@ -346,6 +353,8 @@ def test_a_recipe_is_text_a_file_a_plan_or_a_preset(net: Model, tmp_path: Path) 
     assert text == str(plan) == dfc.compile(*net, recipe=text, engine="eager").recipe
     with pytest.raises(dfc.DfcError, match="2 recipes"):
         dfc.compile(*net, recipe=file)
+    built = dfc.recipe("made").minimize("size").cse(limit=3)
+    assert "cse with limit=3" in dfc.compile(*net, recipe=built, engine="eager").recipe
     assert "recipe O1 {" in dfc.compile(*net, recipe="O1", engine="eager").recipe
     with pytest.raises(dfc.DfcError, match="no recipe `O9`"):
         dfc.compile(*net, recipe="O9")
