@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -220,3 +221,15 @@ def test_broken_text_and_broken_questions_do_not_end_it(tmp_path: Path) -> None:
         assert await editor.end() == 0
 
     with_editor(story)
+
+
+def test_without_pygls_it_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['pygls'] = None; from dfc.cli import main; sys.exit(main(['lsp']))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT, check=False
+    )
+    assert done.returncode == 7 and done.stdout == ""
+    assert "error[K002]" in done.stderr and "pip install 'dfc-compiler[lsp]'" in done.stderr
