@@ -51,7 +51,14 @@ class Diagnostic:
         lines += [f"  note: {note}" for note in self.notes]
         if self.help:
             lines.append(f"  help: {self.help}")
-        return "\n".join(lines)
+        return _visible("\n".join(lines))
+
+
+def _visible(text: str) -> str:
+    """The text without what would steer a terminal, or cannot be written at all."""
+    if text.isascii() and text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t\u00a0" else "\ufffd" for c in text)
 
 
 def _excerpt(span: Span) -> list[str]:

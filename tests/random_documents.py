@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 
 WORDS = (
-    "a", "b", "q", "x", "relu", "cse", "on", "with", "match", "where", "if", "not_", "higher",
+    "a", "b", "q", "x", "relu", "cse", "match", "where", "not_", "higher",
     "aten.add.Tensor", "dfc.linear_gelu", "latency", "data", "rule", "in_", "_", "None", "exact",
 )  # fmt: skip
 PLAIN = ("a", "b", "c", "q", "x", "y", "net", "small", "big_1")

@@ -25,15 +25,18 @@ _PUNCTUATION = {
     "AMPERSAND", "__ANON_0",
 }  # fmt: skip
 _NUMERAL = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)(.*)")
-_TOO_DEEP = "the expression is nested too deeply"
 Report = Callable[..., None]
+
+
+class TooDeep(Exception):
+    """An expression that is nested so deeply that reading ends; it has been told."""
 
 
 @dataclass(frozen=True)
 class _Spliced:
     """What a rule with a leading `_` gives to its parent."""
 
-    items: tuple[Any, ...]
+    items: list[Any]
     at: At
 
 
@@ -66,22 +69,33 @@ class Builder:
     def _complete(
         self, made: Any, splices: bool, absent: tuple[bool, ...], taken: Sequence[Any]
     ) -> Any:
-        at = (_at(taken[0])[0], _at(taken[-1])[1]) if taken else (self.last, self.last)
+        if not taken:
+            at = (self.last, self.last)
+        else:
+            first, last = taken[0], taken[-1]
+            at = (
+                first.start if isinstance(first, Token) else first.at[0],
+                last.end if isinstance(last, Token) else last.at[1],
+            )
         self.last = at[1]
         if made is None and not splices:
             return taken[0]
         items: list[Any] = []
         rest = iter(taken)
-        for gone in absent or (False,) * len(taken):
+        grows = splices and not absent and taken and isinstance(taken[0], _Spliced)
+        if grows:
+            items = next(rest).items  # a repetition grows in place: copying would be quadratic
+        for gone in absent or (False,) * (len(taken) - bool(grows)):
             x = None if gone else next(rest)
-            if isinstance(x, _Spliced):
+            if isinstance(x, Token):
+                if x.type[0] != "_" and x.type not in _PUNCTUATION:
+                    items.append(x)
+            elif isinstance(x, _Spliced):
                 items += x.items
-            elif isinstance(x, _Bare):
-                items.append(x.value)
-            elif not (isinstance(x, Token) and (x.type[0] == "_" or x.type in _PUNCTUATION)):
-                items.append(x)
+            else:
+                items.append(x.value if isinstance(x, _Bare) else x)
         if splices:
-            return _Spliced(tuple(items), at)
+            return _Spliced(items, at)
         found = made(at, items)
         return found if isinstance(found, s.Node) else _Bare(found, at)
 
@@ -261,7 +275,7 @@ class Builder:
         found: s.Expr = items[0]
         return found
 
-    def list(self, at: At, items: Sequence[Any]) -> s.Several:
+    def list(self, at: At, items: Sequence[Any]) -> s.Expr:
         given = tuple(i for i in items if i is not None)
         return s.Several(at, given, depth=self._depth(at, *given))
 
@@ -278,40 +292,41 @@ class Builder:
             return s.Number(at, -x.value, x.unit)
         return s.Unary(at, _OPERATORS[sign.type], x, depth=self._depth(at, x))
 
-    def not_(self, at: At, items: Sequence[Any]) -> s.Unary:
+    def not_(self, at: At, items: Sequence[Any]) -> s.Expr:
         return s.Unary(at, "not", items[0], depth=self._depth(at, items[0]))
 
-    def binary(self, at: At, items: Sequence[Any]) -> s.Binary:
+    def binary(self, at: At, items: Sequence[Any]) -> s.Expr:
         left, sign, right = items
         return self._binary(at, _OPERATORS[sign.type], left, right)
 
     compare = binary
 
-    def or_(self, at: At, items: Sequence[Any]) -> s.Binary:
+    def or_(self, at: At, items: Sequence[Any]) -> s.Expr:
         return self._binary(at, "or", *items)
 
-    def and_(self, at: At, items: Sequence[Any]) -> s.Binary:
+    def and_(self, at: At, items: Sequence[Any]) -> s.Expr:
         return self._binary(at, "and", *items)
 
-    def either(self, at: At, items: Sequence[Any]) -> s.Binary:
+    def either(self, at: At, items: Sequence[Any]) -> s.Expr:
         return self._binary(at, "|", *items)
 
-    def both(self, at: At, items: Sequence[Any]) -> s.Binary:
+    def both(self, at: At, items: Sequence[Any]) -> s.Expr:
         return self._binary(at, "&", *items)
 
-    def _binary(self, at: At, op: str, left: s.Expr, right: s.Expr) -> s.Binary:
+    def _binary(self, at: At, op: str, left: s.Expr, right: s.Expr) -> s.Expr:
         return s.Binary(at, op, left, right, depth=self._depth(at, left, right))
 
     def _depth(self, at: At, *parts: s.Expr) -> int:
+        """How deep an expression of these parts is nested.
+
+        Raises:  TooDeep.
+        """
         depth = 1 + max((p.depth for p in parts), default=0)
-        if depth == MAX_NESTING:
-            self.report("P004", _TOO_DEEP, at, f"expressions nest at most {MAX_NESTING} deep")
+        if depth > MAX_NESTING:
+            help = f"expressions nest at most {MAX_NESTING} deep"
+            self.report("P004", "the expression is nested too deeply", at, help)
+            raise TooDeep
         return depth
-
-
-def _at(x: Any) -> At:
-    found: At = (x.start, x.end) if isinstance(x, Token) else x.at
-    return found
 
 
 def _word(token: Token) -> s.Word:

@@ -11,6 +11,7 @@ from dfc.errors import DfcError, Span
 
 MAX_BYTES = 1 << 20  # of a recipe, rule or target file
 _BLANK = r"(?:\s|#[^\n]*\n)*"
+_PLAIN = re.compile(r"[\n\t\x20-\x7e]*")
 _GRAPH = re.compile(rf"{_BLANK}(?:dfc\s+\w+{_BLANK})?graph\b")
 
 
@@ -28,6 +29,7 @@ class Source:
     def __init__(self, text: str, file: str = "<string>") -> None:
         self.file = file
         self.original = text
+        self._line = (0, "")
         self.text = text.replace("\r\n", "\n").replace("\r", "\n")
 
     @classmethod
@@ -71,8 +73,9 @@ class Source:
         begin = self.lines[number - 1]
         stop = self.lines[number] - 1 if number < len(self.lines) else len(self.text)
         last = min(max(end or 0, start + 1), max(stop, start + 1))
-        line = self.text[begin:stop]
-        return Span(self.file, number, start - begin + 1, last - begin + 1, line)
+        if self._line[0] != number:
+            self._line = (number, self.text[begin:stop])  # many errors may share a long line
+        return Span(self.file, number, start - begin + 1, last - begin + 1, self._line[1])
 
     def refuse_hidden(self) -> None:
         """Refuse what a reader cannot see: control, bidirectional and zero-width characters.
@@ -88,7 +91,7 @@ class Source:
             raise DfcError(
                 "P007", f"{self.file} has {size} characters; a file may have {MAX_BYTES}"
             )
-        if self.text.isascii() and self.text.isprintable():
+        if _PLAIN.fullmatch(self.text):
             return
         for i, c in enumerate(self.text):
             if c in "\n\t" or c.isprintable() or c == "\u00a0":

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +41,9 @@ FUNCTIONS: Mapping[str, tuple[int, int]] = {
 ARITHMETIC = ("min", "max", "sqrt", "abs", "rsqrt")  # ops as well, where tensors are given
 _C = TypeVar("_C")
 MAX_NODES = 2000  # of one rule with its patterns expanded
+MAX_DEPTH = 100  # of the same
+MAX_NEAR = 10  # unknown ops for which a near one is looked for among thousands
+MAX_PROBLEMS = 50  # of one file: what nobody reads is not looked for
 
 
 @dataclass(frozen=True)
@@ -207,8 +211,17 @@ class _Checker:
 
     def say(self, code: str, message: str, at: s.At, help: str | None = None) -> None:
         self.problems.append(Diagnostic(code, message, self.source.span(*at), help))
+        if len(self.problems) >= MAX_PROBLEMS:
+            raise _Enough
 
     def rules(self) -> tuple[Rule, ...]:
+        """The rules that are right, in their order."""
+        found: dict[str, Rule] = {}
+        with suppress(_Enough):
+            self._rules(found)
+        return tuple(found.values())
+
+    def _rules(self, found: dict[str, Rule]) -> None:
         for p in self.document.entries:
             if isinstance(p, s.Pattern):
                 if p.name.name in self.patterns:
@@ -216,7 +229,6 @@ class _Checker:
                 elif p.name.name in FUNCTIONS:
                     self.say("R002", f"`{p.name.name}` is a function of conditions", p.name.at)
                 self.patterns[p.name.name] = p
-        found: dict[str, Rule] = {}
         seen: set[str] = set()
         for entry in self.document.entries:
             if not isinstance(entry, s.Rule):
@@ -228,7 +240,6 @@ class _Checker:
             rule = self.rule(entry)
             if rule is not None and len(self.problems) == before:
                 found.setdefault(rule.name, rule)
-        return tuple(found.values())
 
     def rule(self, entry: s.Rule) -> Rule | None:
         whole = not self._broken(entry)
@@ -300,27 +311,33 @@ class _Checker:
 
     # Patterns
 
-    def expand(self, x: s.Expr, inside: tuple[str, ...]) -> s.Expr:
-        """Put the bodies of patterns in place of their uses."""
+    def expand(self, x: s.Expr, inside: tuple[str, ...], depth: int = 0) -> s.Expr:
+        """Put the bodies of patterns in place of their uses; `inside` are those we are in."""
         self.expansions += 1
-        if self.expansions > MAX_NODES:
-            self.say("R006", f"with its patterns the rule has over {MAX_NODES} parts", x.at)
+        if self.expansions > MAX_NODES or depth > MAX_DEPTH:
+            over = f"has over {MAX_NODES} parts" if depth <= MAX_DEPTH else "is nested too deeply"
+            self.say("R006", f"with its patterns the rule {over}", x.at)
             raise _Failed
+        depth += 1
         if isinstance(x, s.Call):
-            arguments = tuple(self.expand(a, inside) for a in x.arguments)
-            keywords = tuple(replace(k, value=self.expand(k.value, inside)) for k in x.keywords)
+            arguments = tuple(self.expand(a, inside, depth) for a in x.arguments)
+            keywords = tuple(
+                replace(k, value=self.expand(k.value, inside, depth)) for k in x.keywords
+            )
             made = replace(x, arguments=arguments, keywords=keywords)
             pattern = self.patterns.get(x.name.name)
-            return made if pattern is None else self.use(made, pattern, inside)
+            return made if pattern is None else self.use(made, pattern, inside, depth)
         if isinstance(x, s.Several):
-            return replace(x, items=tuple(self.expand(i, inside) for i in x.items))
+            return replace(x, items=tuple(self.expand(i, inside, depth) for i in x.items))
         if isinstance(x, s.Unary):
-            return replace(x, operand=self.expand(x.operand, inside))
+            return replace(x, operand=self.expand(x.operand, inside, depth))
         if isinstance(x, s.Binary):
-            return replace(x, left=self.expand(x.left, inside), right=self.expand(x.right, inside))
+            left, right = (self.expand(y, inside, depth) for y in (x.left, x.right))
+            return replace(x, left=left, right=right)
         return x
 
-    def use(self, call: s.Call, pattern: s.Pattern, inside: tuple[str, ...]) -> s.Expr:
+    def use(self, call: s.Call, pattern: s.Pattern, inside: tuple[str, ...], depth: int) -> s.Expr:
+        """A pattern's body in place of a call of it."""
         name = pattern.name.name
         if name in inside:
             self.say("R006", f"the pattern `{name}` uses itself", call.at)
@@ -335,7 +352,7 @@ class _Checker:
             raise _Failed
         scope = f"{name}.{self.expansions}"  # what the body names itself is nobody else's
         body = _substitute(pattern.body, given, scope, self.patterns)
-        return self.expand(body, (*inside, name))
+        return self.expand(body, (*inside, name), depth)
 
     # Checks
 
@@ -429,7 +446,8 @@ class _Checker:
                 self._arity(x)
             return
         if not known_op(name):
-            self.say("R004", f"unknown op `{name}`", x.name.at, _near_op(name))
+            near = _near_op(name) if len(self.problems) < MAX_NEAR else None
+            self.say("R004", f"unknown op `{name}`", x.name.at, near)
 
     def _arity(self, x: s.Call) -> None:
         least, most = FUNCTIONS[x.name.name]
@@ -440,6 +458,10 @@ class _Checker:
 
 def _of(entry: s.Rule, kind: type[_C]) -> list[_C]:
     return [c for c in entry.clauses if isinstance(c, kind)]
+
+
+class _Enough(Exception):
+    """So much is wrong that the rest can wait."""
 
 
 class _Failed(Exception):
@@ -518,12 +540,16 @@ def known_op(name: str) -> bool:
 
 
 def _near_op(name: str) -> str | None:
-    from dfc.ops.aten import _names
-
     if "." in name and not name.startswith("aten."):
         from dfc.ir.op import declared_ops
 
         near = did_you_mean(name, [op.name for op in declared_ops()])
         return near or "an op of yours is brought by `--use FILE.py`, or by importing its module"
-    bases = sorted({n.split(".")[1] for n in _names() if n.startswith("aten.")})
-    return did_you_mean(name, bases)
+    return did_you_mean(name, _bases())
+
+
+@cache
+def _bases() -> list[str]:
+    from dfc.ops.aten import _names
+
+    return sorted({n.split(".")[1] for n in _names() if n.startswith("aten.")})
