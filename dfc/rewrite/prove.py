@@ -47,7 +47,7 @@ from dfc.rewrite.prove_types import Variation, symbolic, variations
 from dfc.rewrite.replace import Order, replace
 from dfc.rewrite.rule import Rule
 
-STRUCTURES = 32  # graphs of one pattern that are tried for each sample
+STRUCTURES = 24  # graphs of one pattern that are tried for the first sample; half for others
 MAX_SECONDS = 30.0  # of processor time for one rule
 MAX_SAMPLES = 32
 
@@ -157,7 +157,9 @@ class _Prover:
         others: list[dict[str, int]] = []
         refusals: list[tuple[int, Refusal | str]] = []
         data = constants(case, Plan("random inputs", seed=1))
-        for wanted, built in choices_of(self.rule, case, data, STRUCTURES):
+        main = sample.at == self.rule.samples[0].at
+        limit = STRUCTURES if main else STRUCTURES // 2
+        for wanted, built in choices_of(self.rule, case, data, limit):
             if isinstance(built, Unbuildable):
                 refusals.append((0, str(built)))
                 continue
@@ -172,7 +174,7 @@ class _Prover:
                 others.append(wanted)
         if first is None:
             raise _Wrong(self.not_applied(sample, refusals))
-        self.elsewhere(case, first, others, main=sample.at == self.rule.samples[0].at)
+        self.elsewhere(case, first, others, main)
 
     def not_applied(
         self, sample: s.Sample, refusals: Sequence[tuple[int, Refusal | str]]
