@@ -177,7 +177,7 @@ def convolutions() -> Iterator[Task]:
             lambda m, x: m.c(x).flatten(2).transpose(1, 2), c=nn.Conv2d(3, 768, patch, patch)
         )
         x = torch.randn(1, 3, size, size)
-        yield Task(f"patches of {patch} by convolution", embed, x, ("patches",))
+        yield Task(f"patches of {patch} by convolution", embed, x, ("patches_as_linear",))
 
 
 def tasks() -> Iterator[Task]:
