@@ -29,6 +29,7 @@ class File:
     document: s.Document
     imports: list[File] = field(default_factory=list)
     shipped: bool = False
+    reading: Reading | None = None
 
     def all(self) -> Iterator[File]:
         """This file and all it imports, each once, imported ones first."""
@@ -99,7 +100,7 @@ class Reader:
     ) -> File:
         reading: Reading = read_document(source)
         self.problems += reading.problems
-        file = File(name, source, reading.document)
+        file = File(name, source, reading.document, reading=reading)
         for entry in reading.document.entries:
             if isinstance(entry, s.Import):
                 found = self._import(entry, source, folder, chain)

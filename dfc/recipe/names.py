@@ -111,7 +111,7 @@ class Names:
             self._rules(file)
 
     def _rules(self, file: File) -> None:
-        rules, problems = read_rules(file.source, file.name)
+        rules, problems = read_rules(file.source, file.name, file.reading)
         self.problems.add(problems)
         if file.shipped:
             return

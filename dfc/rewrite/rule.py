@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from dfc.errors import DfcError, Diagnostic, did_you_mean
 from dfc.ir.types import DTYPES
 from dfc.lang import syntax as s
-from dfc.lang.reader import read_document
+from dfc.lang.reader import Reading, read_document
 from dfc.lang.source import Source
 from dfc.rewrite.pass_ import EXACT, Numerics, close
 
@@ -156,9 +156,14 @@ def rules_of(source: Source, name: str) -> RuleSet:
     return found
 
 
-def read_rules(source: Source, name: str) -> tuple[RuleSet, list[Diagnostic]]:
-    """As many rules as are right, and everything that is wrong; never raises for bad text."""
-    reading = read_document(source)
+def read_rules(
+    source: Source, name: str, reading: Reading | None = None
+) -> tuple[RuleSet, list[Diagnostic]]:
+    """As many rules as are right, and everything that is wrong; never raises for bad text.
+
+    `reading` is the source as it was read, where somebody has read it before.
+    """
+    reading = reading or read_document(source)
     broken = {d.span.line for d in reading.problems if d.span}
     checker = _Checker(source, name, reading.document, broken)
     rules = checker.rules()
