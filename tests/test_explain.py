@@ -379,8 +379,9 @@ def build():
 
 
 def test_the_command_prints_text_or_data(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(rulesets, "_loaded", dict(rulesets._loaded))  # what it brings goes with it
     (tmp_path / "model.py").write_text(FACTORY)
     (tmp_path / "mine.dfc").write_text(RULES.partition("rule attend")[0])
     model = f"{tmp_path / 'model.py'}:build"
