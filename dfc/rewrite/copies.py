@@ -21,11 +21,24 @@ _VIEWS = frozenset("unsqueeze squeeze expand slice select transpose permute view
 _ROWS = frozenset("embedding index_select index".split())  # noqa: SIM905
 
 
-def repeats(value: Value, how: str, depth: int = MAX_DEPTH) -> bool:
+def repeats(value: Value, how: str) -> bool:
     """Whether the last dimension is known to be two copies, in this order.
 
     Cost:  linear in the nodes behind the value, at most MAX_DEPTH back.
     """
+    return _repeats(value, how, MAX_DEPTH, {})
+
+
+Memo = dict[Value, bool]
+
+
+def _repeats(value: Value, how: str, depth: int, memo: Memo) -> bool:
+    if value not in memo:
+        memo[value] = _found(value, how, depth, memo)
+    return memo[value]
+
+
+def _found(value: Value, how: str, depth: int, memo: Memo) -> bool:
     if not isinstance(value.type, TensorType) or not value.type.rank or depth == 0:
         return False
     last = value.type.shape[-1]
@@ -33,7 +46,11 @@ def repeats(value: Value, how: str, depth: int = MAX_DEPTH) -> bool:
         return False
     if isinstance(value, Parameter):
         return _in_data(value, how)
-    return value.node is not None and value.index == 0 and _in_node(value, value.node, how, depth)
+    return (
+        value.node is not None
+        and value.index == 0
+        and _in_node(value, value.node, how, depth, memo)
+    )
 
 
 def _in_data(p: Parameter, how: str) -> bool:
@@ -48,11 +65,11 @@ def _in_data(p: Parameter, how: str) -> bool:
     return torch.equal(data[..., :half], data[..., half:])
 
 
-def _in_node(value: Value, node: Node, how: str, depth: int) -> bool:
+def _in_node(value: Value, node: Node, how: str, depth: int, memo: Memo) -> bool:
     name = node.op.removeprefix("aten.").partition(".")[0] if node.op.startswith("aten.") else ""
     operands = list(node.operands)
     if name in _ELEMENTWISE:
-        return all(_is_number(v) or repeats(v, how, depth - 1) for v in operands)
+        return all(_is_number(v) or _repeats(v, how, depth - 1, memo) for v in operands)
     if name == "cat":
         return how == HALVES and _at_end(node, value) and _twice(operands)
     if name == "repeat_interleave":
@@ -63,9 +80,9 @@ def _in_node(value: Value, node: Node, how: str, depth: int) -> bool:
     if name in _VIEWS:
         if how == PAIRS and name in ("view", "reshape") and _merged_pairs(operands[0]):
             return True
-        return _keeps_last(name, node, operands[0]) and repeats(operands[0], how, depth - 1)
+        return _keeps_last(name, node, operands[0]) and _repeats(operands[0], how, depth - 1, memo)
     if name in _ROWS and (name == "embedding" or operands[0].tensor_type.rank > 1):
-        return _picks_rows(name, node) and repeats(operands[0], how, depth - 1)
+        return _picks_rows(name, node) and _repeats(operands[0], how, depth - 1, memo)
     return False
 
 

@@ -7,6 +7,7 @@ The same analysis as `intervals`, of the elements in column 0 of the last dimens
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from dfc.ir.graph import Node, Parameter, Value
 from dfc.ir.types import TensorType
@@ -23,6 +24,13 @@ from dfc.rewrite.intervals import (
 )
 
 Memo = dict[Value, Interval]
+
+
+@dataclass(frozen=True)
+class _Column:
+    """The key under which a memo of whole values keeps a first column."""
+
+    value: Value
 
 
 def first_column(
@@ -42,11 +50,18 @@ def first_column(
     if _last(value) == 1:
         return interval(value, whole, moderate=moderate)
 
+    key = _Column(value)
+    known = whole.get(key)  # type: ignore[call-overload]
+    if known is not None:
+        return known  # type: ignore[no-any-return]
+
     def column(v: Value) -> Interval:
         return first_column(v, whole, depth - 1, moderate=moderate)
 
     found = _of(value.node, column)
-    return interval(value, whole, moderate=moderate) if found is None else bounded(value, found)
+    known = interval(value, whole, moderate=moderate) if found is None else bounded(value, found)
+    whole[key] = known  # type: ignore[index]
+    return known
 
 
 def _of(node: Node, column: Callable[[Value], Interval]) -> Interval | None:

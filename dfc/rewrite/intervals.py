@@ -98,17 +98,19 @@ def bounded(value: Value, found: Interval) -> Interval:
     if dtype.is_float:
         # Rounding is monotone, so rounded bounds bound the rounded values, overflow included.
         return Interval(_rounded(found.low, dtype), _rounded(found.high, dtype), found.nan)
-    if not found.finite:
-        return Interval(-math.inf, math.inf)  # integers know no NaN
-    return found if _holds(dtype, found) else Interval(-math.inf, math.inf)
+    if dtype.is_complex:
+        return ANY
+    return _whole(dtype, found)  # integers know no NaN
 
 
-def _holds(dtype: DType, found: Interval) -> bool:
-    """Whether an integer type holds the bounds: beyond, it may wrap around."""
+def _whole(dtype: DType, found: Interval) -> Interval:
+    """Bounds within an integer type's own: beyond, a number may have wrapped around."""
     import torch
 
-    limits = torch.iinfo(dtype.to_torch()) if not dtype.is_complex else None
-    return limits is None or (limits.min <= found.low and found.high <= limits.max)
+    limits = torch.iinfo(dtype.to_torch())
+    if found.nan or found.low < limits.min or found.high > limits.max:
+        return Interval(float(limits.min), float(limits.max))
+    return found
 
 
 def _dtype_name(node: Node) -> str:
@@ -274,6 +276,21 @@ def _total(node: Node, given: Sequence[Interval]) -> Interval:
     return _cumsum(node, given) | FALSE
 
 
+def _clamp(node: Node, given: Sequence[Interval]) -> Interval:
+    """Between two numbers, NaN apart."""
+    low, high = _number(node, "min"), _number(node, "max")
+    if len(given) > 1 or ANY in (low, high):
+        return ANY
+    bottom = -math.inf if low is None else low.low
+    top = math.inf if high is None else high.high
+    ends = [min(max(x, bottom), top) for x in (given[0].low, given[0].high)]
+    return Interval(ends[0], ends[1], given[0].nan)
+
+
+def _padded(node: Node, given: Sequence[Interval]) -> Interval:
+    return given[0] | (_number(node, "value") or FALSE)
+
+
 def _nan_to_num(node: Node, given: Sequence[Interval]) -> Interval:
     """Finite, whatever it was; what stands in for NaN and infinities is a number or the largest."""
     kind = node.results[0].type
@@ -373,7 +390,7 @@ def _or(a: bool | None, b: bool | None) -> bool | None:
 
 _PRODUCTS = frozenset(
     """matmul bmm mm addmm baddbmm linear einsum convolution conv1d conv2d layer_norm rms_norm
-    group_norm scaled_dot_product_attention""".split()  # noqa: SIM905
+    group_norm linalg_vector_norm scaled_dot_product_attention""".split()  # noqa: SIM905
 )
 _VIEWS = (
     "view _unsafe_view reshape expand expand_as transpose permute t slice select narrow squeeze "
@@ -383,7 +400,9 @@ _VIEWS = (
 )
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(_VIEWS.split(), _first),
-    **dict.fromkeys(("cat", "stack", "maximum", "minimum"), _join),
+    **dict.fromkeys(
+        ("cat", "stack", "maximum", "minimum", "slice_scatter", "select_scatter"), _join
+    ),
     "dropout": _dropout,
     "where": _where,
     "masked_fill": _masked_fill,
@@ -402,6 +421,8 @@ _RULES: dict[str, Rule] = {
     "rsub": _rsub,
     "mul": _mul,
     "neg": _neg,
+    **dict.fromkeys(("clamp", "clamp_min", "clamp_max"), _clamp),
+    **dict.fromkeys(("constant_pad_nd", "pad"), _padded),
     "nan_to_num": _nan_to_num,
     "div": _div,
     "sum": _total,
