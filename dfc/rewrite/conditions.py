@@ -438,8 +438,9 @@ def _open_rows(source: s.Call, given: Sequence[Any], facts: Facts) -> bool:
 
 def _moderate(source: s.Call, given: Sequence[Any], facts: Facts) -> bool:
     """Whether a value is finite and not large unless an activation before it overflows."""
-    if not interval(given[0], facts.moderate, moderate=True).finite:
-        raise Undecided(f"nothing says that {_shown(given[0])} is finite")
+    found = interval(given[0], facts.moderate, moderate=True)
+    if found.nan or max(-found.low, found.high) > 1e18:  # of two such, the product is finite
+        raise Undecided(f"nothing says that {_shown(given[0])} is moderate")
     return True
 
 

@@ -55,6 +55,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "fusion.md"
 KINDS = ("attention", "norm", "activation", "mlp")
 SIMPLIFY = ("canonicalize", "remove_noops", "cse", "dce")
+# What is counted: the default passes, and all rules that dfc ships before the last cleaning up.
+PASSES = (
+    "canonicalize", "remove_noops", "fold_constants", "fold_batch_norm", "remove_noops",
+    "cse", "fuse", "remove_noops", "cse", "dce",
+)  # fmt: skip
 ACTIVATIONS = frozenset(
     """relu relu6 leaky_relu prelu rrelu elu celu selu gelu silu mish hardswish hardtanh glu
     swiglu geglu""".split()  # noqa: SIM905
@@ -572,13 +577,13 @@ def unsited(model: Any, before: Graph) -> list[str]:
 
 
 def examine(case: Case, passes: Sequence[Any] | None = None) -> Row | None:
-    """Count one case's sites before and after the passes (default: the shipped ones).
+    """Count one case's sites before and after the passes (default: `PASSES`).
 
     None for a model that cannot be captured: `docs/coverage.md` says why.
     """
     import dfc
     from dfc.rewrite.driver import run_passes
-    from dfc.rewrite.pass_ import DEFAULT, find_pass
+    from dfc.rewrite.pass_ import find_pass
 
     built = case.build()
     try:
@@ -586,7 +591,7 @@ def examine(case: Case, passes: Sequence[Any] | None = None) -> Row | None:
     except dfc.DfcError:
         return None
     before = run_passes(graph, [find_pass(p) for p in SIMPLIFY], mode="none").graph
-    chosen = [find_pass(p) if isinstance(p, str) else p for p in passes or DEFAULT]
+    chosen = [find_pass(p) if isinstance(p, str) else p for p in passes or PASSES]
     after = run_passes(graph, chosen, mode="none").graph
     row = compare(case.name, case.family, before, after)
     row.unsited = unsited(built.model, before)
