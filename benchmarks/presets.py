@@ -1,6 +1,7 @@
 """Presets against the untransformed graph: none may make a model of the zoo slower.
 
     python benchmarks/presets.py [--all] [--seconds 600] [--presets O1,O2] [--engines eager]
+                                 [--shard 0/8]     one of eight parts, to run beside the others
 
 Each model is compiled with `O0`, which is the graph as captured, and with each preset, for the same
 engine; the two are run in pairs that alternate in their order, until the interval for the median
@@ -99,9 +100,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600.0, help="stop after so long")
     parser.add_argument("--presets", default="O1,O2,O3")
     parser.add_argument("--engines", default="eager,onnxruntime")
+    parser.add_argument("--shard", default="0/1", help="which part of how many, as 0/8")
     options = parser.parse_args()
     presets, engines = options.presets.split(","), options.engines.split(",")
-    some = chosen(1 if options.all else EVERY)
+    part, parts = map(int, options.shard.split("/"))
+    some = chosen(1 if options.all else EVERY)[part::parts]
     deadline = time.perf_counter() + options.seconds
     began = os.getloadavg()[0]
     print(f"{'model':34} {'engine':12} {'preset':7} {'before ms':>9} {'after ms':>9} {'ratio':>6} "
