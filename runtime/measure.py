@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from statistics import fmean, median
 from typing import Any
 
@@ -183,11 +184,13 @@ def ratio_interval(
     """
     ratios = sorted(b / a for a, b in zip(before, after, strict=True))
     n = len(ratios)
-    allowed = (1 - confidence) / 2 * 2**n
-    below = 0  # how many of the 2**n patterns of signs leave fewer than k ratios on one side
-    k = 0
-    while k < n // 2 and below + math.comb(n, k) <= allowed:
-        below += math.comb(n, k)
+    # Whole numbers: of a thousand pairs there are more patterns of signs than a float can count.
+    allowed = int(Fraction((1 - confidence) / 2) * 2**n)
+    below = 0  # how many of the 2**n patterns leave fewer than k ratios on one side
+    k, ways = 0, 1  # ways: n over k
+    while k < n // 2 and below + ways <= allowed:
+        below += ways
+        ways = ways * (n - k) // (k + 1)
         k += 1
     low, high = (ratios[k - 1], ratios[n - k]) if k else (0.0, math.inf)
     return Interval(median(ratios), low, high)

@@ -33,6 +33,11 @@ def test_the_interval_of_the_median_by_hand() -> None:
     assert (few.low, few.high) == (0.0, math.inf)
 
 
+def test_thousands_of_pairs_have_an_interval() -> None:
+    found = ratio_interval(*noisy(0.9, 3000, 1), 0.99)
+    assert 0.85 < found.low < found.ratio < found.high < 0.95
+
+
 @pytest.mark.parametrize("ratio", [0.5, 0.9, 1.0, 1.3])
 def test_the_interval_holds_the_true_ratio(ratio: float) -> None:
     held = 0
