@@ -137,7 +137,14 @@ class _Run:
         waiting = deque(reversed(list(graph.nodes)))
         queued = set(waiting)
         recent: list[str] = []
-        while waiting:
+        swept = self.done  # rewrites made before every node was last looked at
+        while waiting or swept != self.done:
+            if not waiting:
+                # A condition may look further than a pattern: all once more, until nothing fits.
+                swept = self.done
+                waiting.extend(reversed(list(graph.nodes)))
+                queued.update(waiting)
+                continue
             node = waiting.popleft()
             queued.discard(node)
             if node.graph is not graph:
@@ -186,7 +193,9 @@ class _Run:
             found = replace(match, graph, order, folded)
             self.journal.trying = None
             if isinstance(found, str):
-                self.journal.refused.append((match.rule, name, found))
+                refusal = (match.rule, name, found)
+                if refusal not in self.journal.refused:
+                    self.journal.refused.append(refusal)
                 continue
             self.done += 1
             made = tuple(r.name for n in found.made for r in n.results)

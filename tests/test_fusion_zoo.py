@@ -39,7 +39,7 @@ def test_attention_norms_and_rotary_embeddings_are_one_op_each(name: str) -> Non
 def test_nearly_all_attention_and_all_norms_of_the_record_are_fused() -> None:
     rows = recorded()
     assert len(rows) > 300
-    for kind, share in (("attention", 0.9), ("norm", 0.95)):
+    for kind, share in (("attention", 0.95), ("norm", 0.95)):
         counts = [r.counts[kind] for r in rows.values()]
         done = sum(c.whole + c.fused for c in counts)
         assert done >= share * sum(c.sites for c in counts), kind
@@ -53,7 +53,7 @@ def test_what_is_left_is_listed_with_its_surroundings() -> None:
             assert all(x.reason for x in row.left)
 
 
-@pytest.mark.parametrize("name", ["nano_gpt", "multihead_attention"])
+@pytest.mark.parametrize("name", ["nano_gpt", "multihead_attention", "mpt", "gpt_oss", "siglip"])
 def test_the_record_is_what_is_found(name: str) -> None:
     assert DOCUMENT.exists()
     case = next(c for c in cases() if c.name == name)

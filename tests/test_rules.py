@@ -11,19 +11,21 @@ import re
 import pytest
 import torch
 
+import dfc
 from dfc.errors import DfcError
-from dfc.ir.expr import symbol
+from dfc.ir.expr import call, symbol
 from dfc.ir.graph import Argument, Graph, Loc, Node
 from dfc.ir.interpret import interpret
 from dfc.ir.tree import LEAF
 from dfc.ir.types import DTYPES, TensorType
 from dfc.ir.verify import verify
 from dfc.ir.weights import TensorData
+from dfc.lang import syntax as s
 from dfc.lang.reader import parse_expression
 from dfc.lang.source import Source
 from dfc.ops.builder import Builder
 from dfc.passes.fuse import JOURNAL, Fuse, Journal
-from dfc.rewrite.conditions import Facts, base_of
+from dfc.rewrite.conditions import Facts, base_of, holds
 from dfc.rewrite.construct import Construction, construct
 from dfc.rewrite.match import Match, Refusal, attempt
 from dfc.rewrite.pass_ import Context
@@ -611,3 +613,26 @@ def test_a_match_tells_what_its_names_stand_for() -> None:
     assert found.env["x"] is g.inputs[0] and found.env["s"] == 3.0
     assert [base_of(n.op) for n in found.nodes] == ["mul", "relu"]
     assert attempt(ruleset("match y = exp(x)\nrewrite y = x").rules[0], g, node) is None
+
+
+def test_a_size_that_the_ranges_decide_is_settled() -> None:
+    """MPT cuts its bias of 64 positions to `64 - max(0, 64 - S)`, which is S for up to 64."""
+    condition = s.Call(
+        (0, 0), s.Word((0, 0), "broadcasts"), (s.Word((0, 0), "a"), s.Word((0, 0), "b"))
+    )
+    size = symbol("S")
+    cut = 64 - call("max", 0, 64 - size)
+    for most, fits in ((32, True), (64, True), (65, False), (None, False)):
+        ending = "" if most is None else str(most)
+        graph = dfc.parse(
+            f"dfc 1 graph @f(%x: f32[S]) -> f32[S] where S in 1..{ending} {{ return %x }}"
+        )
+        assert holds(condition, {"a": (1, cut), "b": (2, size)}, Facts(graph)) == fits
+
+
+def test_padding_is_known_for_all_sizes() -> None:
+    graph = dfc.parse(
+        "dfc 1 graph @f(%x: f32[B, S]) -> f32[B, S + 1] where B in 1..8, S in 1..8 {"
+        " %y: f32[B, S + 1] = aten.constant_pad_nd.default(%x, pad=[0, 1], value=0.0) return %y }"
+    )
+    verify(graph)

@@ -264,11 +264,13 @@ def _infer(op: AtenOp, node: Node) -> tuple[Type, ...]:
 
 
 def _direct(op: AtenOp, node: Node) -> TensorType | None:
-    """The type without asking PyTorch, for elementwise ops on floats of one dtype."""
+    """The type without asking PyTorch: padding, and elementwise ops on floats of one dtype."""
     first = node.inputs[0] if node.inputs else None
     if first is None or isinstance(first, tuple) or not isinstance(first.type, TensorType):
         return None
     type = first.type
+    if op.name == "aten.constant_pad_nd.default":
+        return _padded(type, node.attributes.get("pad"))
     if not type.dtype.is_float or node.attributes.get("dtype") is not None:
         return None
     if op._base in _SAME and op.result_lists == (False,):
@@ -281,6 +283,18 @@ def _direct(op: AtenOp, node: Node) -> TensorType | None:
         other = node.attributes.get("other")
         return type if isinstance(other, (int, float)) else None
     return None
+
+
+def _padded(type: TensorType, pad: Any) -> TensorType | None:
+    """PyTorch's own rule settles for the sizes that it sees."""
+    if not isinstance(pad, tuple) or len(pad) % 2 or len(pad) > 2 * type.rank:
+        return None
+    if not all(isinstance(p, int) and p >= 0 for p in pad):
+        return None
+    shape = list(type.shape)
+    for i in range(len(pad) // 2):
+        shape[-1 - i] = shape[-1 - i] + pad[2 * i] + pad[2 * i + 1]
+    return type.with_shape(tuple(shape))
 
 
 @cache

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dfc.ir.expr import Expr, Scalar, call
+from dfc.ir.expr import Call, Expr, Scalar, call, symbol
 from dfc.ir.graph import Graph, Parameter, Range, Value, attribute_key
 from dfc.ir.types import DType, TensorType
 from dfc.lang import syntax as s
@@ -39,7 +39,7 @@ class Facts:
 
     @property
     def ranges(self) -> Mapping[str, Range]:
-        return self.graph.ranges if self.graph else {}
+        return self.graph.ranges if self.graph is not None else {}
 
 
 @dataclass(frozen=True)
@@ -222,6 +222,33 @@ def _ordered(op: str, a: Scalar, b: Scalar, facts: Facts) -> bool | None:
     return None
 
 
+def _settled(x: Scalar, facts: Facts) -> Scalar:
+    """A size with each `min` and `max` decided that the ranges decide: with S at most 32,
+    `64 - max(0, 64 - S)` is S."""
+    if not isinstance(x, Expr) or all(isinstance(a, str) for m, _ in x.terms for a, _ in m):
+        return x
+    total: Any = 0
+    for monomial, c in x.terms:
+        product: Any = c
+        for atom, power in monomial:
+            factor: Any = symbol(atom) if isinstance(atom, str) else _decided(atom, facts)
+            for _ in range(power):
+                product = product * factor
+        total = total + product
+    return total  # type: ignore[no-any-return]
+
+
+def _decided(atom: Call, facts: Facts) -> Scalar:
+    args = [_settled(a, facts) for a in atom.args]
+    if atom.name not in ("min", "max"):
+        return call(atom.name, *args)
+    better = "<=" if atom.name == "min" else ">="
+    for a in args:
+        if all(b is a or _ordered(better, a, b, facts) for b in args):
+            return a
+    return call(atom.name, *args)
+
+
 def _bounds(x: Scalar, facts: Facts) -> tuple[float | None, float | None]:
     """The least and the greatest value of a size over the ranges of its symbols."""
     if not isinstance(x, Expr):
@@ -313,7 +340,7 @@ def _constant(source: s.Call, given: Sequence[Any], facts: Facts) -> bool:
         return all(_constant(source, [i], facts) for i in x)
     if not isinstance(x, Value):
         return True  # a number; an operand that is absent is known to be
-    mutated = {m.target for m in facts.graph.mutations} if facts.graph else set()
+    mutated = {m.target for m in facts.graph.mutations} if facts.graph is not None else set()
     return isinstance(x, Parameter) and x not in mutated
 
 
@@ -385,6 +412,7 @@ def _broadcasts(source: s.Call, given: Sequence[Any], facts: Facts) -> bool:
     b = given[1] if isinstance(given[1], tuple) else _tensor(given[1], source).shape
     if len(a) > len(b):
         return False
+    a, b = (tuple(_settled(x, facts) for x in shape) for shape in (a, b))
     return all(x == 1 or x == y for x, y in zip(reversed(a), reversed(b), strict=False))
 
 
