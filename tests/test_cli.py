@@ -587,8 +587,9 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    exec(compile(code, str(README), "exec"), {})
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    exec(compile("\n".join(blocks), str(README), "exec"), {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.dfcpkg", "model.onnx"]
 
 

@@ -30,6 +30,14 @@ def same(r: Recipe) -> str:
     return text
 
 
+def test_no_module_takes_the_place_of_what_is_exported() -> None:
+    """`dfc.recipe.tune` was a module as soon as something had been compiled."""
+    import pkgutil
+
+    modules = {m.name for m in pkgutil.iter_modules(dfc.recipe.__path__)}
+    assert not modules & set(dfc.recipe.__all__)
+
+
 def test_the_example_of_the_docstring() -> None:
     failed, tried = doctest.testmod(dfc.recipe.build)
     assert tried >= 3 and not failed

@@ -41,7 +41,7 @@ def bisect(
     use: Use = None,
     as_json: Json = False,
 ) -> None:
-    """Find the first step that breaks a check, and the first change within that step.
+    """Find the first step, and change in it, that breaks a check.
 
     \b
     Examples:

@@ -26,7 +26,7 @@ def check(
     use: Use = None,
     as_json: Json = False,
 ) -> None:
-    """Check recipes, targets, rules and graphs, and report every error in them.
+    """Check recipes, targets, rules and graphs; tell every error.
 
     Imported files are checked with those that import them. With --model, selectors must match
     something in it. `dfc test` also proves rules.

@@ -158,7 +158,7 @@ class _Job:
         from dfc.cli.engines import check_device, check_engine
         from dfc.cli.recipes import named_data, named_metrics
         from dfc.cli.sources import open_source
-        from dfc.recipe.tune import Budget
+        from dfc.recipe.searching import Budget
         from dfc.rewrite.driver import VERIFY
 
         if self.verify not in (None, *VERIFY):

@@ -48,7 +48,7 @@ def explain(
     use: Use = None,
     as_json: Json = False,
 ) -> None:
-    """Say why a rule applied or nearly did, what a pass did, or what became of a node.
+    """Say why a rule, a pass or a node came out as it did.
 
     \b
     A rule is tried everywhere in the graph as it reaches `fuse`. For each near miss: how far it
@@ -57,11 +57,9 @@ def explain(
 
     \b
     Examples:
-      dfc explain bert.py:build
       dfc explain bert.py:build --rule fuse_attention
       dfc explain bert.py:build --pass fold_batch_norm
       dfc explain bert.py:build --node %softmax_3
-      dfc explain bert.py:build --use my_rules.dfc --rule my_rules --before canonicalize
     """  # fmt: skip
     load_used(use)
     from dfc.cli.progress import Progress

@@ -22,7 +22,7 @@ def fmt(
         bool, typer.Option("--diff", help="Change nothing; show what would change; exit with 9.")
     ] = False,
 ) -> None:
-    """Rewrite recipes, targets, rules and graph text in their one layout.
+    """Lay out recipes, targets, rules and graphs in one form.
 
     No file is touched when one of them does not parse. `-` reads stdin and writes stdout.
 

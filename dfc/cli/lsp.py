@@ -6,10 +6,11 @@ from dfc.errors import DfcError
 
 
 def lsp() -> None:
-    """Help editors with .dfc files: speaks the Language Server Protocol on stdin and stdout.
+    """Help editors with .dfc files, as a language server.
 
-    Errors as you type, completion, meaning of words, go to definition, outline, formatting.
-    It reads .dfc text only and never imports your code. Needs: pip install 'dfc-compiler[lsp]'
+    Speaks the Language Server Protocol on stdin and stdout: errors as you type, completion,
+    meaning of words, go to definition, outline, formatting. It reads .dfc text only and never
+    imports your code. Needs: pip install 'dfc-compiler[lsp]'
 
     \b
     Neovim (0.11 or later):
@@ -38,6 +39,10 @@ def lsp() -> None:
 
     \b
     VS Code: the extension in editors/vscode starts it; see editors/README.md.
+
+    \b
+    Examples:
+      dfc lsp
     """
     import importlib.util
     import os

@@ -48,7 +48,7 @@ def run(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Run a model and say what came out; or a reproducer, and say whether it is still wrong.
+    """Run a model, or a reproducer, and say what came out.
 
     \b
     Examples:

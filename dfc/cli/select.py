@@ -27,7 +27,7 @@ def select(
     use: Use = None,
     as_json: Json = False,
 ) -> None:
-    """Show the nodes, modules and parameters that a selector finds in a model.
+    """Show what a selector finds: nodes, modules, parameters.
 
     A string is a module path: * is one part, ** any number of parts. There are op(NAME),
     dtype(f32), param("GLOB"), first(N), last(N), between("A", "B"); they combine with

@@ -48,7 +48,7 @@ def show(
     use: Use = None,
     as_json: Json = False,
 ) -> None:
-    """Show a graph, traced from a model or a package's own; or a recipe, resolved.
+    """Show a model's graph, a package's own, or a recipe, resolved.
 
     \b
     Examples:

@@ -39,7 +39,7 @@ def test(
     use: Use = None,
     as_json: Json = False,
 ) -> None:
-    """Prove rewrite rules: both sides on random and hostile inputs, until one breaks the claim.
+    """Prove rewrite rules on ordinary and hostile inputs.
 
     Each `applies` sample stands for other sizes, ranks, element types and numbers as well; each
     `refuses` sample must be left alone. A wrong rule is shown with the input that breaks it.

@@ -27,7 +27,7 @@ from dfc.recipe.requirements import (
     requirement_reports,
 )
 from dfc.recipe.resolve import check_on
-from dfc.recipe.tune import Budget, Search, search
+from dfc.recipe.searching import Budget, Search, search
 from dfc.report import Report
 from dfc.rewrite.driver import VERIFY
 
