@@ -24,6 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "ops",
         "lang",
         "rewrite capture emit planning",
+        "compress",  # calibration, quantization, pruning: what passes and recipes build on
         "passes runtime package calling compiled report report_page",
         "recipe",  # runs passes, builds engines, measures
         "reproducer",  # a wrong step as a folder: a graph, numbers and a recipe

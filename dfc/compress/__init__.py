@@ -1,0 +1,1 @@
+"""Algorithms that make models smaller: calibration, quantization, pruning, and what they cost."""
