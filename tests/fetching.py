@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -138,6 +139,18 @@ def copied(folder: str, *names: str) -> Make:
     def make(unpacked: Path, target: Path) -> None:
         for name in names:
             shutil.copyfile(unpacked / folder / name, target / name)
+
+    return make
+
+
+def joined(folder: str) -> Make:
+    """A folder of texts as `articles.json`: title -> text."""
+
+    def make(unpacked: Path, target: Path) -> None:
+        files = sorted((unpacked / folder).glob("*.txt"))
+        texts = {f.stem: f.read_text(encoding="utf-8") for f in files}
+        text = json.dumps(texts, ensure_ascii=False, indent=0)
+        (target / "articles.json").write_text(text, encoding="utf-8")
 
     return make
 
