@@ -22,10 +22,10 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "manifest registry",
         "ir",
         "ops",
-        "lang",
+        "lang calling",
         "rewrite capture emit planning",
         "compress",  # calibration, quantization, pruning: what passes and recipes build on
-        "passes runtime package calling compiled report report_page",
+        "passes runtime package compiled report report_page",
         "recipe",  # runs passes, builds engines, measures
         "reproducer",  # a wrong step as a folder: a graph, numbers and a recipe
         "api lsp",
@@ -43,7 +43,7 @@ LATE = {
 # Members of one layer that may know each other.
 PAIRS = {
     ("emit", "planning"),  # the protocol of what runs
-    *product(("package", "calling", "compiled", "report", "report_page"), repeat=2),
+    *product(("package", "compiled", "report", "report_page"), repeat=2),
 }
 
 
@@ -196,6 +196,7 @@ BROAD = {
     "dfc/cli/judge.py": 1,  # the user's check
     "dfc/cli/recipes.py": 1,  # the function that makes data
     "dfc/cli/sources.py": 4,  # the user's factory, and files that torch reads
+    "dfc/compress/batches.py": 1,  # the user's data, while it is read
     "dfc/emit/decompose.py": 1,  # tracing raises whatever a decomposition meets
     "dfc/emit/onnx_run.py": 2,  # ONNX Runtime has a class for each status code
     "dfc/emit/onnx_torchlib.py": 1,  # translations raise whatever their authors met

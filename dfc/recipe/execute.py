@@ -30,6 +30,7 @@ from dfc.recipe.quantities import Meter, weight_bytes
 from dfc.report import Decision
 from dfc.rewrite.driver import Outcome as PassOutcome
 from dfc.rewrite.driver import PassReport, run_passes
+from dfc.rewrite.journal import user_journal
 from dfc.rewrite.pass_ import EXACT, Context, Numerics, Pass
 
 Show = Callable[[str, Graph], None]
@@ -161,7 +162,10 @@ class _Run:
         self.decisions: list[Decision] = []
         self.emits: list[EmitStep] = []
         self.owes_proof = False
-        self.context = Context(target=executor.target, data=executor.data, progress=self._progress)
+        self.context = Context(
+            target=executor.target, data=executor.data, progress=self._progress,
+            journal=user_journal() if executor.data else None,
+        )  # fmt: skip
         self.running = ""
 
     def run(self) -> Outcome:
@@ -172,7 +176,7 @@ class _Run:
         )  # fmt: skip
 
     def _progress(self, done: int, total: int) -> None:
-        self.x.say(f"{self.running}: {done} of {total}")
+        self.x.say(f"{self.running}: {done} of {total}" if total else f"{self.running}: {done}")
 
     def steps(self, steps: Sequence[PlanStep]) -> None:
         for step in steps:

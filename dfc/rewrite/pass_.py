@@ -16,6 +16,7 @@ from dfc.errors import DfcError, did_you_mean
 from dfc.ir.graph import Graph, Loc, Node, Parameter, Value
 from dfc.origin import Origin
 from dfc.registry import Plugin, Registry
+from dfc.rewrite.journal import Journal
 
 Data = NewType("Data", str)  # an option that names data which the caller passes
 
@@ -66,8 +67,9 @@ KEPT = "kept"
 class Context:
     """What a pass is handed that is not an option.
 
-    `progress(done, total)` reports long work; `products` takes what is made besides the graph;
-    `decisions` is a list when somebody wants to know why (`dfc explain`).
+    `progress(done, total)` reports long work, of 0 where the total is not known; `products` takes
+    what is made besides the graph; `decisions` is a list when somebody wants to know why (`dfc
+    explain`); `journal`, where there is one, keeps what long work has done so far.
     """
 
     target: object | None = None
@@ -75,6 +77,7 @@ class Context:
     progress: Callable[[int, int], None] = lambda done, total: None
     products: dict[str, Any] = field(default_factory=dict)
     decisions: list[Decision] | None = None
+    journal: Journal | None = None
 
     @property
     def asked(self) -> bool:
