@@ -6,6 +6,7 @@ the raiser knows better:
 
     P parse     2      Q recipe  2      R rule    2      D data and packages  2
     T trace     3      X export  3      V verify  4      K runtime            8
+    N plan      2
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-_STATUS = {"P": 2, "Q": 2, "R": 2, "D": 2, "T": 3, "X": 3, "V": 4, "K": 8}
+_STATUS = {"P": 2, "Q": 2, "R": 2, "D": 2, "T": 3, "X": 3, "V": 4, "K": 8, "N": 2}
 
 
 @dataclass(frozen=True)
