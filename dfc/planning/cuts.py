@@ -1,0 +1,118 @@
+"""Cutting a long chain into stages: the bottleneck is searched, each try is a walk of vectors.
+
+A chain can be cut with bottleneck T if and only if stages, each as long as T and the memory allow,
+reach its end; what crosses a cut bounds where cuts may lie.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dfc.planning.ideals import lower_bound
+from dfc.planning.problem import Partition, Problem, loads
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Ints = NDArray[np.int64]
+
+_STEPS = 60  # halvings: more than a double's 53 bits
+
+
+def is_chain(problem: Problem) -> bool:
+    """Whether every tensor goes to the next node only, and nothing else ties nodes together."""
+    simple = not (problem.tied or problem.together or problem.pins)
+    return simple and all(t.readers == (t.producer + 1,) for t in problem.tensors)
+
+
+def cut_chain(problem: Problem) -> Partition | None:
+    """The best cuts of a chain, None when its memory does not allow any.
+
+    Needs:  `is_chain`.
+    Cost:   O(n K) for each of 60 halvings, in vectors of n.
+    """
+    chain = _Chain(problem)
+    low, high = lower_bound(problem), chain.most()
+    stage = chain.cuts(high)
+    if stage is None:
+        return None
+    best = loads(problem, stage).bottleneck
+    for _ in range(_STEPS):
+        if best <= low * (1 + 1e-12):
+            break
+        middle = (low + best) / 2
+        tried = chain.cuts(middle)
+        if tried is None:
+            low = middle
+        else:
+            stage, best = tried, min(best, loads(problem, tried).bottleneck)
+    return Partition(stage, best, min(low, best), "chain")
+
+
+class _Chain:
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.n = problem, problem.n
+        kinds = range(problem.time.shape[1])
+        time = np.where(np.isfinite(problem.time), problem.time, 0.0)
+        self.time = [_sums(time[:, k]) for k in kinds]
+        self.cannot = [_sums((~np.isfinite(problem.time[:, k])).astype(float)) for k in kinds]
+        self.weights, self.kept = _sums(problem.weights), _sums(problem.activations)
+        self.crossing = np.zeros(self.n + 1)  # bytes over the cut before each node
+        for t in problem.tensors:
+            self.crossing[t.producer + 1] += t.bytes
+
+    def most(self) -> float:
+        """A bottleneck that every partition meets."""
+        slowest = max(float(t[-1]) for t in self.time)
+        rates = [r for s in self.problem.slots for r in (s.receive, s.send)]
+        return slowest + float(self.crossing.max()) / min(rates)
+
+    def cuts(self, bottleneck: float) -> tuple[int, ...] | None:
+        """Stages with no greater bottleneck, None when there are none."""
+        limit = bottleneck * (1 + 1e-15)
+        reached = np.zeros(self.n + 1, dtype=bool)
+        reached[0] = True
+        came: list[Ints] = []
+        for s in range(self.problem.stages):
+            reached, source = self._stage(s, reached, limit)
+            came.append(source)
+        if not reached[self.n]:
+            return None
+        stage = np.zeros(self.n, dtype=np.int64)
+        at = self.n
+        for s in range(self.problem.stages - 1, -1, -1):
+            before = int(came[s][at])
+            stage[before:at] = s
+            at = before
+        return tuple(stage.tolist())
+
+    def _stage(
+        self, s: int, starts: NDArray[np.bool_], limit: float
+    ) -> tuple[NDArray[np.bool_], Ints]:
+        """Where stage s can end, and from which start: the last one that it can have."""
+        slot = self.problem.slots[s]
+        able = starts & (self.crossing <= limit * slot.receive)
+        first = self._first_start(s, limit)
+        positions = np.arange(self.n + 1)
+        last = np.maximum.accumulate(np.where(able, positions, -1))
+        # The last start before i that can be: of those from first[i] on, if there is any.
+        ends = (last >= first) & (self.crossing <= limit * slot.send)
+        source = last.copy()
+        source[starts] = positions[starts]  # an empty stage
+        return ends | starts, source
+
+    def _first_start(self, s: int, limit: float) -> Ints:
+        """For each end, the earliest start from which work and memory fit."""
+        slot = self.problem.slots[s]
+        held = self.weights + slot.in_flight * self.kept
+        first = np.searchsorted(self.time[slot.kind], self.time[slot.kind] - limit * (1 + 1e-12))
+        if np.isfinite(slot.memory):
+            first = np.maximum(first, np.searchsorted(held, held - slot.memory * (1 + 1e-12)))
+        cannot = self.cannot[slot.kind]
+        return np.maximum(first, np.searchsorted(cannot, cannot, side="left"))
+
+
+def _sums(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.concatenate([[0.0], np.cumsum(values)])

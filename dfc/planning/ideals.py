@@ -1,0 +1,175 @@
+"""Partitions as chains of ideals, best by dynamic programming.
+
+An ideal is a set of nodes closed under predecessors; the stages of a convex partition are the
+differences of nested ideals. Over all ideals of a graph the result is the best partition; over some
+of them (the prefixes of a few topological orders) it is the best of those.
+Source:  J. Tarnawski et al., Efficient Algorithms for Device Placement of DNN Graph Operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dfc.planning.problem import Partition, Problem, Slot, loads
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+    Bools = NDArray[np.bool_]
+
+
+def all_ideals(problem: Problem, most: int) -> list[int] | None:
+    """Every ideal as a bit mask, smaller ones first; None when there are more than `most`."""
+    before = [0] * problem.n
+    for u, v in problem.edges:
+        before[v] |= 1 << u
+    level, found = {0}, [0]
+    while level:
+        wider: set[int] = set()
+        for ideal in level:
+            for v in range(problem.n):
+                if not ideal >> v & 1 and before[v] & ~ideal == 0:
+                    wider.add(ideal | 1 << v)
+            if len(found) + len(wider) > most:
+                return None
+        found.extend(sorted(wider))
+        level = wider
+    return found
+
+
+def prefixes(orders: Iterable[Sequence[int]]) -> list[int]:
+    """The ideals that are the first nodes of one of the orders."""
+    found = {0}
+    for order in orders:
+        ideal = 0
+        for v in order:
+            ideal |= 1 << v
+            found.add(ideal)
+    return sorted(found, key=lambda x: (x.bit_count(), x))
+
+
+def best_chain(problem: Problem, ideals: Sequence[int], *, complete: bool) -> Partition | None:
+    """The best partition whose stages are differences of these ideals; None when none is allowed.
+
+    Needs:  the empty and the full ideal among them, smaller ones first.
+    Cost:   I² (K + T) for I ideals, K stages and T tensors that take time on their link.
+    """
+    pairs = _Pairs(problem, ideals)
+    last = len(ideals) - 1
+    best = np.full(len(ideals), np.inf)
+    best[0] = 0.0
+    came: list[NDArray[np.int64]] = []
+    for s in range(problem.stages):
+        total = np.maximum(best[:, None], pairs.cost(s))
+        came.append(total.argmin(axis=0))
+        best = total[came[-1], np.arange(len(ideals))]
+    if not np.isfinite(best[last]):
+        return None
+    stage = [0] * problem.n
+    at = last
+    for s in range(problem.stages - 1, -1, -1):
+        previous = int(came[s][at])
+        for v in _nodes(ideals[at] & ~ideals[previous]):
+            stage[v] = s
+        at = previous
+    found = loads(problem, stage).bottleneck
+    bound = found if complete else lower_bound(problem)
+    return Partition(tuple(stage), found, min(bound, found), "ideals" if complete else "orders")
+
+
+def lower_bound(problem: Problem) -> float:
+    """What no partition beats: the mean over the devices' speeds, and the largest node."""
+    kinds = [slot.kind for slot in problem.slots]
+    fastest = problem.time[:, sorted(set(kinds))].min(axis=1)
+    return float(max(fastest.sum() / len(kinds), fastest.max(initial=0.0)))
+
+
+class _Pairs:
+    """For ideals J (rows) and I (columns): what a stage of the nodes of I but not J costs."""
+
+    def __init__(self, problem: Problem, ideals: Sequence[int]) -> None:
+        self.problem = problem
+        self.member = np.array(
+            [[i >> v & 1 for v in range(problem.n)] for i in ideals], dtype=bool
+        ).reshape(len(ideals), problem.n)
+        self.nested = np.array([[j & ~i == 0 for i in ideals] for j in ideals], dtype=bool)
+        self._no_pair = ~self.nested | self._splits_groups()
+        self._of_slot: dict[Slot, Floats] = {}
+
+    def cost(self, s: int) -> Floats:
+        """The cost of stage s for each pair; infinite where it is not allowed."""
+        slot = self.problem.slots[s]
+        if slot not in self._of_slot:
+            self._of_slot[slot] = self._cost_of(slot)
+        cost = self._of_slot[slot]
+        unpinned = self._breaks_pins(s)
+        return cost if unpinned is None else np.where(unpinned, np.inf, cost)
+
+    def _cost_of(self, slot: Slot) -> Floats:
+        p = self.problem
+        time = p.time[:, slot.kind]
+        runs = np.isfinite(time)
+        cost = self._added(np.where(runs, time, 0.0))
+        if not runs.all():
+            cost[self._added((~runs).astype(float)) > 0] = np.inf
+        if np.isfinite(slot.receive):
+            cost = np.maximum(cost, self._received() / slot.receive)
+        if np.isfinite(slot.send):
+            cost = np.maximum(cost, self._sent() / slot.send)
+        if np.isfinite(slot.memory):
+            held = self._added(p.weights + slot.in_flight * p.activations)
+            for size, readers in p.tied:
+                held = held + size * (self._added_count(readers) > 0)
+            cost[held > slot.memory * (1 + 1e-12)] = np.inf
+        cost[self._no_pair] = np.inf
+        return cost
+
+    def _added(self, values: Floats) -> Floats:
+        total = self.member @ values
+        return np.asarray(np.maximum(total[None, :] - total[:, None], 0.0))
+
+    def _added_count(self, nodes: Sequence[int]) -> NDArray[np.int64]:
+        count = self.member[:, list(nodes)].sum(axis=1)
+        return np.asarray(count[None, :] - count[:, None])
+
+    def _received(self) -> Floats:
+        total = np.zeros(self.nested.shape)
+        for t in self.problem.tensors:
+            made = self.member[:, t.producer]
+            total += t.bytes * (made[:, None] & (self._added_count(t.readers) > 0))
+        return total
+
+    def _sent(self) -> Floats:
+        total = np.zeros(self.nested.shape)
+        for t in self.problem.tensors:
+            made = self.member[:, t.producer]
+            read = self.member[:, list(t.readers)].sum(axis=1)
+            later = read < len(t.readers)
+            total += t.bytes * ((made & later)[None, :] & ~made[:, None])
+        return total
+
+    def _splits_groups(self) -> Bools:
+        wrong = np.zeros(self.nested.shape, dtype=bool)
+        for group in self.problem.together:
+            count = self._added_count(group)
+            wrong |= (count != 0) & (count != len(group))
+        return wrong
+
+    def _breaks_pins(self, s: int) -> Bools | None:
+        wrong: Bools | None = None
+        for v, pinned in self.problem.pins.items():
+            mine = self._added_count([v]) > 0
+            breaks = ~mine if pinned == s else mine
+            wrong = breaks if wrong is None else wrong | breaks
+        return wrong
+
+
+def _nodes(mask: int) -> Iterable[int]:
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low

@@ -1,0 +1,198 @@
+"""Partitioning as a mixed-integer linear program, solved by HiGHS, with its certificate.
+
+Cumulative variables y[v, s] say whether node v is in stage s or before, which makes order, load,
+memory and traffic linear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dfc.planning.problem import Partition, Problem, loads, why_not
+
+
+def solve_milp(
+    problem: Problem, seconds: float, gap: float = 1e-3, most: float = np.inf
+) -> tuple[Partition | None, float]:
+    """The best partition found, and a lower bound that is proved; None when none is better than
+    `most`, or none was found in time.
+
+    Needs:  HiGHS, as scipy brings it.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    model = _Model(problem)
+    model.build()
+    upper = model.upper.copy()
+    scale = model.scale
+    upper[model.bottleneck] = min(upper[model.bottleneck], most / scale)
+    result = milp(
+        c=model.objective(),
+        constraints=LinearConstraint(model.matrix(), -np.inf, np.array(model.limits)),
+        integrality=model.integral(),
+        bounds=Bounds(model.lower, upper),
+        options={"time_limit": seconds, "mip_rel_gap": gap},
+    )
+    bound = 0.0 if result.mip_dual_bound is None else float(result.mip_dual_bound) * scale
+    if result.status == 2:  # infeasible: nothing is better than `most`
+        return None, most
+    if result.x is None:
+        return None, max(bound, 0.0)
+    stage = model.stages_of(result.x)
+    if why_not(problem, stage) is not None:  # rounding: a row was met within tolerance only
+        return None, max(bound, 0.0)
+    found = loads(problem, stage).bottleneck
+    return Partition(stage, found, min(max(bound, 0.0), found), "milp"), max(bound, 0.0)
+
+
+@dataclass
+class _Model:
+    problem: Problem
+    rows: list[tuple[list[int], list[float]]] = field(default_factory=list)
+    limits: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        p = self.problem
+        n, k = p.n, p.stages
+        finite = p.time[np.isfinite(p.time)]
+        self.scale = float(finite.sum()) / max(k, 1) or 1.0  # times near 1 suit the solver
+        self.memory_scale = float(p.weights.sum() + p.activations.sum()) or 1.0
+        self.y0, self.count = 0, n * (k - 1)
+        self.bottleneck = self.count
+        self.count += 1
+        self.receive_of: dict[tuple[int, int], int] = {}
+        self.send_of: dict[tuple[int, int], int] = {}
+        self.tied_of: dict[tuple[int, int], int] = {}
+        for i, t in enumerate(p.tensors):
+            for s in range(k):
+                if np.isfinite(p.slots[s].receive) and t.bytes:
+                    self.receive_of[i, s] = self._variable()
+                if np.isfinite(p.slots[s].send) and t.bytes:
+                    self.send_of[i, s] = self._variable()
+        for i in range(len(p.tied)):
+            for s in range(k):
+                self.tied_of[i, s] = self._variable()
+        self.lower, self.upper = np.zeros(self.count), np.ones(self.count)
+        self.upper[self.bottleneck] = np.inf
+
+    def _variable(self) -> int:
+        self.count += 1
+        return self.count - 1
+
+    def in_stage(self, v: int, s: int, by: float = 1.0) -> tuple[list[int], list[float], float]:
+        """`by` times x[v, s] as columns, coefficients and a constant."""
+        columns, values, constant = [], [], 0.0
+        for at, sign in ((s, 1.0), (s - 1, -1.0)):
+            if at == self.problem.stages - 1:
+                constant += sign * by
+            elif at >= 0:
+                columns.append(v * (self.problem.stages - 1) + at)
+                values.append(sign * by)
+        return columns, values, constant
+
+    def add(self, parts: list[tuple[list[int], list[float], float]], limit: float = 0.0) -> None:
+        """sum of the parts <= limit."""
+        columns = [c for part in parts for c in part[0]]
+        values = [x for part in parts for x in part[1]]
+        self.rows.append((columns, values))
+        self.limits.append(limit - sum(part[2] for part in parts))
+
+    def build(self) -> None:
+        p, k = self.problem, self.problem.stages
+        for v in range(p.n):
+            for s in range(k - 2):
+                y = v * (k - 1) + s
+                self.add([([y, y + 1], [1.0, -1.0], 0.0)])
+        for u, v in p.edges:
+            for s in range(k - 1):
+                self.add([([v * (k - 1) + s, u * (k - 1) + s], [1.0, -1.0], 0.0)])
+        for s in range(k):
+            self._load(s)
+            self._memory(s)
+        self._traffic()
+        self._wishes()
+
+    def _load(self, s: int) -> None:
+        p, slot = self.problem, self.problem.slots[s]
+        parts = []
+        for v in range(p.n):
+            time = p.time[v][slot.kind]
+            if np.isfinite(time):
+                parts.append(self.in_stage(v, s, float(time) / self.scale))
+            else:
+                self.add([self.in_stage(v, s)])  # x <= 0: it cannot run there
+        self.add([*parts, ([self.bottleneck], [-1.0], 0.0)])
+
+    def _memory(self, s: int) -> None:
+        p, slot = self.problem, self.problem.slots[s]
+        if not np.isfinite(slot.memory):
+            return
+        held = (p.weights + slot.in_flight * p.activations) / self.memory_scale
+        parts = [self.in_stage(v, s, float(held[v])) for v in range(p.n)]
+        for i, (size, readers) in enumerate(p.tied):
+            g = self.tied_of[i, s]
+            parts.append(([g], [size / self.memory_scale], 0.0))
+            for v in readers:
+                self.add([self.in_stage(v, s), ([g], [-1.0], 0.0)])
+        self.add(parts, slot.memory / self.memory_scale)
+
+    def _traffic(self) -> None:
+        p = self.problem
+        received: dict[int, list[tuple[int, float]]] = {}
+        sent: dict[int, list[tuple[int, float]]] = {}
+        for (i, s), r in self.receive_of.items():
+            t = p.tensors[i]
+            for v in t.readers:
+                self.add([self.in_stage(v, s), self.in_stage(t.producer, s, -1.0),
+                          ([r], [-1.0], 0.0)])  # fmt: skip
+            received.setdefault(s, []).append((r, t.bytes / p.slots[s].receive / self.scale))
+        for (i, s), o in self.send_of.items():
+            t = p.tensors[i]
+            for v in t.readers:
+                self.add([self.in_stage(t.producer, s), self.in_stage(v, s, -1.0),
+                          ([o], [-1.0], 0.0)])  # fmt: skip
+            sent.setdefault(s, []).append((o, t.bytes / p.slots[s].send / self.scale))
+        for traffic in (received, sent):
+            for terms in traffic.values():
+                columns, values = [c for c, _ in terms], [x for _, x in terms]
+                self.add([(columns, values, 0.0), ([self.bottleneck], [-1.0], 0.0)])
+
+    def _wishes(self) -> None:
+        p, k = self.problem, self.problem.stages
+        for v, pinned in p.pins.items():
+            for s in range(k - 1):
+                y = v * (k - 1) + s
+                self.lower[y] = self.upper[y] = float(s >= pinned)
+        for group in p.together:
+            first = group[0]
+            for v in group[1:]:
+                for s in range(k - 1):
+                    a, b = v * (k - 1) + s, first * (k - 1) + s
+                    self.add([([a, b], [1.0, -1.0], 0.0)])
+                    self.add([([b, a], [1.0, -1.0], 0.0)])
+
+    def matrix(self) -> Any:
+        from scipy.sparse import coo_array
+
+        row = np.repeat(np.arange(len(self.rows)), [len(c) for c, _ in self.rows])
+        column = np.array([c for columns, _ in self.rows for c in columns], dtype=np.int64)
+        value = np.array([x for _, values in self.rows for x in values])
+        return coo_array((value, (row, column)), shape=(len(self.rows), self.count)).tocsr()
+
+    def objective(self) -> Any:
+        c = np.zeros(self.count)
+        c[self.bottleneck] = 1.0
+        return c
+
+    def integral(self) -> Any:
+        kinds = np.zeros(self.count)
+        kinds[: self.problem.n * (self.problem.stages - 1)] = 1
+        return kinds
+
+    def stages_of(self, x: Any) -> tuple[int, ...]:
+        k = self.problem.stages
+        y = np.round(x[: self.problem.n * (k - 1)]).reshape(self.problem.n, k - 1)
+        return tuple((k - 1 - y.sum(axis=1)).astype(int).tolist())

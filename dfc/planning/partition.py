@@ -1,0 +1,74 @@
+"""Partitioning: the ladder from exact and fast to general, with a bound that says how good it is.
+
+chain      every tensor goes to the next node: cuts, exact
+ideals     few convex cuts: dynamic programming over all of them, exact
+orders     the best cuts of several topological orders, with the bound of
+milp       a linear program that starts below the best order's bottleneck
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from dfc.errors import DfcError
+from dfc.planning.cuts import cut_chain, is_chain
+from dfc.planning.ideals import all_ideals, best_chain, lower_bound, prefixes
+from dfc.planning.milp import solve_milp
+from dfc.planning.orders import promising_orders
+from dfc.planning.problem import Partition, Problem
+
+_IDEALS = 1200  # pairs of them fit in vectors of a few MB
+_ORDERED = 2000  # nodes
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to try: seconds for the linear program, and the gap that is good enough."""
+
+    seconds: float = 15.0
+    gap: float = 0.01
+
+
+def partition(problem: Problem, effort: Effort = Effort()) -> Partition:
+    """The partition with the smallest bottleneck that is found, and a proved bound.
+
+    Raises:  DfcError N030, N031 for an impossible problem; N060 (status 6) when nothing fits.
+    """
+    problem.check()
+    if is_chain(problem):
+        return _or_refuse(problem, cut_chain(problem))
+    ideals = all_ideals(problem, _IDEALS)
+    if ideals is not None:
+        return _or_refuse(problem, best_chain(problem, ideals, complete=True))
+    best = _of_orders(problem)
+    if best is not None and best.gap <= effort.gap:
+        return best
+    most = best.bottleneck if best else float("inf")
+    found, bound = solve_milp(problem, effort.seconds, effort.gap / 2, most)
+    candidates = [c for c in (best, found) if c is not None]
+    chosen = min(candidates, key=lambda c: c.bottleneck, default=None)
+    if chosen is None:
+        return _or_refuse(problem, None)
+    proved = min(max(bound, chosen.bound), chosen.bottleneck)
+    return replace(chosen, bound=proved)
+
+
+def _of_orders(problem: Problem) -> Partition | None:
+    orders = promising_orders(problem)
+    while len(orders) > 1 and len(orders) * problem.n > _ORDERED:
+        orders.pop()
+    return best_chain(problem, prefixes(orders), complete=False)
+
+
+def _or_refuse(problem: Problem, found: Partition | None) -> Partition:
+    if found is not None:
+        return found
+    need = float((problem.weights + problem.activations).sum()) + sum(b for b, _ in problem.tied)
+    have = sum(slot.memory for slot in problem.slots)
+    message = f"no partition into {problem.stages} stages fits the devices' memory and operators"
+    if need > have:
+        message = f"the model needs {need:.4g} bytes, the devices have {have:.4g}"
+    raise DfcError("N060", message, help="more or larger devices, or fewer bits", status=6)
+
+
+__all__ = ["Effort", "lower_bound", "partition"]

@@ -1,0 +1,187 @@
+"""Partitions against brute force, against each other, and by what must not change them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dfc.errors import DfcError
+from dfc.planning.brute import brute_force
+from dfc.planning.cuts import cut_chain, is_chain
+from dfc.planning.ideals import all_ideals, best_chain, prefixes
+from dfc.planning.milp import solve_milp
+from dfc.planning.orders import promising_orders
+from dfc.planning.partition import Effort, partition
+from dfc.planning.problem import INFINITE, Partition, Problem, Slot, Tensor, loads, why_not
+
+
+def made(
+    rng: random.Random, n: int, k: int, *, chain: bool = False, memory: bool = False,
+    links: bool = False, kinds: int = 1, wishes: bool = False,
+) -> Problem:  # fmt: skip
+    """A random problem; times and bytes are small integers, so that ties happen."""
+    tensors = []
+    for u in range(n - 1):
+        readers = (u + 1,) if chain else tuple(v for v in range(u + 1, n) if rng.random() < 0.35)
+        if readers:
+            tensors.append(Tensor(u, rng.randint(0, 4), readers))
+    weights = np.array([float(rng.randint(0, 4)) for _ in range(n)])
+    kept = np.array([float(rng.randint(0, 2)) for _ in range(n)])
+    whole = float(weights.sum() + kept.sum() * 2)
+    slots = [
+        Slot(
+            kind=s % kinds,
+            memory=whole / k * rng.uniform(1, 2) if memory else INFINITE,
+            receive=rng.choice([0.5, 1.0, 3.0]) if links else INFINITE,
+            send=rng.choice([0.5, 1.0, 3.0]) if links else INFINITE,
+            in_flight=k - s if memory else 1,
+        )
+        for s in range(k)
+    ]
+    time = np.array([[float(rng.randint(1, 6)) for _ in range(kinds)] for _ in range(n)])
+    if kinds > 1:
+        time[rng.randrange(n), 0] = INFINITE
+    more: dict[str, Any] = {}
+    if wishes:
+        more["pins"] = {rng.randrange(n): rng.randrange(k)}
+        more["together"] = (tuple(sorted(rng.sample(range(n), 2))),)
+        more["tied"] = ((2.0, tuple(sorted(rng.sample(range(n), 2)))),)
+    return Problem(time, tuple(tensors), tuple(slots), weights, kept, **more)
+
+
+def agree(problem: Problem, found: Partition | None, best: Partition | None) -> None:
+    assert (found is None) == (best is None)
+    if found is not None and best is not None:
+        assert why_not(problem, found.stage) is None
+        assert found.bottleneck == pytest.approx(loads(problem, found.stage).bottleneck)
+        assert found.bottleneck == pytest.approx(best.bottleneck, rel=1e-9)
+
+
+SHAPES = [
+    {}, {"memory": True}, {"links": True}, {"memory": True, "links": True},
+    {"kinds": 2}, {"memory": True, "links": True, "wishes": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "+".join(s) or "plain")
+@pytest.mark.parametrize("seed", range(6))
+def test_ideals_and_milp_find_what_brute_force_finds(shape: dict[str, Any], seed: int) -> None:
+    rng = random.Random(seed)
+    problem = made(rng, rng.randint(3, 7), rng.randint(2, 3), **shape)
+    best = brute_force(problem)
+    ideals = all_ideals(problem, 10**6)
+    assert ideals is not None
+    agree(problem, best_chain(problem, ideals, complete=True), best)
+    found, bound = solve_milp(problem, 20.0, gap=0.0)
+    agree(problem, found, best)
+    if best is not None:
+        assert bound <= best.bottleneck * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_chain_is_cut_as_well_as_can_be(seed: int) -> None:
+    rng = random.Random(seed)
+    shape = SHAPES[seed % 5]
+    problem = made(rng, rng.randint(2, 8), rng.randint(1, 3), chain=True, **shape)
+    assert is_chain(problem)
+    agree(problem, cut_chain(problem), brute_force(problem))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_long_chain_agrees_with_the_ideals_of_its_order(seed: int) -> None:
+    rng = random.Random(seed)
+    problem = made(rng, 60, 8, chain=True, links=True)
+    exact = best_chain(problem, prefixes([range(60)]), complete=True)
+    agree(problem, cut_chain(problem), exact)
+
+
+def test_orders_are_topological_and_cutting_them_is_allowed() -> None:
+    problem = made(random.Random(5), 24, 3, links=True)
+    orders = promising_orders(problem)
+    assert len(orders) > 2
+    for order in orders:
+        at = {v: i for i, v in enumerate(order)}
+        assert all(at[u] < at[v] for u, v in problem.edges) and len(at) == problem.n
+    found = best_chain(problem, prefixes(orders), complete=False)
+    assert found is not None and why_not(problem, found.stage) is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_must_not_matter_does_not(seed: int) -> None:
+    rng = random.Random(seed)
+    problem = made(rng, 8, 3, links=True)
+    best = partition(problem).bottleneck
+    scaled = replace(problem, time=problem.time * 4, tensors=tuple(
+        replace(t, bytes=t.bytes * 4) for t in problem.tensors))  # fmt: skip
+    assert partition(scaled).bottleneck == pytest.approx(4 * best)
+    more = problem.with_stages([*problem.slots, Slot()])
+    assert partition(more).bottleneck <= best + 1e-9
+    faster = problem.with_stages([replace(s, receive=s.receive * 2) for s in problem.slots])
+    assert partition(faster).bottleneck <= best + 1e-9
+    pinned = replace(problem, pins={0: 0, problem.n - 1: 2})
+    assert partition(pinned).bottleneck >= best - 1e-9
+
+
+def residual(rng: random.Random, n: int) -> Problem:
+    """A residual network: every third node's input is added four nodes on."""
+    tensors = []
+    for u in range(n - 1):
+        readers = {u + 1} | ({u + 4} if u % 3 == 0 and u + 4 < n else set())
+        tensors.append(Tensor(u, rng.uniform(1, 4), tuple(sorted(readers))))
+    time = np.array([[rng.uniform(1, 9)] for _ in range(n)])
+    weights = np.array([rng.uniform(0, 5) for _ in range(n)])
+    cap = 1.25 * weights.sum() / 8
+    slots = tuple(Slot(memory=cap, receive=10.0, send=10.0) for _ in range(8))
+    return Problem(time, tuple(tensors), slots, weights, np.zeros(n))
+
+
+def test_a_residual_network_of_200_nodes_is_within_one_per_cent() -> None:
+    found = partition(residual(random.Random(0), 200))
+    assert found.gap <= 0.01 and found.method in ("ideals", "orders")
+
+
+def test_wide_branches_say_how_far_they_may_be_from_the_best() -> None:
+    rng = random.Random(1)
+    n, tensors = 42, []
+    for branch in range(4):
+        nodes = [0, *range(1 + branch * 10, 11 + branch * 10), n - 1]
+        tensors += [Tensor(u, 1.0, (v,)) for u, v in pairwise(nodes) if u]
+    tensors.append(Tensor(0, 1.0, (1, 11, 21, 31)))
+    time = np.array([[rng.uniform(1, 9)] for _ in range(n)])
+    slots = tuple(Slot(receive=10.0, send=10.0) for _ in range(4))
+    problem = Problem(time, tuple(tensors), slots, np.ones(n), np.zeros(n))
+    found = partition(problem, Effort(seconds=3.0, gap=0.05))
+    assert why_not(problem, found.stage) is None and 0 <= found.gap <= 0.25
+    assert found.bottleneck >= found.bound > 0
+
+
+def test_it_is_never_worse_than_splits_by_count_or_by_weight() -> None:
+    rng = random.Random(2)
+    for seed in range(6):
+        problem = residual(rng, 30 + seed)
+        roomy = problem.with_stages([replace(s, memory=INFINITE) for s in problem.slots])
+        best = partition(roomy).bottleneck
+        for by in (np.ones(problem.n), problem.weights, problem.time[:, 0]):
+            share = np.minimum((np.cumsum(by) - by) / by.sum() * 8, 7).astype(int)
+            assert best <= loads(roomy, tuple(share.tolist())).bottleneck + 1e-9
+
+
+def test_what_does_not_fit_says_by_how_much() -> None:
+    problem = made(random.Random(3), 6, 2)
+    tight = problem.with_stages([replace(s, memory=1.0) for s in problem.slots])
+    with pytest.raises(DfcError, match=r"N060.*needs .* bytes, the devices have 2") as e:
+        partition(tight)
+    assert e.value.status == 6
+
+
+def test_a_problem_that_is_none_is_refused() -> None:
+    problem = made(random.Random(4), 4, 2)
+    with pytest.raises(DfcError, match="N031"):
+        partition(replace(problem, pins={0: 5}))
+    with pytest.raises(DfcError, match="N030"):
+        partition(replace(problem, tensors=(Tensor(2, 1.0, (1,)),)))
