@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
+from dfc.ir.op import DeclaredOp
 from dfc.ir.types import TensorType
 from dfc.rewrite.pass_ import KEPT, Context, Pass, Quota
 
@@ -53,6 +54,8 @@ class FoldConstants(Pass):
             if not isinstance(v, Parameter):
                 return _COMPUTED
             read += _bytes(v.type) if v.use_count == 1 else 0
+        if isinstance(node.info, DeclaredOp) and node.info.cls.unpacks:
+            return "it unpacks weights, which are meant to stay small"
         if node.binds or node.symbols:
             return "its size is known only when the model runs"
         if not node.pure:

@@ -31,6 +31,7 @@ from dfc.ops.builder import Builder
 from dfc.rewrite.agree import judge
 from dfc.rewrite.pass_ import Context, find_pass
 from dfc.testing import SIZES, Case
+from tests.quantized_witnesses import QUANTIZED, in_onnxruntime_quantized
 
 
 def cases() -> list[Case]:
@@ -51,6 +52,7 @@ def as_tuple(x: Any) -> tuple[Any, ...]:
 
 def close(got: Any, want: Any, rtol: float = 1e-5) -> None:
     for a, b in zip(as_tuple(got), as_tuple(want), strict=True):
+        a = a.double() if isinstance(a, torch.Tensor) else a  # numpy knows no float8 of torch's
         a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
         assert a.shape == b.shape
         if a.size:
@@ -65,16 +67,6 @@ def witness_linear_gelu(x: Any, weight: Any, bias: Any = None, *, approximate: s
     if approximate == "tanh":
         return 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
     return y * np.vectorize(lambda v: 0.5 * math.erfc(-v / math.sqrt(2)), otypes=[float])(y)
-
-
-def witness_linear_w4(x: Any, packed: Any, scale: Any, bias: Any = None, *, group: int) -> Any:
-    n, half = packed.shape
-    weight = np.zeros((n, 2 * half))
-    for row, at in itertools.product(range(n), range(half)):
-        byte = int(packed[row, at])
-        for k, code in ((2 * at, byte % 16), (2 * at + 1, byte // 16)):
-            weight[row, k] = (code - 8) * scale[row, k // group]
-    return np.einsum("...k,nk->...n", x, weight) + (0 if bias is None else bias)
 
 
 def witness_skip_layer_norm(
@@ -137,7 +129,7 @@ WITNESSES: dict[str, Callable[..., Any]] = {
     "dfc.multi_head_attention": witness_multi_head_attention,
     "dfc.skip_rms_norm": witness_skip_rms_norm,
     "dfc.linear_gelu": witness_linear_gelu,
-    "dfc.linear_w4": witness_linear_w4,
+    **QUANTIZED,
     "dfc.skip_layer_norm": witness_skip_layer_norm,
     "dfc.rotary_embedding": witness_rotary_embedding,
 }
@@ -155,7 +147,7 @@ def test_op_means_one_thing(case: Case) -> None:
                 None if a is None else a.numpy() for a in arrays]  # fmt: skip
         # exp turns the rounding error of a score, which grows with its size, into a relative one
         rtol = 1e-5 * (max(scale, 1) ** 2 if "attention" in case.info.name else 1)
-        close([*got], [*as_tuple(WITNESSES[case.info.name](*wide, **case.attributes))], rtol)
+        close(got, as_tuple(WITNESSES[case.info.name](*wide, **case.attributes)), rtol)
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
@@ -260,23 +252,25 @@ def test_every_op_has_a_witness() -> None:
 
 
 def run_onnxruntime(
-    op: str, domain: str, arrays: list[Any], attributes: dict[str, Any], outputs: list[str]
-) -> list[Any]:
-    import onnx
+    op: str, domain: str, arrays: list[Any], attributes: dict[str, Any], outputs: list[str],
+    result: int = 1,
+) -> list[Any]:  # fmt: skip
     import onnxruntime
-    from onnx import helper
+    from onnx import helper, numpy_helper
 
     names = [f"i{i}" if a is not None else "" for i, a in enumerate(arrays)]
     element = helper.np_dtype_to_tensor_dtype
+    given = [(n, a) for n, a in zip(names, arrays, strict=True) if a is not None]
+    constant = given[1:] if op == "MatMulNBits" else []  # it packs weights, if they are constant
     graph = helper.make_graph(
         [helper.make_node(op, names, outputs, domain=domain, **attributes)],
         "g",
         [
             helper.make_tensor_value_info(n, element(a.dtype), a.shape)
-            for n, a in zip(names, arrays, strict=True)
-            if a is not None
+            for n, a in given[: len(given) - len(constant)]
         ],
-        [helper.make_tensor_value_info(o, onnx.TensorProto.FLOAT, None) for o in outputs if o],
+        [helper.make_tensor_value_info(o, result, None) for o in outputs if o],
+        [numpy_helper.from_array(a, n) for n, a in constant],
     )
     imports = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=imports, ir_version=10)
@@ -285,19 +279,13 @@ def run_onnxruntime(
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    feeds = {n: a for n, a in zip(names, arrays, strict=True) if a is not None}
-    return session.run(None, feeds)
+    return session.run(None, dict(given[: len(given) - len(constant)]))
 
 
 def in_onnxruntime(case: Case, arrays: list[Any]) -> list[Any]:
     a = dict(itertools.zip_longest([o.name for o in case.info.operands], arrays))
-    if case.info.name == "dfc.linear_w4":
-        n, half = a["packed"].shape
-        group = case.attributes["group"]
-        blocks = a["packed"].reshape(n, 2 * half // group, group // 2)
-        attributes = {"K": 2 * half, "N": n, "bits": 4, "block_size": group}
-        inputs = [a["x"], blocks, a["scale"].reshape(-1), None, None, a["bias"]]
-        return run_onnxruntime("MatMulNBits", "com.microsoft", inputs, attributes, ["y"])
+    if case.info.name in QUANTIZED:
+        return run_onnxruntime(*in_onnxruntime_quantized(case.info.name, a, case.attributes))
     if case.info.name == "dfc.skip_layer_norm":
         inputs = [a["x"], a["skip"], a["gamma"], a["beta"], a["bias"]]
         attributes = {"epsilon": case.attributes["eps"]}
@@ -335,11 +323,15 @@ def in_onnxruntime(case: Case, arrays: list[Any]) -> list[Any]:
 
 
 def kernel_cases() -> list[Case]:
-    """What the kernels take: float32, and a batch."""
+    """What the kernels take: float32, and a batch. GELU's and the embeddings are several nodes."""
+    several = ("dfc.linear_gelu", "dfc.embedding_w8", "dfc.embedding_w4")
     return [
         c
         for c in cases()
-        if c.info.name != "dfc.linear_gelu" and "f64" not in c.text and c.types[0].rank >= 2  # type: ignore[union-attr]
+        if c.info.name not in several
+        and not any(word in c.text for word in ("f64", "low=", "f8"))
+        and c.types[0].rank >= 2  # type: ignore[union-attr]
+        and not (c.info.name == "dfc.linear_w8" and c.attributes["group"] is None)
     ]
 
 

@@ -175,7 +175,7 @@ def from_ort(value: Any, type: Type) -> Any:
     from torch.utils.dlpack import from_dlpack
 
     if isinstance(type, TensorType) and type.dtype.is_float and type.dtype.bits == 8:
-        return torch.from_numpy(value.numpy().view("uint8")).view(type.dtype.to_torch())
+        return _float8(value).view(type.dtype.to_torch())
     tensor = from_dlpack(value.to_dlpack())
     if not isinstance(type, TensorType):
         return tensor.item()
@@ -184,6 +184,20 @@ def from_ort(value: Any, type: Type) -> Any:
     if type.dtype.is_complex:
         return torch.view_as_complex(tensor)
     return tensor
+
+
+def _float8(value: Any) -> torch.Tensor:
+    """The bytes of a value on the CPU: neither numpy nor dlpack knows its element type."""
+    import ctypes
+    import math
+
+    import torch
+
+    shape = value.shape()
+    if 0 in shape:
+        return torch.empty(shape, dtype=torch.uint8)
+    memory = ctypes.string_at(value.data_ptr(), math.prod(shape))
+    return torch.frombuffer(bytearray(memory), dtype=torch.uint8).reshape(shape)
 
 
 def _first_line(e: BaseException) -> str:

@@ -161,6 +161,8 @@ class Op:
     name: ClassVar[str]
     cases: ClassVar[tuple[str, ...]]
     rejects: ClassVar[tuple[str, ...]] = ()
+    # Whether the op unpacks constants: computing it at compile time would undo what packed them.
+    unpacks: ClassVar[bool] = False
 
     def require(self, label: str, holds: object, reason: str) -> None:
         """Refuse operands for which a numbered constraint does not hold."""

@@ -1,3 +1,12 @@
 """Which ops exist: importing this package makes `aten.*`, `torch.*` and `dfc.*` known."""
 
-from dfc.ops import aten, attention, control_flow, linear, norm, rotary  # noqa: F401
+from dfc.ops import (  # noqa: F401
+    aten,
+    attention,
+    control_flow,
+    linear,
+    linear_quantized,
+    norm,
+    quantized,
+    rotary,
+)

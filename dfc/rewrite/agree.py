@@ -128,7 +128,8 @@ def _one(
     if not x.numel():
         return 0.0
     x, o = x.detach().cpu(), o.detach().cpu()
-    if exact or not (o.is_floating_point() or o.is_complex()):
+    codes = o.element_size() == 1  # of float8 too, for which torch has no arithmetic
+    if exact or codes or not (o.is_floating_point() or o.is_complex()):
         return _equal(i, x, o)
     if o.is_complex():
         x, o, w = (torch.view_as_real(t.resolve_conj()) for t in (x, o, w))

@@ -24,6 +24,7 @@ def load() -> None:
         nn,
         norms,
         ordering,
+        quantized,
         recurrent,
         reduction,
         resampling,
