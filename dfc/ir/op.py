@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from dfc.errors import DfcError, did_you_mean
 from dfc.ir.expr import Size
@@ -45,6 +45,11 @@ class Attribute:
 
     name: str
     default: object = REQUIRED
+
+
+# What an op may run in when a pass casts to 16 bits: "half" gains from it, "follow" takes the type
+# of its inputs, "f32" stays.
+Precision = Literal["half", "follow", "f32"]
 
 
 class OpInfo(Protocol):
@@ -163,6 +168,7 @@ class Op:
     rejects: ClassVar[tuple[str, ...]] = ()
     # Whether the op unpacks constants: computing it at compile time would undo what packed them.
     unpacks: ClassVar[bool] = False
+    precision: ClassVar[Precision] = "f32"
 
     def require(self, label: str, holds: object, reason: str) -> None:
         """Refuse operands for which a numbered constraint does not hold."""

@@ -39,6 +39,7 @@ class MultiHeadAttention(Op):
     """
 
     name = "multi_head_attention"
+    precision = "half"
     cases = (
         "q=f32[2,5,16] k=f32[2,5,16] v=f32[2,5,16] num_heads=4 num_kv_heads=4",
         "q=f32[2,5,16] k=f32[2,5,16] v=f32[2,5,16] num_heads=2 num_kv_heads=2 is_causal=True",

@@ -29,6 +29,7 @@ class LinearGelu(Op):
     """
 
     name = "linear_gelu"
+    precision = "half"
     cases = (
         "x=f32[3,8] weight=f32[16,8] bias=f32[16]",
         "x=f32[2,3,8] weight=f32[5,8] approximate='tanh'",

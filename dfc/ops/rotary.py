@@ -38,6 +38,7 @@ class RotaryEmbedding(Op):
     """
 
     name = "rotary_embedding"
+    precision = "follow"
     cases = (
         "x=f32[2,3,5,8] cos=f32[2,5,4] sin=f32[2,5,4]",
         "x=f32[2,3,5,8] cos=f32[2,5,4] sin=f32[2,5,4] interleaved=True",

@@ -51,9 +51,10 @@ def run_passes(
     """
     if mode not in VERIFY:
         raise DfcError("Q004", f"verify is one of {', '.join(VERIFY)}, got `{mode}`")
-    run = _Run(
-        ctx or Context(), numerics, strict, print_after, on_fault, say or (lambda what: None)
-    )
+    ctx = ctx or Context()
+    if probes is not None and not ctx.examples:
+        ctx = replace(ctx, examples=tuple(p.inputs for p in probes.probes))
+    run = _Run(ctx, numerics, strict, print_after, on_fault, say or (lambda what: None))
     if probes is None or mode == "none":
         return run.unproved(graph, passes, probes)
     from dfc.rewrite.blame import Proof

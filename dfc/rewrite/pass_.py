@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, NewType
@@ -78,6 +78,7 @@ class Context:
     products: dict[str, Any] = field(default_factory=dict)
     decisions: list[Decision] | None = None
     journal: Journal | None = None
+    examples: Sequence[Sequence[Any]] = ()  # flat inputs: what there is where no data is named
 
     @property
     def asked(self) -> bool:
