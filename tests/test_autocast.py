@@ -203,6 +203,21 @@ def test_f16_without_anything_to_run_looks_at_weights_and_numbers() -> None:
     assert any("!b.weight holds 1e+06" in d.reason for d in ctx.decisions or ())
 
 
+def test_f16_reads_the_data_that_is_named() -> None:
+    """The example is small; the data is not, and one batch of it is enough."""
+    torch.manual_seed(0)
+    net, x = Large().eval(), torch.randn(4, 8) * 1e-3
+    text = "dfc 1\ndata calib\nrecipe r {\n  autocast f16 using calib\n}\n"
+    graph = dfc.trace(net, (x,))
+    assert types(cast(graph, (x,), dtype="f16")[0].graph)["linear_1"] == "f16"
+    batches = [x, torch.randn(4, 8), x]
+    compiled = dfc.compile(net, (x,), recipe=text, engine="eager", data={"calib": batches})
+    assert types(compiled.graph)["linear_1"] == "f32"
+    with pytest.raises(DfcError, match="batch 2 of data `calib`: `x` has"):
+        batches = [x, torch.full((4, 8), torch.nan)]
+        dfc.compile(net, (x,), recipe=text, engine="eager", data={"calib": batches})
+
+
 def test_bf16_has_the_range() -> None:
     torch.manual_seed(0)
     net, x = Large().eval(), torch.randn(4, 8)

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from dfc.ir.graph import Graph, Node, Value
-from dfc.ir.interpret import interpret
+from dfc.compress.calibrate import batches_of, observe
+from dfc.ir.graph import Graph, Value
+from dfc.ir.types import TensorType
 from dfc.rewrite.pass_ import Context
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Magnitude:
+    """The largest finite |x|: infinities are what masks are made of, and fit into any type."""
+
+    def __init__(self) -> None:
+        self.largest = 0.0
+
+    def update(self, x: Tensor) -> None:
+        import torch
+
+        if x.numel():
+            size = float(torch.where(x.isfinite(), x.abs(), 0.0).max())
+            self.largest = max(self.largest, size)
+
+    def state(self) -> dict[str, Tensor]:
+        import torch
+
+        return {"largest": torch.tensor(self.largest, dtype=torch.float64)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.largest = float(state["largest"])
 
 
 def largest_magnitudes(
@@ -16,36 +42,18 @@ def largest_magnitudes(
     """The largest |x| of every float value, and in words where it was seen.
 
     Runs the data that is named, else the examples; without either, nothing is known.
+    Raises:  DfcError D for data that does not fit.
     """
-    if data is None and any(p.data is None for p in graph.parameters.values()):
+    known = all(p.data is not None for p in graph.parameters.values())
+    if not known or (data is None and not ctx.examples):
         return {}, ""
-    batches: Iterable[Sequence[Any]] = ctx.examples
+    given: Iterable[Any] = batches_of(ctx, data, graph) if data else ctx.examples
+    values = [*graph.inputs, *(r for n in graph.nodes for r in n.results)]
+    seen = {v: Magnitude() for v in values if _is_float(v)}
+    observe(graph, given, seen, ctx, "largest magnitudes")
     where = f"on {data}" if data else "on the example"
-    seen: dict[Value, float] = {}
-    for v, size in zip(graph.inputs, _inputs(graph, batches), strict=True):
-        seen[v] = size
-
-    def observe(node: Node, results: Sequence[Any]) -> None:
-        if node.graph is graph:
-            for v, x in zip(node.results, results, strict=True):
-                seen[v] = max(seen.get(v, 0.0), _largest(x))
-
-    for inputs in batches:
-        interpret(graph, inputs, observe=observe)
-    return seen, where
+    return {v: m.largest for v, m in seen.items()}, where
 
 
-def _inputs(graph: Graph, batches: Iterable[Sequence[Any]]) -> list[float]:
-    found = [0.0] * len(graph.inputs)
-    for inputs in batches:
-        found = [max(a, _largest(x)) for a, x in zip(found, inputs, strict=True)]
-    return found
-
-
-def _largest(x: Any) -> float:
-    """The largest finite |x|: infinities are what masks are made of, and fit into any type."""
-    import torch
-
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or not x.numel():
-        return 0.0
-    return float(torch.where(x.isfinite(), x.abs(), 0.0).max())
+def _is_float(v: Value) -> bool:
+    return isinstance(v.type, TensorType) and v.type.dtype.is_float
