@@ -398,7 +398,7 @@ def test_an_op_works_in_rules_text_engines_and_onnx(tmp_path: Path) -> None:
     assert "mylib.square_relu" in [n.op for n in compiled.graph.nodes]
     assert compiled.report.passes[0].verdict == "proved"
     assert {e.name for e in compiled.report.engines if e.verdict != "refused"} == {
-        "eager", "onnxruntime",
+        "eager", "onnxruntime", "openvino",
     }  # fmt: skip
     torch.testing.assert_close(compiled(x), model(x))
     again = dfc.parse(str(compiled.graph))

@@ -61,7 +61,7 @@ def compile(
         ),
     ] = None,
     engine: Annotated[
-        str, typer.Option("--engine", help="auto, eager, inductor or onnxruntime.")
+        str, typer.Option("--engine", help="auto, or one of `dfc list engines`.")
     ] = "auto",
     verify: Annotated[
         str | None,

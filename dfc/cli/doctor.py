@@ -26,7 +26,7 @@ _NEEDED = {
 }
 _OPTIONAL = {
     "transformers": "pip install 'dfc-compiler[hf]'",
-    "openvino": "pip install openvino",
+    "openvino": "pip install 'dfc-compiler[openvino]'",
     "pygls": "pip install 'dfc-compiler[lsp]'",
 }
 _ALTERNATIVES = {"onnxruntime-gpu": ("onnxruntime",)}

@@ -17,14 +17,14 @@ def check_engine(name: str) -> None:
 
 
 def chosen_engines(text: str) -> list[str]:
-    """`eager,onnxruntime` or `all` as names, each once.
+    """`eager,onnxruntime` or `all`, those of dfc's own that are installed, as names, each once.
 
     Raises:  DfcError Q010, K001, K002.
     """
-    from dfc.runtime.engines import engine_names, find_engine
+    from dfc.runtime.engines import engine_names, find_engine, installed_engines
 
     if text == "all":
-        return engine_names()
+        return installed_engines()
     names = [n.strip() for n in text.split(",") if n.strip()]
     if not names:
         known = f"there are {', '.join(engine_names())}"

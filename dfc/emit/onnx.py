@@ -158,12 +158,12 @@ def why_not(node: Node) -> str | None:
         return onnx_ops.REFUSED[op]
     if op in onnx_ops.REAL or op in onnx_ops.COMPLEX or op.split(".")[1] in ASSERTIONS:
         return None
-    if has_translation(op, ENGINE_OPSET):
-        return None
     info = node.info
     if isinstance(info, DeclaredOp):
         known = hasattr(info.cls, "to_onnx") or hasattr(info.cls, "decompose")
         return None if known else "the op says nothing of ONNX"
+    if has_translation(op, ENGINE_OPSET):
+        return None
     return why_indivisible(op)
 
 

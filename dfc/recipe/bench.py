@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 # How far an engine's own kernels may be from the witness, of the largest element.
 ENGINE_RTOL = 3e-5
-CANDIDATES = ("eager", "onnxruntime")  # what `auto` tries; inductor compiles for long
-_KEPT = 4  # runners; each may hold the weights in a form of its own
+CANDIDATES = ("eager", "onnxruntime", "openvino")  # what `auto` tries; inductor compiles for long
+_KEPT = 5  # runners; each may hold the weights in a form of its own
 
 Progress = Callable[[str], None]
 
@@ -102,6 +102,14 @@ class Bench:
         probes = self.probes if numerics.kind != "changes" else _own(self.probes, graph)
         return probes.judge(run, rtol=max(ENGINE_RTOL, numerics.rtol, self.rtol))
 
+    def candidates(self) -> list[str]:
+        """The engine that was named, or those that `auto` tries and whose library is here."""
+        if self.engine != "auto":
+            return [self.engine]
+        from dfc.runtime.engines import installed_engines
+
+        return [n for n in CANDIDATES if n in installed_engines()]
+
     def lead(self) -> str:
         """The engine that steps are measured on: the one named, or the original's fastest.
 
@@ -111,7 +119,7 @@ class Bench:
             return self.engine
         if self._lead is None:
             right: list[str] = []
-            for name in CANDIDATES:
+            for name in self.candidates():
                 self.say(f"building the original for {name}")
                 try:
                     if self.ready(self.original, name).wrong is None:

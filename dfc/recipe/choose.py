@@ -12,7 +12,7 @@ from typing import Any
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.planning.engine import Engine, Runner
-from dfc.recipe.bench import CANDIDATES, Bench, Ready, find_engine
+from dfc.recipe.bench import Bench, Ready, find_engine
 from dfc.report import Decision, EngineReport
 
 GUARD_MARGIN = 0.02  # two builds of one graph differ by this much, by where their memory lies
@@ -64,7 +64,7 @@ def _candidates(
     for version in (graph, original):
         if version is None or found:
             continue
-        for name in CANDIDATES if bench.engine == "auto" else (bench.engine,):
+        for name in bench.candidates():
             bench.say(f"building for {name}")
             try:
                 ready = bench.ready(version, name)

@@ -13,6 +13,8 @@ from dfc.errors import DfcError, did_you_mean
 from dfc.planning.custom import ENGINES
 from dfc.planning.engine import Engine
 
+_INSTALL = {"openvino": "'dfc-compiler[openvino]'"}  # engines whose library is an extra
+
 
 def engine_names() -> list[str]:
     """Every engine that dfc has, whether or not its library is installed."""
@@ -40,12 +42,26 @@ def find_engine(name: str) -> Engine:
     return _shipped(name)
 
 
+def installed_engines() -> list[str]:
+    """The engines of dfc's own whose library is here."""
+    found = []
+    for name in sorted(m.name.rstrip("_") for m in pkgutil.iter_modules(__path__)):
+        try:
+            _shipped(name)
+        except DfcError:
+            continue
+        found.append(name)
+    return found
+
+
 @cache
 def _shipped(name: str) -> Engine:
     modules = {m.name.rstrip("_"): m.name for m in pkgutil.iter_modules(__path__)}
     try:
         module = importlib.import_module(f"{__name__}.{modules[name]}")
     except ImportError as e:
-        raise DfcError("K002", f"engine `{name}` needs a library: {e}", status=7) from e
+        help = f"pip install {_INSTALL[name]}" if name in _INSTALL else None
+        message = f"engine `{name}` needs a library: {e}"
+        raise DfcError("K002", message, help=help, status=7) from e
     engine: Engine = module.ENGINE
     return engine

@@ -50,7 +50,6 @@ def attention(
     rank = len(shape_k)
     turned = b.transpose(key, [*range(rank - 2), rank - 1, rank - 2])
     scores = b.op("MatMul", query, turned)
-    masked = attn_mask is not None
     if is_causal:
         keep = causal_mask(b, shape_q[-2], shape_k[-2])
         scores = b.op("Where", keep, scores, b.like(-math.inf, scores))
@@ -60,8 +59,8 @@ def attention(
         else:
             scores = b.op("Add", scores, b.cast(attn_mask, scores.dtype))  # type: ignore[arg-type]
     weights = b.op("Softmax", scores, axis=-1)
-    if masked:
-        empty = b.is_inf(b.op("ReduceMax", scores, [-1], keepdims=1))
+    if attn_mask is not None:
+        empty = _empty_rows(b, attn_mask, False)
         weights = b.op("Where", empty, b.like(0.0, weights), weights)
     found = b.op("MatMul", weights, value)
     return found if len(call.results) == 1 else [found, None]
@@ -169,8 +168,10 @@ def _empty_rows(b: Builder, mask: Val, flat: bool) -> Val | None:
         if mask.dtype == D.BOOL:
             seen = b.op("ReduceMax", b.cast(mask, D.INT32), [-1], keepdims=1)
             found = b.op("Equal", seen, b.like(0, seen))
-        else:
-            found = b.is_inf(b.op("ReduceMax", mask, [-1], keepdims=1))
+        else:  # not by the largest number: that of a row of -inf is finfo.min in OpenVINO
+            hidden = b.cast(b.is_inf(mask), D.INT32)
+            all_hidden = b.op("ReduceMin", hidden, [-1], keepdims=1)
+            found = b.op("Equal", all_hidden, b.like(1, all_hidden))
         if flat and len(shape) > 2:
             found = b.squeeze(found, -3)
         b.shared[key] = found

@@ -1,0 +1,95 @@
+"""OpenVINO on the CPU: the emitted ONNX, compiled for the machine, tensors in and out in place.
+
+It is asked for float32 arithmetic: left to itself it computes in bfloat16 where the machine has
+it, quantizes activations beside compressed weights, and keeps attention's cache in 8 bits.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph, Node, Parameter
+from dfc.ir.types import TensorType, Type
+from dfc.planning.engine import Engine, Runner
+
+if find_spec("openvino") is None:  # importing it takes half a second
+    raise ImportError("No module named 'openvino'")
+
+_WIDE = ("f64", "c128")
+_INT32 = 2**31
+
+
+class OpenVino(Engine):
+    """Runs the graph in OpenVINO's CPU plugin, with as many threads as torch has.
+
+    Why:  from the ONNX that dfc emits and proves, not by OpenVINO's own importer of PyTorch: one
+          meaning for every engine, and what an op costs there is known from `supports`.
+    """
+
+    name = "openvino"
+    devices = ("cpu",)
+
+    def supports(self, node: Node) -> str | None:
+        from dfc.emit.onnx import why_not
+
+        for r in node.results:
+            reason = _why_not(r.type)
+            if reason and r.use_count:
+                return reason
+        return why_not(node)
+
+    def build(self, graph: Graph, device: str = "cpu", threads: int | None = None) -> Runner:
+        import torch
+
+        from dfc.emit.checks import checked, lift_checks
+        from dfc.emit.onnx import build_onnx
+        from dfc.runtime.openvino_run import Session
+
+        if device != "cpu":
+            raise DfcError("K003", f"engine `openvino` cannot run on {device}: it is for the cpu")
+        _refuse(self, graph)
+        lifted, messages = lift_checks(graph)
+        session = Session(build_onnx(lifted), lifted, threads or torch.get_num_threads())
+        return checked(session.run, len(graph.outputs), messages)
+
+
+def _why_not(type: Type) -> str | None:
+    """Why a value cannot be OpenVINO's."""
+    if not isinstance(type, TensorType):
+        return None
+    if type.dtype.name in _WIDE:
+        return f"its CPU plugin computes {type.dtype} in 32 bits"
+    # 2026.4 divides by the number of elements, and takes the process with it
+    return "its CPU plugin fails on tensors without elements" if 0 in type.shape else None
+
+
+def _refuse(engine: Engine, graph: Graph) -> None:
+    """What the CPU plugin would do wrong, and say nothing, is refused: 64-bit numbers above all.
+
+    Raises:  DfcError K003 that names the node, the input or the parameter.
+    """
+    for node in graph.walk():
+        reason = engine.supports(node)
+        if reason:
+            place = f" (traced from {node.loc})" if node.loc else ""
+            raise DfcError("K003", f"engine `openvino` cannot run `{node.op}`: {reason}{place}")
+    for v in [*graph.inputs, *graph.parameters.values()]:
+        reason = _why_not(v.type)
+        if isinstance(v, Parameter) and _is_wide(v):
+            reason = "it has numbers beyond 32 bits"
+        if reason:
+            raise DfcError("K003", f"engine `openvino` cannot take `{v.name}`: {reason}")
+
+
+def _is_wide(p: Parameter) -> bool:
+    if not isinstance(p.type, TensorType) or p.type.dtype.name != "i64" or p.data is None:
+        return False
+    tensor = p.data.tensor()
+    if not tensor.numel():
+        return False
+    low, high = tensor.aminmax()
+    return int(low) < -_INT32 or int(high) >= _INT32
+
+
+ENGINE = OpenVino()
