@@ -6,7 +6,7 @@ witness of a model needs no second copy of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dfc.errors import DfcError
@@ -43,6 +43,18 @@ def interpret(
         return _Interpreter(parameters or {}, double, observe, device).run(graph, inputs, {})
 
 
+def stepwise(
+    graph: Graph, inputs: Sequence[Any], parameters: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[Node | None, Mapping[Value, Any]]]:
+    """Run a graph so that it can be left after any node, and gone on with later.
+
+    Gives each node after it ran, None before the first, and the values that are still needed.
+    `parameters` stand for the graph's own; they are looked up when a node reads them.
+    Raises:  DfcError K020 that names the node when an op fails.
+    """
+    return _Interpreter(parameters, False, None, "cpu").steps(graph, inputs, {})
+
+
 def run_constant(node: Node) -> Sequence[Any]:
     """The results of a node that reads parameters alone.
 
@@ -68,6 +80,15 @@ class _Interpreter:
         self.device = device
 
     def run(self, graph: Graph, inputs: Sequence[Any], outer: Mapping[str, Any]) -> list[Any]:
+        values: Mapping[Value, Any] = {}
+        for _, left in self.steps(graph, inputs, outer):
+            values = left
+        return [self.read(v, values) for v in graph.result.operands]
+
+    def steps(
+        self, graph: Graph, inputs: Sequence[Any], outer: Mapping[str, Any]
+    ) -> Iterator[tuple[Node | None, Mapping[Value, Any]]]:
+        """Each node after it ran, and the values that are still needed."""
         values: dict[Value, Any] = {}
         bindings: dict[str, Any] = dict(outer)
         for v, x in zip(graph.inputs, inputs, strict=True):
@@ -75,6 +96,7 @@ class _Interpreter:
         bindings.update(bind_inputs(graph, inputs))
         remaining = {v: v.use_count for n in graph.nodes for v in n.operands}
         kept = set(graph.result.operands)
+        yield None, values
         for node in graph.nodes:
             results = self.step(node, values, bindings)
             for r, x in zip(node.results, results, strict=True):
@@ -89,7 +111,7 @@ class _Interpreter:
             for r in node.results:
                 if not r._users:
                     values.pop(r, None)
-        return [self.read(v, values) for v in graph.result.operands]
+            yield node, values
 
     def read(self, v: Value, values: Mapping[Value, Any]) -> Any:
         if not isinstance(v, Parameter):

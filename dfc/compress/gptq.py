@@ -1,0 +1,94 @@
+"""GPTQ: weights are rounded column by column, and the columns that follow make good the error.
+
+Source:  Frantar et al., arXiv 2210.17323. Columns by falling importance ("act-order") with the
+         groups of the columns' own places, so that the result is stored like any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dfc.compress.grid import Grid, Rounded
+from dfc.compress.hessian import DAMPING, Factor, Hessian, factor
+from dfc.compress.sweep import BLOCK, sweep
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """The method's options.
+
+    `by_importance`  columns in the order of their falling Hessian diagonal; ranges are then fitted
+                     to the weights as they were, not as earlier columns left them.
+    `search`         ranges are shrunk where that makes the weighted squared error less.
+    """
+
+    damping: float = DAMPING
+    by_importance: bool = True
+    search: bool = True
+    block: int = BLOCK
+
+
+def gptq(
+    weight: Tensor, hessian: Hessian, grid: Grid, options: Gptq = Gptq()
+) -> tuple[Rounded, Factor]:
+    """The weights [N, K] on a grid, and the factor it was done with.
+
+    Raises:  DfcError D091, D092.
+    Cost:    N K^2 multiplications for the weights, K^3 for the factor.
+    """
+    found = factor(hessian, options.damping, options.by_importance)
+    alive = weight.float().masked_fill(hessian.dead, 0)
+    importance = hessian.sum.diagonal().float() if options.search else None
+    ahead = options.by_importance or grid.group is None
+    change = _Rounding(grid, alive, importance, found.order, ahead)
+    block = options.block
+    if not ahead:  # whole groups: a range is fitted to what is in the block
+        block = max(block // grid.width(0), 1) * grid.width(0)
+    sweep(alive, found, change, block)
+    return change.rounded(), found
+
+
+class _Rounding:
+    """Columns go to the grid; a group's scale is fitted when its first column is reached."""
+
+    def __init__(
+        self, grid: Grid, w: Tensor, importance: Tensor | None, order: Tensor, ahead: bool
+    ) -> None:
+        import torch
+
+        self.grid = grid
+        self.importance = importance
+        self.order = order.tolist()
+        self.width = grid.width(w.shape[1])
+        self.codes = torch.empty(w.shape[1], w.shape[0])  # by column
+        groups = -(-w.shape[1] // self.width)
+        self.scale = torch.ones(w.shape[0], groups)
+        self.zero = torch.zeros(w.shape[0], groups)
+        self.ahead = ahead
+        if ahead:
+            self.scale, self.zero = grid.fit_groups(w, importance)
+
+    def enter(self, start: int, block: Tensor, pivots: Tensor) -> None:
+        """Nothing is decided for a block as a whole."""
+
+    def column(self, j: int, i: int, block: Tensor) -> Tensor:
+        place = self.order[j]
+        group = place // self.width
+        if not self.ahead and place % self.width == 0:
+            some = None if self.importance is None else self.importance[j : j + self.width]
+            fitted = self.grid.fit(block[i : i + self.width].T, some)
+            self.scale[:, group], self.zero[:, group] = fitted
+        scale, zero = self.scale[:, group], self.zero[:, group]
+        code = self.grid.code(block[i], scale, zero)
+        self.codes[place] = code
+        return self.grid.value(code, scale, zero)
+
+    def rounded(self) -> Rounded:
+        import torch
+
+        codes = self.codes.T.contiguous().to(torch.int32)
+        return Rounded(self.grid, codes, self.scale, None if self.grid.symmetric else self.zero)
