@@ -73,6 +73,8 @@ def _walk(graph: Graph, x: Value) -> Producer | str:
     if node.op in _THROUGH:
         source = node.inputs[0]
         assert isinstance(source, Value)
+        if not source.tensor_type.dtype.is_float or not x.tensor_type.dtype.is_float:
+            return f"%{x.name} is made from {source.tensor_type.dtype}"
         return _only_reader(graph, source, node)
     return f"%{x.name} is made by {node.op}, no norm or linear layer"
 

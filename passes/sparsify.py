@@ -1,0 +1,167 @@
+"""Set weights of linear layers to 0 where that costs least: a mask, not a smaller model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from dfc.compress.calibrate import batches_of
+from dfc.compress.hessian import DAMPING, Hessian
+from dfc.compress.selection import linear_layers
+from dfc.compress.sequential import Group, described, groups_of, layer_by_layer, weight_of
+from dfc.compress.sparse import Sparsity, magnitude, sparsegpt, wanda
+from dfc.compress.sweep import BLOCK
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph, Node, Parameter
+from dfc.lang.selectors import Selector
+from dfc.rewrite.pass_ import CHANGES, KEPT, Context, Data, Pass
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NO_SPEED = "stored and multiplied as before: no smaller file, no speed on this target"
+
+
+@dataclass(frozen=True)
+class Sparsify(Pass):
+    """Set a share of each linear layer's weights to 0, or 2 of every 4 neighbours.
+
+    `magnitude` takes the smallest weights and needs no data; `wanda` weighs them by their inputs;
+    `sparsegpt` also lets the weights that stay make good what is lost. With data, layers are taken
+    in order, each on what the sparse layers before it give. The weights stay dense in memory and
+    on disk, and no engine here is faster for zeros: use `prune` to make a model smaller.
+
+    Needs:    linear layers with constant weights; data, unless by magnitude.
+    Ensures:  each chosen layer has exactly the share of zeros, or the pattern in every row.
+    Keeps:    shapes; weights that other ops read as well, embedding tables among them.
+    Cost:     one run of the data; by sparsegpt outputs * inputs^2 multiplications for a layer.
+    Raises:   DfcError D080..D084 for data that does not fit, D085 when there is none; D090..D092
+              for what calibration shows of a layer; D093 when there is no linear layer; D095 for a
+              ratio or pattern that cannot be, or does not divide a layer's inputs.
+    Source:   Sun et al., Wanda, arXiv 2306.11695; Frantar, Alistarh, SparseGPT, arXiv 2301.00774.
+    """
+
+    name = "sparsify"
+    numerics = CHANGES
+    idempotent = False
+    phrases = {"": "select", "except": "exclude", "using": "data", "by": "method"}  # noqa: RUF012
+    auto = {"method": ("wanda", "sparsegpt")}  # noqa: RUF012
+
+    data: Data | None = None
+    select: Selector | None = None  # only layers in this part of the model
+    exclude: Selector | None = None  # and not in this
+    method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
+    ratio: float = 0.5  # the share of zeros, when there is no pattern
+    pattern: str = ""  # "2:4": 2 weights of every 4 neighbours stay
+    damping: float = DAMPING  # of sparsegpt: the share of the Hessian's mean diagonal
+
+    def run(self, graph: Graph, ctx: Context) -> int:
+        sparsity = self._sparsity()
+        layers, left = linear_layers(graph, self.select, self.exclude)
+        for layer in layers:
+            weight = weight_of(layer)
+            assert weight is not None
+            other = next((n for n in weight.users if weight_of(n) is not weight), None)
+            if other is not None:
+                name = other.results[0].name if other.results else other.op
+                left[layer] = f"!{weight.name} is read by %{name} ({other.op}) as well"
+        for layer, reason in left.items():
+            ctx.decided(layer, KEPT, reason)
+        layers = [n for n in layers if n not in left]
+        self._check_divides(layers, sparsity)
+        groups = groups_of(graph, layers)
+        return _put(graph, groups, self._sparse(graph, groups, sparsity, ctx), sparsity, ctx)
+
+    def _sparsity(self) -> Sparsity:
+        if not self.pattern:
+            if not 0 < self.ratio < 1:
+                raise DfcError(
+                    "D095", f"`ratio` is a number between 0 and 1, got {self.ratio:g}",
+                    help="ratio=0.5 sets half of each layer's weights to 0",
+                )  # fmt: skip
+            return Sparsity(self.ratio)
+        found = re.fullmatch(r"(\d+):(\d+)", self.pattern)
+        kept, of = (int(found[1]), int(found[2])) if found else (0, 0)
+        if not 0 < kept < of or BLOCK % of:
+            raise DfcError(
+                "D095", f"`pattern` says how many of how many weights stay, got `{self.pattern}`",
+                help='try "2:4" or "4:8"; the second number is a power of two up to 128',
+            )  # fmt: skip
+        return Sparsity(zeros=of - kept, of=of)
+
+    def _check_divides(self, layers: list[Node], sparsity: Sparsity) -> None:
+        for layer in layers:
+            weight = weight_of(layer)
+            assert weight is not None
+            inputs = weight.tensor_type.shape[1]
+            if sparsity.of and inputs % sparsity.of:  # type: ignore[operator]
+                message = f"its {inputs} inputs are no multiple of {sparsity.of}"
+                help = f'leave it out: `except "{layer.loc.module if layer.loc else "..."}"`'
+                raise DfcError("D095", f"{described(layer)}: {message}", help=help)
+
+    def _sparse(
+        self, graph: Graph, groups: list[Group], sparsity: Sparsity, ctx: Context
+    ) -> Mapping[str, tuple[Tensor, str]]:
+        """The new weights by name, each with what is to be told of it."""
+        if self.method == "magnitude":
+            return {
+                name: (magnitude(p.data.tensor(), sparsity), "the smallest")
+                for group in groups
+                for name, p in group.weights.items()
+                if p.data
+            }
+        if self.data is None:
+            help = f"sparsify using calib by {self.method}; `by magnitude` needs no data"
+            raise DfcError("D085", f"`sparsify` by {self.method} needs data", help=help)
+        found: dict[str, tuple[Tensor, str]] = {}
+
+        def compress(group: Group, hessian: Hessian) -> dict[str, Tensor]:
+            for name, p in group.weights.items():
+                assert p.data is not None
+                found[name] = self._one(p.data.tensor(), hessian, sparsity)
+            return {name: found[name][0] for name in group.weights}
+
+        layer_by_layer(graph, groups, batches_of(ctx, self.data, graph), ctx, compress)
+        return found
+
+    def _one(self, weight: Tensor, hessian: Hessian, sparsity: Sparsity) -> tuple[Tensor, str]:
+        seen = f"{hessian.tokens} tokens"
+        if self.method == "wanda":
+            return wanda(weight, hessian, sparsity), f"least |w| * |x| on {seen}"
+        sparse, used = sparsegpt(weight, hessian, sparsity, self.damping)
+        more = f", damping {used.damping:g}" if used.damping != self.damping else ""
+        if hessian.tokens < hessian.inputs:
+            more += f", fewer than its {hessian.inputs} inputs"
+        return sparse, f"compensated on {seen}{more}"
+
+
+def _put(
+    graph: Graph,
+    groups: list[Group],
+    found: Mapping[str, tuple[Tensor, str]],
+    sparsity: Sparsity,
+    ctx: Context,
+) -> int:
+    """Let the layers read their new weights; how many weights changed."""
+    changed = 0
+    for weight in _weights(groups):
+        assert weight.data is not None
+        sparse, how = found[weight.name]
+        if bool((sparse == weight.data.tensor()).all()):
+            reason = f"its weights are {sparsity} sparse already"
+            for layer in weight.users:
+                ctx.decided(layer, KEPT, reason)
+            continue
+        made = graph.add_constant(f"{weight.name}.sparse", sparse)
+        for layer in weight.users:
+            ctx.decided(layer, "sparsified", f"{sparsity} zeros, {how}; {NO_SPEED}")
+        graph.replace_uses(weight, made)
+        changed += 1
+    return changed
+
+
+def _weights(groups: list[Group]) -> Iterator[Parameter]:
+    for group in groups:
+        yield from group.weights.values()
