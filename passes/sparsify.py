@@ -96,7 +96,7 @@ class Sparsify(Pass):
             weight = weight_of(layer)
             assert weight is not None
             inputs = weight.tensor_type.shape[1]
-            if sparsity.of and inputs % sparsity.of:  # type: ignore[operator]
+            if sparsity.of and inputs % sparsity.of:
                 message = f"its {inputs} inputs are no multiple of {sparsity.of}"
                 help = f'leave it out: `except "{layer.loc.module if layer.loc else "..."}"`'
                 raise DfcError("D095", f"{described(layer)}: {message}", help=help)

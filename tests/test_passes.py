@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import MISSING, Field, fields
 from functools import cache
 from itertools import product
 from typing import Any
@@ -24,7 +25,14 @@ SEEDS = range(50)
 
 
 def all_passes() -> list[Pass]:
-    return [find_pass(name) for name in sorted(pass_classes())]
+    """Every pass that keeps results, and needs nothing but a graph."""
+    classes = pass_classes()
+    alone = [n for n in sorted(classes) if not any(map(is_required, fields(classes[n])))]  # type: ignore[arg-type]
+    return [p for p in map(find_pass, alone) if p.numerics.kind != "changes"]
+
+
+def is_required(option: Field[Any]) -> bool:
+    return option.default is MISSING
 
 
 def evaluate(graph: Graph, seed: int, double: bool = False, size: int = 3) -> list[Any]:

@@ -81,7 +81,7 @@ class _Run:
         self.graph = graph
         self.observers = observers
         self.ctx = ctx
-        self.mask = _padding_mask(graph)
+        self.mask = padding_mask(graph)
         self.last = _last_node(graph, observers)
 
     def batch(self, batch: Sequence[Any]) -> None:
@@ -110,7 +110,7 @@ class _Run:
         x = x.detach()
         if x.is_floating_point():
             x = x.float()
-        if padding is not None and _is_by_token(v, self.mask):
+        if padding is not None and is_by_token(v, self.mask):
             x = x[padding]
         observer.update(x)
 
@@ -152,7 +152,7 @@ def _last_node(graph: Graph, observers: Mapping[Value, Observer]) -> Node | None
 # Padding
 
 
-def _padding_mask(graph: Graph) -> Value | None:
+def padding_mask(graph: Graph) -> Value | None:
     """The input that says which tokens are padding: `attention_mask`, 1 where there is a token."""
     for v in graph.inputs:
         named = v.name.endswith("attention_mask") and isinstance(v.type, TensorType)
@@ -161,7 +161,7 @@ def _padding_mask(graph: Graph) -> Value | None:
     return None
 
 
-def _is_by_token(v: Value, mask: Value | None) -> bool:
+def is_by_token(v: Value, mask: Value | None) -> bool:
     """Whether the first two sizes of a value count the mask's sentences and tokens."""
     if mask is None or not isinstance(v.type, TensorType) or v is mask:
         return False

@@ -125,14 +125,14 @@ def factor(hessian: Hessian, damping: float = DAMPING, by_importance: bool = Fal
         order = torch.sort(diagonal, descending=True, stable=True).indices
         h = h[order][:, order]
     mean = float(diagonal[~dead].mean())
+    eye = torch.eye(len(h), dtype=h.dtype)
     for attempt in range(RETRIES + 1):
         share = damping * 10**attempt
-        lower, failed = torch.linalg.cholesky_ex(h + share * mean * torch.eye(len(h)).double())
+        # H = R R^T with an upper R, by the lower factor of H back to front; then U = R^-1.
+        lower, failed = torch.linalg.cholesky_ex((h + share * mean * eye).flip(0, 1))
         if not bool(failed):
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not bool(failed) and bool(torch.isfinite(upper).all()):
-                return Factor(upper.float(), share, order)
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+            return Factor(upper.float(), share, order)
     raise DfcError(
         "D092",
         f"its Hessian of {hessian.tokens} tokens for {hessian.inputs} inputs cannot be inverted, "

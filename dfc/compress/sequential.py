@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dfc.compress.calibrate import is_by_token, padding_mask
 from dfc.compress.hessian import Hessian
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
@@ -102,16 +103,24 @@ class Prefix:
 
 class _Run:
     def __init__(self, graph: Graph, batch: Sequence[Any], weights: Mapping[str, Tensor]) -> None:
+        self._mask = padding_mask(graph)
+        self._tokens: Tensor | None = None  # which are no padding
+        if self._mask is not None:
+            self._tokens = batch[graph.inputs.index(self._mask)] != 0
         self._steps = stepwise(graph, batch, weights)
         self._values: Mapping[Value, Any] = next(self._steps)[1]
 
-    def reach(self, x: Value) -> Any:
+    def reach(self, x: Value) -> Tensor:
+        """The value; of tokens that are padding, nothing."""
         import torch
 
         while x not in self._values:
             with torch.no_grad():
                 _, self._values = next(self._steps)
-        return self._values[x]
+        found: Tensor = self._values[x]
+        if self._tokens is not None and is_by_token(x, self._mask):
+            found = found[self._tokens]
+        return found
 
 
 Compress = Callable[[Group, Hessian], Mapping[str, "Tensor"]]
@@ -140,11 +149,13 @@ def layer_by_layer(
                 ctx.progress(number * prefix.batches + seen, total)
             prefix.weights.update(compress(group, hessian))
         except DfcError as e:
-            raise _named(e, group) from e
+            raise _named(e, group) from None
 
 
 def _named(error: DfcError, group: Group) -> DfcError:
-    """An error of a group's Hessian, with the layers that it belongs to."""
+    """An error of a group's Hessian, with the layers that it belongs to; others as they are."""
+    if not error.code.startswith("D09"):
+        return error
     first, *others = map(described, group.layers)
     more = f" (and {', '.join(others)}, which read the same)" if others else ""
     one = error.diagnostics[0]
