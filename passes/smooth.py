@@ -57,7 +57,9 @@ class Smooth(Pass):
         producers = self._producers(graph, ctx)
         peaks = self._peaks(graph, producers, ctx)
         quota = Quota(self.limit, self.skip)
-        for group, producer in producers.items():
+        # From the last to the first: a scale changes the rows of what makes the channels, and so
+        # the weights that the scale of an earlier group is fitted to.
+        for group, producer in reversed(producers.items()):
             seen = peaks[group.x].peaks
             if seen is None:
                 _keep(ctx, group, "calibration never reached it")
