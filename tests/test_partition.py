@@ -185,3 +185,23 @@ def test_a_problem_that_is_none_is_refused() -> None:
         partition(replace(problem, pins={0: 5}))
     with pytest.raises(DfcError, match="N030"):
         partition(replace(problem, tensors=(Tensor(2, 1.0, (1,)),)))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_one_order_is_priced_as_many_are(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What crosses the cuts of one order comes from rectangles, else from every tensor."""
+    from dfc.planning import ideals
+
+    problem = made(random.Random(seed), 14, 3, links=True)
+    pairs = ideals._Pairs(problem, prefixes([range(14)]))
+    assert pairs.in_line
+    short = pairs._received(), pairs._sent()
+    pairs.in_line = False
+    long = pairs._received(), pairs._sent()
+    for a, b in zip(short, long, strict=True):
+        assert (np.where(pairs.nested, a, 0) == np.where(pairs.nested, b, 0)).all()
+
+
+def test_thousands_of_nodes_that_are_no_chain() -> None:
+    found = partition(residual(random.Random(7), 2600), Effort(seconds=1.0, gap=0.2))
+    assert found.gap <= 0.05

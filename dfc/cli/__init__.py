@@ -23,6 +23,7 @@ from dfc.cli.failures import INTERRUPTED, guarded, usage
 from dfc.cli.fmt import fmt as fmt_
 from dfc.cli.list import list_
 from dfc.cli.lsp import lsp as lsp_
+from dfc.cli.plan import plan as plan_
 from dfc.cli.run import run as run_
 from dfc.cli.select import select as select_
 from dfc.cli.show import show as show_
@@ -38,6 +39,7 @@ for verb in (
     compile_,
     run_,
     bench_,
+    plan_,
     show_,
     select_,
     explain_,

@@ -96,7 +96,9 @@ class _Pairs:
         self.member = np.array(
             [[i >> v & 1 for v in range(problem.n)] for i in ideals], dtype=bool
         ).reshape(len(ideals), problem.n)
-        self.nested = np.array([[j & ~i == 0 for i in ideals] for j in ideals], dtype=bool)
+        wide = self.member.astype(np.float32)
+        self.nested = wide @ (1 - wide).T < 0.5  # nothing of J is outside I
+        self.in_line = bool(np.diagonal(self.nested, 1).all())  # each within the next
         self._no_pair = ~self.nested | self._splits_groups()
         self._of_slot: dict[Slot, Floats] = {}
 
@@ -137,6 +139,8 @@ class _Pairs:
         return np.asarray(count[None, :] - count[:, None])
 
     def _received(self) -> Floats:
+        if self.in_line:
+            return self._received_in_line()
         total = np.zeros(self.nested.shape)
         for t in self.problem.tensors:
             made = self.member[:, t.producer]
@@ -144,6 +148,8 @@ class _Pairs:
         return total
 
     def _sent(self) -> Floats:
+        if self.in_line:
+            return self._sent_in_line()
         total = np.zeros(self.nested.shape)
         for t in self.problem.tensors:
             made = self.member[:, t.producer]
@@ -151,6 +157,30 @@ class _Pairs:
             later = read < len(t.readers)
             total += t.bytes * ((made & later)[None, :] & ~made[:, None])
         return total
+
+    def _received_in_line(self) -> Floats:
+        """The same for the prefixes of one order: each tensor adds to rectangles of pairs."""
+        corners = np.zeros((len(self.nested) + 1, len(self.nested) + 1))
+        at = self._places()
+        for t in self.problem.tensors:
+            start = at[t.producer] + 1  # a stage that begins here or later receives it
+            for place in sorted(at[v] for v in t.readers):
+                if place >= start:
+                    _add(corners, (start, place + 1), (place + 1, len(self.nested)), t.bytes)
+                    start = place + 1
+        return np.asarray(corners.cumsum(axis=0).cumsum(axis=1)[:-1, :-1])
+
+    def _sent_in_line(self) -> Floats:
+        corners = np.zeros((len(self.nested) + 1, len(self.nested) + 1))
+        at = self._places()
+        for t in self.problem.tensors:
+            own, last = at[t.producer], max(at[v] for v in t.readers)
+            _add(corners, (0, own + 1), (own + 1, last + 1), t.bytes)
+        return np.asarray(corners.cumsum(axis=0).cumsum(axis=1)[:-1, :-1])
+
+    def _places(self) -> list[int]:
+        """The position of each node in the order."""
+        return [int(x) for x in (~self.member).sum(axis=0) - 1]
 
     def _splits_groups(self) -> Bools:
         wrong = np.zeros(self.nested.shape, dtype=bool)
@@ -166,6 +196,13 @@ class _Pairs:
             breaks = ~mine if pinned == s else mine
             wrong = breaks if wrong is None else wrong | breaks
         return wrong
+
+
+def _add(corners: Floats, rows: tuple[int, int], columns: tuple[int, int], value: float) -> None:
+    """Add to a rectangle, by its corners: summed up along both axes later."""
+    for row, sign in zip(rows, (1, -1), strict=True):
+        corners[row, columns[0]] += sign * value
+        corners[row, columns[1]] -= sign * value
 
 
 def _nodes(mask: int) -> Iterable[int]:

@@ -8,7 +8,9 @@ milp       a linear program that starts below the best order's bottleneck
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from dfc.errors import DfcError
 from dfc.planning.cuts import cut_chain, is_chain
@@ -18,7 +20,7 @@ from dfc.planning.orders import promising_orders
 from dfc.planning.problem import Partition, Problem
 
 _IDEALS = 1200  # pairs of them fit in vectors of a few MB
-_ORDERED = 2000  # nodes
+_ORDERED = 1500  # cuts: pairs of them are vectors of 18 MB
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def partition(problem: Problem, effort: Effort = Effort()) -> Partition:
     problem.check()
     if is_chain(problem):
         return _or_refuse(problem, cut_chain(problem))
-    ideals = all_ideals(problem, _IDEALS)
+    ideals = all_ideals(problem, _IDEALS) if problem.n < _IDEALS else None
     if ideals is not None:
         return _or_refuse(problem, best_chain(problem, ideals, complete=True))
     best = _of_orders(problem)
@@ -57,7 +59,23 @@ def _of_orders(problem: Problem) -> Partition | None:
     orders = promising_orders(problem)
     while len(orders) > 1 and len(orders) * problem.n > _ORDERED:
         orders.pop()
-    return best_chain(problem, prefixes(orders), complete=False)
+    ideals = prefixes(orders)
+    if len(ideals) > _ORDERED:
+        ideals = _cheapest(problem, orders[0])
+    return best_chain(problem, ideals, complete=False)
+
+
+def _cheapest(problem: Problem, order: Sequence[int]) -> list[int]:
+    """Of the prefixes of one order those that the fewest bytes leave: where one would cut."""
+    at = {v: i for i, v in enumerate(order)}
+    crossing = [0.0] * (len(order) + 1)
+    for t in problem.tensors:
+        crossing[at[t.producer] + 1] += t.bytes
+        crossing[max(at[v] for v in t.readers) + 1] -= t.bytes
+    crossing = list(accumulate(crossing))
+    inner = sorted(range(1, len(order)), key=lambda i: crossing[i])[: _ORDERED - 2]
+    whole = prefixes([order])
+    return [whole[i] for i in sorted((0, *inner, len(order)))]
 
 
 def _or_refuse(problem: Problem, found: Partition | None) -> Partition:

@@ -10,12 +10,18 @@ from dfc.lang import syntax as s
 from dfc.lang.source import Source
 from dfc.lang.units import Amount, amount
 from dfc.lang.wording import expression_text
+from dfc.planning.catalogue import CATALOGUE
 from dfc.recipe import plan as p
 from dfc.recipe.names import Names, Problems
 
+RATES = {
+    "mem": "bytes", "bw": "bytes/s", "launch": "time",
+    "peak": "flops/s", "peak_f16": "flops/s", "peak_bf16": "flops/s", "peak_i8": "flops/s",
+    "peak_f64": "flops/s",
+}  # fmt: skip
 DEVICES: Mapping[str, Mapping[str, str]] = {
-    "cpu": {"cores": "number", "mem": "bytes", "peak": "flops/s", "bw": "bytes/s"},
-    "cuda": {"mem": "bytes", "peak": "flops/s", "bw": "bytes/s", "index": "number"},
+    "cpu": {"cores": "number", **RATES},
+    "cuda": {"index": "number", **RATES},
 }
 LINK = {"bw": "bytes/s", "latency": "time"}
 
@@ -75,14 +81,20 @@ def made_target(t: s.Target, source: Source, problems: Problems) -> p.Target:
     return p.Target(t.name.name, tuple(devices.values()), tuple(links))
 
 
+def _facts_of(kind: str) -> Mapping[str, str]:
+    """The facts of a kind of device, or of one that the catalogue knows."""
+    known = CATALOGUE.get(kind)
+    return DEVICES.get(known.kind if known else kind, {})
+
+
 def _made(
     x: s.Expr, device: bool, source: Source, problems: Problems
 ) -> tuple[str, dict[str, Any]]:
     """`cuda(mem=16GiB)` as a kind and its facts."""
     kind = x.name.name if isinstance(x, s.Call) else getattr(x, "name", "")
-    known = DEVICES.get(kind, {}) if device else LINK
-    if device and kind not in DEVICES:
-        help = did_you_mean(kind, [*DEVICES]) or f"know: {', '.join(DEVICES)}"
+    known = _facts_of(kind) if device else LINK
+    if device and not known:
+        help = did_you_mean(kind, [*DEVICES, *CATALOGUE]) or f"know: {', '.join(DEVICES)}"
         problems.say(source, "Q013", f"no kind of device is called `{kind}`", x.at, help)
     facts: dict[str, Any] = {}
     if not isinstance(x, s.Call):

@@ -1,0 +1,165 @@
+"""What a node costs: arithmetic, bytes moved, and the time of both on a device.
+
+Time is the longer of computing and moving (the roofline), plus what starting a kernel takes. Views
+are free. Measured times take the place of these where there are some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from dfc.errors import DfcError
+from dfc.ir.expr import evaluate
+from dfc.ir.graph import Graph, Node, Parameter, Value
+from dfc.ir.op import DeclaredOp
+from dfc.ir.types import TensorType
+from dfc.planning.machine import Device
+
+VIEWS = frozenset([
+    "view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice",
+    "select", "split", "split_with_sizes", "chunk", "detach", "alias", "unbind", "unflatten",
+    "flatten", "movedim", "swapaxes", "diagonal", "narrow", "_unsafe_view", "expand_as",
+    "view_as", "unsafe_split", "lift_fresh",
+])  # fmt: skip
+_EXPENSIVE = {"exp": 8, "gelu": 14, "erf": 10, "tanh": 10, "sigmoid": 10, "silu": 11, "softmax": 12,
+              "_softmax": 12, "log": 8, "pow": 10, "sin": 10, "cos": 10, "layer_norm": 8,
+              "native_layer_norm": 8, "rms_norm": 6, "group_norm": 8, "batch_norm": 4}  # fmt: skip
+
+Sizes = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One node's work: flops (a fused multiply and add is two), and bytes, each moved once."""
+
+    flops: float
+    read: float
+    written: float
+    dtype: str  # what is computed in
+
+    @property
+    def bytes(self) -> float:
+        return self.read + self.written
+
+    def seconds(self, device: Device) -> float:
+        """The time on a device, by its roofline; infinite for a dtype that it has no peak for."""
+        if not self.flops and not self.bytes:
+            return 0.0
+        return max(self.flops / device.peak(self.dtype), self.bytes / device.bandwidth) + (
+            device.launch
+        )
+
+
+def default_sizes(graph: Graph, given: Sizes | None = None) -> dict[str, int]:
+    """A number for every symbol: the given ones, else 1 or the least that its range allows.
+
+    Raises:  DfcError N040 for a size that the graph does not have.
+    """
+    sizes = {name: max(1, low) for name, (low, _) in graph.ranges.items()}
+    for name, value in (given or {}).items():
+        if name not in sizes:
+            have = ", ".join(sizes) or "none: its shapes are fixed"
+            raise DfcError("N040", f"the graph has no size `{name}`", help=f"it has {have}")
+        sizes[name] = value
+    return sizes
+
+
+def bytes_of(x: Any, sizes: Sizes) -> float:
+    """The bytes of a value's type, 0 for numbers and None."""
+    type = x.type if isinstance(x, Value) else x
+    return float(number(type.nbytes, sizes)) if isinstance(type, TensorType) else 0.0
+
+
+def number(size: Any, sizes: Sizes) -> float:
+    """A size with its symbols bound."""
+    if isinstance(size, int | float):
+        return float(size)
+    found = evaluate(size, sizes)
+    if not isinstance(found, int | float):
+        raise DfcError("N041", f"`{size}` depends on data: say what to plan for", help="--size")
+    return float(found)
+
+
+def work_of(node: Node, sizes: Sizes) -> Work:
+    """What one node does, nothing for views."""
+    name = node.op.split(".")[1] if "." in node.op else node.op
+    dtype = _dtype(node)
+    if node.op.startswith("aten.") and name in VIEWS:
+        return Work(0.0, 0.0, 0.0, dtype)
+    if not any(isinstance(v.type, TensorType) for v in node.results):
+        return Work(0.0, 0.0, 0.0, dtype)
+    read = sum(_read(node, v, sizes) for v in node.operands)
+    written = sum(bytes_of(r, sizes) for r in node.results)
+    return Work(_flops(node, name, sizes), read, written, dtype)
+
+
+def _read(node: Node, value: Value, sizes: Sizes) -> float:
+    """A table is read where it is looked up, everything else as a whole."""
+    base = node.op.split(".")[1] if "." in node.op else node.op
+    if base in ("embedding", "index_select", "index", "gather") and value is node.inputs[0]:
+        return min(bytes_of(value, sizes), sum(bytes_of(r, sizes) for r in node.results))
+    return bytes_of(value, sizes)
+
+
+def _dtype(node: Node) -> str:
+    for value in (*node.results, *node.operands):
+        if isinstance(value.type, TensorType):
+            return value.type.dtype.name
+    return "f32"
+
+
+def _flops(node: Node, name: str, sizes: Sizes) -> float:
+    if isinstance(node.info, DeclaredOp) and hasattr(node.info.cls, "cost"):
+        types = [v.type if isinstance(v, Value) else None for v in node.inputs]
+        return number(node.info.instance(node.attributes).cost(*types).flops, sizes)
+    counted = _COUNTED.get(name)
+    if counted is not None:
+        return counted(node, sizes)
+    elements = sum(prod(_shape(r, sizes)) for r in node.results)
+    return float(elements * _EXPENSIVE.get(name, 1))
+
+
+def _shape(value: Any, sizes: Sizes) -> list[float]:
+    type = value.type if isinstance(value, Value) else None
+    return [number(d, sizes) for d in type.shape] if isinstance(type, TensorType) else [0.0]
+
+
+def _matmul(node: Node, sizes: Sizes) -> float:
+    """Twice the outputs times the contracted dimension of the first matrix operand."""
+    return 2 * prod(_shape(node.results[0], sizes)) * _shape(node.inputs[0], sizes)[-1]
+
+
+def _addmm(node: Node, sizes: Sizes) -> float:
+    return 2 * prod(_shape(node.results[0], sizes)) * _shape(node.inputs[1], sizes)[-1]
+
+
+def _convolution(node: Node, sizes: Sizes) -> float:
+    """Each output (of a transposed one, each input) meets one filter of its group."""
+    weight = _shape(node.inputs[1], sizes)
+    at = node.inputs[0] if node.attributes.get("transposed", False) else node.results[0]
+    return 2 * prod(_shape(at, sizes)) * prod(weight[1:])
+
+
+def _attention(node: Node, sizes: Sizes) -> float:
+    """Scores and their product with the values."""
+    q, k = _shape(node.inputs[0], sizes), _shape(node.inputs[1], sizes)
+    v = _shape(node.inputs[2], sizes)
+    scores = prod(q[:-1]) * k[-2]
+    return 2 * scores * q[-1] + 2 * scores * v[-1] + 12 * scores
+
+
+_COUNTED: Mapping[str, Callable[[Node, Sizes], float]] = {
+    "linear": _matmul, "matmul": _matmul, "mm": _matmul, "bmm": _matmul, "mv": _matmul,
+    "addmm": _addmm, "baddbmm": _addmm,
+    "convolution": _convolution, "conv1d": _convolution, "conv2d": _convolution,
+    "conv3d": _convolution, "conv_transpose2d": _convolution,
+    "scaled_dot_product_attention": _attention,
+}  # fmt: skip
+
+
+def weights_of(graph: Graph, sizes: Sizes) -> dict[Parameter, float]:
+    """The bytes of every parameter that is used."""
+    return {p: bytes_of(p, sizes) for p in graph.parameters.values() if p.use_count}

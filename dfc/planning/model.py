@@ -1,0 +1,197 @@
+"""A graph as a partitioning problem: its nodes grouped, with times and bytes on a machine.
+
+Views that keep all bytes belong to what they look at, and views of parameters to their reader:
+that changes no partition's cost. Everything else is a group of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from dfc.ir.graph import Graph, Node, Parameter, Value
+from dfc.planning.cost import Sizes, Work, bytes_of, work_of
+from dfc.planning.machine import Device, Machine
+from dfc.planning.problem import Problem, Slot, Tensor
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is wanted of a plan besides the model and the machine."""
+
+    microbatches: int = 1
+    trains: bool = False
+    optimizer: float = 3.0  # bytes of gradient and optimizer state for each byte of weights
+
+
+@dataclass(frozen=True)
+class Modelled:
+    """The problem, and which nodes each of its groups holds."""
+
+    problem: Problem
+    groups: tuple[tuple[Node, ...], ...]
+    works: tuple[tuple[Work, ...], ...]
+    inputs: float  # bytes of the graph's inputs
+    outputs: float
+
+
+def modelled(
+    graph: Graph,
+    machine: Machine,
+    sizes: Sizes,
+    wish: Wish = Wish(),
+    measured: Callable[[Node], float | None] = lambda node: None,
+) -> Modelled:
+    """The problem of a graph on the devices of a machine, in their order.
+
+    `measured` gives the seconds of a node that was timed, in place of the model's.
+    """
+    groups, group_of, root = _grouped(graph, sizes)
+    works = tuple(tuple(work_of(n, sizes) for n in nodes) for nodes in groups)
+    time = np.array([
+        [_seconds(nodes, work, device, measured, wish.trains) for device in machine.devices]
+        for nodes, work in zip(groups, works, strict=True)
+    ]).reshape(len(groups), len(machine.devices))  # fmt: skip
+    weights, tied = _weights(graph, group_of, len(groups), sizes, wish)
+    tensors = _tensors(graph, group_of, root, sizes)
+    kept = np.zeros(len(groups))
+    if wish.trains:
+        for t in tensors:
+            kept[t.producer] += t.bytes
+    slots = _slots(machine, wish, _live_bytes(graph, sizes))
+    names = tuple(_name(nodes[0]) for nodes in groups)
+    problem = Problem(time, tensors, slots, weights, kept, tied=tied, names=names)
+    return Modelled(
+        problem, tuple(map(tuple, groups)), works,
+        sum(bytes_of(v, sizes) for v in graph.inputs),
+        sum(bytes_of(v, sizes) for v in graph.outputs),
+    )  # fmt: skip
+
+
+def _seconds(
+    nodes: list[Node],
+    works: tuple[Work, ...],
+    device: Device,
+    measured: Callable[[Node], float | None],
+    trains: bool,
+) -> float:
+    total = 0.0
+    for node, work in zip(nodes, works, strict=True):
+        known = measured(node)
+        total += work.seconds(device) if known is None else known
+    return total * (3.0 if trains else 1.0)  # backward: for inputs and for weights
+
+
+def _grouped(
+    graph: Graph, sizes: Sizes
+) -> tuple[list[list[Node]], dict[Node, int], dict[Value, Value]]:
+    """Groups of nodes, the group of each node, and the value that each view shows."""
+    groups: list[list[Node]] = []
+    group_of: dict[Node, int] = {}
+    root: dict[Value, Value] = {}
+    waiting: dict[Value, list[Node]] = {}  # views of parameters and inputs, until somebody reads
+    for node in graph.nodes:
+        source = _viewed(node, sizes)
+        if source is not None and (source.node is None or source in waiting):
+            waiting[node.results[0]] = [*waiting.get(source, ()), node]
+            continue
+        if source is not None and source.node in group_of:
+            group_of[node] = group_of[source.node]
+            groups[group_of[node]].append(node)
+            root[node.results[0]] = root.get(source, source)
+            continue
+        group_of[node] = len(groups)
+        before = [n for v in node.operands for n in waiting.get(v, ()) if n not in group_of]
+        groups.append([*dict.fromkeys(before), node])
+        group_of.update((n, len(groups) - 1) for n in before)
+    left = [n for chain in waiting.values() for n in chain if n not in group_of]
+    if left:
+        group_of.update((n, len(groups)) for n in left)
+        groups.append(list(dict.fromkeys(left)))
+    return groups, group_of, root
+
+
+def _viewed(node: Node, sizes: Sizes) -> Value | None:
+    """What a view shows, if it shows all of it."""
+    work = work_of(node, sizes)
+    if work.flops or work.bytes or len(node.results) != 1 or not node.inputs:
+        return None
+    source = node.inputs[0]
+    if not isinstance(source, Value):
+        return None
+    return source if bytes_of(node.results[0], sizes) == bytes_of(source, sizes) else None
+
+
+def _weights(
+    graph: Graph, group_of: Mapping[Node, int], n: int, sizes: Sizes, wish: Wish
+) -> tuple[np.ndarray, tuple[tuple[float, tuple[int, ...]], ...]]:
+    """Bytes of each group's own parameters, and of those that several groups read."""
+    own, tied = np.zeros(n), []
+    by = 1.0 + (wish.optimizer if wish.trains else 0.0)
+    for p in graph.parameters.values():
+        readers = sorted({group_of[u] for u in p.users if u in group_of})
+        size = bytes_of(p, sizes) * by
+        if len(readers) == 1:
+            own[readers[0]] += size
+        elif readers:
+            tied.append((size, tuple(readers)))
+    return own, tuple(tied)
+
+
+def _tensors(
+    graph: Graph, group_of: Mapping[Node, int], root: Mapping[Value, Value], sizes: Sizes
+) -> tuple[Tensor, ...]:
+    """What groups produce for other groups; a view's readers read what it shows."""
+    readers: dict[Value, set[int]] = {}
+    for node in graph.nodes:
+        for v in node.operands:
+            shown = root.get(v, v)
+            made = shown.node
+            if made is None or isinstance(shown, Parameter) or made not in group_of:
+                continue
+            if group_of[made] != group_of[node]:
+                readers.setdefault(shown, set()).add(group_of[node])
+    return tuple(
+        Tensor(group_of[v.node], bytes_of(v, sizes), tuple(sorted(found)))
+        for v, found in readers.items()
+        if v.node is not None
+    )
+
+
+def _slots(machine: Machine, wish: Wish, live: float) -> tuple[Slot, ...]:
+    """One stage a device. What is alive during one microbatch is taken from the memory."""
+    last = len(machine.devices) - 1
+    found = []
+    for i, device in enumerate(machine.devices):
+        into = machine.wire(i - 1, i).bandwidth if i else float("inf")
+        out = machine.wire(i, i + 1).bandwidth if i < last else float("inf")
+        flight = min(wish.microbatches, last + 1 - i) if wish.trains else 1
+        found.append(Slot(i, device.usable - live, into, out, flight))
+    return tuple(found)
+
+
+def _live_bytes(graph: Graph, sizes: Sizes) -> float:
+    """The most bytes of activations that are alive at once, in the graph's order."""
+    last: dict[Value, int] = {}
+    nodes = list(graph.nodes)
+    for i, node in enumerate(nodes):
+        for v in node.operands:
+            last[v] = i
+    dies: dict[int, float] = {}
+    most = now = 0.0
+    for i, node in enumerate(nodes):
+        if work_of(node, sizes).bytes:
+            for r in node.results:
+                size = bytes_of(r, sizes)
+                now += size
+                dies[last.get(r, i)] = dies.get(last.get(r, i), 0.0) + size
+        most = max(most, now)
+        now -= dies.pop(i, 0.0)
+    return most
+
+
+def _name(node: Node) -> str:
+    value = f"%{node.results[0].name}" if node.results else node.op
+    return f"{value} ({node.loc.module})" if node.loc and node.loc.module else value

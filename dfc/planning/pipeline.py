@@ -1,0 +1,270 @@
+"""A plan: which stage runs where, in which order, how long it takes, and what limits it.
+
+The partition is proposed by its bottleneck; the simulator decides what a step takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph
+from dfc.planning.cost import Sizes, default_sizes
+from dfc.planning.machine import Machine
+from dfc.planning.model import Modelled, Wish, modelled
+from dfc.planning.partition import Effort, partition
+from dfc.planning.problem import Loads, Partition, Problem, loads, why_not
+from dfc.planning.schedules import SCHEDULES, schedule
+from dfc.planning.schedules import why_not as cannot
+from dfc.planning.simulate import Costs, Link, Simulation, simulate
+
+AUTO = ("1f1b", "gpipe", "zb1p")  # what `auto` simulates for training, one stage a rank
+INFERENCE, EFFORT = Wish(), Effort()
+_MORE = 1.25  # how much more of a thing is tried when asked what to buy
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a plan. Seconds and bytes are for one microbatch, `memory` is the peak."""
+
+    index: int
+    device: str
+    nodes: int
+    starts: str  # the module path of its first node
+    seconds: float
+    weights: float
+    memory: float
+    capacity: float
+    sent: float
+    limit: str  # what takes longest: computing, moving, launching, sending or receiving
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages, their schedule, and what the simulator says of a step."""
+
+    name: str
+    machine: Machine
+    sizes: Sizes
+    wish: Wish
+    stages: tuple[Stage, ...]
+    partition: Partition
+    modelled: Modelled
+    costs: Costs
+    simulation: Simulation
+    links: tuple[tuple[str, str, float, float], ...]  # from, to, bytes a step, busy share
+    splits: tuple[tuple[str, float], ...]  # other splits: how many times as long they take
+    advice: tuple[tuple[str, float], ...]  # what 25 % more of a thing makes of the step time
+
+    @property
+    def step_seconds(self) -> float:
+        return float(self.simulation.makespan)
+
+    @property
+    def schedule(self) -> str:
+        return self.simulation.program.name
+
+
+def plan(
+    graph: Graph,
+    machine: Machine,
+    *,
+    sizes: Sizes | None = None,
+    wish: Wish = INFERENCE,
+    schedule: str = "auto",
+    effort: Effort = EFFORT,
+    measured: Any = lambda node: None,
+) -> Plan:
+    """Partition a graph over the devices of a machine and choose a schedule.
+
+    Needs:   no weights: shapes are enough.
+    Raises:  DfcError N001, N002 for the schedule, N040.. for sizes and devices, N043 for a link
+             that is missing, N060 (status 6) when it does not fit.
+    """
+    bound = default_sizes(graph, sizes)
+    model = modelled(graph, machine, bound, wish, measured)
+    found = _fitting(model.problem, machine, effort)
+    used = sorted(set(found.stage))
+    stage = [used.index(s) for s in found.stage]
+    costs = _costs(model, machine, used, stage, wish)
+    simulation = _scheduled(costs, len(used), wish, schedule, machine, used)
+    load = loads(model.problem, found.stage)
+    return Plan(
+        graph.name, machine, bound, wish,
+        _stages(model, machine, used, stage, load, simulation), found, model, costs, simulation,
+        _links(costs, simulation, machine, used, wish),
+        _other_splits(model, machine, found), _advice(model, machine, found),
+    )  # fmt: skip
+
+
+def _fitting(problem: Problem, machine: Machine, effort: Effort) -> Partition:
+    try:
+        return partition(problem, effort)
+    except DfcError as e:
+        if e.status != 6:
+            raise
+        need = float(problem.weights.sum()) + sum(size for size, _ in problem.tied)
+        have = sum(max(slot.memory, 0.0) for slot in problem.slots)
+        devices = ", ".join(f"{d.name} {d.memory / 1e9:.4g} GB" for d in machine.devices)
+        message = (
+            f"the model does not fit: its parameters take {need / 1e9:.4g} GB, "
+            f"{have / 1e9:.4g} GB are free on {devices}, beside activations and a reserve"
+        )
+        short = need - have
+        help = f"{short / 1e9:.4g} GB more memory, or " if short > 0 else "other devices, or "
+        raise DfcError("N060", message, help=help + "`quantize` to fewer bits", status=6) from e
+
+
+def _costs(
+    model: Modelled, machine: Machine, used: Sequence[int], stage: Sequence[int], wish: Wish
+) -> Costs:
+    problem = model.problem
+    seconds = np.zeros(len(used))
+    kept = np.zeros(len(used))
+    held = np.zeros(len(used))
+    for v, s in enumerate(stage):
+        seconds[s] += problem.time[v][used[s]]
+        kept[s] += problem.activations[v]
+        held[s] += problem.weights[v]
+    for size, readers in problem.tied:
+        for s in {stage[v] for v in readers}:
+            held[s] += size
+    crossing: dict[tuple[int, int], float] = {}
+    for t in problem.tensors:
+        for s in {stage[v] for v in t.readers} - {stage[t.producer]}:
+            edge = stage[t.producer], s
+            crossing[edge] = crossing.get(edge, 0.0) + t.bytes
+    edges = [(a, b, round(size)) for (a, b), size in sorted(crossing.items())]
+    links = {}
+    for a, b, _ in edges:
+        for x, y in ((a, b), (b, a)) if wish.trains else ((a, b),):
+            wire = machine.wire(used[x], used[y])
+            links[x, y] = Link(wire.latency, 1 / wire.bandwidth)
+    third = (seconds / 3).tolist()
+    forward = third if wish.trains else seconds.tolist()
+    return Costs(
+        forward, third if wish.trains else (), third if wish.trains else (),
+        links=links, edges=edges, activations=[round(x) for x in kept],
+        resident=[round(x) for x in held],
+    )  # fmt: skip
+
+
+def _scheduled(
+    costs: Costs, ranks: int, wish: Wish, name: str, machine: Machine, used: Sequence[int]
+) -> Simulation:
+    """The schedule that was asked for, or the one with the shortest step that fits."""
+    m = wish.microbatches
+    if not wish.trains:
+        wanted = "forward" if name == "auto" else name
+        return simulate(schedule(wanted, ranks, m), costs)
+    if name != "auto":
+        return simulate(schedule(name, ranks, m), costs)
+    able = [n for n in AUTO if cannot(SCHEDULES[n], ranks, m, 1) is None]
+    tried = [simulate(schedule(n, ranks, m), costs) for n in able]
+    fit = [t for t in tried if all(
+        peak <= machine.devices[d].usable for peak, d in zip(t.peaks, used, strict=True)
+    )]  # fmt: skip
+    return min(fit or tried, key=lambda t: (float(t.makespan), max(t.peaks)))
+
+
+def _stages(
+    model: Modelled, machine: Machine, used: Sequence[int], stage: Sequence[int],
+    load: Loads, simulation: Simulation,
+) -> tuple[Stage, ...]:  # fmt: skip
+    found = []
+    for s, slot in enumerate(used):
+        mine = [v for v, x in enumerate(stage) if x == s]
+        nodes = [n for v in mine for n in model.groups[v]]
+        device = machine.devices[slot]
+        live = device.usable - model.problem.slots[slot].memory
+        sent = float(load.send[slot] * model.problem.slots[slot].send) if s + 1 < len(used) else 0.0
+        found.append(Stage(
+            s, device.name, len(nodes), _modules(nodes), float(load.compute[slot]),
+            float(sum(model.problem.weights[v] for v in mine)),
+            simulation.peaks[s] + live, device.memory, sent,
+            _limit(model, machine, mine, slot, load),
+        ))  # fmt: skip
+    return tuple(found)
+
+
+def _modules(nodes: Sequence[Any]) -> str:
+    """The first module, which people find their way by."""
+    return next((n.loc.module for n in nodes if n.loc and n.loc.module), "")
+
+
+def _limit(model: Modelled, machine: Machine, mine: Sequence[int], slot: int, load: Loads) -> str:
+    device = machine.devices[slot]
+    spent = {"computing": 0.0, "moving": 0.0, "launching": 0.0}
+    for v in mine:
+        for work in model.works[v]:
+            if work.bytes:
+                computing = work.flops / device.peak(work.dtype)
+                moving = work.bytes / device.bandwidth
+                spent["computing" if computing >= moving else "moving"] += max(computing, moving)
+                spent["launching"] += device.launch
+    links = {"receiving": float(load.receive[slot]), "sending": float(load.send[slot])}
+    kinds = spent if load.compute[slot] >= max(links.values()) else links
+    return max(kinds, key=lambda k: kinds[k])
+
+
+def _links(
+    costs: Costs, simulation: Simulation, machine: Machine, used: Sequence[int], wish: Wish
+) -> tuple[tuple[str, str, float, float], ...]:
+    found: dict[tuple[int, int], float] = {}
+    for a, b, size in costs.all_edges():
+        for pair in ((a, b), (b, a)) if wish.trains else ((a, b),):
+            found[pair] = found.get(pair, 0.0) + size * wish.microbatches
+    span = float(simulation.makespan) or 1.0
+    names = [machine.devices[d].name for d in used]
+    return tuple(
+        (names[a], names[b], size, size * float(costs.link_of(a, b).per_byte) / span)
+        for (a, b), size in sorted(found.items())
+    )
+
+
+def _other_splits(
+    model: Modelled, machine: Machine, found: Partition
+) -> tuple[tuple[str, float], ...]:
+    """What simpler tools do: how many times as long their slowest stage takes."""
+    problem, k = model.problem, model.problem.stages
+    total = problem.weights.copy()
+    memory = np.array([d.memory for d in machine.devices])
+    rivals = {
+        "equal number of operators": (np.ones(problem.n), np.ones(k)),
+        "equal parameters": (total, np.ones(k)),
+        "parameters by memory": (total, memory),
+    }
+    told = []
+    for name, (by, share) in rivals.items():
+        if by.sum() <= 0:
+            continue
+        ends = np.cumsum(share) / share.sum()
+        middle = (np.cumsum(by) - by / 2) / by.sum()
+        stage = tuple(np.minimum(np.searchsorted(ends, middle), k - 1).tolist())
+        if why_not(problem, stage) is None and found.bottleneck > 0:
+            told.append((name, loads(problem, stage).bottleneck / found.bottleneck))
+    return tuple(told)
+
+
+def _advice(model: Modelled, machine: Machine, found: Partition) -> tuple[tuple[str, float], ...]:
+    """What the bottleneck becomes with 25 % more of one thing, best first; cuts stay."""
+    problem = model.problem
+    told = []
+    for i, device in enumerate(machine.devices):
+        time = problem.time.copy()
+        time[:, i] /= _MORE
+        better = loads(replace(problem, time=time), found.stage).bottleneck
+        told.append((f"a device like `{device.name}` that is 25 % faster", better))
+        slots = list(problem.slots)
+        if np.isfinite(slots[i].send):
+            slots[i] = replace(slots[i], send=slots[i].send * _MORE)
+            slots[i + 1] = replace(slots[i + 1], receive=slots[i + 1].receive * _MORE)
+            better = loads(problem.with_stages(slots), found.stage).bottleneck
+            name = f"`{device.name}` to `{machine.devices[i + 1].name}`"
+            told.append((f"a link from {name} that is 25 % faster", better))
+    gains = [(what, found.bottleneck / b) for what, b in told if b > 0]
+    return tuple(sorted((g for g in gains if g[1] > 1.005), key=lambda g: -g[1]))

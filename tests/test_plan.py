@@ -1,0 +1,230 @@
+"""Plans of real captured models: costs by hand, memory, what does not fit, pictures, command."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import dfc
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph
+from dfc.planning.catalogue import CATALOGUE, known_device
+from dfc.planning.cost import default_sizes, work_of
+from dfc.planning.machine import Device, Machine, Wire
+from dfc.planning.model import Wish, modelled
+from dfc.planning.pipeline import plan
+from dfc.planning.timeline import chrome_trace, svg_timeline
+from dfc.recipe.machines import machine_of
+from dfc.recipe.sources import plan_of
+
+LINK = Wire(1e9, 1e-6)
+FAST = Device("a", "cuda", 1e9, 1e9, {"f32": 1e9})
+
+
+def machine(n: int, *, memory: float = 1e9, wire: Wire | None = LINK) -> Machine:
+    devices = tuple(replace(FAST, name=f"gpu{i}", memory=memory) for i in range(n))
+    wires = {(i, j): wire for i in range(n) for j in (i - 1, i + 1) if 0 <= j < n and wire}
+    return Machine("test", devices, wires)
+
+
+class Tower(nn.Module):
+    """Equal layers with a residual, and a table that the head shares."""
+
+    def __init__(self, layers: int = 6, width: int = 32, vocabulary: int = 50) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocabulary, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        for layer in self.layers:
+            x = x + torch.relu(layer(x))
+        return self.head(x)
+
+
+@pytest.fixture(scope="module")
+def tower() -> Graph:
+    batch = torch.export.Dim("B", min=1, max=64)
+    with torch.device("meta"):
+        model = Tower()
+        ids = torch.zeros(4, 7, dtype=torch.long)
+    return dfc.trace(model, (ids,), dynamic_shapes=({0: batch},))
+
+
+def test_the_work_of_a_linear_layer_is_what_one_counts_by_hand(tower: Graph) -> None:
+    sizes = default_sizes(tower, {"B": 4})
+    linear = next(n for n in tower.nodes if n.op == "aten.linear.default")
+    work = work_of(linear, sizes)
+    rows, width = 4 * 7, 32
+    assert work.flops == 2 * rows * width * width and work.dtype == "f32"
+    assert work.read == 4 * (rows * width + width * width + width)
+    assert work.written == 4 * rows * width
+    table = next(n for n in tower.nodes if n.op == "aten.embedding.default")
+    assert work_of(table, sizes).read == 4 * rows * width + 8 * rows  # its rows, not the table
+    device = replace(FAST, launch=1e-6)
+    assert work.seconds(device) == work.flops / 1e9 + 1e-6
+
+
+def test_a_convolution_and_attention() -> None:
+    graph = dfc.trace(nn.Conv2d(4, 8, 3, padding=1, groups=2), (torch.zeros(2, 4, 5, 6),))
+    (conv,) = [n for n in graph.nodes if "conv" in n.op]
+    assert work_of(conv, {}).flops == 2 * (2 * 8 * 5 * 6) * (2 * 3 * 3)
+
+    class Attend(nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(q, k, k)
+
+    graph = dfc.trace(Attend(), (torch.zeros(2, 3, 5, 8), torch.zeros(2, 3, 7, 8)))
+    (attention,) = [n for n in graph.nodes if "attention" in n.op]
+    assert work_of(attention, {}).flops == (2 * 8 + 2 * 8 + 12) * 2 * 3 * 5 * 7
+
+
+def test_stages_share_the_work_and_the_simulator_agrees_with_the_formula(tower: Graph) -> None:
+    found = plan(tower, machine(3), sizes={"B": 64}, wish=Wish(microbatches=5))
+    assert [s.device for s in found.stages] == ["gpu0", "gpu1", "gpu2"]
+    times = [s.seconds for s in found.stages]
+    assert found.partition.bottleneck == pytest.approx(max(times))
+    least = sum(times) + 4 * max(times)  # and what the links take
+    assert least <= found.step_seconds <= least * 1.2
+    assert sum(s.nodes for s in found.stages) == len(tower)
+    assert all(ratio >= 1 - 1e-9 for _, ratio in found.splits)
+    assert found.partition.gap <= 0.05
+
+
+def test_a_shared_table_is_counted_on_every_stage_that_reads_it(tower: Graph) -> None:
+    model = modelled(tower, machine(2), default_sizes(tower))
+    ((size, readers),) = model.problem.tied
+    assert size == 4 * 50 * 32 and readers[0] == 0 and readers[-1] == model.problem.n - 1
+    found = plan(tower, machine(2), sizes={"B": 64})
+    assert all(held >= size for held in found.costs.resident)
+
+
+def test_memory_decides_where_the_cut_lies(tower: Graph) -> None:
+    wide = plan(tower, machine(2), sizes={"B": 2})
+    need = sum(s.weights for s in wide.stages) + 4 * 50 * 32
+    live = (
+        0.9 * 1e9
+        - modelled(tower, machine(2), default_sizes(tower, {"B": 2})).problem.slots[0].memory
+    )
+    tight = machine(2, memory=(need * 0.75 + live) / 0.9)
+    found = plan(tower, tight, sizes={"B": 2})
+    assert len(found.stages) == 2
+    assert all(s.memory <= s.capacity * 0.9 + 1 for s in found.stages)
+
+
+def test_what_does_not_fit_says_by_how_much(tower: Graph) -> None:
+    with pytest.raises(DfcError, match=r"N060.*does not fit: its parameters take .* GB") as e:
+        plan(tower, machine(2, memory=20_000), sizes={"B": 1})
+    assert e.value.status == 6 and "more memory" in str(e.value)
+
+
+def test_one_device_may_be_the_best_plan(tower: Graph) -> None:
+    """Where the link is slower than computing all, nothing is sent."""
+    found = plan(tower, machine(2, wire=Wire(1e3, 1.0)), sizes={"B": 2})
+    assert len(found.stages) == 1 and not found.links
+
+
+def test_a_link_that_is_missing_is_told_and_relays_are_found(tower: Graph) -> None:
+    with pytest.raises(DfcError, match=r"N043.*no link from `gpu0` to `gpu1`"):
+        plan(tower, machine(2, wire=None))
+    relay = machine(3).wire(0, 2)
+    assert relay.bandwidth == pytest.approx(0.5e9) and relay.latency == pytest.approx(2e-6)
+
+
+def test_training_keeps_activations_and_chooses_a_schedule(tower: Graph) -> None:
+    wish = Wish(microbatches=8, trains=True)
+    found = plan(tower, machine(3), sizes={"B": 16}, wish=wish)
+    assert found.schedule in ("1f1b", "gpipe", "zb1p") and found.simulation.program.trains
+    for name in ("1f1b", "gpipe"):
+        other = plan(tower, machine(3), sizes={"B": 16}, wish=wish, schedule=name)
+        assert found.step_seconds <= other.step_seconds * (1 + 1e-9)
+    assert max(found.simulation.peaks) > max(found.costs.resident)
+
+
+def test_sizes_are_named_as_in_the_graph(tower: Graph) -> None:
+    with pytest.raises(DfcError, match=r"N040.*no size `C`"):
+        plan(tower, machine(2), sizes={"C": 3})
+
+
+def test_the_timeline_is_a_picture_and_a_trace(tower: Graph) -> None:
+    found = plan(tower, machine(2), sizes={"B": 64}, wish=Wish(microbatches=4, trains=True))
+    names = [s.device for s in found.stages]
+    picture = ET.fromstring(svg_timeline(found.simulation, names, "a <title>"))
+    boxes = [e for e in picture.iter() if e.get("class") == "box"]
+    assert len(boxes) == len(found.simulation.tasks.took)
+    events = [e for e in chrome_trace(found.simulation, names)["traceEvents"] if e["ph"] == "X"]
+    assert len(events) == len(boxes)
+    last = max(e["ts"] + e["dur"] for e in events)
+    assert last == pytest.approx(found.step_seconds * 1e6)
+
+
+TARGET = """dfc 1
+
+target pair {
+  device gpu0 : h100
+  device gpu1 : cuda(mem=80GB, peak=40TFLOPS, peak_bf16=500TFLOPS, bw=2TB/s, launch=5us)
+  link gpu0 <-> gpu1 : nvlink(bw=450GB/s, latency=5us)
+}
+"""
+
+
+def test_a_target_names_known_devices_or_gives_their_figures() -> None:
+    target = plan_of("O0", target=TARGET).target
+    assert target is not None
+    first, second = machine_of(target).devices
+    assert first.peak("bf16") == pytest.approx(0.7 * 989.5e12) and first.memory == 80e9
+    assert second.peak("bf16") == 500e12 and second.peak("f64") == 40e12
+    assert second.launch == pytest.approx(5e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("device a : cuda(mem=80GB)", "device `a` has no `peak`"),
+        ("device a : h1000", "did you mean `h100`"),
+        ("device a : h100(mem=0GB)", "does not fit"),
+        ("device a : cuda(mem=0GB, peak=1TFLOPS, bw=1GB/s)", "impossible `mem`"),
+    ],
+)
+def test_a_target_that_cannot_be_planned_for(text: str, message: str, tower: Graph) -> None:
+    with pytest.raises(DfcError) as e:
+        target = plan_of("O0", target=f"dfc 1\ntarget t {{ {text} }}\n").target
+        assert target is not None
+        plan(tower, machine_of(target))
+    assert message in str(e.value)
+
+
+def test_every_known_device_says_where_its_figures_are_from() -> None:
+    for name, device in CATALOGUE.items():
+        assert device.source and device.peaks["f32"] > 1e12 and device.bandwidth > 1e11, name
+    with pytest.raises(DfcError, match="did you mean `h200`"):
+        known_device("h20")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], tower: Graph) -> None:
+    from dfc.cli import main
+
+    (tmp_path / "model.dfc").write_text(str(tower))
+    (tmp_path / "pair.dfc").write_text(TARGET)
+    model, target = str(tmp_path / "model.dfc"), str(tmp_path / "pair.dfc")
+    svg = tmp_path / "t.svg"
+    arguments = ["plan", model, "-t", target, "--size", "B=64", "-m", "4", "--svg", str(svg)]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "a step takes" in out and "gpu0" in out and svg.exists()
+    assert main(arguments) == 2  # the picture exists
+    assert "--force" in capsys.readouterr().err
+    assert main(["plan", model, "-t", target, "--size", "B=64", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["schedule"] == "forward" and data["stages"][0]["device"] == "gpu0"
+    tiny = tmp_path / "tiny.dfc"
+    tiny.write_text("dfc 1\ntarget t { device a : cuda(mem=10KB, peak=1TFLOPS, bw=1TB/s) }\n")
+    assert main(["plan", model, "-t", str(tiny)]) == 6
