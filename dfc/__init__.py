@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dfc.ops.custom import op
     from dfc.planning.custom import engine
     from dfc.recipe.build import recipe
+    from dfc.recipe.layers import sensitivity
     from dfc.recipe.requirements import RequirementMissed
     from dfc.rewrite.custom import pass_
     from dfc.rewrite.pass_ import CHANGES, EXACT, Context, Data, Pass, close
@@ -31,7 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CHANGES", "EXACT", "Compiled", "Context", "Data", "DfcError", "Graph", "Op", "Pass",
     "RequirementMissed", "Selector", "close", "compile", "engine", "explain", "load", "op",
-    "parse", "pass_", "recipe", "trace",
+    "parse", "pass_", "recipe", "sensitivity", "trace",
 ]  # fmt: skip
 
 _HOMES = {
@@ -42,6 +43,7 @@ _HOMES = {
     "Compiled": "dfc.compiled",
     "RequirementMissed": "dfc.recipe.requirements",
     "explain": "dfc.explaining",
+    "sensitivity": "dfc.recipe.layers",
     "Graph": "dfc.ir.graph",
     # for those who write passes, ops and engines
     "CHANGES": "dfc.rewrite.pass_",

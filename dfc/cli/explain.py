@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dfc.cli.options import Json, Model, Use, load_used
+from dfc.cli.options import Force, Json, Model, Use, load_used
 
 if TYPE_CHECKING:
     from dfc.rewrite.pass_ import Pass
@@ -44,6 +44,41 @@ def explain(
             "--before", metavar="PASS", help="Try a rule on the graph as it reaches this pass."
         ),
     ] = None,
+    sensitivity: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivity", help="What each lossy step of the recipe costs, layer by layer."
+        ),
+    ] = False,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            metavar="NAME=FILE.py:FUNCTION",
+            help="With --sensitivity: the recipe's metric that layers are judged by.",
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data", metavar="NAME=FILE.py:FUNCTION", help="With --sensitivity: data it names."
+        ),
+    ] = None,
+    step: Annotated[
+        str | None,
+        typer.Option("--step", metavar="LABEL", help="With --sensitivity: this step alone."),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option("--engine", help="With --sensitivity: where layers are timed.")
+    ] = "eager",
+    times: Annotated[
+        bool, typer.Option("--times/--no-times", help="With --sensitivity: time each layer.")
+    ] = True,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", metavar="FILE.svg", help="With --sensitivity: a plot, .svg or .html."),
+    ] = None,
+    force: Force = False,
     all_: Annotated[bool, typer.Option("--all", help="Every kind, not the nearest alone.")] = False,
     use: Use = None,
     as_json: Json = False,
@@ -60,8 +95,12 @@ def explain(
       dfc explain bert.py:build --rule fuse_attention
       dfc explain bert.py:build --pass fold_batch_norm
       dfc explain bert.py:build --node %softmax_3
+      dfc explain bert.py:build -r int8.dfc --sensitivity --data calib=data.py:calib -o int8.svg
     """  # fmt: skip
     load_used(use)
+    if sensitivity:
+        _sensitivity(model, recipe, metric, data, step, engine, times, output, force, all_, as_json)
+        return
     from dfc.cli.progress import Progress
 
     with Progress() as say:
@@ -84,6 +123,44 @@ def explain(
     from dfc.cli.tables import print_text
 
     print_text(str(found))
+
+
+def _sensitivity(
+    model: str, recipe: str | None, metric: list[str] | None, data: list[str] | None,
+    step: str | None, engine: str, times: bool, output: str | None, force: bool, every: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    from dfc.cli.outputs import require_writable
+    from dfc.cli.progress import Progress
+    from dfc.cli.sensitivity import check_output, tell, write_plot
+    from dfc.errors import DfcError
+
+    if recipe is None:
+        help = "name one: dfc explain MODEL -r int8.dfc --sensitivity"
+        raise DfcError("D054", "--sensitivity is measured of a recipe's steps", help=help)
+    check_output(output)
+    require_writable(output, force)
+    with Progress() as say:
+        say("loading PyTorch")
+        import dfc
+        from dfc.cli.recipes import named_data, named_metrics
+        from dfc.cli.sources import open_source
+
+        say(f"loading {model}")
+        source = open_source(model)
+        found = dfc.sensitivity(
+            source.model, source.args, source.kwargs, source.dynamic_shapes, recipe=recipe,
+            data=named_data(data), metrics=named_metrics(metric), step=step, engine=engine,
+            times=times, progress=say,
+        )  # fmt: skip
+    if as_json:
+        from dfc.cli.tables import print_json
+
+        print_json({"model": model, "steps": [s.to_json() for s in found]})
+    else:
+        tell(found, every)
+    if output is not None:
+        write_plot(found, output, force)
 
 
 def _passes(steps: str | None, recipe: str | None) -> list[Pass] | None:

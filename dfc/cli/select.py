@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dfc.cli.options import Json, Model, Use, load_used
+from dfc.errors import DfcError
 
 if TYPE_CHECKING:
     from dfc.ir.graph import Graph, Node, Parameter
@@ -41,10 +42,13 @@ def select(
     """
     from dfc.cli.progress import Progress
     from dfc.cli.sources import open_source
-    from dfc.lang.selectors import parse_selector
+    from dfc.lang.selectors import parse_selector, worst_of
 
     load_used(use)
     chosen = parse_selector(selector, "SELECTOR")  # before the model is traced
+    if worst_of(chosen.what):
+        help = "`dfc explain MODEL -r RECIPE --sensitivity` shows which layers those are"
+        raise DfcError("Q021", "`worst` is measured when a recipe's step runs", help=help)
     with Progress() as say:
         say(f"reading {model}")
         graph = open_source(model).graph()

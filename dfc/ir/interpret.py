@@ -55,6 +55,27 @@ def stepwise(
     return _Interpreter(parameters, False, None, "cpu").steps(graph, inputs, {})
 
 
+def resume(
+    graph: Graph, known: Mapping[Value, Any], bindings: dict[str, Any], *, device: str = "cpu"
+) -> dict[Value, Any]:
+    """Every value of a graph of which some are known: nodes whose results all are do not run.
+
+    Needs:   the inputs among what is known; `bindings` of their sizes, to which others are added.
+    Raises:  DfcError K020 that names the node when an op fails.
+    """
+    import torch
+
+    interpreter, values = _Interpreter({}, False, None, device), dict(known)
+    with torch.no_grad():
+        for node in graph.nodes:
+            if not node.results or not all(r in values for r in node.results):
+                results = interpreter.step(node, values, bindings)
+                values.update(zip(node.results, results, strict=True))
+                bind_results(node, results, bindings)
+        read = {v: interpreter.read(v, values) for v in graph.result.operands}
+    return {**values, **read}
+
+
 def run_constant(node: Node) -> Sequence[Any]:
     """The results of a node that reads parameters alone.
 

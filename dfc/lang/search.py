@@ -47,7 +47,7 @@ class Search:
         Raises:  Nothing.
         """
         nodes, parameters = self._find(x)
-        if self.strict and not nodes and not parameters:
+        if self.strict and not nodes and not parameters and "worst(" not in expression_text(x):
             raise Nothing(f"nothing matches `{expression_text(x)}`", x.at, self._parts(x))
         return Selection(
             [n for n in self.nodes if n in nodes],
@@ -67,6 +67,7 @@ class Search:
         by_name: dict[str, Callable[[s.Call], Found]] = {
             "op": self._ops, "dtype": self._dtypes, "param": self._params,
             "first": self._numbered, "last": self._numbered, "between": self._between,
+            "worst": lambda x: (set(), set()),  # what is measured later
         }  # fmt: skip
         return by_name[x.name.name](x)
 

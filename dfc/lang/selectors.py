@@ -16,7 +16,9 @@ from dfc.lang.search import Nothing, Search, Selection
 from dfc.lang.source import Source
 from dfc.lang.wording import expression_text
 
-FUNCTIONS = {"op": 1, "dtype": 1, "param": 1, "first": 1, "last": 1, "between": 2}
+FUNCTIONS = {
+    "op": 1, "dtype": 1, "param": 1, "first": 1, "last": 1, "between": 2, "worst": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Selector:
     parts. `op(name)` takes any overload; `param("glob")` the parameters and the nodes that read
     them; `first(n)` and `last(n)` the modules of the first and last n numbers; `between("a", "b")`
     the nodes from the first of a to the last of b. `not`, `&`, `|` combine. Selected nodes select
-    the parameters that they read.
+    the parameters that they read. `worst(3)` and `worst(10%)` are the layers that a step costs
+    most: a recipe measures them when it comes to the step; until then they select nothing.
     """
 
     what: s.Expr
@@ -124,13 +127,15 @@ def _problems(x: s.Expr, source: Source | None) -> Iterator[Diagnostic]:
 _WANTED = {
     "op": "the name of an op", "dtype": "a dtype such as f32", "param": "a string",
     "first": "a whole number above 0", "last": "a whole number above 0",
-    "between": "two module paths",
+    "between": "two module paths", "worst": "a whole number above 0, or a share such as 10%",
 }  # fmt: skip
 
 
 def _argument_fits(name: str, a: s.Expr) -> bool:
     if name in ("first", "last"):
         return _is_count(a)
+    if name == "worst":
+        return _is_count(a) or _is_share(a)
     if name == "dtype":
         return isinstance(a, s.Word) and a.name in DTYPES
     return isinstance(a, s.Text) or (name == "op" and isinstance(a, s.Word))
@@ -138,3 +143,16 @@ def _argument_fits(name: str, a: s.Expr) -> bool:
 
 def _is_count(a: s.Expr) -> bool:
     return isinstance(a, s.Number) and isinstance(a.value, int) and a.value > 0 and not a.unit
+
+
+def _is_share(a: s.Expr) -> bool:
+    return isinstance(a, s.Number) and a.unit == "%" and 0 < a.value <= 100
+
+
+def worst_of(x: s.Expr) -> list[s.Call]:
+    """Every `worst(...)` in a selector: what is measured when its step runs."""
+    if isinstance(x, s.Call):
+        return [x] if x.name.name == "worst" else []
+    if isinstance(x, s.Binary):
+        return worst_of(x.left) + worst_of(x.right)
+    return worst_of(x.operand) if isinstance(x, s.Unary) else []

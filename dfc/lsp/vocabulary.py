@@ -103,6 +103,7 @@ SELECTORS: Mapping[str, str] = {
     "first": "`first(2)`: the first numbered blocks of the longest row.",
     "last": "`last(2)`: the last numbered blocks of the longest row.",
     "between": '`between("a", "b")`: from the first node of a to the last of b.',
+    "worst": "`worst(3)`, `worst(10%)`: the layers that the step costs most, when it runs.",
 }
 CONDITIONS: Mapping[str, str] = {
     "constant": "x is known at compile time: a parameter, or made of some.",

@@ -27,6 +27,7 @@ from dfc.recipe.plan import (
     WhenStep,
 )
 from dfc.recipe.quantities import Meter, weight_bytes
+from dfc.recipe.worst import asks_for_worst, settle
 from dfc.report import Decision
 from dfc.rewrite.driver import Outcome as PassOutcome
 from dfc.rewrite.driver import PassReport, run_passes
@@ -201,7 +202,7 @@ class _Run:
         self.x.say(f"step {step.label}")
         before, promised, at = self.graph, self.numerics, len(self.reports)
         mode = "none" if self.mode == "end" else self.mode
-        p = step.build(self.chosen)
+        p = self._settled(step.label, step.build(self.chosen))
         done = self.x.step(before, p, mode, promised, self.context, self.allowed)
         self.reports += done.reports
         self.graph, self.numerics = done.graph, done.numerics
@@ -214,6 +215,18 @@ class _Run:
             version = replace(version, after=self.graph)
         if step.label in self.wanted:
             self.versions[step.label] = version
+
+    def _settled(self, label: str, p: Pass) -> Pass:
+        """A step whose `worst(...)` is replaced by layers, measured on the graph at hand."""
+        if not asks_for_worst(p):
+            return p
+        ctx = self.context
+        if self.x.probes is not None and not ctx.examples:
+            ctx = replace(ctx, examples=tuple(x.inputs for x in self.x.probes.probes))
+        found = settle(p, self.graph, ctx, self.x.say)
+        self.context.products.setdefault("sensitivity", []).append(found.sensitivity)
+        self.decisions.append(Decision(f"{label}: worst", "chosen", str(found)))
+        return found.step
 
     def _undo(self, version: _Version, reason: str) -> None:
         self.graph, self.numerics = version.before, version.promised

@@ -7,6 +7,15 @@
         return float(run(torch.ones(1, 8)).std())
 
 `run` is called like the model. A recipe names metrics and data; only the caller can pass them.
+
+Better than one number is one score for each item, from which the number is the mean: then the
+original and the result are compared item by item, and the report knows how sure a difference is.
+Rows of (sum, weight) do the same for ratios: word errors and words, log-likelihood and tokens.
+
+    def top1(run, data):
+        return torch.cat([run(x).argmax(-1) == y for x, y in data])
+
+K040  the user's code raised       K041  what it returned is no number
 """
 
 from __future__ import annotations
@@ -16,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dfc.compress.statistics import Paired, paired, pooled
 from dfc.errors import DfcError, Diagnostic, Span, did_you_mean
 from dfc.origin import failure_of, origin_of
 from dfc.recipe.plan import Metric, Plan, Quantity, Test, WhenStep
@@ -34,6 +44,13 @@ class UserMetric:
 
         Raises:  DfcError K040 with the line that raised, K041 when it returns no number.
         """
+        return self.measured(run).value
+
+    def measured(self, run: Callable[..., Any]) -> Measured:
+        """The number, and the scores that it is the mean of where the metric gives them.
+
+        Raises:  DfcError K040, K041.
+        """
         name = self.declared.name
         code = getattr(self.function, "__code__", None)
         given = (run, self.data) if self.declared.data else (run,)
@@ -45,14 +62,75 @@ class UserMetric:
             own = code.co_filename if code else ""
             raise failure_of(e, f"metric `{name}`", own) from e
         try:
-            return float(value)
-        except (TypeError, ValueError, RuntimeError):
-            kind = type(value).__name__
-            raise DfcError(
-                "K041",
-                f"metric `{name}` returned a {kind}, not a number",
-                span=_place(self.function),
-            ) from None
+            return _measured(value)
+        except _Nonsense as e:
+            message = f"metric `{name}` returned {e}"
+            raise DfcError("K041", message, span=_place(self.function), help=_FORMS) from None
+
+    def compared(self, before: Measured, after: Measured) -> Paired | None:
+        """Two results item by item, None where there are no items, or not the same number."""
+        if before.items is None or after.items is None:
+            return None
+        if before.items.shape != after.items.shape or len(before.items) < 2:
+            return None
+        compare = paired if before.items.ndim == 1 else pooled
+        return compare(before.items, after.items, higher_is_better=self.declared.higher_is_better)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a metric says: a number, and one score for each item, or a row of (sum, weight)."""
+
+    value: float
+    items: Any = None  # a numpy array of float64
+
+
+_FORMS = "return a number, one score for each item, or rows of (sum, weight)"
+
+
+class _Nonsense(ValueError):
+    """What a metric returned, in words."""
+
+
+def _measured(value: Any) -> Measured:
+    import numpy as np
+
+    if value is None or isinstance(value, (str, bytes)):
+        raise _Nonsense("nothing" if value is None else f"the text {value!r:.40}, not a number")
+    kind = f"a {type(value).__name__}, not a number"
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() else value
+    try:
+        found = np.asarray(value)
+        if found.dtype.kind not in "fiub":
+            raise _Nonsense(kind)
+        found = found.astype(np.float64)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise e if isinstance(e, _Nonsense) else _Nonsense(kind) from None
+    if found.size == 1:
+        number = float(found.reshape(()))
+        if number != number:
+            raise _Nonsense("nan, not a number")
+        return Measured(number)
+    return _of_items(found)
+
+
+def _of_items(found: Any) -> Measured:
+    import numpy as np
+
+    shape = list(found.shape)
+    if not found.size or not (found.ndim == 1 or (found.ndim == 2 and shape[1] == 2)):
+        raise _Nonsense(f"an array of {shape}")
+    bad = np.flatnonzero(~np.isfinite(found).reshape(len(found), -1).all(axis=1))
+    if len(bad):
+        raise _Nonsense(f"{found[bad[0]].tolist()} for item {int(bad[0])}")
+    if found.ndim == 1:
+        return Measured(float(found.mean()), found)
+    weight = float(found[:, 1].sum())
+    if weight <= 0 or found[:, 1].min() < 0:
+        raise _Nonsense(f"weights that are not positive: their sum is {weight:g}")
+    return Measured(float(found[:, 0].sum()) / weight, found)
 
 
 def bind(
@@ -70,6 +148,22 @@ def bind(
         m.name: UserMetric(m, functions[m.name], held.get(m.data) if m.data else None)
         for m in used_metrics(plan)
     }
+
+
+def bind_one(declared: Metric, metrics: Mapping[str, Any], data: Mapping[str, Any]) -> UserMetric:
+    """One metric with its function and data.
+
+    Raises:  DfcError Q051.
+    """
+    if declared.name not in metrics:
+        raise DfcError.of([_missing("metric", declared.name, metrics)])
+    if declared.data and declared.data not in data:
+        raise DfcError.of([_missing("data", declared.data, data)])
+    problem = _signature(declared, metrics[declared.name])
+    if problem:
+        raise DfcError.of([problem])
+    held = data.get(declared.data) if declared.data else None
+    return UserMetric(declared, metrics[declared.name], held)
 
 
 def used_metrics(plan: Plan) -> list[Metric]:

@@ -41,6 +41,16 @@ def _fields_of(cls: Any) -> Mapping[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
+def part_field(cls: type[Pass]) -> str | None:
+    """The option that restricts a pass to a part of the model; None when it has none."""
+    hints = fields_of(cls)
+    for word in ("on", ""):
+        name = cls.phrases.get(word)
+        if name is not None and "Selector" in str(hints[name]):
+            return name
+    return "only" if "Selector" in str(hints.get("only")) else None
+
+
 # A field whose name ends so takes amounts of that dimension, in this unit.
 _ENDINGS: Mapping[str, tuple[str, str]] = {
     "_bytes": ("bytes", "B"), "_ms": ("time", "ms"), "_us": ("time", "us"), "_s": ("time", "s"),

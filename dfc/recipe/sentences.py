@@ -11,7 +11,8 @@ from dfc.lang.source import Source
 from dfc.lang.wording import expression_text
 from dfc.recipe import plan as p
 from dfc.recipe.names import Names
-from dfc.recipe.options import BadValue, convert, fields_of, type_text
+from dfc.recipe.options import BadValue, convert, fields_of, part_field, type_text
+from dfc.rewrite.pass_ import EXACT
 
 
 def options_of(x: s.Step, cls: Any, label: str, source: Source, names: Names) -> dict[str, Any]:
@@ -24,6 +25,7 @@ def options_of(x: s.Step, cls: Any, label: str, source: Source, names: Names) ->
         except BadValue as e:
             help = e.help or f"`{name}` is a {type_text(fields[name])}"
             names.problems.say(source, e.code, f"`{name}`: {e.message}", e.at, help)
+    _check_worst(cls, made, x, source, names)
     if cls.name == "fuse":
         _check_rules(made.get("rules", ()), x, source, names)
     return made
@@ -146,3 +148,21 @@ def _check_rules(names_: Any, x: s.Step, source: Source, names: Names) -> None:
             at = next((o.at for o in x.operands if getattr(o, "name", None) == name), x.at)
             message = f"no rule or set is called `{name}`"
             names.problems.say(source, "R008", message, at, help)
+
+
+def _check_worst(
+    cls: Any, made: Mapping[str, Any], x: s.Step, source: Source, names: Names
+) -> None:
+    """`worst(...)` is measured by doing the step to one layer alone: not every pass can."""
+    from dfc.lang.selectors import Selector, worst_of
+
+    claims = cls.numerics  # a property where rules claim it: they are right for all values
+    measurable = part_field(cls) is not None and not (
+        isinstance(claims, property) or claims == EXACT
+    )
+    for value in made.values():
+        for choice in value.choices if isinstance(value, p.Hole) else (value,):
+            found = worst_of(choice.what) if isinstance(choice, Selector) else []
+            if found and not measurable:
+                message = f"`{cls.name}` cannot be measured layer by layer, as `worst` wants"
+                names.problems.say(source, "Q020", message, found[0].at)

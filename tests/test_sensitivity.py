@@ -1,0 +1,390 @@
+"""What a step costs layer by layer, `worst(n)` in recipes, and metrics that say nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dfc
+from dfc.cli import main
+from dfc.compress.distance import Distance, logits_of
+from dfc.compress.replay import Replay, differences
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph, Node
+from dfc.ir.interpret import interpret
+from dfc.lang.selectors import parse_selector
+from dfc.lang.source import Source
+from dfc.recipe.resolve import check_source, resolve
+from dfc.recipe.sensitivity import Measuring
+from dfc.rewrite.journal import Journal
+from dfc.rewrite.pass_ import Context, find_pass
+
+RECIPE = """dfc 1
+data val
+metric top1 on val, higher is better
+recipe r {
+  apply simplify
+  q: autocast bf16
+}
+"""
+
+
+class Net(nn.Module):
+    """Four layers; rounding the second one's weights costs the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 16)
+        self.c, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+        with torch.no_grad():
+            self.b.weight[0] *= 50
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.b(torch.relu(self.a(x))))
+        return self.head(torch.relu(self.c(x)))
+
+
+@pytest.fixture(autouse=True)
+def own_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("DFC_CACHE", str(tmp_path / "cache"))
+
+
+def net() -> tuple[Net, tuple[Tensor]]:
+    torch.manual_seed(0)
+    return Net().eval(), (torch.randn(16, 8),)
+
+
+def graph() -> tuple[Graph, list[Tensor]]:
+    model, args = net()
+    return dfc.trace(model, args), list(args)
+
+
+def layers(found: Any) -> list[str]:
+    return [e.layer for e in found.layers]
+
+
+# Replaying
+
+
+def test_a_variant_is_run_from_where_it_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    g, args = graph()
+    replay = Replay(g, args)
+    variant = g.copy()
+    find_pass("autocast", {"only": parse_selector('"c"')}).run(variant, Context())
+    ran: list[str] = []
+    step = dfc.ir.interpret._Interpreter.step  # type: ignore[attr-defined]
+
+    def counted(self: Any, node: Node, *rest: Any) -> Any:
+        ran.append(node.results[0].name)
+        return step(self, node, *rest)
+
+    monkeypatch.setattr("dfc.ir.interpret._Interpreter.step", counted)
+    (found,) = replay.run(variant)
+    monkeypatch.undo()
+    assert torch.equal(found, interpret(variant, args)[0])
+    assert "linear" not in ran and "linear_1" not in ran and "linear_3" in ran
+    before, after = differences(g, variant)
+    assert {n.results[0].name for n in before} == {"linear_2", "relu_2"}
+    assert len(after) == 4  # and two casts
+
+
+def test_distances_are_what_they_say() -> None:
+    torch.manual_seed(0)
+    o, x = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
+    d = Distance((True,))
+    for i in range(2):
+        d.add([x[i]], [o[i]])
+    assert d.relative == pytest.approx(float((x - o).norm() / o.norm()))
+    assert d.cosine == pytest.approx(float(torch.cosine_similarity(x, o, dim=-1).mean()))
+    kl = nn.functional.kl_div(
+        x.double().log_softmax(-1), o.double().log_softmax(-1), reduction="sum", log_target=True
+    )
+    assert d.kl == pytest.approx(float(kl) / 10)
+    d.add([torch.full((5, 7), math.nan)], [o[0]])
+    assert d.relative == math.inf and d.cosine is None
+
+
+def test_logits_are_products_as_they_come_out() -> None:
+    assert logits_of(graph()[0]) == (True,)
+    g = dfc.trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), (torch.randn(2, 4),))
+    assert logits_of(g) == (False,)
+
+
+# Layers
+
+
+def test_each_layer_alone_is_what_it_costs() -> None:
+    """Against the plain way: a copy in which one layer is changed, run as a whole."""
+    model, args = net()
+    (found,) = dfc.sensitivity(model, args, recipe=RECIPE, times=False)
+    assert sorted(layers(found)) == ["a", "b", "c", "head"] and found.label == "q"
+    assert [e.kl for e in found.layers] == sorted((e.kl for e in found.layers), reverse=True)
+    g, inputs = graph()
+    want = interpret(g, inputs)[0]
+    for e in found.layers:
+        alone = g.copy()
+        selector = parse_selector(json.dumps(e.layer))
+        find_pass("autocast", {"only": selector}).run(alone, Context())
+        got = interpret(alone, inputs)[0]
+        assert e.relative == pytest.approx(float((got - want).norm() / want.norm()), rel=1e-4)
+        numel = sum(p.numel() for p in getattr(model, e.layer).parameters())
+        assert e.bytes == -2 * numel
+    assert found.whole.bytes == sum(e.bytes for e in found.layers)
+    assert found.layers[0].layer == "b" and found.where == "the example"
+
+
+def test_layers_are_timed_once_for_each_shape() -> None:
+    model, args = net()
+    (found,) = dfc.sensitivity(model, args, recipe=RECIPE)
+    times = {e.layer: (e.before_ms, e.after_ms) for e in found.layers}
+    assert times["b"] == times["c"] and all(t and t > 0 for t in times["b"])
+    assert found.whole.before_ms is None
+
+
+def data() -> list[tuple[Tensor, Tensor]]:
+    model, _ = net()
+    torch.manual_seed(1)
+    xs = [torch.randn(16, 8) for _ in range(20)]
+    return [(x, model(x).argmax(-1)) for x in xs]
+
+
+def top1(run: Any, batches: Any) -> Tensor:
+    return torch.cat([run(x).argmax(-1) == y for x, y in batches])
+
+
+def test_a_metric_orders_the_layers_and_says_how_sure_it_is() -> None:
+    model, args = net()
+    (found,) = dfc.sensitivity(
+        model, args, recipe=RECIPE, metrics={"top1": top1}, data={"val": data()}, times=False
+    )
+    assert found.baseline == 1.0 and found.by == "the drop of top1"
+    assert [e.drop for e in found.layers] == sorted((e.drop for e in found.layers), reverse=True)
+    for e in found.layers:
+        assert e.metric == pytest.approx(1 - e.drop) and e.bound > e.drop
+        assert e.agreement == pytest.approx(1 - e.drop)
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
+    g, inputs = graph()
+    journal = Journal(tmp_path / "journal")
+    journal.folder.mkdir()
+    said: list[str] = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(what: str) -> None:
+        if "layer 3" in what:
+            raise Stop
+
+    p = find_pass("autocast")
+    ctx = Context(examples=[inputs], journal=journal)
+    with pytest.raises(Stop):
+        Measuring(g, p, ctx, stop).measured()
+    (file,) = journal.folder.iterdir()
+    assert len(file.read_text().splitlines()) == 2
+
+    measured: list[str | None] = []
+
+    class Watched(Measuring):
+        def _effect(self, layer: str | None, *rest: Any) -> Any:
+            measured.append(layer)
+            return super()._effect(layer, *rest)
+
+    resumed = Watched(g, p, ctx, said.append).measured()
+    assert len(measured) == len(resumed.layers) + 1 + 1 - 2  # the whole, and a module of relus
+    again = Measuring(g, p, Context(examples=[inputs]), said.append).measured()
+    assert resumed.to_json() == again.to_json()
+
+
+def test_data_of_the_step_is_what_layers_are_run_on() -> None:
+    model, args = net()
+    text = "dfc 1\ndata calib\nrecipe r {\n  autocast f16 using calib\n}\n"
+    batches = [torch.randn(3, 8) for _ in range(6)]
+    g = dfc.trace(model, args, dynamic_shapes={"x": {0: torch.export.Dim("B")}})
+    (found,) = dfc.sensitivity(g, recipe=text, data={"calib": batches}, times=False)
+    assert found.where == "4 batches of calib"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("cse", "no step of the recipe changes results on purpose"),
+        ('autocast except "**"', "changes nothing in this model"),
+    ],
+)
+def test_nothing_to_measure_is_said(text: str, words: str) -> None:
+    model, args = net()
+    with pytest.raises(DfcError, match=words):
+        dfc.sensitivity(model, args, recipe=f"dfc 1\nrecipe r {{\n  {text}\n}}\n")
+
+
+def test_a_graph_without_an_example_or_data_cannot_be_measured() -> None:
+    g, _ = graph()
+    with pytest.raises(DfcError, match="no data and no example"):
+        dfc.sensitivity(g, recipe=RECIPE)
+
+
+# worst(n)
+
+
+def compiled(text: str, **options: Any) -> Any:
+    model, args = net()
+    return dfc.compile(
+        model, args, recipe=f"dfc 1\nrecipe r {{\n  {text}\n}}\n", engine="eager", **options
+    )
+
+
+def stays(c: Any) -> set[str]:
+    """The layers whose weights are f32 still."""
+    return {
+        n.split(".")[0] for n, p in c.graph.parameters.items() if str(p.tensor_type.dtype) == "f32"
+    }
+
+
+def test_the_worst_layers_are_left_out() -> None:
+    model, args = net()
+    (found,) = dfc.sensitivity(model, args, recipe=RECIPE, times=False)
+    order = layers(found)
+    c = compiled("autocast bf16 except worst(2)")
+    assert stays(c) == set(order[:2])
+    (told,) = [d for d in c.report.decisions if d.step == "autocast: worst"]
+    assert told.reason.startswith(f"{order[0]}, {order[1]} of 4 layers")
+    assert stays(compiled("autocast bf16 except worst(50%)")) == set(order[:2])
+    assert stays(compiled("autocast bf16 except worst(1%)")) == set(order[:1])
+
+
+def test_worst_combines_with_what_is_named() -> None:
+    assert stays(compiled('autocast bf16 except worst(1), "a"')) == {"a", "b"}
+    assert stays(compiled('autocast bf16 on "a", "c" except worst(1)')) >= {"b", "head"}
+    assert len(stays(compiled('autocast bf16 on "a", "c" except worst(1)'))) == 3
+
+
+def test_worst_is_text_until_it_is_measured() -> None:
+    text = "dfc 1\nrecipe r {\n  autocast bf16 except worst(3)\n}\n"
+    g, _ = graph()
+    assert check_source(Source(text), g) == ([], [])
+    plan = resolve(Source(text))
+    assert "worst(3)" in str(plan) and resolve(Source(str(plan))) == plan
+    assert parse_selector('worst(2) | "a"').nodes_left(g)[0].loc.module == "a"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("autocast bf16 except worst(0)", "takes a whole number above 0, or a share"),
+        ("autocast bf16 except worst(101%)", "takes a whole number above 0, or a share"),
+        ("autocast bf16 except worst(a)", "takes a whole number above 0, or a share"),
+        ("fuse attention except worst(2)", "`fuse` cannot be measured layer by layer"),
+        ("autocast bf16 except wurst(2)", "did you mean `worst`"),
+    ],
+)
+def test_worst_where_it_cannot_be(text: str, words: str) -> None:
+    errors, _ = check_source(Source(f"dfc 1\nrecipe r {{\n  {text}\n}}\n"))
+    shown = " ".join(f"{e.message} {e.help}" for e in errors)
+    assert words in shown
+
+
+# The command
+
+
+CODE = """
+import torch
+from tests.test_sensitivity import data, net
+from tests.test_sensitivity import top1 as measured
+
+def build():
+    return net()
+
+def val():
+    return data()
+
+def top1(run, batches):
+    return measured(run, batches)
+"""
+
+
+def test_the_command_shows_a_table_a_plot_and_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "net.py").write_text(CODE)
+    (tmp_path / "r.dfc").write_text(RECIPE)
+    call = ["explain", f"{tmp_path}/net.py:build", "-r", f"{tmp_path}/r.dfc", "--sensitivity"]
+    more = ["--no-times", "--metric", f"top1={tmp_path}/net.py:top1"]
+    more += ["--data", f"val={tmp_path}/net.py:val"]
+    plot = tmp_path / "s.svg"
+    assert run([*call, *more, "-o", str(plot)]) == 0
+    shown = capsys.readouterr().out
+    assert "each layer alone" in shown and "all 4 at once" in shown and "bound" in shown
+    svg = plot.read_text()
+    assert svg.startswith("<svg") and "head" in svg
+    assert run([*call, "--no-times", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    (step,) = told["steps"]
+    assert step["label"] == "q" and len(step["layers"]) == 4 and step["layers"][0]["score"] > 0
+    assert run([*call, "-o", str(tmp_path / "s.txt")]) == 2
+    assert "name a file that ends in .svg" in capsys.readouterr().err
+    assert run([*call[:2], "--sensitivity"]) == 2
+    assert "-r int8.dfc --sensitivity" in capsys.readouterr().err
+    assert run([*call, "--step", "p"]) == 2
+    assert "the recipe has no step `p`" in capsys.readouterr().err
+
+
+def run(argv: list[str]) -> int:
+    return main(argv)
+
+
+# Metrics
+
+
+@dataclass
+class Returns:
+    """A metric that returns something."""
+
+    value: Any
+    __name__ = "top1"
+
+    def __call__(self, run: Any) -> Any:
+        return self.value
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (None, "metric `m` returned nothing"),
+        ("0.5", "metric `m` returned the text '0.5', not a number"),
+        (math.nan, "metric `m` returned nan, not a number"),
+        (torch.tensor([0.5, math.nan]), "metric `m` returned nan for item 1"),
+        (torch.zeros(2, 3), r"metric `m` returned an array of \[2, 3\]"),
+        (torch.zeros(0), r"metric `m` returned an array of \[0\]"),
+        ({"a": 1}, "metric `m` returned a dict, not a number"),
+        ([1.0, "b"], "metric `m` returned a list, not a number"),
+        (1j, "metric `m` returned a complex, not a number"),
+        ([[1.0, 0.0], [2.0, 0.0]], "metric `m` returned weights that are not positive"),
+    ],
+)
+def test_a_metric_that_returns_nonsense_is_named(value: Any, words: str) -> None:
+    text = "dfc 1\nmetric m, higher is better\nrecipe r {\n  maximize m\n}\n"
+    model, args = net()
+    with pytest.raises(DfcError, match=words) as caught:
+        dfc.compile(model, args, recipe=text, engine="eager", metrics={"m": Returns(value)})
+    assert caught.value.code == "K041"
+
+
+def test_a_metric_that_raises_is_named_with_its_line() -> None:
+    def m(run: Any) -> float:
+        raise KeyError("labels")
+
+    text = "dfc 1\nmetric m, higher is better\nrecipe r {\n  maximize m\n}\n"
+    model, args = net()
+    with pytest.raises(DfcError, match="metric `m`") as caught:
+        dfc.compile(model, args, recipe=text, engine="eager", metrics={"m": m})
+    assert caught.value.code == "K040" and caught.value.status == 8
