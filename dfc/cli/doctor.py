@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
@@ -66,6 +67,7 @@ def _look() -> dict[str, Any]:
     devices: list[str] = []
     cache = None
     engines: list[dict[str, Any]] = []
+    kernels = None
     if versions["torch"] is not None:
         import torch
         from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -77,8 +79,13 @@ def _look() -> dict[str, Any]:
         ]
         cache = cache_dir()
         from dfc.cli.list import engine_rows
+        from dfc.runtime.kernels.library import state
 
         engines = engine_rows()
+        found = state()
+        kernels = asdict(found)
+        if found.advice:
+            advice.append(f"{found.advice}  # kernels for int4 and int8 linear layers")
     return {
         "dfc": dfc.__version__,
         "python": platform.python_version(),
@@ -91,6 +98,7 @@ def _look() -> dict[str, Any]:
         },
         "devices": devices,
         "engines": engines,
+        "kernels": kernels,
         "onnxruntime_providers": _providers(),
         "cache": cache,
         "missing": missing,
@@ -152,6 +160,8 @@ def _print(data: dict[str, Any]) -> None:
     rows = [[e["name"], e["state"], ", ".join(e["devices"]), e["does"]] for e in data["engines"]]
     print_table(["engine", "", "devices", ""], rows)
     print_text(f"\nONNX Runtime providers: {', '.join(data['onnxruntime_providers']) or 'none'}")
+    if data["kernels"] is not None:
+        print_text(f"kernels for int4 and int8 linear layers: {data['kernels']['reason']}")
     print_text(f"kernel cache: {data['cache']}")
     for line in data["missing"]:
         print_text(f"missing: {line}")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from dfc.emit.kernels import KernelCall, Kernels
 from dfc.errors import DfcError
 from dfc.ir.expr import FUNCTIONS, Call, Expr, Scalar
 from dfc.ir.graph import Graph, Input, Node, Parameter, Value
@@ -42,18 +43,21 @@ _SYMBOLIC: dict[str, Callable[..., Any]] = {
 }
 
 
-def to_fx(graph: Graph, device: str = "cpu") -> fx.GraphModule:
-    """The graph as a module on one device.
+def to_fx(graph: Graph, device: str = "cpu", kernels: Kernels | None = None) -> fx.GraphModule:
+    """The graph as a module on one device; `kernels` run the nodes that they take.
 
     Raises:  DfcError K021 for a parameter without data.
     """
-    return _Emitter(graph, device, {}).module()
+    return _Emitter(graph, device, {}, kernels or {}).module()
 
 
 class _Emitter:
-    def __init__(self, graph: Graph, device: str, outer: dict[str, fx.Proxy]) -> None:
+    def __init__(
+        self, graph: Graph, device: str, outer: dict[str, fx.Proxy], kernels: Kernels
+    ) -> None:
         self.graph = graph
         self.device = device
+        self.kernels = kernels
         self.root = torch.nn.Module()
         self.fx = fx.Graph()
         self.env: dict[Value, Any] = {}
@@ -72,6 +76,7 @@ class _Emitter:
         for node in self.graph.nodes:
             self.node(node)
         self.fx.output(tuple(self.env[v] for v in self.graph.result.operands))
+        self.drop_unread()
         module = fx.GraphModule(self.root, self.fx, class_name="DfcGraph")
         module.eval()
         return module
@@ -86,6 +91,12 @@ class _Emitter:
         name = f"p{i}"
         self.root.register_buffer(name, p.data.tensor().to(self.device), persistent=False)
         self.env[p] = self.fx.get_attr(name)
+
+    def drop_unread(self) -> None:
+        """Let go of parameters that kernels have in a form of their own."""
+        for node in [n for n in self.fx.nodes if n.op == "get_attr" and not n.users]:
+            self.fx.erase_node(node)
+            delattr(self.root, node.target)
 
     # sizes
 
@@ -205,8 +216,29 @@ class _Emitter:
             args, kwargs = info.bind(operands, attributes, self.device)
             return self.fx.call_function(info.kernel, tuple(args), kwargs)
         assert isinstance(info, DeclaredOp)
+        kernel = self.kernels.get(node.op)
+        call = kernel(node) if kernel else None
+        if call is not None:
+            return self.kernel(call)
         instance = info.instance(node.attributes)
         return self.fx.call_function(instance.reference, tuple(operands))
+
+    def kernel(self, call: KernelCall) -> fx.Node:
+        operands = tuple(
+            self.env[x] if isinstance(x, Value) else self.constant(x) for x in call.operands
+        )
+        return self.fx.call_function(call.function, operands)
+
+    def constant(self, x: Any) -> Any:
+        """A tensor as a buffer of the module; one for all nodes that share it."""
+        if not isinstance(x, torch.Tensor):
+            return x
+        for name, held in self.root.named_buffers():
+            if held is x:
+                return self.fx.get_attr(name)
+        name = f"k{len(list(self.root.buffers()))}"
+        self.root.register_buffer(name, x, persistent=False)
+        return self.fx.get_attr(name)
 
     def results(self, node: Node, result: fx.Node) -> None:
         info = node.info
@@ -243,7 +275,7 @@ class _Emitter:
         )
         bodies = []
         for g in node.graphs:
-            inner = _Emitter(g, self.device, dict.fromkeys(names))  # type: ignore[arg-type]
+            inner = _Emitter(g, self.device, dict.fromkeys(names), self.kernels)  # type: ignore[arg-type]
             target = f"{node.op.replace('.', '_')}_{len(list(self.root.children()))}_{g.name}"
             self.root.add_module(target, inner.module())
             bodies.append(self.fx.get_attr(target))

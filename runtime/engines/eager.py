@@ -22,8 +22,9 @@ class Eager(Engine):
         import torch
 
         from dfc.emit.fx import to_fx
+        from dfc.runtime.kernels.graph import kernels
 
-        module = to_fx(graph, device)
+        module = to_fx(graph, device, kernels(device))
 
         def run(inputs: Sequence[Any]) -> list[Any]:
             with torch.no_grad():

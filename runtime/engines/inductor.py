@@ -26,13 +26,14 @@ class Inductor(Engine):
 
         from dfc.emit.checks import checked, lift_checks
         from dfc.emit.fx import to_fx
+        from dfc.runtime.kernels.graph import kernels
 
         for node in graph.nodes:
             reason = self.supports(node)
             if reason:
                 raise DfcError("K003", f"engine `inductor` cannot run `{node.op}`: {reason}")
         lifted, messages = lift_checks(graph)
-        module = to_fx(lifted, device)
+        module = to_fx(lifted, device, kernels(device))
         dynamic = bool(graph.ranges) or any(n.binds for n in graph.nodes)
         compiled = torch.compile(module, fullgraph=True, dynamic=dynamic)
         patch = torch._dynamo.config.patch(

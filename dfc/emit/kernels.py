@@ -1,0 +1,28 @@
+"""What an engine may put in the place of a node when a graph is written for PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dfc.ir.graph import Node, Value
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """A function, and what it is called with: values of the graph, tensors of its own, constants.
+
+    Needs:  one tensor as result, as the node has.
+    """
+
+    function: Callable[..., Any]
+    operands: tuple[Value | Tensor | int | None, ...]
+
+
+# None where the kernel does not take this node: it then means what its op means.
+Kernel = Callable[[Node], KernelCall | None]
+Kernels = Mapping[str, Kernel]  # by the name of the op

@@ -1,0 +1,472 @@
+// The path of CPUs with AVX2, FMA and F16C.
+//
+// maddubs adds two products of u8 and s8 into int16, and saturates. int4 codes are at most 15:
+// 16 pairs fit, so sums of 32 values of K stay in int16 before they are widened. int8 codes go in as
+// |w| <= 128 with the sign moved to x (|x| <= 127): one pair fits, 2 * 128 * 127 < 2^15.
+#if defined(DFC_SIMDE)
+#include "emulated.h"
+#elif defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+#if defined(__x86_64__) || defined(DFC_SIMDE)
+
+#define UNROLL _Pragma("GCC unroll 8")
+
+namespace dfc {
+namespace {
+
+constexpr int64_t AHEAD = 4096;  // bytes of a weight that are asked for before they are needed
+
+inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+inline __m256i four(const void* q) {  // the same 4 bytes of x for each of 8 outputs
+  int32_t bits;
+  __builtin_memcpy(&bits, q, 4);
+  return _mm256_set1_epi32(bits);
+}
+
+inline __m256 scales(const Layout& w, const uint8_t* panel, int64_t g, int half) {
+  const int64_t at = g * PANEL + half * 8;
+  if (w.half_scales)
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(panel + at * 2)));
+  return _mm256_loadu_ps(reinterpret_cast<const float*>(panel) + at);
+}
+
+inline __m256i zeros(const Layout& w, const uint8_t* panel, int64_t g, int half) {
+  const uint8_t* z = panel + w.zeros_at + g * PANEL + half * 8;
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(z)));
+}
+
+inline __m256 add_group(__m256i dot, float xs, __m256 ws, __m256 total) {
+  return _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(xs)), ws, total);
+}
+
+void store(const Job& job, int64_t panel, int64_t row, __m256 low, __m256 high) {
+  const int64_t first = panel * PANEL, count = least(PANEL, job.w.n - first);
+  float* y = job.y + row * job.w.n + first;
+  alignas(32) float out[PANEL];
+  if (count == PANEL) {
+    if (job.bias) {
+      low = _mm256_add_ps(low, _mm256_loadu_ps(job.bias + first));
+      high = _mm256_add_ps(high, _mm256_loadu_ps(job.bias + first + 8));
+    }
+    _mm256_storeu_ps(y, low);
+    _mm256_storeu_ps(y + 8, high);
+    return;
+  }
+  _mm256_store_ps(out, low);
+  _mm256_store_ps(out + 8, high);
+  for (int64_t o = 0; o < count; ++o) y[o] = job.bias ? out[o] + job.bias[first + o] : out[o];
+}
+
+// ---- one row: every weight is read once, so reading is what counts
+
+// PART: FLUSH, or a group of 16.
+template <int PART, bool HALF, bool ZEROS>
+void one_row4(const Job& job, int64_t panel) {
+  Layout w = job.w;
+  w.half_scales = HALF;
+  const uint8_t* base = panel_of(job, panel);
+  const uint8_t* codes = base + w.codes_at;
+  const int8_t* q = job.x.q;
+  const float* xs = job.x.scale;
+  const int32_t* xsum = job.x.sum;
+  const __m256i low4 = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  __m256 total[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+  for (int64_t g = 0; g < w.groups; ++g) {
+    __m256i dot[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int64_t k = 0; k < w.group; k += PART) {
+      __m256i near[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+      UNROLL for (int step = 0; step < PART / 8; ++step, codes += 64, q += 8) {
+        __builtin_prefetch(codes + AHEAD);
+        const __m256i x0 = four(q), x1 = four(q + 4);
+        UNROLL for (int h = 0; h < 2; ++h) {
+          const __m256i two = load(codes + 32 * h);
+          const __m256i w0 = _mm256_and_si256(two, low4);
+          const __m256i w1 = _mm256_and_si256(_mm256_srli_epi16(two, 4), low4);
+          near[h] = _mm256_add_epi16(near[h], _mm256_add_epi16(_mm256_maddubs_epi16(w0, x0),
+                                                               _mm256_maddubs_epi16(w1, x1)));
+        }
+      }
+      UNROLL for (int h = 0; h < 2; ++h)
+        dot[h] = _mm256_add_epi32(dot[h], _mm256_madd_epi16(near[h], ones));
+    }
+    const __m256i sum = _mm256_set1_epi32(ZEROS ? xsum[g] : 8 * xsum[g]);
+    UNROLL for (int h = 0; h < 2; ++h) {
+      const __m256i off = ZEROS ? _mm256_mullo_epi32(zeros(w, base, g, h), sum) : sum;
+      dot[h] = _mm256_sub_epi32(dot[h], off);
+      total[h] = add_group(dot[h], xs[g], scales(w, base, g, h), total[h]);
+    }
+  }
+  store(job, panel, 0, total[0], total[1]);
+}
+
+template <int PART>
+void one_row4(const Job& job, int64_t panel) {
+  if (job.w.has_zeros)
+    return job.w.half_scales ? one_row4<PART, true, true>(job, panel)
+                             : one_row4<PART, false, true>(job, panel);
+  job.w.half_scales ? one_row4<PART, true, false>(job, panel)
+                    : one_row4<PART, false, false>(job, panel);
+}
+
+inline __m256i dot8(__m256i weight, __m256i x) {
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(x, weight));
+  return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
+void one_row8(const Job& job, int64_t panel) {
+  const Layout& w = job.w;
+  const uint8_t* base = panel_of(job, panel);
+  const uint8_t* codes = base + w.codes_at;
+  const int8_t* q = job.x.q;
+  __m256 total[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+  for (int64_t g = 0; g < w.groups; ++g) {
+    __m256i dot[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int64_t step = 0; step < w.group / 4; ++step, codes += 64, q += 4) {
+      __builtin_prefetch(codes + AHEAD);
+      const __m256i x = four(q);
+      UNROLL for (int h = 0; h < 2; ++h)
+        dot[h] = _mm256_add_epi32(dot[h], dot8(load(codes + 32 * h), x));
+    }
+    UNROLL for (int h = 0; h < 2; ++h)
+      total[h] = add_group(dot[h], job.x.scale[g], scales(w, base, g, h), total[h]);
+  }
+  store(job, panel, 0, total[0], total[1]);
+}
+
+void one_row(const Job& job, int64_t panel) {
+  if (job.w.bits == 8) return one_row8(job, panel);
+  job.w.group == 16 ? one_row4<16>(job, panel) : one_row4<FLUSH>(job, panel);
+}
+
+// ---- many rows: codes are unpacked once for all rows of a tile
+
+// Some whole groups, or a part of one that is longer than what is unpacked at once.
+struct Stretch {
+  int64_t group, groups;  // which, and how many
+  int64_t begin, count;   // values of K: where, and how many of each group
+  bool first, last;       // of a group
+};
+
+struct Tile {
+  const Job& job;
+  int64_t row;
+  float* total;          // [rows][16]
+  int32_t* dot;          // [rows][16], of a group that is not finished
+  const uint8_t* codes;  // unpacked: u8 [K / 4][16][4], at most 15 each, or i16 [K / 2][16][2]
+  float* scales;         // [groups of the block][16]
+  int32_t* zeros;        // likewise
+  const uint8_t* base;   // of the panel
+};
+
+// R rows of a stretch. Everything is copied first: the compiler must think that any store of a
+// vector changes what a pointer leads to. Loops stay loops: unrolled, sums become trees and spill.
+template <int R>
+struct Block {
+  const int8_t* q;
+  const int16_t* wide;
+  const uint8_t* codes;
+  const float *xs, *ws;
+  const int32_t *xsum, *zeros;
+  float* total;
+  int32_t* unfinished;
+  int64_t stride, groups, count;
+  bool has_zeros, first, last;
+
+  Block(const Tile& t, const Stretch& s, int64_t r) {
+    const Layout& w = t.job.w;
+    stride = t.job.x.stride;
+    groups = w.groups;
+    q = t.job.x.q + (t.row + r) * stride + s.begin;
+    wide = t.job.x.wide + (t.row + r) * stride + s.begin;
+    codes = t.codes;
+    xs = t.job.x.scale + (t.row + r) * groups + s.group;
+    xsum = t.job.x.sum + (t.row + r) * groups + s.group;
+    ws = t.scales;
+    zeros = t.zeros;
+    total = t.total + r * PANEL;
+    unfinished = t.dot + r * PANEL;
+    count = s.count;
+    has_zeros = w.has_zeros;
+    first = s.first;
+    last = s.last;
+  }
+};
+
+#define ROWS _Pragma("GCC unroll 4") for (int i = 0; i < R; ++i)
+#define ROLLED _Pragma("GCC unroll 1")
+
+// Adds a finished group to the totals.
+template <int R, bool INT4>
+inline void finish(const Block<R>& b, int64_t g, const __m256i (&low)[R], const __m256i (&high)[R]) {
+  const __m256 ws0 = _mm256_load_ps(b.ws + g * PANEL), ws1 = _mm256_load_ps(b.ws + g * PANEL + 8);
+  ROWS {
+    __m256i d0 = low[i], d1 = high[i];
+    if (INT4 && b.has_zeros) {
+      const __m256i xsum = _mm256_set1_epi32(b.xsum[i * b.groups + g]);
+      d0 = _mm256_sub_epi32(d0, _mm256_mullo_epi32(load(b.zeros + g * PANEL), xsum));
+      d1 = _mm256_sub_epi32(d1, _mm256_mullo_epi32(load(b.zeros + g * PANEL + 8), xsum));
+    } else if (INT4) {
+      const __m256i off = _mm256_set1_epi32(8 * b.xsum[i * b.groups + g]);
+      d0 = _mm256_sub_epi32(d0, off);
+      d1 = _mm256_sub_epi32(d1, off);
+    }
+    float* total = b.total + i * PANEL;
+    const float xs = b.xs[i * b.groups + g];
+    _mm256_store_ps(total, add_group(d0, xs, ws0, _mm256_load_ps(total)));
+    _mm256_store_ps(total + 8, add_group(d1, xs, ws1, _mm256_load_ps(total + 8)));
+  }
+}
+
+inline void add_to(int32_t* kept, __m256i dot, bool fresh) {
+  if (!fresh) dot = _mm256_add_epi32(dot, load(kept));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(kept), dot);
+}
+
+// Dot products go through memory: what is kept in registers across the loops makes them spill.
+template <int R>
+inline void add_part(const Block<R>& b, bool fresh, const __m256i (&low)[R],
+                     const __m256i (&high)[R]) {
+  ROWS {
+    add_to(b.unfinished + i * PANEL, low[i], fresh);
+    add_to(b.unfinished + i * PANEL + 8, high[i], fresh);
+  }
+}
+
+template <int R, bool INT4>
+inline void finish_kept(const Block<R>& b, int64_t g) {
+  __m256i low[R], high[R];
+  ROWS {
+    low[i] = load(b.unfinished + i * PANEL);
+    high[i] = load(b.unfinished + i * PANEL + 8);
+  }
+  finish<R, INT4>(b, g, low, high);
+}
+
+// PART: FLUSH, or a group of 16. WHOLE: it is a whole group.
+template <int R, int PART, bool WHOLE>
+void rows4(const Block<R>& b, int64_t groups) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  const uint8_t* codes = b.codes;
+  const int8_t* q = b.q;
+  const int64_t stride = b.stride, count = WHOLE ? PART : b.count;
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t k = 0; k < count; k += PART) {
+      __m256i low[R], high[R];
+      ROWS low[i] = high[i] = _mm256_setzero_si256();
+      const uint8_t* const end = codes + PART * PANEL;
+      ROLLED for (; codes < end; codes += 64, q += 4) {
+        const __m256i w0 = load(codes), w1 = load(codes + 32);
+        ROWS {
+          const __m256i x = four(q + i * stride);
+          low[i] = _mm256_add_epi16(low[i], _mm256_maddubs_epi16(w0, x));
+          high[i] = _mm256_add_epi16(high[i], _mm256_maddubs_epi16(w1, x));
+        }
+      }
+      ROWS {
+        low[i] = _mm256_madd_epi16(low[i], ones);
+        high[i] = _mm256_madd_epi16(high[i], ones);
+      }
+      WHOLE ? finish<R, true>(b, g, low, high) : add_part(b, b.first && k == 0, low, high);
+    }
+    if (!WHOLE && b.last) finish_kept<R, true>(b, g);
+  }
+}
+
+template <int R>
+void rows8(const Block<R>& b, int64_t groups) {
+  const uint8_t* codes = b.codes;
+  const int16_t* q = b.wide;
+  const int64_t stride = b.stride;
+  for (int64_t g = 0; g < groups; ++g) {
+    __m256i low[R], high[R];
+    ROWS low[i] = high[i] = _mm256_setzero_si256();
+    const uint8_t* const end = codes + b.count * PANEL * 2;
+    ROLLED for (; codes < end; codes += 64, q += 2) {
+      const __m256i w0 = load(codes), w1 = load(codes + 32);
+      ROWS {
+        const __m256i x = four(q + i * stride);
+        low[i] = _mm256_add_epi32(low[i], _mm256_madd_epi16(w0, x));
+        high[i] = _mm256_add_epi32(high[i], _mm256_madd_epi16(w1, x));
+      }
+    }
+    if (b.first && b.last) {
+      finish<R, false>(b, g, low, high);
+      continue;
+    }
+    add_part(b, b.first, low, high);
+    if (b.last) finish_kept<R, false>(b, g);
+  }
+}
+
+template <int R>
+void rows_of(const Tile& t, const Stretch& s, int64_t r) {
+  const Block<R> b(t, s, r);
+  if (t.job.w.bits == 8) return rows8<R>(b, s.groups);
+  if (t.job.w.group == 16) return rows4<R, 16, true>(b, s.groups);
+  t.job.w.group == FLUSH ? rows4<R, FLUSH, true>(b, s.groups)
+                         : rows4<R, FLUSH, false>(b, s.groups);
+}
+
+void all_rows(const Tile& t, const Stretch& s, int64_t rows) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) rows_of<4>(t, s, r);
+  switch (rows - r) {
+    case 3: return rows_of<3>(t, s, r);
+    case 2: return rows_of<2>(t, s, r);
+    case 1: return rows_of<1>(t, s, r);
+  }
+}
+
+// 64 bytes of int4 codes are 8 values of K: two times 64 bytes of u8.
+void unpack4(const uint8_t* codes, int64_t count, uint8_t* to) {
+  const __m256i low4 = _mm256_set1_epi8(15);
+  for (int64_t k = 0; k < count; k += 8, codes += 64, to += 128) {
+    __builtin_prefetch(codes + AHEAD);
+    UNROLL for (int h = 0; h < 2; ++h) {
+      const __m256i two = load(codes + 32 * h);
+      __m256i* low = reinterpret_cast<__m256i*>(to + 32 * h);
+      _mm256_store_si256(low, _mm256_and_si256(two, low4));
+      _mm256_store_si256(low + 2, _mm256_and_si256(_mm256_srli_epi16(two, 4), low4));
+    }
+  }
+}
+
+// 64 bytes of int8 codes are 4 values of K: two times 64 bytes of i16.
+void unpack8(const uint8_t* codes, int64_t count, uint8_t* to) {
+  for (int64_t k = 0; k < count; k += 4, codes += 64, to += 128) {
+    __builtin_prefetch(codes + AHEAD);
+    UNROLL for (int h = 0; h < 2; ++h) {
+      const __m256i eight = load(codes + 32 * h);  // outputs with 4 values each
+      const __m256i a = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(eight));
+      const __m256i b = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(eight, 1));
+      const __m256 x = _mm256_castsi256_ps(a), y = _mm256_castsi256_ps(b);
+      const __m256i even = _mm256_castps_si256(_mm256_shuffle_ps(x, y, 0x88));
+      const __m256i odd = _mm256_castps_si256(_mm256_shuffle_ps(x, y, 0xdd));
+      __m256i* low = reinterpret_cast<__m256i*>(to + 32 * h);
+      _mm256_store_si256(low, _mm256_permute4x64_epi64(even, 0xd8));
+      _mm256_store_si256(low + 2, _mm256_permute4x64_epi64(odd, 0xd8));
+    }
+  }
+}
+
+// Scales and zeros of the groups of a stretch, as they are multiplied.
+void unpack_scales(const Tile& t, const Stretch& s) {
+  const Layout& w = t.job.w;
+  const uint8_t* base = t.base;
+  for (int64_t g = 0; g < s.groups; ++g) {
+    UNROLL for (int h = 0; h < 2; ++h) {
+      const int64_t at = g * PANEL + 8 * h;
+      _mm256_store_ps(t.scales + at, scales(w, base, s.group + g, h));
+      if (w.has_zeros)
+        _mm256_store_si256(reinterpret_cast<__m256i*>(t.zeros + at), zeros(w, base, s.group + g, h));
+    }
+  }
+}
+
+// What is unpacked at once: whole groups, or a part of one.
+Stretch stretch_of(const Layout& w, int64_t k, int64_t count) {
+  const int64_t g = k / w.group;
+  if (count >= w.group) return {g, count / w.group, k, w.group, true, true};
+  return {g, 1, k, count, k == g * w.group, k + count == (g + 1) * w.group};
+}
+
+void many_rows(const Job& job, int64_t panel, int64_t row, int64_t rows, Tiling& scratch) {
+  const Layout& w = job.w;
+  const uint8_t* base = panel_of(job, panel);
+  float* total = scratch.total;
+  const Tile t = {job, row, total, scratch.dot, scratch.codes, scratch.scales, scratch.zeros, base};
+  for (int64_t i = 0; i < rows * PANEL; i += 8) _mm256_store_ps(total + i, _mm256_setzero_ps());
+  for (int64_t k = 0; k < w.padded_k;) {
+    const int64_t count = next_block(w, k);
+    const uint8_t* codes = base + w.codes_at + k * PANEL * w.bits / 8;
+    const Stretch s = stretch_of(w, k, count);
+    w.bits == 4 ? unpack4(codes, count, scratch.codes) : unpack8(codes, count, scratch.codes);
+    unpack_scales(t, s);
+    all_rows(t, s, rows);
+    k += count;
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    store(job, panel, row + r, _mm256_load_ps(total + r * PANEL),
+          _mm256_load_ps(total + r * PANEL + 8));
+}
+
+}  // namespace
+
+// ---- activations
+
+void quantize_avx2(const float* x, const Layout& w, int8_t* q, float* scale, int32_t* sum) {
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const int64_t begin = g * w.group, end = begin + w.group, real = least(end, w.k);
+    int64_t i = begin;
+    __m256i largest8 = _mm256_setzero_si256();  // as bits: a NaN is above all numbers
+    for (; i + 8 <= real; i += 8)
+      largest8 = _mm256_max_epi32(largest8, _mm256_and_si256(load(x + i), magnitude));
+    alignas(32) uint32_t parts[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(parts), largest8);
+    uint32_t largest = 0;
+    for (int64_t j = 0; j < 8; ++j) largest = parts[j] > largest ? parts[j] : largest;
+    for (; i < real; ++i) {
+      uint32_t bits;
+      __builtin_memcpy(&bits, x + i, 4);
+      bits &= 0x7fffffff;
+      largest = bits > largest ? bits : largest;
+    }
+    float absmax;
+    __builtin_memcpy(&absmax, &largest, 4);
+    float s = absmax / 127.0f;
+    if (s == 0.0f) s = 1.0f;
+
+    const __m256 by = _mm256_set1_ps(s);
+    const __m256i least_q = _mm256_set1_epi8(-127), ones8 = _mm256_set1_epi8(1);
+    const __m256i ones16 = _mm256_set1_epi16(1);
+    __m256i total = _mm256_setzero_si256();
+    for (i = begin; i < end; i += 32) {  // groups are multiples of 16; the other half is dropped
+      const int64_t here = least(32, end - i);
+      alignas(32) float tail[32];
+      const float* from = x + i;
+      if (i + 32 > real || here < 32) {
+        for (int64_t j = 0; j < 32; ++j) tail[j] = i + j < real ? x[i + j] : 0.0f;
+        from = tail;
+      }
+      __m256i parts32[4];
+      UNROLL for (int j = 0; j < 4; ++j)
+        parts32[j] = _mm256_cvtps_epi32(_mm256_div_ps(_mm256_loadu_ps(from + 8 * j), by));
+      __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(parts32[0], parts32[1]),
+                                         _mm256_packs_epi32(parts32[2], parts32[3]));
+      bytes = _mm256_max_epi8(_mm256_permutevar8x32_epi32(bytes, in_order), least_q);
+      if (here == 32) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), bytes);
+      } else {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), _mm256_castsi256_si128(bytes));
+        bytes = _mm256_permute2x128_si256(bytes, bytes, 0x80);  // the upper half is not ours
+      }
+      total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(ones8, bytes), ones16));
+    }
+    _mm256_store_si256(reinterpret_cast<__m256i*>(parts), total);
+    uint32_t all = 0;
+    for (int64_t j = 0; j < 8; ++j) all += parts[j];
+    scale[g] = s;
+    sum[g] = int32_t(all);
+  }
+}
+
+extern const Path avx2_path = {"avx2", true, quantize_avx2, one_row, many_rows};
+
+}  // namespace dfc
+
+#endif
+#if defined(__clang__) && defined(__x86_64__) && !defined(DFC_SIMDE)
+#pragma clang attribute pop
+#endif

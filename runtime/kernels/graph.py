@@ -1,0 +1,100 @@
+"""Which nodes of a graph the kernels take, and what is called in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from dfc.emit.kernels import KernelCall, Kernels
+from dfc.ir.graph import Node, Parameter, Value
+from dfc.ir.types import DTYPES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def kernels(device: str) -> Kernels:
+    """By op, what torch's engines may call on this device; nothing where kernels are not built."""
+    from dfc.runtime.kernels.library import library
+
+    if device != "cpu" or library() is None:
+        return {}
+    from dfc.runtime.kernels.linear import register
+
+    register()
+    return {"dfc.linear_w4": _linear_w4, "dfc.linear_w8": _linear_w8}
+
+
+def why_not(node: Node) -> str | None:
+    """None, or the reason why a node with quantized weights is left to the engine."""
+    if node.attributes["activations"] != "int8":
+        return "its activations are floats"
+    x, *weights = _given(node)
+    if x.tensor_type.dtype != DTYPES["f32"]:
+        return f"x is {x.tensor_type.dtype.name}, kernels take f32"
+    held = weights[:-1] if _has_bias(node) else weights
+    if not all(isinstance(w, Parameter) and w.data is not None for w in held):
+        return "its weight is computed"
+    return None
+
+
+def _given(node: Node) -> list[Value]:
+    return [v for v in node.inputs if isinstance(v, Value)]
+
+
+def _has_bias(node: Node) -> bool:
+    return node.inputs[-1] is not None
+
+
+def _linear_w4(node: Node) -> KernelCall | None:
+    if why_not(node):
+        return None
+    from dfc.runtime.kernels.linear import pack_w4
+
+    _, packed, scale, zero, _ = node.inputs
+    k, group = _depth(node), node.attributes["group"]
+    points = None if zero is None else _tensor(zero)
+    return _call(
+        node, 4, group, partial(pack_w4, _tensor(packed), _tensor(scale), points, k, group)
+    )
+
+
+def _linear_w8(node: Node) -> KernelCall | None:
+    if why_not(node):
+        return None
+    from dfc.runtime.kernels.linear import pack_w8
+
+    _, weight, scale, _ = node.inputs
+    group = node.attributes["group"]
+    return _call(node, 8, group or 0, partial(pack_w8, _tensor(weight), _tensor(scale), group))
+
+
+def _depth(node: Node) -> int:
+    k = _given(node)[0].tensor_type.shape[-1]
+    assert isinstance(k, int)  # the op's own rule
+    return k
+
+
+def _tensor(value: object) -> Tensor:
+    assert isinstance(value, Parameter) and value.data is not None
+    return value.data.tensor()
+
+
+def _call(node: Node, bits: int, group: int, pack: Callable[[], Tensor]) -> KernelCall | None:
+    import torch
+
+    from dfc.runtime.kernels.linear import packed_bytes
+    from dfc.runtime.kernels.packed import packed_weight
+
+    n, k = node.result.tensor_type.shape[-1], _depth(node)
+    assert isinstance(n, int)
+    if packed_bytes(bits, n, k, group) is None:
+        return None
+    weights = [v for v in _given(node)[1:] if isinstance(v, Parameter) and v is not node.inputs[-1]]
+    digests = tuple(w.data.sha256() for w in weights if w.data is not None)
+    made = packed_weight(digests, bits, n, k, group, pack)
+    function = getattr(torch.ops.dfc, f"linear_w{bits}").default
+    bias = node.inputs[-1]
+    assert bias is None or isinstance(bias, Value)
+    return KernelCall(function, (_given(node)[0], made, bias, n, group))

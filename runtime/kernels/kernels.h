@@ -1,0 +1,144 @@
+// Linear layers with packed int4 or int8 weights and int8 activations: what the files here share.
+//
+// A weight is packed once, into one buffer that says by itself what it holds:
+//
+//   header                  64 bytes: Header, zero-filled
+//   panel 0, 1, ...         16 outputs each; every part of a panel starts at a multiple of 64 bytes
+//     scales [groups][16]   f16 where that is exact for the whole weight, else f32
+//     zeros  [groups][16]   u8, only of asymmetric int4 weights
+//     codes  [steps][64]    a step is 8 values of K (int4) or 4 values of K (int8), byte 4*o + i
+//                           is output o: int4 has k = 8*step + i in the low nibble and 4 more in
+//                           the high one, with offset 8 or the group's zero; int8 has k = 4*step + i
+//
+// Outputs beyond N have scale 0; values beyond K meet activations that are 0. So 64 bytes feed 16
+// outputs at once on AVX-512, 32 feed 8 on AVX2, and no kernel reads outside of the buffer.
+//
+// Every path gives the same bits: integers are exact, and for each output, groups are added in
+// order, sum = fma(float(dot) * x_scale, weight_scale, sum), whatever the path and the threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace dfc {
+
+constexpr int64_t PANEL = 16;
+constexpr int64_t FLUSH = 32;  // so many products of int4 and int8 fit int16: 16 * 15 * 127 < 2^15
+constexpr uint32_t MAGIC = 0x4c636664;  // "dfcL"
+constexpr uint32_t VERSION = 1;
+
+// All ints are little-endian, as everywhere that these kernels run.
+struct Header {
+  uint32_t magic, version;
+  uint32_t bits;         // 4 or 8
+  uint32_t flags;        // HALF_SCALES, ZEROS
+  int64_t n, k, group;   // group: values that share a scale; k padded to 32 when it is one group
+  uint64_t bytes;        // of the whole buffer
+};
+static_assert(sizeof(Header) == 48, "the header is read from files");
+constexpr int64_t HEADER_BYTES = 64;
+constexpr uint32_t HALF_SCALES = 1, ZEROS = 2;
+
+// Where things are in a panel; all in bytes from its start.
+struct Layout {
+  int bits;
+  bool half_scales, has_zeros;
+  int64_t n, k, group, groups, padded_k, panels;
+  int64_t zeros_at, codes_at, panel_bytes, bytes;
+  int64_t group_bytes;  // of a group's codes
+};
+
+// Rows quantized to int8, per group: x = q * scale, and sum is that of the group's q.
+struct Rows {
+  int64_t stride;        // from row to row of q
+  const int8_t* q;       // [rows][padded_k]
+  const int16_t* wide;   // the same, where the path wants it, else null
+  const float* scale;    // [rows][groups]
+  const int32_t* sum;    // [rows][groups]
+};
+
+struct Job {
+  Layout w;
+  const uint8_t* panels;
+  Rows x;
+  const float* bias;  // or null
+  float* y;           // [rows][n]
+  int64_t rows;
+};
+
+// How many rows a tile has at most: their sums stay in the first cache.
+constexpr int64_t TILE_ROWS = 128;
+constexpr int64_t TILE_K = 512;  // values of K that a tile unpacks at a time
+
+// What a thread needs for a tile.
+struct Tiling {
+  alignas(64) uint8_t codes[TILE_K * PANEL * 2];  // unpacked
+  alignas(64) float scales[TILE_K / 16 * PANEL];
+  alignas(64) int32_t zeros[TILE_K / 16 * PANEL];
+  alignas(64) float total[TILE_ROWS * PANEL];
+  alignas(64) int32_t dot[TILE_ROWS * PANEL];
+};
+
+// One way to compute, for a kind of CPU.
+struct Path {
+  const char* name;
+  bool wants_wide;  // for many rows of int8 weights
+  // One row of k floats to int8: q, a scale and a sum for each group.
+  void (*quantize)(const float* x, const Layout& w, int8_t* q, float* scale, int32_t* sum);
+  // One panel for one row.
+  void (*one_row)(const Job& job, int64_t panel);
+  // One panel for some rows, at most TILE_ROWS.
+  void (*many_rows)(const Job& job, int64_t panel, int64_t row, int64_t rows, Tiling& scratch);
+};
+
+extern const Path portable_path;
+#if defined(__x86_64__) || defined(DFC_SIMDE)
+extern const Path avx2_path;
+extern const Path avx512vnni_path;
+// Quantizing a row, for both.
+void quantize_avx2(const float* x, const Layout& w, int8_t* q, float* scale, int32_t* sum);
+#endif
+
+// Nothing here may be a plain inline function: the linker would keep one copy, perhaps the one that
+// was compiled for the widest CPU.
+static inline const uint8_t* panel_of(const Job& job, int64_t panel) {
+  return job.panels + panel * job.w.panel_bytes;
+}
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// How many values of K to unpack next: whole groups, or as much of one as fits.
+static inline int64_t next_block(const Layout& w, int64_t k) {
+  if (w.group > TILE_K) return least(TILE_K, w.group - k % w.group);
+  return least(TILE_K / w.group * w.group, w.padded_k - k);
+}
+
+}  // namespace dfc
+
+// The C interface. Nothing throws; a status other than 0 says why nothing was done.
+extern "C" {
+
+enum { DFC_DONE = 0, DFC_MALFORMED = 1, DFC_NO_MEMORY = 2, DFC_NO_SUCH_PATH = 3 };
+
+// Changes when a caller must.
+int32_t dfc_kernels_version(void);
+// The name of the i-th path that this CPU can run, best first; null after the last.
+const char* dfc_kernels_path(int32_t i);
+// GOMP_parallel of the OpenMP library that is in the process already, or null for one thread.
+// Why: a pool of our own, or a second OpenMP library, would fight with PyTorch's for the cores.
+void dfc_kernels_use_openmp(void* gomp_parallel);
+
+// Bytes of a packed weight; -1 for what cannot be packed. group 0: one scale for a whole output.
+int64_t dfc_packed_bytes(int32_t bits, int64_t n, int64_t k, int64_t group, uint32_t flags);
+// bits 4: codes u8[n][groups * group / 2], two values a byte, low first, zeros u8[n][(groups + 1) / 2]
+// packed likewise, or null for 8. bits 8: codes i8[n][k], zeros null. scale: f32[n][groups].
+int32_t dfc_pack(int32_t bits, int64_t n, int64_t k, int64_t group, uint32_t flags,
+                 const void* codes, const float* scale, const uint8_t* zeros, uint8_t* packed,
+                 int64_t bytes, int32_t threads);
+// y[rows][n] = x[rows][k] times the weight, plus bias[n] if any. path: null for the best.
+int32_t dfc_linear(const uint8_t* packed, int64_t bytes, const float* x, int64_t rows, int64_t k,
+                   const float* bias, float* y, int64_t n, int32_t threads, const char* path);
+// Whether a buffer is a packed weight of this shape.
+int32_t dfc_packed_check(const uint8_t* packed, int64_t bytes, int32_t bits, int64_t n, int64_t k,
+                         int64_t group);
+}

@@ -1,0 +1,353 @@
+// The C interface: which path a CPU takes, packing, and work split over the threads at hand.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace dfc {
+namespace {
+
+// ---- paths
+
+#if defined(__x86_64__)
+struct Features {
+  bool avx2 = false, avx512vnni = false;
+};
+
+// Asks the CPU, and the system whether it saves the wide registers.
+Features look() {
+  Features found;
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return found;
+  const bool fma = c >> 12 & 1, osxsave = c >> 27 & 1, avx = c >> 28 & 1, f16c = c >> 29 & 1;
+  if (!(fma && osxsave && avx && f16c)) return found;
+  unsigned low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low & 6) != 6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
+  found.avx2 = b >> 5 & 1;
+  const bool f = b >> 16 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1, vnni = c >> 11 & 1;
+  found.avx512vnni = found.avx2 && f && bw && vl && vnni && (low & 0xe6) == 0xe6;
+  return found;
+}
+#endif
+
+// The paths that this CPU can run, best first, then null.
+const Path* const* paths() {
+  static const Path* found[4] = {};
+  static const bool once = [] {
+    int count = 0;
+#if defined(DFC_SIMDE)  // instructions that the CPU may lack are emulated: for tests
+    found[count++] = &avx512vnni_path;
+    found[count++] = &avx2_path;
+#elif defined(__x86_64__)
+    const Features cpu = look();
+    if (cpu.avx512vnni) found[count++] = &avx512vnni_path;
+    if (cpu.avx2) found[count++] = &avx2_path;
+#endif
+    found[count] = &portable_path;
+    return true;
+  }();
+  (void)once;
+  return found;
+}
+
+const Path* find(const char* name) {
+  for (const Path* const* p = paths(); *p; ++p)
+    if (!name || !std::strcmp((*p)->name, name)) return *p;
+  return nullptr;
+}
+
+// ---- threads
+
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+std::atomic<GompParallel> openmp{nullptr};
+
+using Task = void (*)(const void* what, int64_t index);
+struct Work {
+  Task task;
+  const void* what;
+  int64_t count, chunk;
+  std::atomic<int64_t> next;
+};
+
+// What each thread does: take the next few tasks until none is left.
+void take(void* data) {
+  Work& work = *static_cast<Work*>(data);
+  for (;;) {
+    const int64_t begin = work.next.fetch_add(work.chunk, std::memory_order_relaxed);
+    if (begin >= work.count) return;
+    const int64_t end = least(work.count, begin + work.chunk);
+    for (int64_t i = begin; i < end; ++i) work.task(work.what, i);
+  }
+}
+
+// Runs task(what, 0) ... task(what, count - 1), in any order, on up to `threads` threads.
+void spread(int32_t threads, int64_t count, int64_t chunk, Task task, const void* what) {
+  Work work{task, what, count, chunk, {0}};
+  const GompParallel run = openmp.load(std::memory_order_acquire);
+  const int64_t useful = (count + chunk - 1) / chunk;
+  if (useful < threads) threads = int32_t(useful);
+  if (run && threads > 1)
+    run(take, &work, unsigned(threads), 0);
+  else
+    take(&work);
+}
+
+// Memory that a thread keeps between calls: a call that allocates is a slow call.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  uint8_t* at_least(int64_t bytes) {
+    if (bytes <= bytes_) return data_;
+    std::free(data_);
+    bytes_ = 0;
+    void* found = nullptr;
+    if (posix_memalign(&found, 64, size_t(bytes))) found = nullptr;
+    data_ = static_cast<uint8_t*>(found);
+    if (data_) bytes_ = bytes;
+    return data_;
+  }
+
+ private:
+  uint8_t* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+thread_local Scratch of_rows;
+
+// ---- layout
+
+constexpr int64_t MOST = int64_t(1) << 31;  // sizes beyond are refused before they overflow
+constexpr int64_t MOST_K_OF_A_SUM = 131072;  // 127 * 128 * 131072 < 2^31
+
+int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+bool lay_out(int bits, int64_t n, int64_t k, int64_t group, uint32_t flags, Layout* out) {
+  if ((bits != 4 && bits != 8) || n < 0 || k < 1 || n > MOST || k > MOST || group < 0) return false;
+  if (flags & ~(HALF_SCALES | ZEROS) || (bits == 8 && flags & ZEROS)) return false;
+  if (group == 0) group = up(k, 32);
+  if (group % 16 || (group > 32 && group % 32) || group > MOST_K_OF_A_SUM) return false;
+  Layout w{};
+  w.bits = bits;
+  w.half_scales = flags & HALF_SCALES;
+  w.has_zeros = flags & ZEROS;
+  w.n = n;
+  w.k = k;
+  w.group = group;
+  w.groups = (k + group - 1) / group;
+  w.padded_k = w.groups * group;
+  w.panels = (n + PANEL - 1) / PANEL;
+  w.zeros_at = up(w.groups * PANEL * (w.half_scales ? 2 : 4), 64);
+  w.codes_at = w.zeros_at + (w.has_zeros ? up(w.groups * PANEL, 64) : 0);
+  w.group_bytes = group * PANEL * bits / 8;
+  w.panel_bytes = w.codes_at + w.groups * w.group_bytes;
+  if (w.panels && w.panel_bytes > (int64_t(1) << 46) / w.panels) return false;
+  w.bytes = HEADER_BYTES + w.panels * w.panel_bytes;
+  *out = w;
+  return true;
+}
+
+// What a buffer says of itself, if it is whole.
+bool read(const uint8_t* packed, int64_t bytes, Layout* out) {
+  Header h;
+  if (bytes < HEADER_BYTES) return false;
+  std::memcpy(&h, packed, sizeof h);
+  if (h.magic != MAGIC || h.version != VERSION) return false;
+  return lay_out(int(h.bits), h.n, h.k, h.group, h.flags, out) && out->bytes == bytes;
+}
+
+// ---- packing
+
+struct Packing {
+  Layout w;
+  const void* codes;
+  const float* scale;
+  const uint8_t* zeros;
+  uint8_t* panels;
+};
+
+uint16_t to_half(float x) {  // exact: the caller has made sure
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = bits >> 16 & 0x8000, fraction = bits & 0x7fffff;
+  const int32_t exponent = int32_t(bits >> 23 & 255) - 127;
+  if (exponent == 128) return uint16_t(sign | 0x7c00 | fraction >> 13);
+  if (exponent >= -14) return uint16_t(sign | uint32_t(exponent + 15) << 10 | fraction >> 13);
+  if (exponent < -24) return uint16_t(sign);
+  return uint16_t(sign | (fraction | 0x800000) >> (-exponent - 1));
+}
+
+uint8_t nibble(const uint8_t* row, int64_t i) { return uint8_t(row[i / 2] >> (i % 2 * 4) & 15); }
+
+void pack_output(const Packing& job, uint8_t* panel, int64_t row, int64_t o) {
+  const Layout& w = job.w;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const float s = job.scale[row * w.groups + g];
+    const uint16_t h = to_half(s);
+    if (w.half_scales)
+      std::memcpy(panel + (g * PANEL + o) * 2, &h, 2);
+    else
+      std::memcpy(panel + (g * PANEL + o) * 4, &s, 4);
+    if (w.has_zeros)
+      panel[w.zeros_at + g * PANEL + o] = nibble(job.zeros + row * ((w.groups + 1) / 2), g);
+  }
+  uint8_t* codes = panel + w.codes_at + 4 * o;
+  if (w.bits == 8) {
+    const int8_t* from = static_cast<const int8_t*>(job.codes) + row * w.k;
+    for (int64_t k = 0; k < w.k; ++k) codes[k / 4 * 64 + k % 4] = uint8_t(from[k]);
+    return;
+  }
+  const uint8_t* from = static_cast<const uint8_t*>(job.codes) + row * (w.padded_k / 2);
+  for (int64_t step = 0; step < w.padded_k / 8; ++step, from += 4, codes += 64) {
+    codes[0] = uint8_t((from[0] & 15) | (from[2] & 15) << 4);
+    codes[1] = uint8_t(from[0] >> 4 | (from[2] & 0xf0));
+    codes[2] = uint8_t((from[1] & 15) | (from[3] & 15) << 4);
+    codes[3] = uint8_t(from[1] >> 4 | (from[3] & 0xf0));
+  }
+}
+
+void pack_panel(const void* what, int64_t index) {
+  const Packing& job = *static_cast<const Packing*>(what);
+  uint8_t* panel = job.panels + index * job.w.panel_bytes;
+  std::memset(panel, 0, size_t(job.w.panel_bytes));
+  const int64_t first = index * PANEL, count = least(PANEL, job.w.n - first);
+  for (int64_t o = 0; o < count; ++o) pack_output(job, panel, first + o, o);
+}
+
+// ---- multiplying
+
+struct Call {
+  Job job;
+  const Path* path;
+  const float* x;
+  int8_t* q;
+  int16_t* wide;
+  float* scale;
+  int32_t* sum;
+  int64_t tiles;  // of rows
+};
+
+void quantize_row(const void* what, int64_t row) {
+  const Call& c = *static_cast<const Call*>(what);
+  const Layout& w = c.job.w;
+  c.path->quantize(c.x + row * w.k, w, c.q + row * c.job.x.stride, c.scale + row * w.groups,
+                   c.sum + row * w.groups);
+  if (!c.wide) return;
+  const int8_t* from = c.q + row * c.job.x.stride;
+  int16_t* to = c.wide + row * c.job.x.stride;
+  for (int64_t k = 0; k < w.padded_k; ++k) to[k] = from[k];
+}
+
+void one_panel(const void* what, int64_t panel) {
+  const Call& c = *static_cast<const Call*>(what);
+  c.path->one_row(c.job, panel);
+}
+
+void one_tile(const void* what, int64_t index) {
+  const Call& c = *static_cast<const Call*>(what);
+  Tiling scratch;
+  const int64_t row = index % c.tiles * TILE_ROWS;
+  const int64_t rows = least(TILE_ROWS, c.job.rows - row);
+  c.path->many_rows(c.job, index / c.tiles, row, rows, scratch);
+}
+
+// Threads take about this many bytes of weights at a time: less would be felt as waiting for each
+// other, more as waiting for the last.
+constexpr int64_t CHUNK_BYTES = 64 * 1024;
+
+void multiply(const Call& c, int32_t threads) {
+  const Layout& w = c.job.w;
+  const int64_t rows = c.job.rows;
+  spread(rows * w.k < 65536 ? 1 : threads, rows, rows < 16 ? 1 : 4, quantize_row, &c);
+  if (rows > 1) return spread(threads, w.panels * c.tiles, 1, one_tile, &c);
+  int64_t chunk = CHUNK_BYTES / w.panel_bytes;
+  if (chunk < 1) chunk = 1;
+  spread(threads, w.panels, chunk, one_panel, &c);
+}
+
+}  // namespace
+}  // namespace dfc
+
+using namespace dfc;
+
+#define DFC_EXPORT extern "C" __attribute__((visibility("default")))
+
+DFC_EXPORT int32_t dfc_kernels_version(void) { return int32_t(VERSION); }
+
+DFC_EXPORT const char* dfc_kernels_path(int32_t i) {
+  const Path* const* p = paths();
+  for (int32_t j = 0; j <= i; ++j)
+    if (!p[j]) return nullptr;
+  return i < 0 ? nullptr : p[i]->name;
+}
+
+DFC_EXPORT void dfc_kernels_use_openmp(void* gomp_parallel) {
+  openmp.store(reinterpret_cast<GompParallel>(gomp_parallel), std::memory_order_release);
+}
+
+DFC_EXPORT int64_t dfc_packed_bytes(int32_t bits, int64_t n, int64_t k, int64_t group,
+                                    uint32_t flags) {
+  Layout w;
+  return lay_out(bits, n, k, group, flags, &w) ? w.bytes : -1;
+}
+
+DFC_EXPORT int32_t dfc_pack(int32_t bits, int64_t n, int64_t k, int64_t group, uint32_t flags,
+                            const void* codes, const float* scale, const uint8_t* zeros,
+                            uint8_t* packed, int64_t bytes, int32_t threads) {
+  Packing job{};
+  if (!lay_out(bits, n, k, group, flags, &job.w) || job.w.bytes != bytes) return DFC_MALFORMED;
+  if (job.w.has_zeros != (zeros != nullptr)) return DFC_MALFORMED;
+  const Header h = {MAGIC, VERSION, uint32_t(bits), flags, n, k, group, uint64_t(bytes)};
+  std::memset(packed, 0, HEADER_BYTES);
+  std::memcpy(packed, &h, sizeof h);
+  job.codes = codes;
+  job.scale = scale;
+  job.zeros = zeros;
+  job.panels = packed + HEADER_BYTES;
+  spread(threads, job.w.panels, 8, pack_panel, &job);
+  return DFC_DONE;
+}
+
+DFC_EXPORT int32_t dfc_packed_check(const uint8_t* packed, int64_t bytes, int32_t bits, int64_t n,
+                                    int64_t k, int64_t group) {
+  Layout have, want;
+  if (!read(packed, bytes, &have) || !lay_out(bits, n, k, group, 0, &want)) return DFC_MALFORMED;
+  const bool same =
+      have.bits == bits && have.n == n && have.k == k && have.group == want.group;
+  return same ? DFC_DONE : DFC_MALFORMED;
+}
+
+DFC_EXPORT int32_t dfc_linear(const uint8_t* packed, int64_t bytes, const float* x, int64_t rows,
+                              int64_t k, const float* bias, float* y, int64_t n, int32_t threads,
+                              const char* path) {
+  Call c{};
+  c.path = find(path);
+  if (!c.path) return DFC_NO_SUCH_PATH;
+  Layout& w = c.job.w;
+  if (!read(packed, bytes, &w) || w.k != k || w.n != n || rows < 0 || rows > MOST)
+    return DFC_MALFORMED;
+  if (rows == 0 || n == 0) return DFC_DONE;
+  // Rows a multiple of 4 KiB apart would share one place in the first cache.
+  const int64_t stride = up(w.padded_k, 64) + 64;
+  const int64_t q_bytes = rows * stride, s_bytes = up(rows * w.groups * 4, 64);
+  const int64_t wide_bytes = c.path->wants_wide && w.bits == 8 && rows > 1 ? 2 * q_bytes : 0;
+  uint8_t* memory = of_rows.at_least(q_bytes + 2 * s_bytes + wide_bytes);
+  if (!memory) return DFC_NO_MEMORY;
+  c.x = x;
+  c.q = reinterpret_cast<int8_t*>(memory);
+  c.scale = reinterpret_cast<float*>(memory + q_bytes);
+  c.sum = reinterpret_cast<int32_t*>(memory + q_bytes + s_bytes);
+  if (wide_bytes) c.wide = reinterpret_cast<int16_t*>(memory + q_bytes + 2 * s_bytes);
+  c.tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  c.job.panels = packed + HEADER_BYTES;
+  c.job.x = {stride, c.q, c.wide, c.scale, c.sum};
+  c.job.bias = bias;
+  c.job.y = y;
+  c.job.rows = rows;
+  multiply(c, threads);
+  return DFC_DONE;
+}

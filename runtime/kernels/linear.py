@@ -1,0 +1,137 @@
+"""`torch.ops.dfc.linear_w4` and `linear_w8`: linear layers on packed weights, for torch's engines.
+
+What they compute is what the ops of the same names mean with activations="int8"
+(dfc/ops/linear_quantized.py); weights are packed once by `pack_w4` and `pack_w8`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dfc.runtime.kernels.library import HALF_SCALES, ZEROS, Library, library
+
+_SCHEMA = "(Tensor x, Tensor packed, Tensor? bias, int n, int group) -> Tensor"
+_WHY = {1: "the packed weight does not fit", 2: "out of memory", 3: "no such path"}
+
+
+def pack_w4(packed: Tensor, scale: Tensor, zero: Tensor | None, k: int, group: int) -> Tensor:
+    """Codes of four bits, as `dfc.linear_w4` has them, in the kernels' own layout.
+
+    Needs:   the kernels (`library()` is not None).
+    Raises:  ValueError for what cannot be packed.
+    """
+    return _pack(4, packed, scale, zero, k, group)
+
+
+def pack_w8(weight: Tensor, scale: Tensor, group: int | None = None) -> Tensor:
+    """Codes of eight bits, as `dfc.linear_w8` has them, in the kernels' own layout."""
+    return _pack(8, weight, scale, None, weight.shape[1], group or 0)
+
+
+def packed_bytes(bits: int, n: int, k: int, group: int, flags: int = 0) -> int | None:
+    """How large a packed weight is; None for sizes that the kernels do not take."""
+    size = int(_library().c.dfc_packed_bytes(bits, n, k, group, flags))
+    return None if size < 0 else size
+
+
+def is_packed(packed: Tensor, bits: int, n: int, k: int, group: int) -> bool:
+    """Whether a tensor of bytes is a whole packed weight of this shape."""
+    data = packed.data_ptr(), packed.numel()
+    return bool(_library().c.dfc_packed_check(*data, bits, n, k, group) == 0)
+
+
+def _pack(
+    bits: int, codes: Tensor, scale: Tensor, zero: Tensor | None, k: int, group: int
+) -> Tensor:
+    n = codes.shape[0]
+    wide = scale.detach().to(torch.float32).contiguous()
+    flags = (HALF_SCALES if _is_half(wide) else 0) | (0 if zero is None else ZEROS)
+    size = packed_bytes(bits, n, k, group, flags)
+    groups = -(-k // group) if group else 1
+    row = k if bits == 8 else groups * group // 2
+    if size is None or codes.numel() != n * row or wide.numel() != n * groups:
+        raise ValueError(f"no packed layout for {n} x {k} of {bits} bits in groups of {group}")
+    if zero is not None and zero.numel() != n * ((groups + 1) // 2):
+        raise ValueError(f"{zero.numel()} bytes of zero points for {n} x {groups} groups")
+    codes, zero = codes.contiguous(), None if zero is None else zero.contiguous()
+    # numpy asks for huge pages: a quarter faster to read than torch's own memory.
+    out = torch.from_numpy(np.empty(size, np.uint8))
+    status = _library().c.dfc_pack(
+        bits, n, k, group, flags, codes.data_ptr(), wide.data_ptr(),
+        None if zero is None else zero.data_ptr(), out.data_ptr(), size, torch.get_num_threads(),
+    )  # fmt: skip
+    _check(status)
+    return out
+
+
+def _is_half(scale: Tensor) -> bool:
+    """Whether scales lose nothing as float16."""
+    return bool(torch.equal(scale.to(torch.float16).to(torch.float32), scale))
+
+
+def linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, n: int, path: str | None = None
+) -> Tensor:
+    """`x` times a packed weight of n outputs, plus `bias`.
+
+    Raises:  RuntimeError where dtypes, devices or sizes do not fit.
+    """
+    found = _library()
+    k = x.shape[-1] if x.dim() else 0
+    rows = x.numel() // k if k else 0
+    _require(x.dtype == torch.float32 and x.device.type == "cpu", "x is not f32 on the CPU")
+    _require(packed.dtype == torch.uint8 and packed.is_contiguous(), "packed is not bytes")
+    _require(packed.device.type == "cpu", "packed is not on the CPU")
+    if bias is not None:
+        fits = bias.dtype == torch.float32 and bias.numel() == n and bias.device.type == "cpu"
+        _require(fits, f"bias is not f32[{n}] on the CPU")
+        bias = bias.contiguous()
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], n))
+    status = found.c.dfc_linear(
+        packed.data_ptr(), packed.numel(), x.data_ptr(), rows, k,
+        None if bias is None else bias.data_ptr(), y.data_ptr(), n, torch.get_num_threads(),
+        (path or found.path).encode(),
+    )  # fmt: skip
+    _check(status)
+    return y
+
+
+def _require(holds: bool, why: str) -> None:
+    if not holds:
+        raise RuntimeError(f"dfc linear: {why}")
+
+
+def _check(status: int) -> None:
+    _require(status == 0, _WHY.get(status, f"status {status}"))
+
+
+def _library() -> Library:
+    found = library()
+    _require(found is not None, "the kernels are not built: see `dfc doctor`")
+    assert found is not None
+    return found
+
+
+@cache
+def register() -> torch.library.Library:
+    """Make `torch.ops.dfc.linear_w4` and `linear_w8` known; the library keeps them alive."""
+    ops: Any = torch.library.Library("dfc", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for name in ("linear_w4", "linear_w8"):
+        ops.define(name + _SCHEMA)
+        ops.impl(name, _run, "CPU")
+        ops.impl(name, _shape, "Meta")
+    return ops  # type: ignore[no-any-return]
+
+
+def _run(x: Tensor, packed: Tensor, bias: Tensor | None, n: int, group: int) -> Tensor:
+    return linear(x, packed, bias, n)
+
+
+def _shape(x: Tensor, packed: Tensor, bias: Tensor | None, n: int, group: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))

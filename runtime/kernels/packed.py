@@ -1,0 +1,94 @@
+"""Packed weights by content: once in a process, and in a folder of the user's own for the next one.
+
+A file is named by what it was packed from (digests of codes, scales, zeros), the shape, and the
+layout's version; it is mapped, so that processes share it. The folder is passed by where it
+belongs to somebody else or cannot be written, and a file that is not whole is written anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dfc.errors import DfcError
+from dfc.publish import publish_file
+from dfc.rewrite.proofs import cache_folder
+from dfc.runtime.kernels.library import VERSION
+from dfc.runtime.kernels.linear import is_packed
+
+LEAST_BYTES = 1 << 20  # smaller weights are packed faster than a file is opened
+MOST_BYTES = 16 << 30  # of all files together; those that were not used for longest go first
+SPARE = 4  # a file is written only where so many times its size is free
+_held: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
+
+
+def packed_weight(
+    digests: tuple[str, ...], bits: int, n: int, k: int, group: int, pack: Callable[[], Tensor]
+) -> Tensor:
+    """The packed weight of these digests: held, read, or packed now and kept."""
+    words = (VERSION, platform.machine(), bits, n, k, group, *digests)
+    key = hashlib.sha256(json.dumps(words).encode()).hexdigest()
+    found = _held.get(key)
+    if found is None:
+        found = _from_disk(key, bits, n, k, group, pack)
+        _held[key] = found
+    return found
+
+
+def _from_disk(
+    key: str, bits: int, n: int, k: int, group: int, pack: Callable[[], Tensor]
+) -> Tensor:
+    large = n * k * bits // 8 >= LEAST_BYTES
+    folder = cache_folder("packed") if large else None
+    if folder is None:
+        return pack()
+    file = folder / f"{key}.packed"
+    found = _read(file)
+    if found is not None and is_packed(found, bits, n, k, group):
+        return found
+    made = pack()
+    _write(file, made)
+    return made
+
+
+def _read(file: Path) -> Tensor | None:
+    """The file's bytes, mapped copy-on-write: nobody can change it through the tensor."""
+    try:
+        data = np.memmap(file, np.uint8, mode="c")
+        os.utime(file)
+    except (OSError, ValueError):
+        return None
+    return torch.from_numpy(data)
+
+
+def _write(file: Path, packed: Tensor) -> None:
+    size = packed.numel()
+    try:
+        if shutil.disk_usage(file.parent).free < SPARE * size:
+            return
+        with publish_file(file, force=True, expect_bytes=size) as temp:
+            packed.numpy().tofile(temp)
+        _tidy(file.parent)
+    except (DfcError, OSError):
+        return  # a full disk is no reason to fail: the weight is at hand
+
+
+def _tidy(folder: Path) -> None:
+    kept = 0
+    files = [(p, p.stat()) for p in folder.glob("*.packed")]
+    for file, facts in sorted(files, key=lambda f: -f[1].st_mtime):
+        kept += facts.st_size
+        if kept > MOST_BYTES:
+            with contextlib.suppress(OSError):
+                file.unlink()

@@ -1,0 +1,479 @@
+"""The kernels compute what their ops mean, on every path, and touch no memory of others."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dfc
+from dfc.emit.fx import to_fx
+from dfc.ir.expr import symbol
+from dfc.ir.graph import Argument, Graph
+from dfc.ir.tree import LEAF
+from dfc.ir.types import DTYPES, TensorType
+from dfc.ops.codes import pack4
+from dfc.ops.linear_quantized import LinearW4, LinearW8
+from dfc.runtime.kernels import build, library, linear, packed
+from dfc.runtime.kernels.graph import kernels, why_not
+
+ROOT = Path(__file__).resolve().parent.parent
+IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
+DRIVER = ROOT / "tests" / "kernels" / "drive.cpp"
+SHAPES = ((1, 16, 128), (1, 5, 40), (3, 33, 200), (9, 20, 160), (2, 1, 7), (130, 17, 96))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built() -> None:
+    """CI has a compiler, and has installed dfc with it: there the kernels must be there."""
+    found = library.state()
+    if not found.built and not IN_CI:
+        pytest.skip(f"{found.reason}; {found.advice}")
+    assert found.built, f"{found.reason}; {found.advice}"
+    linear.register()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    packed._held.clear()
+    yield tmp_path / "cache" / "dfc" / "packed"
+
+
+def paths() -> tuple[str, ...]:
+    return library.state().paths or ("portable",)
+
+
+def each_path() -> Any:
+    return pytest.mark.parametrize("path", paths())
+
+
+class Layer:
+    """A linear layer of random codes; with `whole` all sums of floats are exact as well.
+
+    Then scales are powers of two, and each group of x has the largest magnitude 127 times one.
+    """
+
+    def __init__(self, bits: int, group: int | None, shape: tuple[int, int, int], **o: Any) -> None:
+        self.bits, self.group = bits, group
+        rows, n, k = shape
+        random = torch.Generator().manual_seed(rows * 1000 + n * 10 + k + bits)
+        groups = -(-k // group) if group else 1
+        self.bias = torch.randint(-9, 9, (n,), generator=random).float() if o.get("bias") else None
+        self.zero = None
+        if bits == 4:
+            assert group is not None
+            codes = torch.randint(0, 16, (n, groups * group), generator=random, dtype=torch.uint8)
+            self.codes = pack4(codes)
+            if o.get("zeros"):
+                points = torch.randint(0, 16, (n, groups), generator=random, dtype=torch.uint8)
+                self.zero = pack4(points)
+        else:
+            self.codes = torch.randint(-128, 128, (n, k), generator=random, dtype=torch.int8)
+        if o.get("whole"):
+            self.scale = 2.0 ** torch.randint(-2, 2, (n, groups), generator=random).float()
+            self.x = torch.randint(-127, 128, (rows, k), generator=random).float()
+            self.x[:, :: group or k] = 127
+            self.x *= 2.0 ** torch.randint(-2, 2, (rows, 1), generator=random).float()
+        else:
+            self.scale = torch.rand(n, groups, generator=random) * 0.1 + 0.01
+            self.x = torch.randn(rows, k, generator=random)
+        if group is None:
+            self.scale = self.scale[:, 0]
+        if o.get("half"):
+            self.scale = self.scale.half()
+
+    @property
+    def n(self) -> int:
+        return self.codes.shape[0]
+
+    def pack(self) -> Tensor:
+        if self.bits == 8:
+            return linear.pack_w8(self.codes, self.scale, self.group)
+        assert self.group is not None
+        return linear.pack_w4(self.codes, self.scale, self.zero, self.x.shape[1], self.group)
+
+    def run(self, path: str | None = None) -> Tensor:
+        return linear.linear(self.x, self.pack(), self.bias, self.n, path)
+
+    def meaning(self) -> Tensor:
+        if self.bits == 8:
+            op8 = LinearW8(self.group, "int8")
+            return op8.reference(self.x, self.codes, self.scale, self.bias)
+        assert self.group is not None
+        op4 = LinearW4(self.group, "int8")
+        return op4.reference(self.x, self.codes, self.scale, self.zero, self.bias)
+
+
+def layers(**options: Any) -> list[Layer]:
+    fours = product((4,), (16, 32, 64, 128), SHAPES, (False, True))
+    eights = product((8,), (None, 16, 32, 128), SHAPES, (False,))
+    return [
+        Layer(bits, group, shape, zeros=zeros, bias=i % 2, half=i % 3 == 0, **options)
+        for i, (bits, group, shape, zeros) in enumerate([*fours, *eights])
+    ]
+
+
+# Meaning
+
+
+@each_path()
+def test_whole_numbers_are_exact(path: str) -> None:
+    for layer in layers(whole=True):
+        assert torch.equal(layer.run(path), layer.meaning()), (layer.bits, layer.group)
+
+
+@each_path()
+def test_a_layer_means_what_its_op_means(path: str) -> None:
+    for layer in layers():
+        torch.testing.assert_close(layer.run(path), layer.meaning(), rtol=1e-5, atol=1e-5)
+
+
+def test_every_path_gives_the_same_bits_on_any_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    wide = [Layer(b, g, (rows, 400, 512)) for b, g in ((4, 32), (8, None)) for rows in (1, 70)]
+    try:
+        for layer in [*layers(), *wide]:
+            torch.set_num_threads(1)
+            want = layer.run("portable")
+            for path, threads in product(paths(), (1, 2, 3)):
+                torch.set_num_threads(threads)
+                assert torch.equal(layer.run(path), want), (path, threads)
+    finally:
+        torch.set_num_threads(before)
+
+
+@each_path()
+def test_what_is_not_finite_stays_in_its_row(path: str) -> None:
+    for bits, group in ((4, 32), (8, 32), (8, None)):
+        layer = Layer(bits, group, (5, 20, 96))
+        want = layer.run(path)
+        for row, bad in ((0, torch.nan), (2, torch.inf), (3, -torch.inf)):
+            layer.x[row, 40] = bad
+        got = layer.run(path)
+        assert not got[[0, 2, 3]].isfinite().any()
+        assert torch.equal(got[[1, 4]], want[[1, 4]])
+
+
+@each_path()
+def test_tiny_and_zero_rows_are_numbers(path: str) -> None:
+    layer = Layer(4, 32, (3, 20, 64))
+    layer.x[0], layer.x[1] = 0, 1e-44
+    got = layer.run(path)
+    assert torch.equal(got[0], torch.zeros(20)) and got.isfinite().all()
+
+
+def test_scales_that_f16_cannot_hold_are_kept_as_f32() -> None:
+    wide, half = Layer(4, 32, (1, 16, 64)), Layer(4, 32, (1, 16, 64), half=True)
+    assert wide.pack().numel() - half.pack().numel() == 2 * 16 * 2
+    wide.scale[0, 0] = 1e30
+    torch.testing.assert_close(wide.run(), wide.meaning())
+
+
+def test_subnormal_scales_are_exact() -> None:
+    layer = Layer(4, 32, (2, 16, 64), half=True)
+    layer.scale = (torch.arange(32).reshape(16, 2) * 2.0**-24).half()
+    for path in paths():
+        torch.testing.assert_close(layer.run(path), layer.meaning(), rtol=1e-5, atol=0)
+
+
+def test_rows_of_any_layout_are_taken() -> None:
+    layer = Layer(8, None, (6, 20, 40))
+    want = layer.run()
+    weight = layer.pack()
+    across = layer.x.T.contiguous().T
+    assert torch.equal(linear.linear(across, weight, None, 20), want)
+    cube = layer.x.reshape(2, 3, 40)
+    assert torch.equal(linear.linear(cube, weight, None, 20), want.reshape(2, 3, 20))
+    assert linear.linear(layer.x[:0], weight, None, 20).shape == (0, 20)
+
+
+# Bad input
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    layer = Layer(4, 32, (2, 20, 64))
+    weight = layer.pack()
+    changed = weight.clone()
+    changed[8] = 8  # says that it holds eight bits
+    for bad in (weight[:-1].clone(), weight[:10].clone(), changed, torch.zeros_like(weight)):
+        with pytest.raises(RuntimeError, match="packed weight does not fit"):
+            linear.linear(layer.x, bad, None, 20)
+    with pytest.raises(RuntimeError, match="does not fit"):
+        linear.linear(layer.x[:, :32], weight, None, 20)
+    with pytest.raises(RuntimeError, match="x is not f32"):
+        linear.linear(layer.x.double(), weight, None, 20)
+    with pytest.raises(RuntimeError, match=r"bias is not f32\[20\]"):
+        linear.linear(layer.x, weight, torch.zeros(19), 20)
+    with pytest.raises(RuntimeError, match="no such path"):
+        linear.linear(layer.x, weight, None, 20, "sse9")
+    with pytest.raises(ValueError, match="no packed layout for 20 x 64 of 4 bits in groups of 24"):
+        linear.pack_w4(layer.codes, layer.scale, None, 64, 24)
+    with pytest.raises(ValueError, match="zero points"):
+        linear.pack_w4(layer.codes, layer.scale, torch.zeros(3, dtype=torch.uint8), 64, 32)
+
+
+# Memory: the driver ends every buffer where a page without rights begins
+
+
+def drive(tmp_path: Path, *flags: str) -> str:
+    sources = [build.FOLDER / s for s in build.SOURCES] + [DRIVER]
+    extra = ("-O1", "-w", f"-I{build.FOLDER}", *flags)
+    try:
+        program = build.build(tmp_path / "drive", extra, sources)
+    except build.BuildError as e:
+        if IN_CI and build.compiler() is None:
+            raise
+        pytest.skip(str(e).splitlines()[0])
+    done = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "failures: 0" in done.stdout
+    return done.stdout
+
+
+def test_nothing_outside_of_a_buffer_is_touched(tmp_path: Path) -> None:
+    said = drive(tmp_path)
+    assert f"paths: {' '.join(paths())}\n" in said
+    compared = re.search(r"compared: (\d+)", said)
+    assert compared is not None and int(compared[1]) >= 390 * len(paths())
+
+
+def test_sanitizers_find_nothing(tmp_path: Path) -> None:
+    drive(tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+
+
+@pytest.mark.skipif(
+    not Path("/usr/include/simde/x86/avx512.h").exists(), reason="needs SIMDe: libsimde-dev"
+)
+def test_paths_for_other_cpus_give_the_same_bits_when_emulated(tmp_path: Path) -> None:
+    assert "paths: avx512vnni avx2 portable" in drive(tmp_path, "-DDFC_SIMDE", "-Wno-psabi")
+
+
+# Threads
+
+
+def test_there_is_one_pool_of_threads() -> None:
+    """In a process of its own: torch starts its pool, and the kernels then run on that."""
+    code = """
+import re, os, torch
+from dfc.runtime.kernels import library, linear
+torch.set_num_threads(3)
+torch.randn(2000, 2000).exp().sum()
+torch.nn.functional.linear(torch.randn(64, 2048), torch.randn(2048, 2048))
+before = len(os.listdir('/proc/self/task'))
+codes = torch.randint(-128, 128, (4096, 2048), dtype=torch.int8)
+weight = linear.pack_w8(codes, torch.ones(4096))
+for rows in (1, 64):
+    linear.linear(torch.randn(rows, 2048), weight, None, 4096)
+assert library.library().shares_threads
+print(before, len(os.listdir('/proc/self/task')))
+maps = open('/proc/self/maps').read()
+print(sorted(set(re.findall(r'lib(?:gomp|iomp5|omp)[-.\\w]*', maps))))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "3"},
+    )
+    assert done.returncode == 0, done.stderr
+    counts, libraries = done.stdout.splitlines()[-2:]
+    before, after = map(int, counts.split())
+    assert before >= 3 and before == after
+    assert libraries.count("'") == 2, libraries
+
+
+# In PyTorch
+
+
+def test_the_ops_keep_torchs_rules() -> None:
+    layer = Layer(4, 32, (3, 20, 64), bias=True)
+    arguments = (layer.x, layer.pack(), layer.bias, 20, 32)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.dfc.linear_w4.default, arguments, test_utils=checks)
+    eight = Layer(8, None, (3, 20, 64))
+    arguments = (eight.x, eight.pack(), None, 20, 0)
+    torch.library.opcheck(torch.ops.dfc.linear_w8.default, arguments, test_utils=checks)
+
+
+# In a graph
+
+
+def graph_of(layer: Layer, activations: str = "int8", dtype: str = "f32") -> Graph:
+    graph = Graph("layer", ranges={"B": (1, None)})
+    x = graph.add_input("x", TensorType(DTYPES[dtype], (symbol("B"), layer.x.shape[1])))
+    graph.arguments = (Argument("x", LEAF),)
+    weight = graph.add_constant("weight", layer.codes)
+    scale = graph.add_constant("scale", layer.scale)
+    bias = None if layer.bias is None else graph.add_constant("bias", layer.bias)
+    if layer.bits == 4:
+        zero = None if layer.zero is None else graph.add_constant("zero", layer.zero)
+        operands = [x, weight, scale, zero, bias]
+    else:
+        operands = [x, weight, scale, bias]
+    attributes = {"group": layer.group, "activations": activations}
+    node = graph.add(f"dfc.linear_w{layer.bits}", operands, attributes)
+    graph.set_outputs([node.result])
+    return graph
+
+
+@pytest.mark.parametrize("bits, group", [(4, 32), (4, 128), (8, None), (8, 64)])
+def test_a_compiled_graph_runs_on_the_kernels(bits: int, group: int | None) -> None:
+    layer = Layer(bits, group, (3, 20, 96), zeros=True, bias=True)
+    graph = graph_of(layer)
+    module = to_fx(graph, kernels=kernels("cpu"))
+    called = [n.target for n in module.graph.nodes if n.op == "call_function"]
+    assert getattr(torch.ops.dfc, f"linear_w{bits}").default in called
+    assert sum(b.numel() for b in module.buffers()) == layer.pack().numel() + 20  # and bias
+    compiled = dfc.compile(graph, (layer.x,), engine="eager")
+    torch.testing.assert_close(compiled(layer.x), layer.meaning(), rtol=1e-5, atol=1e-5)
+    assert compiled(layer.x[:1]).shape == (1, 20)
+
+
+def test_layers_of_one_weight_share_what_is_packed() -> None:
+    graph = graph_of(Layer(8, None, (3, 20, 96)))
+    (node,) = graph.nodes
+    again = graph.add(node.op, node.inputs, node.attributes)
+    graph.set_outputs([node.result, again.result])
+    assert len(list(to_fx(graph, kernels=kernels("cpu")).buffers())) == 1
+
+
+def test_what_kernels_do_not_take_is_left_to_torch() -> None:
+    layer = Layer(4, 32, (3, 20, 64))
+    for graph, reason in (
+        (graph_of(layer, activations="float"), "floats"),
+        (graph_of(layer, dtype="f64"), "f64"),
+    ):
+        (node,) = graph.nodes
+        assert reason in str(why_not(node))
+        module = to_fx(graph, kernels=kernels("cpu"))
+        assert len(list(module.buffers())) == 2  # codes and scales as they are
+    assert kernels("cuda") == {}
+
+
+@pytest.mark.slow  # the C++ compiler of torch.compile takes half a minute
+def test_inductor_calls_the_kernels() -> None:
+    layer = Layer(4, 32, (3, 20, 64), bias=True)
+    compiled = dfc.compile(graph_of(layer), (layer.x,), engine="inductor")
+    torch.testing.assert_close(compiled(layer.x), layer.meaning(), rtol=1e-5, atol=1e-5)
+
+
+# What is packed is kept
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "LEAST_BYTES", 1)
+
+
+def keep(layer: Layer, digests: tuple[str, ...] = ("a",)) -> Tensor:
+    group = layer.group or 0
+    sizes = layer.bits, layer.n, layer.x.shape[1], group
+    return packed.packed_weight(digests, *sizes, layer.pack)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_packed_weight_is_written_once_and_mapped(own_cache: Path) -> None:
+    layer = Layer(4, 32, (3, 20, 64))
+    want = keep(layer)
+    assert keep(layer) is want
+    (file,) = own_cache.iterdir()
+    packed._held.clear()
+    layer.pack = None  # type: ignore[assignment,method-assign]  # a second time there is no need
+    assert torch.equal(keep(layer), want)
+    assert file.stat().st_mode & 0o077 == 0 or own_cache.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.usefixtures("small")
+def test_a_file_that_is_not_whole_is_written_anew(own_cache: Path) -> None:
+    layer = Layer(8, None, (3, 20, 64))
+    want = keep(layer).clone()
+    (file,) = own_cache.iterdir()
+    for broken in (b"", b"x" * 100, file.read_bytes()[:-1]):
+        packed._held.clear()
+        file.write_bytes(broken)
+        assert torch.equal(keep(layer), want)
+        assert file.read_bytes() == bytes(want.numpy())
+
+
+@pytest.mark.usefixtures("small")
+def test_a_folder_that_others_can_write_to_is_passed_by(own_cache: Path) -> None:
+    layer = Layer(8, None, (3, 20, 64))
+    want = keep(layer).clone()
+    (file,) = own_cache.iterdir()
+    file.write_bytes(bytes(len(file.read_bytes())))
+    own_cache.chmod(0o777)
+    packed._held.clear()
+    assert torch.equal(keep(layer), want)
+    assert file.read_bytes()[:4] == bytes(4)
+
+
+@pytest.mark.usefixtures("small")
+def test_what_was_not_used_for_longest_goes_first(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = Layer(8, None, (3, 20, 64))
+    size = keep(layer).numel()
+    (old,) = own_cache.iterdir()
+    os.utime(old, (1, 1))
+    monkeypatch.setattr(packed, "MOST_BYTES", size)
+    keep(layer, ("b",))
+    assert not old.exists() and len(list(own_cache.iterdir())) == 1
+
+
+# Built or not
+
+
+def test_without_a_compiler_the_reason_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(build.BuildError, match=r"no C\+\+ compiler"):
+        build.build(tmp_path / "lib.so")
+    assert list(tmp_path.glob("*.so")) == []
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(build.BuildError, match="failed"):
+        build.build(tmp_path / "lib.so")
+
+
+@pytest.mark.parametrize("value, path", [("off", None), ("portable", "portable")])
+def test_a_variable_turns_kernels_off_or_chooses_a_path(value: str, path: str | None) -> None:
+    code = "from dfc.runtime.kernels.library import state; print(state().path, state().reason)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        env={**os.environ, library.OFF: value},
+    )
+    assert done.stdout.startswith(f"{path} "), done.stderr
+
+
+def test_the_doctor_tells_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    from dfc.cli import doctor
+
+    data = doctor._look()
+    assert data["kernels"]["built"] and data["kernels"]["path"] in data["kernels"]["paths"]
+    doctor._print(data)
+    assert "int4 and int8 linear layers: " in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_doctor_says_what_to_do_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_load", lambda: (None, "not built"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert library.state().advice == "apt-get install g++, then python -m dfc.runtime.kernels.build"
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr(library, "compiler", lambda: ["c++"])
+    assert library.state().advice == "python -m dfc.runtime.kernels.build"
