@@ -11,11 +11,15 @@ import dfc.ops  # noqa: F401 - makes the ops known
 from dfc.compiled import Compiled, with_state_inputs
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
+from dfc.planning.host import is_another, machine_text, this_machine
 from dfc.recipe.bench import ENGINE_RTOL, find_engine
 from dfc.recipe.quantities import weight_bytes
 from dfc.rewrite.pass_ import Pass
 
 Progress = Callable[[str], None]
+ELSEWHERE = (
+    "`{}` was chosen by measuring on another machine ({}): `dfc tune PACKAGE` measures on this one"
+)
 
 
 def trace(
@@ -81,7 +85,8 @@ def compile(
                 `top1(run)` where the recipe names no data; `run` is called like the model, and the
                 result is a number
 
-    `engine` is a name, or "auto" for the fastest that is right on the example; `verify` is "each",
+    `engine` is a name, several separated by commas, or "auto": the fastest that is right on the
+    example is kept ("auto" does not try inductor, which compiles for long); `verify` is "each",
     "end" or "none", in place of what the recipe says; under `strict` a wrong rewrite is an error
     instead of being left out, told in the report, and written below `reproducers` for `dfc run` to
     show again (default: $DFC_REPRODUCERS, else the user's cache; "none" writes nothing); `weights`
@@ -115,6 +120,8 @@ def load(
     package = read_package(Path(path))
     report = package.report
     name = engine or package.engine
+    if engine is None and is_another(report.machine, this_machine(device)):
+        report.notes.append(ELSEWHERE.format(name, machine_text(report.machine)))
     has_data = all(p.data is not None for p in package.graph.parameters.values())
     found = find_engine("eager" if name == "auto" else name)
     runner = found.build(with_state_inputs(package.graph), device) if has_data else None

@@ -29,6 +29,7 @@ from dfc.ir.verify import verify
 from dfc.ir.weights import SafetensorsData, tensor_sha256
 from dfc.lang.graph_parser import parse_graph
 from dfc.manifest import check_manifest, write_manifest
+from dfc.planning.host import machine_text
 from dfc.publish import publish_folder
 from dfc.report import Report
 
@@ -223,6 +224,7 @@ def _lock(compiled: Compiled) -> dict[str, Any]:
         "machine": platform.machine(),
         "engine": compiled.engine.name,
         "device": compiled.device,
+        "measured_on": machine_text(compiled.report.machine),
         "seed": 0,
     }
 

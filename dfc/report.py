@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dfc.planning.host import machine_text
 from dfc.rewrite.driver import PassReport
 
 
@@ -18,7 +19,7 @@ class EngineReport:
     """
 
     name: str
-    verdict: str  # "chosen", "slower", "refused", "wrong"
+    verdict: str  # "chosen", "slower", "refused", "wrong", "not tried"
     reason: str = ""
     p50_ms: float | None = None
     spread_ms: float | None = None
@@ -111,6 +112,7 @@ class Report:
     goals: list[GoalReport] = field(default_factory=list)
     requirements: list[RequirementReport] = field(default_factory=list)
     tried: list[TriedReport] = field(default_factory=list)
+    machine: dict[str, str] = field(default_factory=dict)  # what the times are of
 
     @property
     def missed(self) -> list[RequirementReport]:
@@ -135,6 +137,8 @@ class Report:
             )
         for d in self.decisions:
             lines.append(f"  {d.step}: {d.verdict}" + (f": {d.reason}" if d.reason else ""))
+        if self.machine:
+            lines.append(f"  measured on {machine_text(self.machine)}")
         for e in self.engines:
             time = f"{e.p50_ms:.3f} ms" if e.p50_ms is not None else "not measured"
             tail = f": {e.reason}" if e.reason else ""

@@ -28,6 +28,7 @@ from dfc.cli.run import run as run_
 from dfc.cli.select import select as select_
 from dfc.cli.show import show as show_
 from dfc.cli.test import test as test_
+from dfc.cli.tune import tune as tune_
 from dfc.cli.verify import verify as verify_
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ for verb in (
     run_,
     bench_,
     plan_,
+    tune_,
     show_,
     select_,
     explain_,

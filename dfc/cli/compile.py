@@ -61,7 +61,7 @@ def compile(
         ),
     ] = None,
     engine: Annotated[
-        str, typer.Option("--engine", help="auto, or one of `dfc list engines`.")
+        str, typer.Option("--engine", help="auto, or names of `dfc list engines`, commas between.")
     ] = "auto",
     verify: Annotated[
         str | None,

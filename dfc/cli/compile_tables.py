@@ -57,7 +57,7 @@ def print_facts(model: str, compiled: Compiled, data: dict[str, Any]) -> None:
         print_text(f"{d.step}: {d.verdict}" + (f": {d.reason}" if d.reason else ""))
     if report.engines:
         print_text("")
-        _print_engines(report)
+        print_engines(report)
     for note in report.notes:
         print_text(f"note: {note}")
     print_text("")
@@ -94,7 +94,7 @@ def _print_passes(report: Any) -> None:
     print_table(["pass", "changes", "nodes", "time", ""], rows, right=(1, 3))
 
 
-def _print_engines(report: Any) -> None:
+def print_engines(report: Any) -> None:
     from dfc.cli.tables import ms_text, print_table
 
     rows = [

@@ -6,14 +6,15 @@ from dfc.errors import DfcError
 
 
 def check_engine(name: str) -> None:
-    """Refuse an engine that there is not; `auto` is none but allowed.
+    """Refuse an engine that there is not, alone or among several; `auto` is none but allowed.
 
     Raises:  DfcError K001 (status 2), K002 (7) when its library is missing.
     """
     from dfc.runtime.engines import find_engine
 
     if name != "auto":
-        find_engine(name)
+        for one in name.split(","):
+            find_engine(one)
 
 
 def chosen_engines(text: str) -> list[str]:

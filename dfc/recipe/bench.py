@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 # How far an engine's own kernels may be from the witness, of the largest element.
 ENGINE_RTOL = 3e-5
-CANDIDATES = ("eager", "onnxruntime", "openvino")  # what `auto` tries; inductor compiles for long
+# What `auto` tries. Inductor compiles for half a minute and more: by name, or by `dfc tune`.
+CANDIDATES = ("eager", "onnxruntime", "openvino")
 _KEPT = 5  # runners; each may hold the weights in a form of its own
 
 Progress = Callable[[str], None]
@@ -57,9 +58,16 @@ class Bench:
     device: str = "cpu"
     say: Progress = lambda what: None
     rtol: float = 0.0  # what the recipe allows beside what passes promise
+    keep: int = _KEPT
+    example: Sequence[Any] | None = None  # what is measured on; None: the first probe's inputs
     _promised: dict[int, tuple[Callable[[], Graph | None], Numerics]] = field(default_factory=dict)
     _ready: OrderedDict[tuple[int, str], Ready] = field(default_factory=OrderedDict)
     _lead: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.engine != "auto":
+            for name in self.engine.split(","):
+                find_engine(name)  # an unknown one is no engine that refuses the graph
 
     def why_not(self) -> str | None:
         """Why nothing can be run, None when it can."""
@@ -79,7 +87,7 @@ class Bench:
             runner = made.build(with_state_inputs(graph), self.device)
             found = Ready(graph, made, runner, self._judge(graph, runner))
             self._ready[key] = found
-            while len(self._ready) > _KEPT:
+            while len(self._ready) > self.keep:
                 self._ready.popitem(last=False)
         self._ready.move_to_end(key)
         return found
@@ -99,13 +107,13 @@ class Bench:
             given = on_device([*inputs, *state], self.device)
             return on_device(runner(given), "cpu")
 
-        probes = self.probes if numerics.kind != "changes" else _own(self.probes, graph)
+        probes = self.probes if numerics.kind != "changes" else own_probes(self.probes, graph)
         return probes.judge(run, rtol=max(ENGINE_RTOL, numerics.rtol, self.rtol))
 
     def candidates(self) -> list[str]:
-        """The engine that was named, or those that `auto` tries and whose library is here."""
+        """The engines that were named, or those that `auto` tries and whose library is here."""
         if self.engine != "auto":
-            return [self.engine]
+            return self.engine.split(",")
         from dfc.runtime.engines import installed_engines
 
         return [n for n in CANDIDATES if n in installed_engines()]
@@ -115,8 +123,8 @@ class Bench:
 
         Raises:  DfcError K005 when none runs the original.
         """
-        if self.engine != "auto":
-            return self.engine
+        if len(self.candidates()) == 1:
+            return self.candidates()[0]
         if self._lead is None:
             right: list[str] = []
             for name in self.candidates():
@@ -138,7 +146,8 @@ class Bench:
     # Measuring
 
     def inputs(self) -> list[Any]:
-        return on_device(self.probes.probes[0].inputs, self.device)
+        example = self.probes.probes[0].inputs if self.example is None else self.example
+        return on_device(example, self.device)
 
     def runner(self, graph: Graph, engine: str) -> Runner:
         """A version as a function of the graph's inputs alone.
@@ -171,13 +180,22 @@ class Bench:
         runners = self.runner(before, name), self.runner(after, name)
         return compare(*runners, self.inputs(), question=question, **limits)
 
+    def compare_engines(
+        self, graph: Graph, before: str, after: str, question: str = "faster", **limits: Any
+    ) -> Comparison:
+        """One version on one engine against the same on another, beyond noise."""
+        from dfc.runtime.measure import compare
+
+        runners = self.runner(graph, before), self.runner(graph, after)
+        return compare(*runners, self.inputs(), question=question, **limits)
+
     def callable(self, graph: Graph, engine: str) -> Compiled:
         """A version that is called like the model, with its state as it was at first."""
         found = self.ready(graph, engine)
         return Compiled(graph, found.engine, found.runner, Report(), device=self.device)
 
 
-def _own(probes: Any, graph: Graph) -> Any:
+def own_probes(probes: Any, graph: Graph) -> Any:
     """The same inputs with a version's own results: it differs from the original on purpose."""
     from dfc.rewrite.probe import Probe, Probes
 

@@ -41,7 +41,8 @@ def choose(bench: Bench, graph: Graph, *, changed: bool, guarded: bool) -> Choic
              refuses the graph with.
     """
     if any(p.data is None for p in graph.parameters.values()):
-        name = "eager" if bench.engine == "auto" else bench.engine
+        names = bench.candidates()
+        name = names[0] if len(names) == 1 else "eager"
         return Choice(graph, find_engine(name), None)
     original = bench.original if changed and guarded else None
     candidates, engines = _candidates(bench, graph, original)
@@ -77,16 +78,16 @@ def _candidates(
                 message = f"engine `{name}` gives other results: {ready.wrong}"
                 refusals.setdefault(name, DfcError("V033", message))
     if not found:
-        raise _none(bench.engine, refusals)
+        raise _none(bench.candidates(), refusals)
     verdicts = {n: "wrong" if e.code == "V033" else "refused" for n, e in refusals.items()}
     return found, [
         EngineReport(n, verdicts[n], e.message) for n, e in refusals.items() if n not in found
     ]
 
 
-def _none(wanted: str, refusals: dict[str, DfcError]) -> DfcError:
-    if wanted != "auto":
-        return refusals[wanted]
+def _none(wanted: list[str], refusals: dict[str, DfcError]) -> DfcError:
+    if len(wanted) == 1:
+        return refusals[wanted[0]]
     reasons = "; ".join(f"{n}: {e.message}" for n, e in refusals.items())
     return DfcError("K005", f"no engine runs the result: {reasons}")
 

@@ -12,6 +12,7 @@ from dfc.compiled import Compiled
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.ir.verify import verify as verify_graph
+from dfc.planning.host import this_machine
 from dfc.recipe import probing
 from dfc.recipe.bench import Bench
 from dfc.recipe.choose import Choice, choose, own_error
@@ -139,6 +140,8 @@ class Compilation:
         report.nodes_before, report.nodes_after = len(graph), len(choice.graph)
         report.bytes_before, report.bytes_after = weight_bytes(graph), weight_bytes(choice.graph)
         report.engines = choice.engines
+        if any(e.p50_ms is not None for e in choice.engines):
+            report.machine = this_machine(self.device)
         report.before_ms, report.after_ms = choice.before_ms, choice.after_ms
         if choice.guard is not None:
             report.decisions = [*outcome.decisions, choice.guard]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
 
 from dfc.errors import DfcError, did_you_mean
@@ -28,6 +29,9 @@ def find_engine(name: str) -> Engine:
     Raises:  DfcError K001 for an unknown name, K002 when its library is missing, Q003 when two
              bring it, Q041 when its package does not load.
     """
+    base, colon, variant = name.partition(":")
+    if colon:
+        return _variant(name, base, variant)
     found = ENGINES.get(name)
     if found is not None:
         return found
@@ -40,6 +44,20 @@ def find_engine(name: str) -> Engine:
             status=2,
         )
     return _shipped(name)
+
+
+@cache
+def _variant(name: str, base: str, variant: str) -> Engine:
+    """An engine that runs the same graph in another form: `eager:channels_last`."""
+    engine = find_engine(base)
+    forms: Mapping[str, Engine] = getattr(engine, "variants", {})
+    if variant not in forms:
+        there = f"there are {', '.join(forms)}" if forms else "it has none"
+        raise DfcError(
+            "K001", f"engine `{base}` has no form `{variant}`: {there}", status=2,
+            help=did_you_mean(variant, list(forms)),
+        )  # fmt: skip
+    return forms[variant]
 
 
 def installed_engines() -> list[str]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from dfc.ir.graph import Graph, Node
 from dfc.planning.engine import Engine, Runner
+
+if TYPE_CHECKING:
+    from torch import fx
+
+# What reads memory as it lies: its meaning changes with the layout.
+_OF_LAYOUT = ("aten.as_strided", "aten.view.dtype", "aten.stride", "aten._reshape_alias")
 
 
 class Eager(Engine):
@@ -18,19 +24,87 @@ class Eager(Engine):
     def supports(self, node: Node) -> str | None:
         return None
 
+    @property
+    def variants(self) -> Mapping[str, Engine]:
+        """The other forms of the graph: `eager:channels_last`."""
+        return {"channels_last": ChannelsLast()}
+
     def build(self, graph: Graph, device: str = "cpu", threads: int | None = None) -> Runner:
         import torch
 
-        from dfc.emit.fx import to_fx
-        from dfc.runtime.kernels.graph import kernels
-
-        module = to_fx(graph, device, kernels(device))
+        module = self.module(graph, device)
 
         def run(inputs: Sequence[Any]) -> list[Any]:
             with torch.no_grad():
-                return list(module(*inputs))
+                return self.results(module(*inputs))
 
         return run
+
+    def results(self, found: Sequence[Any]) -> list[Any]:
+        return list(found)
+
+    def module(self, graph: Graph, device: str) -> fx.GraphModule:
+        from dfc.emit.fx import to_fx
+        from dfc.runtime.kernels.graph import kernels
+
+        return to_fx(graph, device, kernels(device))
+
+
+class ChannelsLast(Eager):
+    """Runs images with their channels last: what convolutions' kernels read without reordering.
+
+    Why:  weights in that layout make PyTorch's convolutions answer in it, and elementwise
+          operators keep it, so that only the first input is turned.
+    """
+
+    name = "eager:channels_last"
+
+    def supports(self, node: Node) -> str | None:
+        if node.op.startswith(_OF_LAYOUT):
+            return "it reads memory as it lies, which is not in order when channels are last"
+        return None
+
+    def results(self, found: Sequence[Any]) -> list[Any]:
+        """In order, as whoever takes their memory expects."""
+        import torch
+
+        return [x.contiguous() if isinstance(x, torch.Tensor) else x for x in found]
+
+    def module(self, graph: Graph, device: str) -> fx.GraphModule:
+        import torch
+
+        from dfc.emit.fx import to_fx
+        from dfc.errors import DfcError
+        from dfc.runtime.kernels.graph import kernels
+
+        for node in graph.walk():
+            reason = self.supports(node)
+            if reason:
+                raise DfcError("K003", f"engine `{self.name}` cannot run `{node.op}`: {reason}")
+        module = to_fx(graph, device, kernels(device))
+        for part in module.modules():
+            if isinstance(part, torch.fx.GraphModule):
+                _turn(part)
+        return module
+
+
+def _turn(module: fx.GraphModule) -> None:
+    """Convolutions' weights with channels last; views that copy where they must."""
+    import torch
+
+    aten = torch.ops.aten
+    for node in module.graph.nodes:
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+        elif node.op == "call_function" and "conv" in str(node.target) and len(node.args) > 1:
+            weight = node.args[1]
+            if getattr(weight, "op", None) != "get_attr":
+                continue
+            tensor = getattr(module, weight.target)
+            if tensor.dim() == 4:
+                turned = tensor.contiguous(memory_format=torch.channels_last)
+                setattr(module, weight.target, turned)
+    module.recompile()
 
 
 ENGINE = Eager()

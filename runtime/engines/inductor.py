@@ -1,7 +1,12 @@
-"""torch.compile's backend on the emitted module: fused C++ or Triton kernels."""
+"""torch.compile's backend on the emitted module: fused C++ or Triton kernels.
+
+Weights are constants to it (freezing), so that it packs and folds them. What it compiles lies in
+dfc's own folder of the user's cache, unless TORCHINDUCTOR_CACHE_DIR says otherwise.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +16,7 @@ from dfc.planning.engine import Engine, Runner
 
 
 class Inductor(Engine):
-    """Compiles the whole graph without breaks; compiled kernels live in torch's own cache."""
+    """Compiles the whole graph without breaks, for half a minute and more."""
 
     name = "inductor"
     devices = ("cpu", "cuda")
@@ -32,10 +37,12 @@ class Inductor(Engine):
             reason = self.supports(node)
             if reason:
                 raise DfcError("K003", f"engine `inductor` cannot run `{node.op}`: {reason}")
+        _use_own_cache()
         lifted, messages = lift_checks(graph)
         module = to_fx(lifted, device, kernels(device))
         dynamic = bool(graph.ranges) or any(n.binds for n in graph.nodes)
-        compiled = torch.compile(module, fullgraph=True, dynamic=dynamic)
+        options: dict[str, Any] = {"freezing": device == "cpu"}  # unmeasured on others
+        compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, options=options)
         patch = torch._dynamo.config.patch(
             capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True
         )
@@ -45,6 +52,18 @@ class Inductor(Engine):
                 return list(compiled(*inputs))
 
         return checked(run, len(graph.outputs), messages)
+
+
+def _use_own_cache() -> None:
+    """Compiled code is loaded again later: not from a folder that others may write to.
+
+    Why:  torch's default is a folder of a known name below /tmp.
+    """
+    from dfc.rewrite.proofs import cache_folder
+
+    folder = cache_folder("inductor")
+    if folder is not None:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 ENGINE = Inductor()
