@@ -51,11 +51,19 @@ class Decision:
 
 @dataclass(frozen=True)
 class RequirementReport:
-    """One `require` of the recipe, with both sides in numbers."""
+    """One `require` of the recipe, with both sides in numbers.
+
+    `undecided` says that it is not met because there are too few items to show it.
+    """
 
     text: str
     met: bool
     numbers: str
+    undecided: bool = False
+
+    @property
+    def verdict(self) -> str:
+        return "met" if self.met else "NOT SHOWN" if self.undecided else "NOT MET"
 
 
 @dataclass(frozen=True)
@@ -169,7 +177,7 @@ def goal_text(g: GoalReport) -> str:
 
 
 def requirement_text(r: RequirementReport) -> str:
-    return f"require {r.text}: {'met' if r.met else 'NOT MET'}: {r.numbers}"
+    return f"require {r.text}: {r.verdict}: {r.numbers}"
 
 
 def tried_text(t: TriedReport) -> str:

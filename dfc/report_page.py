@@ -38,7 +38,7 @@ def _tables(r: Report) -> list[str]:
 
     return [
         _table(["requirement", "", "numbers"],
-               [[x.text, "met" if x.met else "NOT MET", x.numbers] for x in r.requirements]),
+               [[x.text, x.verdict, x.numbers] for x in r.requirements]),
         _table(["goal", "before", "after"],
                [[g.text, amount_text(g.before, g.dimension), amount_text(g.after, g.dimension)]
                 for g in r.goals]),

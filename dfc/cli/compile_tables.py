@@ -73,7 +73,7 @@ def _print_wishes(report: Report) -> None:
 
     if report.requirements:
         print_text("")
-        rows = [[r.text, "met" if r.met else "NOT MET", r.numbers] for r in report.requirements]
+        rows = [[r.text, r.verdict, r.numbers] for r in report.requirements]
         print_table(["requirement", "", ""], rows)
     for g in report.goals:
         print_text(goal_text(g))

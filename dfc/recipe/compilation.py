@@ -24,6 +24,7 @@ from dfc.recipe.quantities import Meter, weight_bytes
 from dfc.recipe.requirements import (
     RequirementMissed,
     check_measurable,
+    check_resolvable,
     goal_reports,
     requirement_reports,
 )
@@ -70,6 +71,7 @@ class Compilation:
         bench = Bench(graph, probes, self.engine, self.device, self.say, self._allowed())
         meter = Meter(bench, metrics)
         check_measurable(self.plan, meter)
+        check_resolvable(self.plan, meter)
         found = self._search(graph, meter, probes, budget)
         outcome = found.outcome
         choice = choose(bench, outcome.graph, changed=outcome.changed, guarded=self.guarded)

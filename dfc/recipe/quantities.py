@@ -23,7 +23,8 @@ from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.types import TensorType
 from dfc.recipe.bench import Bench, on_device, state_of
-from dfc.recipe.metrics import UserMetric
+from dfc.recipe.certain import judge, pair_of
+from dfc.recipe.metrics import Measured, UserMetric
 from dfc.recipe.plan import Quantity, Test
 
 if TYPE_CHECKING:
@@ -35,11 +36,15 @@ Versions = Callable[[str], Graph]  # "", "baseline", "before" or a label to the 
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a comparison of quantities: both sides with their numbers, in words."""
+    """What became of a comparison of quantities: both sides with their numbers, in words.
+
+    `undecided` says that there are too few items to know; then it does not hold.
+    """
 
     holds: bool
     text: str
     comparison: Comparison | None = None
+    undecided: bool = False
 
 
 @dataclass
@@ -51,6 +56,7 @@ class Meter:
     engine: str | None = None  # the engine in question; None: the bench's lead
     _known: dict[tuple[int, str, str], tuple[Graph, float]] = field(default_factory=dict)
     _first: dict[str, Timing] = field(default_factory=dict)
+    _scores: dict[tuple[int, str, str], tuple[Graph, Measured]] = field(default_factory=dict)
 
     def on(self) -> str:
         return self.engine or self.bench.lead()
@@ -72,6 +78,7 @@ class Meter:
         """Let go of the versions that were measured, but for the original."""
         original = self.bench.original
         self._known = {k: v for k, v in self._known.items() if v[0] is original}
+        self._scores = {k: v for k, v in self._scores.items() if v[0] is original}
 
     def _measured(self, name: str, graph: Graph) -> float:
         if name == "size":
@@ -80,9 +87,16 @@ class Meter:
             return float(peak_bytes(graph, self.bench.probes.probes[0].inputs))
         if name == "error":
             return relative_error(self.bench, graph, self.on())
-        metric = self.metrics[name]
-        self.bench.say(f"calling metric {name}")
-        return metric(self.bench.callable(graph, self.on()))
+        return self.scores(name, graph).value
+
+    def scores(self, name: str, graph: Graph) -> Measured:
+        """What a metric says of a version: its number, and the scores of items if it gives any."""
+        key = (id(graph), name, self.on())
+        if key not in self._scores:
+            self.bench.say(f"calling metric {name}")
+            run = self.bench.callable(graph, self.on())
+            self._scores[key] = graph, self.metrics[name].measured(run)
+        return self._scores[key][1]
 
     # Timing
 
@@ -124,7 +138,24 @@ class Meter:
         if timed:
             timings = self.bench.times([(versions(q.version), self.on()) for q in timed])
             values |= {q: self.from_timing(q, t) for q, t in zip(timed, timings, strict=True)}
-        return Answer(test.evaluate(values.__getitem__), test.explain(values.__getitem__))
+        plain = Answer(test.evaluate(values.__getitem__), test.explain(values.__getitem__))
+        return self._paired(test, versions, plain)
+
+    def _paired(self, test: Test, versions: Versions, plain: Answer) -> Answer:
+        """A comparison of one metric with the original's, item by item where it gives scores."""
+        pair = pair_of(test)
+        if pair is None or pair[0].name not in self.metrics:
+            return plain
+        after, before = (versions(q.version) for q in pair)
+        if after is before:
+            return plain
+        name = pair[0].name
+        scores = self.scores(name, after), self.scores(name, before)
+        found = judge(test, self.metrics[name], pair, *scores)
+        if found is None:
+            return plain
+        text, undecided = f"{plain.text}: {found.words}", found.verdict == "undecided"
+        return Answer(found.verdict == "accept", text, undecided=undecided)
 
     def _beyond_noise(
         self,

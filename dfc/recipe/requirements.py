@@ -7,9 +7,11 @@ from typing import Any
 
 from dfc.errors import DfcError, Diagnostic
 from dfc.ir.graph import Graph
+from dfc.recipe.certain import hopeless, pair_of
 from dfc.recipe.plan import QUANTITIES, Plan, Test, quantities_of
 from dfc.recipe.quantities import Meter, Versions
 from dfc.report import GoalReport, RequirementReport
+from dfc.rewrite.pass_ import LOSSY_RTOL, Pass
 
 
 class RequirementMissed(DfcError):
@@ -31,7 +33,8 @@ class RequirementMissed(DfcError):
 
 
 def _message(r: RequirementReport) -> str:
-    return f"the requirement `{r.text}` is not met: {r.numbers}"
+    verb = "cannot be judged" if r.undecided else "is not met"
+    return f"the requirement `{r.text}` {verb}: {r.numbers}"
 
 
 def check_measurable(plan: Plan, meter: Meter) -> None:
@@ -47,6 +50,38 @@ def check_measurable(plan: Plan, meter: Meter) -> None:
     if reason:
         shown = next(q for q in quantities if q.name != "size")
         raise DfcError("Q053", f"`{shown.name}` cannot be measured: {reason}", status=2)
+
+
+def check_resolvable(plan: Plan, meter: Meter) -> None:
+    """Refuse requirements on a metric that its items are too few to ever show, before any work.
+
+    Only where a step changes results on purpose: else nothing is expected to change.
+    Raises:  DfcError Q056.
+    """
+    if not any(changes_results(s.build({})) for s in plan.passes()):
+        return
+    problems = []
+    for test in plan.requirements:
+        pair = pair_of(test)
+        if pair is None or pair[0].name not in meter.metrics or meter.why_not(pair):
+            continue
+        name, original = pair[0].name, meter.bench.original
+        before = meter.scores(name, original)
+        needed = hopeless(test, meter.metrics[name], before)
+        if needed is not None:
+            count = f"{needed:,}".replace(",", " ")
+            message = (
+                f"`require {test}` cannot be judged on {len(before.items)} items: even a result "
+                "that is right and wrong on the same ones does not show it"
+            )
+            problems.append(Diagnostic("Q056", message, None, f"give `{name}` {count} items"))
+    if problems:
+        raise DfcError.of(problems)
+
+
+def changes_results(p: Pass) -> bool:
+    """Whether a pass changes results by more than rounding."""
+    return p.numerics.kind == "changes" or p.numerics.rtol >= LOSSY_RTOL
 
 
 def goal_reports(plan: Plan, meter: Meter, versions: Versions) -> list[GoalReport]:
@@ -68,6 +103,6 @@ def requirement_reports(plan: Plan, meter: Meter, versions: Versions) -> list[Re
 
     def one(test: Test) -> RequirementReport:
         answer = meter.answer(test, versions)
-        return RequirementReport(str(test), answer.holds, answer.text)
+        return RequirementReport(str(test), answer.holds, answer.text, answer.undecided)
 
     return [one(r) for r in plan.requirements]

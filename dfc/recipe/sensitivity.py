@@ -22,7 +22,7 @@ from dfc.lang.selectors import parse_selector
 from dfc.recipe.metrics import Measured, UserMetric
 from dfc.recipe.options import fields_of, part_field
 from dfc.recipe.quantities import weight_bytes
-from dfc.rewrite.pass_ import Context, Data, Pass
+from dfc.rewrite.pass_ import LOSSY_RTOL, Context, Data, Pass
 from dfc.rewrite.slice import slice_graph
 
 BATCHES = 4  # of data that are compared on, at most
@@ -95,7 +95,7 @@ def data_field(cls: type[Pass]) -> str | None:
 
 def why_not(p: Pass) -> str | None:
     """Why a step cannot be measured layer by layer, None when it can."""
-    if p.numerics.kind == "exact" or (p.numerics.kind == "close" and p.numerics.rtol < 1e-3):
+    if p.numerics.kind == "exact" or (p.numerics.kind == "close" and p.numerics.rtol < LOSSY_RTOL):
         return "it changes results by rounding at most"
     if part_field(type(p)) is None:
         return "it has no option that says on which part of the model it works"

@@ -39,6 +39,9 @@ EXACT = Numerics("exact")
 CHANGES = Numerics("changes")
 
 
+LOSSY_RTOL = 1e-3  # what promises less than that changes results on purpose
+
+
 def close(rtol: float) -> Numerics:
     """Results may differ by rounding; the driver's agreement rule bounds by how much."""
     return Numerics("close", rtol)
