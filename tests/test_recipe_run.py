@@ -317,7 +317,7 @@ def test_a_metric_that_raises_is_blamed_by_its_line(net: Model, val: Any) -> Non
     span = e.value.diagnostics[0].span
     assert e.value.status == 8 and span is not None and span.file.endswith("test_recipe_run.py")
     assert "the line that is named" in str(e.value)
-    with pytest.raises(dfc.DfcError, match=r"K041.*returned a str"):
+    with pytest.raises(dfc.DfcError, match=r"K041.*returned the text"):
         make(net, "minimize loss\ncse", DATA, metrics={"loss": lambda run, data: "x"}, **given)
     with pytest.raises(dfc.DfcError, match="cannot be called as loss"):
         make(net, "minimize loss\ncse", DATA, metrics={"loss": lambda run: 1.0}, **given)
