@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dfc.calling import build_outputs, flat_inputs, own_outputs
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Parameter
 from dfc.planning.engine import Engine, Runner
 from dfc.report import Report
+
+if TYPE_CHECKING:
+    from dfc.rewrite.probe import Probes
 
 
 class Compiled:
@@ -122,8 +125,17 @@ class Compiled:
         """
         from dfc.emit.onnx_export import export_onnx
 
-        probes = [(p.inputs, p.original) for p in self.probes]
+        probes = [(p.inputs, p.original) for p in self.standard().ready()]
         export_onnx(self.graph, path, probes=probes, force=force, contrib=contrib, **options)
+
+    def standard(self) -> Probes:
+        """What engines and files are held to: the original's results, or, where the recipe changes
+        those on purpose, the graph's own."""
+        from dfc.rewrite.probe import Probes, own_probes
+
+        if self.report.lossy:
+            return own_probes(self.probes, self.graph)
+        return Probes(self.graph, self.probes)
 
     def emit(self, stem: str | os.PathLike[str], *, force: bool = False) -> list[str]:
         """Write what the recipe's `emit` lines ask for: STEM.onnx, STEM.dfc, or their own names.

@@ -108,6 +108,7 @@ class Report:
     passes_s: float = 0.0
     proved: bool = False
     proof: str = ""
+    lossy: bool = False  # it changes results on purpose: its own are the standard for engines
     error: float | None = None
     original_error: float | None = None
     passes: list[PassReport] = field(default_factory=list)

@@ -95,12 +95,10 @@ def _prove(package: str, engine: str, device: str, say: Any) -> dict[str, Any]:
     import dfc
     from dfc.api import ENGINE_RTOL
     from dfc.cli.prove import largest_error
-    from dfc.rewrite.probe import Probes
 
     say(f"proving on {engine}")
     compiled = dfc.load(package, engine=engine, device=device)
-    probes = Probes(compiled.graph, compiled.probes)
-    verdict = probes.judge(compiled.run_flat, rtol=ENGINE_RTOL)
+    verdict = compiled.standard().judge(compiled.run_flat, rtol=ENGINE_RTOL)
     worst = largest_error(compiled)
     return {
         "engine": compiled.engine.name,

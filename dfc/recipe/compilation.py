@@ -182,6 +182,7 @@ def _name(model: Any) -> str:
 
 
 def _proof(report: Report, probes: Any, mode: str, lossy: bool) -> None:
+    report.lossy = lossy
     if probes is None or mode == "none":
         report.proof = "unproved"
         return

@@ -6,7 +6,7 @@ are drawn from the example's own dtype and range: a token id stays a valid token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -188,6 +188,11 @@ class Probes:
                     status=3,
                 )
         probe.original, probe.witness = captured, witness
+
+
+def own_probes(probes: Iterable[Probe], graph: Graph, seed: int = 0) -> Probes:
+    """The same inputs with a version's own results: it differs from the original on purpose."""
+    return Probes(graph, [Probe(p.label, p.inputs) for p in probes], seed)
 
 
 def clone(inputs: Sequence[Any]) -> list[Any]:

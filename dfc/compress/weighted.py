@@ -1,0 +1,234 @@
+"""What of a graph has constant weights that could be stored in fewer bits, and who reads them.
+
+A weight is found once, with all of its readers: a table that an embedding and the output layer
+share is quantized once, or not at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph, Node, Parameter, Value
+from dfc.ops.builder import Builder
+
+LINEAR = "aten.linear.default"
+EMBEDDING = "aten.embedding.default"
+_ADDMM = "aten.addmm.default"
+CONVOLUTIONS = frozenset(
+    f"aten.{n}" for n in ("conv1d.default", "conv2d.default", "conv3d.default")
+)
+_PRODUCTS = frozenset({"aten.matmul.default", "aten.mm.default"})
+_TRANSPOSED = frozenset({"aten.t.default", "aten.numpy_T.default"})
+# Ops that read weights, other than those that can be quantized; for telling why they are kept.
+_OTHERS = {
+    "aten.lstm.input": "recurrent layers take float weights",
+    "aten.gru.input": "recurrent layers take float weights",
+    "aten.bmm.default": "its weights are a batch of matrices",
+    "aten.convolution.default": "it is a transposed or general convolution",
+}
+
+
+@dataclass(frozen=True)
+class Use:
+    """One node that reads a weight: as a linear layer, a table of rows, or a convolution.
+
+    `rows` says that outputs (or table rows) are the weight's first dimension, as in
+    torch.nn.Linear, and not its last.
+    """
+
+    node: Node
+    kind: str  # "linear", "embedding" or "conv"
+    rows: bool = True
+
+    @property
+    def x(self) -> Value:
+        """The other operand: activations, or indices."""
+        found = self.node.inputs[1 if self.node.op in (EMBEDDING, _ADDMM) else 0]
+        assert isinstance(found, Value)
+        return found
+
+    @property
+    def bias(self) -> Value | None:
+        at = {LINEAR: 2, _ADDMM: 0}.get(self.node.op)
+        found = None if at is None else self.node.inputs[at]
+        return found if isinstance(found, Value) else None
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A weight and everything that reads it."""
+
+    weight: Parameter
+    uses: tuple[Use, ...]
+
+    @property
+    def node(self) -> Node:
+        return self.uses[0].node
+
+    @property
+    def is_conv(self) -> bool:
+        return self.uses[0].kind == "conv"
+
+    @property
+    def rows(self) -> bool:
+        return self.uses[0].rows
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs, or rows and columns of a table."""
+        sizes = [int(s) for s in self.weight.tensor_type.shape]  # type: ignore[arg-type]
+        first, rest = sizes[0], 1
+        for s in sizes[1:]:
+            rest *= s
+        return (first, rest) if self.rows else (rest, first)
+
+
+def described(node: Node) -> str:
+    """A layer as messages name it: its result and its module path."""
+    module = f" of `{node.loc.module}`" if node.loc and node.loc.module else ""
+    return f"layer %{node.results[0].name}{module}"
+
+
+def find_weighted(graph: Graph) -> tuple[list[Weighted], dict[Node, str]]:
+    """Weights whose readers all could read codes instead, in the order of their first reader; and
+    the nodes that read weights which must stay, each with the reason.
+
+    Nested graphs are not looked into: what they read is kept.
+    """
+    uses: dict[Parameter, list[Use]] = {}
+    kept: dict[Node, str] = {}
+    for node in graph.nodes:
+        use = _use(node)
+        if use is not None:
+            uses.setdefault(_weight(node), []).append(use)
+        elif node.op in _OTHERS and any(isinstance(v, Parameter) for v in node.operands):
+            kept[node] = _OTHERS[node.op]
+    written = {m.target for m in graph.mutations}
+    found = []
+    for weight, its in uses.items():
+        reason = _why_not(weight, its, written)
+        if reason is None:
+            found.append(Weighted(weight, tuple(its)))
+        else:
+            kept.update(dict.fromkeys((u.node for u in its), reason))
+    return found, kept
+
+
+def _use(node: Node) -> Use | None:
+    """How a node reads a constant weight, if it does."""
+    inputs = node.inputs
+    if node.op == EMBEDDING:
+        return Use(node, "embedding") if isinstance(inputs[0], Parameter) else None
+    if node.op == LINEAR or node.op in CONVOLUTIONS:
+        kind = "linear" if node.op == LINEAR else "conv"
+        return Use(node, kind) if isinstance(inputs[1], Parameter) else None
+    if node.op in _PRODUCTS:
+        return _product(node, inputs[1])
+    if node.op == _ADDMM:
+        a, bias = node.attributes, inputs[0]
+        plain = isinstance(bias, Value) and bias.tensor_type.rank == 1
+        plain = plain and a.get("alpha", 1) == a.get("beta", 1) == 1
+        return _product(node, inputs[2]) if plain else None
+    return None
+
+
+def _product(node: Node, weight: object) -> Use | None:
+    """`x @ W`, or `x @ W.T`, with a constant W of two dimensions."""
+    if not isinstance(weight, Value):
+        return None
+    rows = _is_transposed(weight)
+    source = weight.node.inputs[0] if rows and weight.node else weight
+    if not isinstance(source, Parameter) or source.tensor_type.rank != 2:
+        return None
+    return Use(node, "linear", rows)
+
+
+def _is_transposed(x: Value) -> bool:
+    """Whether a value is a matrix with its two dimensions swapped."""
+    if x.node is None or x.tensor_type.rank != 2:
+        return False
+    a = x.node.attributes
+    return (
+        x.node.op in _TRANSPOSED
+        or (x.node.op == "aten.permute.default" and tuple(a["dims"]) in ((1, 0), (-1, -2)))
+        or (x.node.op == "aten.transpose.int" and {a["dim0"] % 2, a["dim1"] % 2} == {0, 1})
+    )
+
+
+def _weight(node: Node) -> Parameter:
+    """The constant that a use reads, perhaps through a transposition."""
+    found = node.inputs[{EMBEDDING: 0, _ADDMM: 2}.get(node.op, 1)]
+    assert isinstance(found, Value)
+    if not isinstance(found, Parameter):
+        assert found.node is not None
+        found = found.node.inputs[0]
+    assert isinstance(found, Parameter)
+    return found
+
+
+def _why_not(weight: Parameter, uses: list[Use], written: set[Value]) -> str | None:
+    """Why a weight cannot be stored as codes, None when it can."""
+    dtype = weight.tensor_type.dtype
+    if dtype.name not in ("f16", "bf16", "f32", "f64"):
+        return f"its weight is {dtype}"
+    if weight in written:
+        return f"the model writes to !{weight.name}"
+    if any(u.bias is weight for u in uses):
+        return f"!{weight.name} is its bias too"
+    if len({(u.kind == "conv", u.rows) for u in uses}) > 1:
+        return f"!{weight.name} is read both as it lies and transposed"
+    readers = set(weight.users)
+    for reader in weight.users:  # a transposition counts as those who read it
+        if any(_is_transposed(r) for r in reader.results):
+            readers.discard(reader)
+            readers.update(u for r in reader.results for u in r.users)
+    others = [n for n in readers if n not in {u.node for u in uses}]
+    if others:
+        shown = f"%{others[0].results[0].name} ({others[0].op})" if others[0].results else "outputs"
+        return f"!{weight.name} is read by {shown} as well, which takes floats"
+    return None
+
+
+def check_numbers(found: list[Weighted]) -> None:
+    """Refuse a model without weights.
+
+    Raises:  DfcError D002 that names the first layer and its module path.
+    """
+    for w in found:
+        if w.weight.data is None:
+            raise DfcError(
+                "D002",
+                f"{described(w.node)}: the parameter !{w.weight.name} has no numbers to quantize",
+                help="the model is on the meta device: give it weights first",
+            )
+
+
+def as_linear(graph: Graph, found: Weighted) -> Weighted:
+    """Write every product with the weight as `aten.linear` of its transposed copy, [N, K].
+
+    What is already one stays. The copy is a view: nothing is moved.
+    """
+    if found.is_conv or all(u.node.op in (LINEAR, EMBEDDING) for u in found.uses):
+        return found
+    weight = found.weight
+    if not found.rows:
+        assert weight.data is not None
+        weight = graph.add_constant(f"{weight.name}.T", weight.data.tensor().T)
+    uses = []
+    for u in found.uses:
+        if u.node.op in (LINEAR, EMBEDDING):
+            uses.append(u)
+            continue
+        made = Builder(graph, u.node).node(LINEAR, u.x, weight, u.bias)
+        name = u.node.results[0].name
+        transposed = [v.node for v in u.node.operands if v.node is not None and _is_transposed(v)]
+        graph.replace(u.node, made.results)
+        graph.rename(made.result, name)
+        for t in transposed:
+            if t.graph is not None and not any(r.use_count for r in t.results):
+                graph.erase(t)
+        uses.append(Use(made, "linear"))
+    if weight is not found.weight and not found.weight.use_count:
+        graph.drop_parameter(found.weight.name)
+    return Weighted(weight, tuple(uses))

@@ -1,0 +1,219 @@
+"""Store weights in eight or four bits; with that, where it is asked for, round activations too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from dfc.compress.grid import Grid
+from dfc.compress.weighted import (
+    Weighted,
+    as_linear,
+    check_numbers,
+    described,
+    find_weighted,
+)
+from dfc.compress.weights import Stored, find, forget, read_codes, store
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph, Node
+from dfc.lang.selectors import Selector
+from dfc.rewrite.pass_ import CHANGES, KEPT, Context, Data, Pass, Quota
+
+if TYPE_CHECKING:
+    from dfc.compress.grid import Rounded
+
+_SMALLEST_GROUP = 16
+_DEFAULT_GROUP = 32  # of four bits: with one scale a row they lose too much
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Store the weights of linear layers, embeddings and convolutions as codes with scales.
+
+    `weights` computes with the weights that the codes stand for. `dynamic` rounds what linear
+    layers read to int8 as well, each row (or each group of it) by its own range, when the model
+    runs. `static` rounds activations by ranges that calibration data decides. `auto` is `static`
+    for int8 with data and a convolution, `dynamic` for int8 else, `weights` for int4.
+
+    Needs:    weights with numbers; for `static`, gptq and awq, calibration data (`using`).
+    Ensures:  a layer reads codes, or there is a reason why not; no float weight that nothing reads
+              is left. A table that several layers share is stored once.
+    Keeps:    inputs, outputs, names of values; biases and norms; layers below `smallest` weights.
+    Cost:     `rtn`: a few passes over each weight, one at a time.
+    Raises:   DfcError D002 for a model without weights, D096 when nothing is left to quantize, D097
+              for a group that no layer could have.
+    Source:   reference of the storage: ONNX Runtime's MatMulNBits.
+    """
+
+    name = "quantize"
+    numerics = CHANGES
+    phrases: ClassVar[Mapping[str, str]] = {"": "to", "using": "data", "except": "exclude"}
+    auto: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "to": ("int8", "int4"),
+        "scheme": ("weights", "dynamic"),
+        "group": (32, 64, 128),
+    }
+
+    to: Literal["int8", "int4"] = "int8"
+    scheme: Literal["auto", "weights", "dynamic", "static"] = "auto"
+    data: Data | None = None
+    select: Selector | None = None  # only layers in this part of the model
+    exclude: Selector | None = None  # and not in this
+    group: int | None = None  # numbers of a row that share a scale; none: the row, 32 for int4
+    symmetric: bool = True  # no: a zero point for each group (int4)
+    method: Literal["rtn", "gptq", "awq"] = "rtn"
+    range: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"  # of static
+    embeddings: bool = True  # tables too
+    activations: Literal["auto", "float", "int8"] = "auto"  # what linear layers multiply
+    smallest: int = 1024  # weights below so many numbers stay
+    limit: int | None = None  # quantize at most this many weights; bisects
+    skip: tuple[int, ...] = ()  # weights by number that are left out
+
+    def run(self, graph: Graph, ctx: Context) -> int:
+        self._check_options()
+        found, kept = find_weighted(graph)
+        chosen = self._chosen(graph, found, kept)
+        scheme = self._scheme(chosen)
+        if scheme == "static":
+            return int(find("scheme", "static", "apply")(graph, self, ctx))
+        for node, reason in kept.items():
+            ctx.decided(node, KEPT, reason)
+        if not chosen:
+            if self._is_done(graph):
+                return 0
+            raise self._nothing(kept)
+        check_numbers(chosen)
+        quota = Quota(self.limit, self.skip)
+        wanted = [w for w in chosen if quota.allows(w.node)]
+        self._quantize(graph, wanted, scheme, ctx)
+        return quota.done
+
+    # Options
+
+    def _check_options(self) -> None:
+        g = self.group
+        if g is not None and (g < _SMALLEST_GROUP or g & (g - 1)):
+            near = max(_SMALLEST_GROUP, 1 << max(g, 1).bit_length() - 1)
+            help = f"{near} or {near * 2}, for example; 32, 64 and 128 are usual"
+            message = f"`group` is a power of two, at least {_SMALLEST_GROUP}: got {g}"
+            raise DfcError("D097", message, help=help)
+        if self.method != "rtn" and self.data is None:
+            help = "pass it by name: `quantize int4 using calib`"
+            raise DfcError("D080", f"the method `{self.method}` needs calibration data", help=help)
+        if self.scheme == "static" and self.data is None:
+            help = "pass it by name: `quantize int8 using calib with scheme=static`"
+            raise DfcError("D080", "the scheme `static` needs calibration data", help=help)
+        if not self.symmetric and self.to == "int8":
+            help = "with 256 codes a zero point gains nothing; `symmetric=no` is for int4"
+            raise DfcError("D097", "int8 weights have no zero point", help=help)
+
+    def _scheme(self, chosen: list[Weighted]) -> str:
+        if self.scheme != "auto":
+            return self.scheme
+        if self.to == "int4":
+            return "weights"
+        has_convs = any(w.is_conv for w in chosen)
+        return "static" if self.data is not None and has_convs else "dynamic"
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.to == "int8" else 4
+
+    def grid(self, layer: Weighted | None = None) -> Grid:
+        """Where the weights of a layer may lie."""
+        group = self.group or (None if self.bits == 8 else _DEFAULT_GROUP)
+        if layer is not None and layer.is_conv:
+            group = None
+        return Grid(self.bits, group, self.symmetric)
+
+    # Choosing
+
+    def _chosen(self, graph: Graph, found: list[Weighted], kept: dict[Node, str]) -> list[Weighted]:
+        """The weights that are quantized; for the others, `kept` is told why."""
+        only = set(self.select.nodes_left(graph)) if self.select else None
+        unwanted = set(self.exclude.nodes_left(graph)) if self.exclude else set()
+        chosen = []
+        for w in found:
+            reason = self._why_not(w, only, unwanted)
+            if reason is None:
+                chosen.append(w)
+            else:
+                kept.update(dict.fromkeys((u.node for u in w.uses), reason))
+        return chosen
+
+    def _why_not(self, w: Weighted, only: set[Node] | None, unwanted: set[Node]) -> str | None:
+        n, k = w.shape
+        nodes = {u.node for u in w.uses}
+        if only is not None and not nodes & only:
+            return "it is not in `select`"
+        if nodes & unwanted:
+            tied = f", and shares !{w.weight.name} with others" if len(nodes) > 1 else ""
+            return f"excluded by the step{tied}"
+        if not self.embeddings and any(u.kind == "embedding" for u in w.uses):
+            return "it is a table, and `embeddings` is no"
+        if n * k < self.smallest:
+            return f"it has {n * k} weights, less than `smallest` ({self.smallest})"
+        if self.bits == 4 and w.is_conv:
+            return "no engine has convolutions with weights of four bits"
+        group = self.grid(w).group
+        if group is not None and k < group:
+            return f"its rows of {k} are shorter than a group of {group}"
+        return None
+
+    def _is_done(self, graph: Graph) -> bool:
+        """Whether the graph reads codes already: a second run finds nothing to do."""
+        return any(n.op.startswith(("dfc.linear_w", "dfc.embedding_w", "dfc.dequantize"))
+                   for n in graph.nodes)  # fmt: skip
+
+    def _nothing(self, kept: Mapping[Node, str]) -> DfcError:
+        where = f" in `{self.select}`" if self.select else ""
+        but = f" but those in `{self.exclude}`" if self.exclude else ""
+        notes = tuple(f"{described(n)}: {reason}" for n, reason in list(kept.items())[:5])
+        more = len(kept) - len(notes)
+        help = "`dfc select MODEL 'op(linear) | op(embedding)'` lists layers and module paths"
+        return DfcError(
+            "D096", f"nothing is left to quantize{where}{but}", help=help,
+            notes=notes + ((f"and {more} more",) if more else ()),
+        )  # fmt: skip
+
+    # Doing
+
+    def _quantize(self, graph: Graph, wanted: list[Weighted], scheme: str, ctx: Context) -> None:
+        layers = [as_linear(graph, w) for w in wanted]
+        activations = self.activations
+        if activations == "auto":
+            activations = "int8" if scheme == "dynamic" else "float"
+        found = self._encode(graph, layers, ctx)
+        for layer in layers:
+            stored = store(graph, layer, found[layer.weight])
+            for use in layer.uses:
+                told = self._told(layer, stored, found[layer.weight], ctx) if ctx.asked else ""
+                made = read_codes(graph, use, stored, activations)
+                ctx.decided(made, "quantized", told)
+            forget(graph, layer.weight)
+
+    def _encode(self, graph: Graph, layers: list[Weighted], ctx: Context) -> dict[Any, Rounded]:
+        """Codes by weight. Tables and convolutions are rounded to nearest by every method."""
+        found: dict[Any, Rounded] = {}
+        linear = [w for w in layers if all(u.kind == "linear" for u in w.uses)]
+        rest = [w for w in layers if w not in linear]
+        for method, part in ((self.method, linear), ("rtn", rest)):
+            encode = find("method", method, "encode")
+            for convs in (False, True):
+                some = [w for w in part if w.is_conv is convs]
+                if some:
+                    found |= encode(graph, some, self.grid(some[0]), ctx, self.data)
+        return found
+
+    def _told(self, layer: Weighted, stored: Stored, found: Rounded, ctx: Context) -> str:
+        from dfc.compress.rtn import matrix_of
+
+        before = int(layer.weight.tensor_type.nbytes)  # type: ignore[arg-type]
+        w = matrix_of(layer)
+        error = float((found.weight - w).norm() / w.norm().clamp(min=1e-30))
+        tied = f", shared by {len(layer.uses)} layers" if len(layer.uses) > 1 else ""
+        return (
+            f"{found.grid} by {self.method}: {before} -> {stored.nbytes} bytes{tied}, "
+            f"off by {100 * error:.2g} %"
+        )

@@ -1,0 +1,246 @@
+"""The verb `quantize`: which weights become codes, how large the result is, why others stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dfc
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph
+from dfc.ir.interpret import interpret
+from dfc.lang.selectors import parse_selector
+from dfc.recipe.quantities import weight_bytes
+from dfc.rewrite.pass_ import Context, find_pass
+
+
+class Net(nn.Module):
+    """A tied table, linear layers, and products with constant matrices as GPT-2 writes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(300, 64)
+        self.up = nn.Linear(64, 128)
+        self.down = nn.Linear(128, 64)
+        self.norm = nn.LayerNorm(64)
+        self.w = nn.Parameter(torch.randn(64, 96) / 8)
+        self.c = nn.Parameter(torch.randn(96, 64) / 8)
+        self.b = nn.Parameter(torch.randn(64) / 8)
+        self.tiny = nn.Linear(64, 4)
+        self.head = nn.Linear(64, 300, bias=False)
+        self.head.weight = self.emb.weight
+
+    def forward(self, i: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = self.emb(i)
+        x = self.norm(x + self.down(torch.relu(self.up(x))))
+        y = torch.addmm(self.b, torch.matmul(x, self.w).reshape(-1, 96), self.c)
+        return self.head(x), y @ self.w, self.tiny(x)
+
+
+def graph() -> tuple[Graph, list[Any]]:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 300, (2, 7))
+    return dfc.trace(Net().eval(), (ids,)), [ids]
+
+
+def quantized(g: Graph, **options: Any) -> tuple[Graph, Context, int]:
+    copy, ctx = g.copy(), Context(decisions=[])
+    p = find_pass("quantize", options)
+    changes = p.run(copy, ctx)
+    dfc.parse(str(copy))
+    assert p.run(copy, Context()) == 0
+    return copy, ctx, changes
+
+
+def ops(g: Graph) -> list[str]:
+    return sorted(n.op for n in g.nodes if n.op.startswith("dfc."))
+
+
+def relative(a: Any, b: Any) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize(
+    ("options", "op", "error"),
+    [
+        ({"scheme": "weights"}, "w8", 0.02),
+        ({"scheme": "weights", "group": 32}, "w8", 0.02),
+        ({}, "w8", 0.04),
+        ({"to": "int4"}, "w4", 0.2),
+        ({"to": "int4", "symmetric": False, "group": 64}, "w4", 0.2),
+        ({"to": "int4", "scheme": "dynamic"}, "w4", 0.2),
+    ],
+)
+def test_every_form_of_a_linear_layer_reads_codes(
+    options: dict[str, Any], op: str, error: float
+) -> None:
+    g, inputs = graph()
+    small, _, changes = quantized(g, **options)
+    assert changes == 5  # the table, up, down, w (two readers), c
+    assert ops(small) == [f"dfc.embedding_{op}"] + 6 * [f"dfc.linear_{op}"]
+    assert [v.type for v in small.outputs] == [v.type for v in g.outputs]
+    floats = [p for p in small.parameters.values() if p.tensor_type.dtype.name == "f32"]
+    assert all(p.tensor_type.rank == 1 or "scale" in p.name or "tiny" in p.name for p in floats)
+    for a, b in zip(interpret(small, inputs), interpret(g, inputs), strict=True):
+        assert 0 < relative(a, b) < error
+    share = weight_bytes(small) / weight_bytes(g)
+    assert share < (0.31 if op == "w8" else 0.19)
+
+
+def test_a_tied_table_is_stored_once() -> None:
+    g, _ = graph()
+    small, ctx, _ = quantized(g)
+    codes = [p for p in small.parameters.values() if p.tensor_type.dtype.name == "i8"]
+    assert sum(p.tensor_type.shape[0] == 300 for p in codes) == 1
+    reasons = [d.reason for d in ctx.decisions or () if d.outcome == "quantized"]
+    assert "shared by 2 layers" in reasons[0]
+
+
+def test_kept_layers_have_a_reason() -> None:
+    g, _ = graph()
+    _, ctx, changes = quantized(g, exclude=parse_selector('"head" | "up"'))
+    kept = {d.loc.module: d.reason for d in ctx.decisions or () if not d.changed and d.loc}
+    assert changes == 3
+    assert "less than `smallest`" in kept["tiny"]
+    assert kept["up"] == "excluded by the step"
+    assert kept["emb"] == kept["head"]
+    assert "shares !" in kept["head"]  # the table is in the way of the head that is excluded
+    _, _, changes = quantized(g, select=parse_selector('"up"'))
+    assert changes == 1
+    _, ctx, _ = quantized(g, embeddings=False)
+    assert (
+        "`embeddings` is no"
+        in {d.loc.module: d.reason for d in ctx.decisions or () if d.loc}["emb"]
+    )
+
+
+def test_rows_that_do_not_fill_their_last_group() -> None:
+    """The codes that fill it up are not read."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(72, 48), nn.Linear(48, 20)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(torch.relu(self.a(x)))
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 72)
+    g = dfc.trace(Odd().eval(), (x,))
+    small, ctx, changes = quantized(g, to="int4", group=64, smallest=0)
+    assert changes == 1
+    assert [d.reason for d in ctx.decisions or () if not d.changed] == [
+        "its rows of 48 are shorter than a group of 64"
+    ]
+    (codes,) = [p for p in small.parameters.values() if p.tensor_type.dtype.name == "u8"]
+    assert codes.tensor_type.shape == (48, 64)
+    assert relative(interpret(small, [x])[0], interpret(g, [x])[0]) < 0.2
+
+
+def test_zero_channels_get_the_scale_one_and_stay_zero() -> None:
+    net = nn.Linear(64, 32).eval()
+    with torch.no_grad():
+        net.weight[3] = 0
+    x = torch.randn(2, 64)
+    g = dfc.trace(net, (x,))
+    for options in ({}, {"to": "int4"}, {"to": "int4", "symmetric": False}):
+        small, _, _ = quantized(g, **options)
+        (scale,) = [p for p in small.parameters.values() if "scale" in p.name]
+        assert scale.data is not None and bool((scale.data.tensor()[3] == 1).all())
+        y = interpret(small, [x])[0]
+        assert torch.allclose(y[:, 3], net.bias[3].expand(2))
+
+
+def test_convolutions_are_stored_in_eight_bits() -> None:
+    class Conv(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c = nn.Conv2d(8, 16, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.c(x)
+
+    x = torch.randn(1, 8, 6, 6)
+    g = dfc.trace(Conv().eval(), (x,))
+    small, _, _ = quantized(g, scheme="weights")
+    assert ops(small) == ["dfc.dequantize"]
+    assert relative(interpret(small, [x])[0], interpret(g, [x])[0]) < 0.02
+    with pytest.raises(DfcError) as refused:
+        quantized(g, to="int4")
+    assert "no engine has convolutions" in str(refused.value.diagnostics[0].notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        ({"group": 24}, "D097", "power of two, at least 16: got 24"),
+        ({"group": 8}, "D097", "at least 16: got 8"),
+        ({"smallest": 10**9}, "D096", "nothing is left to quantize"),
+        (
+            {"exclude": parse_selector('not "nowhere.**"')},
+            "D096",
+            "nothing is left to quantize but",
+        ),
+        ({"method": "gptq", "to": "int4"}, "D080", "needs calibration data"),
+        ({"scheme": "static"}, "D080", "needs calibration data"),
+        ({"symmetric": False}, "D097", "no zero point"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(options: dict[str, Any], code: str, said: str) -> None:
+    g, _ = graph()
+    with pytest.raises(DfcError) as refused:
+        find_pass("quantize", options).run(g, Context())
+    assert refused.value.code == code and said in refused.value.message
+
+
+def test_a_model_without_weights_is_refused_by_layer_and_module() -> None:
+    with torch.device("meta"):
+        net = Net()
+    g = dfc.trace(net.eval(), (torch.randint(0, 300, (2, 7)),))
+    with pytest.raises(DfcError) as refused:
+        find_pass("quantize").run(g, Context())
+    assert refused.value.code == "D002"
+    assert "of `emb`: the parameter !emb.weight has no numbers" in refused.value.message
+
+
+def test_files_shrink(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, ids = Net().eval(), torch.randint(0, 300, (2, 7))
+    recipe = "dfc 1\nrecipe small { quantize int4 with group=64 }"
+    compiled = dfc.compile(net, (ids,), recipe=recipe, engine="eager")
+    plain = dfc.compile(net, (ids,), recipe="dfc 1\nrecipe same { dce }", engine="eager")
+    sizes = []
+    for which, model in (("small", compiled), ("plain", plain)):
+        model.save(tmp_path / f"{which}.dfcpkg")
+        model.export(tmp_path / f"{which}.onnx")
+        model.export(tmp_path / f"{which}.contrib.onnx", contrib=True)
+        sizes.append([
+            (tmp_path / f"{which}.dfcpkg" / "weights.safetensors").stat().st_size,
+            *(sum(f.stat().st_size for f in tmp_path.glob(f"{which}{end}*"))
+              for end in (".onnx", ".contrib.onnx")),
+        ])  # fmt: skip
+    for small, large in zip(*sizes, strict=True):
+        assert small < 0.4 * large  # a graph this small is a third of its file
+    again = dfc.load(tmp_path / "small.dfcpkg")
+    for a, b in zip(again(ids), compiled(ids), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_package_is_held_to_its_own_results(tmp_path: Path) -> None:
+    """`dfc verify` does not call a quantized model wrong for differing from the original."""
+    from typer.testing import CliRunner
+
+    from dfc.cli import app
+
+    torch.manual_seed(0)
+    net, ids = Net().eval(), torch.randint(0, 300, (2, 7))
+    compiled = dfc.compile(net, (ids,), recipe="dfc 1\nrecipe q { quantize int8 }", engine="eager")
+    assert compiled.report.lossy
+    compiled.save(tmp_path / "m.dfcpkg")
+    done = CliRunner().invoke(app, ["verify", str(tmp_path / "m.dfcpkg")])
+    assert done.exit_code == 0, done.output
