@@ -160,161 +160,155 @@ struct Stretch {
 struct Tile {
   const Job& job;
   int64_t row;
-  float* total;          // [rows][16]
-  int32_t* dot;          // [rows][16], of a group that is not finished
-  const uint8_t* codes;  // unpacked: u8 [K / 4][16][4], at most 15 each, or i16 [K / 2][16][2]
-  float* scales;         // [groups of the block][16]
-  int32_t* zeros;        // likewise
-  const uint8_t* base;   // of the panel
-};
-
-// R rows of a stretch. Everything is copied first: the compiler must think that any store of a
-// vector changes what a pointer leads to. Loops stay loops: unrolled, sums become trees and spill.
-template <int R>
-struct Block {
-  const int8_t* q;
-  const int16_t* wide;
-  const uint8_t* codes;
-  const float *xs, *ws;
-  const int32_t *xsum, *zeros;
-  float* total;
-  int32_t* unfinished;
-  int64_t stride, groups, count;
-  bool has_zeros, first, last;
-
-  Block(const Tile& t, const Stretch& s, int64_t r) {
-    const Layout& w = t.job.w;
-    stride = t.job.x.stride;
-    groups = w.groups;
-    q = t.job.x.q + (t.row + r) * stride + s.begin;
-    wide = t.job.x.wide + (t.row + r) * stride + s.begin;
-    codes = t.codes;
-    xs = t.job.x.scale + (t.row + r) * groups + s.group;
-    xsum = t.job.x.sum + (t.row + r) * groups + s.group;
-    ws = t.scales;
-    zeros = t.zeros;
-    total = t.total + r * PANEL;
-    unfinished = t.dot + r * PANEL;
-    count = s.count;
-    has_zeros = w.has_zeros;
-    first = s.first;
-    last = s.last;
-  }
+  const uint8_t* base;  // of the panel
+  Tiling& s;
 };
 
 #define ROWS _Pragma("GCC unroll 4") for (int i = 0; i < R; ++i)
-#define ROLLED _Pragma("GCC unroll 1")
+#define HALVES _Pragma("GCC unroll 2") for (int h = 0; h < 2; ++h)
 
-// Adds a finished group to the totals.
-template <int R, bool INT4>
-inline void finish(const Block<R>& b, int64_t g, const __m256i (&low)[R], const __m256i (&high)[R]) {
-  const __m256 ws0 = _mm256_load_ps(b.ws + g * PANEL), ws1 = _mm256_load_ps(b.ws + g * PANEL + 8);
-  ROWS {
-    __m256i d0 = low[i], d1 = high[i];
-    if (INT4 && b.has_zeros) {
-      const __m256i xsum = _mm256_set1_epi32(b.xsum[i * b.groups + g]);
-      d0 = _mm256_sub_epi32(d0, _mm256_mullo_epi32(load(b.zeros + g * PANEL), xsum));
-      d1 = _mm256_sub_epi32(d1, _mm256_mullo_epi32(load(b.zeros + g * PANEL + 8), xsum));
-    } else if (INT4) {
-      const __m256i off = _mm256_set1_epi32(8 * b.xsum[i * b.groups + g]);
-      d0 = _mm256_sub_epi32(d0, off);
-      d1 = _mm256_sub_epi32(d1, off);
-    }
-    float* total = b.total + i * PANEL;
-    const float xs = b.xs[i * b.groups + g];
-    _mm256_store_ps(total, add_group(d0, xs, ws0, _mm256_load_ps(total)));
-    _mm256_store_ps(total + 8, add_group(d1, xs, ws1, _mm256_load_ps(total + 8)));
-  }
+// Sums that stay in their registers. Left alone, the compiler turns a row of sums into a tree, or
+// copies them around: both take registers that are not there, and then sums go through memory.
+inline void add16(__m256i& sum, __m256i x) {
+#if defined(DFC_SIMDE)
+  sum = _mm256_add_epi16(sum, x);
+#else
+  __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x));
+#endif
 }
 
-inline void add_to(int32_t* kept, __m256i dot, bool fresh) {
-  if (!fresh) dot = _mm256_add_epi32(dot, load(kept));
-  _mm256_store_si256(reinterpret_cast<__m256i*>(kept), dot);
+inline void add32(__m256i& sum, __m256i x) {
+#if defined(DFC_SIMDE)
+  sum = _mm256_add_epi32(sum, x);
+#else
+  __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x));
+#endif
 }
 
-// Dot products go through memory: what is kept in registers across the loops makes them spill.
-template <int R>
-inline void add_part(const Block<R>& b, bool fresh, const __m256i (&low)[R],
-                     const __m256i (&high)[R]) {
-  ROWS {
-    add_to(b.unfinished + i * PANEL, low[i], fresh);
-    add_to(b.unfinished + i * PANEL + 8, high[i], fresh);
-  }
+inline void keep(int32_t* to, __m256i dot) {
+  _mm256_store_si256(reinterpret_cast<__m256i*>(to), dot);
 }
 
-template <int R, bool INT4>
-inline void finish_kept(const Block<R>& b, int64_t g) {
-  __m256i low[R], high[R];
-  ROWS {
-    low[i] = load(b.unfinished + i * PANEL);
-    high[i] = load(b.unfinished + i * PANEL + 8);
-  }
-  finish<R, INT4>(b, g, low, high);
-}
-
-// PART: FLUSH, or a group of 16. WHOLE: it is a whole group.
-template <int R, int PART, bool WHOLE>
-void rows4(const Block<R>& b, int64_t groups) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  const uint8_t* codes = b.codes;
-  const int8_t* q = b.q;
-  const int64_t stride = b.stride, count = WHOLE ? PART : b.count;
-  for (int64_t g = 0; g < groups; ++g) {
-    for (int64_t k = 0; k < count; k += PART) {
-      __m256i low[R], high[R];
-      ROWS low[i] = high[i] = _mm256_setzero_si256();
-      const uint8_t* const end = codes + PART * PANEL;
-      ROLLED for (; codes < end; codes += 64, q += 4) {
-        const __m256i w0 = load(codes), w1 = load(codes + 32);
-        ROWS {
-          const __m256i x = four(q + i * stride);
-          low[i] = _mm256_add_epi16(low[i], _mm256_maddubs_epi16(w0, x));
-          high[i] = _mm256_add_epi16(high[i], _mm256_maddubs_epi16(w1, x));
-        }
-      }
-      ROWS {
-        low[i] = _mm256_madd_epi16(low[i], ones);
-        high[i] = _mm256_madd_epi16(high[i], ones);
-      }
-      WHOLE ? finish<R, true>(b, g, low, high) : add_part(b, b.first && k == 0, low, high);
-    }
-    if (!WHOLE && b.last) finish_kept<R, true>(b, g);
-  }
-}
-
-template <int R>
-void rows8(const Block<R>& b, int64_t groups) {
-  const uint8_t* codes = b.codes;
-  const int16_t* q = b.wide;
-  const int64_t stride = b.stride;
-  for (int64_t g = 0; g < groups; ++g) {
+// Dot products of R rows for `parts` times PART values of K, to i32 [parts][R][16].
+// codes: u8 [K / 4][16][4], at most 15 each. PART: FLUSH, or a group of 16.
+// Why:  a function with nothing else in it: else the compiler keeps more than the 16 registers hold,
+//       and the sums go through memory.
+template <int R, int PART>
+__attribute__((noinline)) void dots4(const uint8_t* codes, const int8_t* q, int64_t stride,
+                                     int64_t parts, int32_t* out) {
+  for (; parts > 0; --parts, out += R * PANEL) {
     __m256i low[R], high[R];
     ROWS low[i] = high[i] = _mm256_setzero_si256();
-    const uint8_t* const end = codes + b.count * PANEL * 2;
-    ROLLED for (; codes < end; codes += 64, q += 2) {
+    UNROLL for (int k = 0; k < PART; k += 4, codes += 64, q += 4) {
       const __m256i w0 = load(codes), w1 = load(codes + 32);
       ROWS {
         const __m256i x = four(q + i * stride);
-        low[i] = _mm256_add_epi32(low[i], _mm256_madd_epi16(w0, x));
-        high[i] = _mm256_add_epi32(high[i], _mm256_madd_epi16(w1, x));
+        add16(low[i], _mm256_maddubs_epi16(w0, x));
+        add16(high[i], _mm256_maddubs_epi16(w1, x));
       }
     }
-    if (b.first && b.last) {
-      finish<R, false>(b, g, low, high);
-      continue;
+    const __m256i ones = _mm256_set1_epi16(1);
+    ROWS {
+      keep(out + i * PANEL, _mm256_madd_epi16(low[i], ones));
+      keep(out + i * PANEL + 8, _mm256_madd_epi16(high[i], ones));
     }
-    add_part(b, b.first, low, high);
-    if (b.last) finish_kept<R, false>(b, g);
   }
+}
+
+// The same for parts of any length, codes: i16 [K / 2][16][2].
+template <int R>
+__attribute__((noinline)) void dots8(const uint8_t* codes, const int16_t* q, int64_t stride,
+                                     int64_t parts, int64_t part, int32_t* out) {
+  for (; parts > 0; --parts, out += R * PANEL) {
+    __m256i low[R], high[R];
+    ROWS low[i] = high[i] = _mm256_setzero_si256();
+    const uint8_t* const end = codes + part * PANEL * 2;
+    for (; codes < end; codes += 256, q += 8) {  // groups are multiples of 16
+      UNROLL for (int k = 0; k < 4; ++k) {
+        const __m256i w0 = load(codes + 64 * k), w1 = load(codes + 64 * k + 32);
+        ROWS {
+          const __m256i x = four(q + 2 * k + i * stride);
+          add32(low[i], _mm256_madd_epi16(w0, x));
+          add32(high[i], _mm256_madd_epi16(w1, x));
+        }
+      }
+    }
+    ROWS {
+      keep(out + i * PANEL, low[i]);
+      keep(out + i * PANEL + 8, high[i]);
+    }
+  }
+}
+
+// Sums up the parts of each group, `per_group` of them, and adds finished groups to the totals.
+// OFFSET of the codes: 0, 8, or -1 for the group's zeros. ONE: a group is one part.
+template <int R, int OFFSET, bool ONE>
+__attribute__((noinline)) void add_up(const Tile& t, const Stretch& s, int64_t r,
+                                      int64_t per_group) {
+  const int64_t groups = t.job.w.groups, at = (t.row + r) * groups + s.group, count = s.groups;
+  const float* xs = t.job.x.scale + at;
+  const int32_t* xsum = t.job.x.sum + at;
+  const int32_t* dots = t.s.dots;
+  const float* ws = t.s.scales;
+  const int32_t* zeros = t.s.zeros;
+  float* const total = t.s.total + r * PANEL;
+  __m256 sum[R][2];
+  ROWS HALVES sum[i][h] = _mm256_load_ps(total + i * PANEL + 8 * h);
+  for (int64_t g = 0; g < count; ++g, ws += PANEL, zeros += PANEL, ++xs, ++xsum) {
+    const int32_t* const here = dots;
+    dots += (ONE ? 1 : per_group) * R * PANEL;
+    ROWS {
+      __m256i off = _mm256_setzero_si256();
+      if (OFFSET) off = _mm256_set1_epi32(xsum[i * groups]);
+      if (OFFSET > 0) off = _mm256_slli_epi32(off, 3);
+      const __m256 scale = _mm256_set1_ps(xs[i * groups]);
+      HALVES {
+        const int32_t* from = here + i * PANEL + 8 * h;
+        __m256i dot = load(from);
+        for (int64_t part = 1; !ONE && part < per_group; ++part)
+          dot = _mm256_add_epi32(dot, load(from + part * R * PANEL));
+        if (OFFSET > 0) dot = _mm256_sub_epi32(dot, off);
+        if (OFFSET < 0) dot = _mm256_sub_epi32(dot, _mm256_mullo_epi32(load(zeros + 8 * h), off));
+        const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(dot), scale);
+        sum[i][h] = _mm256_fmadd_ps(product, _mm256_load_ps(ws + 8 * h), sum[i][h]);
+      }
+    }
+  }
+  ROWS HALVES _mm256_store_ps(total + i * PANEL + 8 * h, sum[i][h]);
+}
+
+// The parts of a group that is longer than what is unpacked at once: kept until its end.
+template <int R>
+void add_unfinished(const Tile& t, const Stretch& s, int64_t r, int64_t per_group) {
+  int32_t* const unfinished = t.s.unfinished + r * PANEL;
+  for (int64_t o = 0; o < R * PANEL; o += 8) {
+    __m256i dot = s.first ? _mm256_setzero_si256() : load(unfinished + o);
+    for (int64_t part = 0; part < per_group; ++part)
+      dot = _mm256_add_epi32(dot, load(t.s.dots + part * R * PANEL + o));
+    keep(s.last ? t.s.dots + o : unfinished + o, dot);
+  }
+}
+
+template <int R, int OFFSET>
+void finish(const Tile& t, const Stretch& s, int64_t r, int64_t per_group) {
+  if (s.first && s.last && per_group > 1) return add_up<R, OFFSET, false>(t, s, r, per_group);
+  if (!s.first || !s.last) add_unfinished<R>(t, s, r, per_group);
+  if (s.last) add_up<R, OFFSET, true>(t, s, r, 1);
 }
 
 template <int R>
 void rows_of(const Tile& t, const Stretch& s, int64_t r) {
-  const Block<R> b(t, s, r);
-  if (t.job.w.bits == 8) return rows8<R>(b, s.groups);
-  if (t.job.w.group == 16) return rows4<R, 16, true>(b, s.groups);
-  t.job.w.group == FLUSH ? rows4<R, FLUSH, true>(b, s.groups)
-                         : rows4<R, FLUSH, false>(b, s.groups);
+  const Layout& w = t.job.w;
+  const int64_t stride = t.job.x.stride, from = (t.row + r) * stride + s.begin;
+  if (w.bits == 8) {
+    dots8<R>(t.s.codes, t.job.x.wide + from, stride, s.groups, s.count, t.s.dots);
+    return finish<R, 0>(t, s, r, 1);
+  }
+  const int64_t part = w.group == 16 ? 16 : FLUSH, per_group = s.count / part;
+  const int8_t* q = t.job.x.q + from;
+  w.group == 16 ? dots4<R, 16>(t.s.codes, q, stride, s.groups, t.s.dots)
+                : dots4<R, FLUSH>(t.s.codes, q, stride, s.groups * per_group, t.s.dots);
+  w.has_zeros ? finish<R, -1>(t, s, r, per_group) : finish<R, 8>(t, s, r, per_group);
 }
 
 void all_rows(const Tile& t, const Stretch& s, int64_t rows) {
@@ -362,13 +356,11 @@ void unpack8(const uint8_t* codes, int64_t count, uint8_t* to) {
 // Scales and zeros of the groups of a stretch, as they are multiplied.
 void unpack_scales(const Tile& t, const Stretch& s) {
   const Layout& w = t.job.w;
-  const uint8_t* base = t.base;
   for (int64_t g = 0; g < s.groups; ++g) {
     UNROLL for (int h = 0; h < 2; ++h) {
       const int64_t at = g * PANEL + 8 * h;
-      _mm256_store_ps(t.scales + at, scales(w, base, s.group + g, h));
-      if (w.has_zeros)
-        _mm256_store_si256(reinterpret_cast<__m256i*>(t.zeros + at), zeros(w, base, s.group + g, h));
+      _mm256_store_ps(t.s.scales + at, scales(w, t.base, s.group + g, h));
+      if (w.has_zeros) keep(t.s.zeros + at, zeros(w, t.base, s.group + g, h));
     }
   }
 }
@@ -382,13 +374,12 @@ Stretch stretch_of(const Layout& w, int64_t k, int64_t count) {
 
 void many_rows(const Job& job, int64_t panel, int64_t row, int64_t rows, Tiling& scratch) {
   const Layout& w = job.w;
-  const uint8_t* base = panel_of(job, panel);
+  const Tile t = {job, row, panel_of(job, panel), scratch};
   float* total = scratch.total;
-  const Tile t = {job, row, total, scratch.dot, scratch.codes, scratch.scales, scratch.zeros, base};
   for (int64_t i = 0; i < rows * PANEL; i += 8) _mm256_store_ps(total + i, _mm256_setzero_ps());
   for (int64_t k = 0; k < w.padded_k;) {
     const int64_t count = next_block(w, k);
-    const uint8_t* codes = base + w.codes_at + k * PANEL * w.bits / 8;
+    const uint8_t* codes = t.base + w.codes_at + k * PANEL * w.bits / 8;
     const Stretch s = stretch_of(w, k, count);
     w.bits == 4 ? unpack4(codes, count, scratch.codes) : unpack8(codes, count, scratch.codes);
     unpack_scales(t, s);

@@ -201,7 +201,7 @@ void one_block(const Tile& t, int64_t k, int64_t count, int64_t rows, const uint
 void many_rows(const Job& job, int64_t panel, int64_t row, int64_t rows, Tiling& scratch) {
   const Layout& w = job.w;
   float* total = scratch.total;
-  const Tile t = {job, row, total, scratch.dot, panel_of(job, panel)};
+  const Tile t = {job, row, total, scratch.unfinished, panel_of(job, panel)};
   for (int64_t i = 0; i < rows * PANEL; i += 16) _mm512_store_ps(total + i, _mm512_setzero_ps());
   for (int64_t k = 0; k < w.padded_k;) {
     const int64_t count = next_block(w, k);

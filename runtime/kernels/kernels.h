@@ -76,7 +76,8 @@ struct Tiling {
   alignas(64) float scales[TILE_K / 16 * PANEL];
   alignas(64) int32_t zeros[TILE_K / 16 * PANEL];
   alignas(64) float total[TILE_ROWS * PANEL];
-  alignas(64) int32_t dot[TILE_ROWS * PANEL];
+  alignas(64) int32_t dots[TILE_K / 16 * 4 * PANEL];      // of 4 rows: [parts][4][16]
+  alignas(64) int32_t unfinished[TILE_ROWS * PANEL];      // of a group that is not at its end
 };
 
 // One way to compute, for a kind of CPU.
