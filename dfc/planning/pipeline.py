@@ -5,14 +5,14 @@ The partition is proposed by its bottleneck; the simulator decides what a step t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from dfc.errors import DfcError
-from dfc.ir.graph import Graph
+from dfc.ir.graph import Graph, Node
 from dfc.planning.cost import Sizes, default_sizes
 from dfc.planning.machine import Machine
 from dfc.planning.model import Modelled, Wish, modelled
@@ -103,7 +103,7 @@ def plan(
 
 def _fitting(problem: Problem, machine: Machine, effort: Effort) -> Partition:
     try:
-        return partition(problem, effort)
+        return _no_worse(problem, machine, partition(problem, effort))
     except DfcError as e:
         if e.status != 6:
             raise
@@ -230,24 +230,39 @@ def _other_splits(
     model: Modelled, machine: Machine, found: Partition
 ) -> tuple[tuple[str, float], ...]:
     """What simpler tools do: how many times as long their slowest stage takes."""
-    problem, k = model.problem, model.problem.stages
-    total = problem.weights.copy()
+    return tuple(
+        (name, loads(model.problem, stage).bottleneck / found.bottleneck)
+        for name, stage in _rivals(model.problem, machine)
+        if found.bottleneck > 0
+    )
+
+
+def _rivals(problem: Problem, machine: Machine) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The splits of simpler tools, those that are allowed."""
+    k = problem.stages
     memory = np.array([d.memory for d in machine.devices])
-    rivals = {
+    shares = {
         "equal number of operators": (np.ones(problem.n), np.ones(k)),
-        "equal parameters": (total, np.ones(k)),
-        "parameters by memory": (total, memory),
+        "equal parameters": (problem.weights, np.ones(k)),
+        "parameters by memory": (problem.weights, memory),
     }
-    told = []
-    for name, (by, share) in rivals.items():
+    for name, (by, share) in shares.items():
         if by.sum() <= 0:
             continue
         ends = np.cumsum(share) / share.sum()
         middle = (np.cumsum(by) - by / 2) / by.sum()
         stage = tuple(np.minimum(np.searchsorted(ends, middle), k - 1).tolist())
-        if why_not(problem, stage) is None and found.bottleneck > 0:
-            told.append((name, loads(problem, stage).bottleneck / found.bottleneck))
-    return tuple(told)
+        if why_not(problem, stage) is None:
+            yield name, stage
+
+
+def _no_worse(problem: Problem, machine: Machine, found: Partition) -> Partition:
+    """The partition, or a simpler tool's where that is better: it may be between two cuts tried."""
+    for name, stage in _rivals(problem, machine):
+        bottleneck = loads(problem, stage).bottleneck
+        if bottleneck < found.bottleneck:
+            found = Partition(stage, bottleneck, min(found.bound, bottleneck), name)
+    return found
 
 
 def _advice(model: Modelled, machine: Machine, found: Partition) -> tuple[tuple[str, float], ...]:
@@ -268,3 +283,13 @@ def _advice(model: Modelled, machine: Machine, found: Partition) -> tuple[tuple[
             told.append((f"a link from {name} that is 25 % faster", better))
     gains = [(what, found.bottleneck / b) for what, b in told if b > 0]
     return tuple(sorted((g for g in gains if g[1] > 1.005), key=lambda g: -g[1]))
+
+
+def stage_of(found: Plan) -> dict[Node, int]:
+    """The stage of each node of the graph that was planned."""
+    used = sorted(set(found.partition.stage))
+    return {
+        node: used.index(s)
+        for nodes, s in zip(found.modelled.groups, found.partition.stage, strict=True)
+        for node in nodes
+    }

@@ -1,0 +1,78 @@
+"""A partitioned graph as one graph a stage, with what goes from where to where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph, Node, Parameter, Value
+from dfc.rewrite.slice import slice_graph
+
+HOST = -1  # where the graph's own inputs come from
+
+
+@dataclass(frozen=True)
+class StageGraph:
+    """One stage: its graph, and the whole graph's values that it takes and gives, in order.
+
+    `takes[i]` comes from stage `sources[i]`, HOST for an input of the whole graph.
+    """
+
+    graph: Graph
+    takes: tuple[Value, ...]
+    sources: tuple[int, ...]
+    gives: tuple[Value, ...]
+
+
+def split(graph: Graph, stage_of: Mapping[Node, int]) -> list[StageGraph]:
+    """The stages of a graph whose nodes have one each, numbered from 0.
+
+    Needs:   convex stages: nothing reads what a later stage makes.
+    Raises:  DfcError N050 for a node without a stage, a stage that reads a later one, or state
+             that the model writes to (a pipeline holds several microbatches at once).
+    """
+    if graph.mutations:
+        raise DfcError("N050", "the model writes to its buffers: it cannot run as a pipeline yet",
+                       help="call .eval() on it, or trace it without a cache")  # fmt: skip
+    nodes = list(graph.nodes)
+    count = _checked(nodes, stage_of)
+    home: dict[Value, int] = {v: HOST for v in graph.inputs}
+    home.update((r, stage_of[n]) for n in nodes for r in n.results)
+    stages = []
+    for s in range(count):
+        mine = [n for n in nodes if stage_of[n] == s]
+        part, outer = slice_graph(graph, mine)
+        part.name = f"{graph.name}_{s}"
+        gives = _kept(graph, mine)
+        sources = tuple(home[v] for v in outer)
+        stages.append(StageGraph(part, tuple(outer), sources, tuple(gives)))
+    return stages
+
+
+def _checked(nodes: Sequence[Node], stage_of: Mapping[Node, int]) -> int:
+    for n in nodes:
+        if n not in stage_of:
+            raise DfcError("N050", f"the node {n!r} has no stage")
+        for v in n.operands:
+            if v.node is not None and stage_of[v.node] > stage_of[n]:
+                raise DfcError(
+                    "N050", f"stage {stage_of[n]} reads %{v.name}, which a later stage makes"
+                )
+    used = sorted(set(stage_of[n] for n in nodes))
+    if used != list(range(len(used))):
+        raise DfcError("N050", f"stages are numbered from 0 without gaps, got {used}")
+    return len(used)
+
+
+def _kept(graph: Graph, mine: Sequence[Node]) -> list[Value]:
+    """The results that a slice has for outputs, in its order."""
+    inside = set(mine)
+    return [
+        r for n in mine for r in n.results if not r.users or any(u not in inside for u in r.users)
+    ]
+
+
+def passed_through(graph: Graph) -> list[Value]:
+    """Outputs that no node makes: inputs and parameters that are handed back."""
+    return [v for v in graph.outputs if v.node is None or isinstance(v, Parameter)]

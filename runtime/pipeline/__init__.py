@@ -1,0 +1,1 @@
+"""Running a partitioned graph: stages on lanes, microbatches through them."""

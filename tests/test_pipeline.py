@@ -1,0 +1,205 @@
+"""Pipelines of real models in threads: equal to the model, bounded, and stopped by a failure."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dfc
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph, Node
+from dfc.planning.machine import Device, Machine, Wire
+from dfc.planning.pipeline import plan, stage_of
+from dfc.planning.stages import split
+from dfc.runtime.pipeline.local import Pipeline
+
+B = torch.export.Dim("B", min=1, max=64)
+
+
+class UNet(nn.Module):
+    """Down and up again, with skips over the stages between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(nn.Conv2d(c, 2 * c, 3, padding=1) for c in (2, 4, 8))
+        self.up = nn.ModuleList(nn.Conv2d(3 * c, c, 3, padding=1) for c in (8, 4, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skips = []
+        for layer in self.down:
+            skips.append(x)
+            x = torch.nn.functional.max_pool2d(torch.relu(layer(x)), 2)
+        for layer in self.up:
+            x = torch.nn.functional.interpolate(x, scale_factor=2.0)
+            x = layer(torch.cat([x, skips.pop()], 1))
+        return x
+
+
+class Tied(nn.Module):
+    """A transformer whose head is its table; the mask goes to every layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(40, 16)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0) for _ in range(4)
+        )
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.table(ids)
+        for layer in self.layers:
+            x = layer(x, src_mask=mask)
+        return {"hidden": x, "logits": x @ self.table.weight.T}
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        self.b = nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 8))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.a(x) + self.b(x), self.b(x) * x.shape[0]
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...], Any]]] = {
+    "unet": lambda: (UNet(), (torch.randn(6, 2, 16, 16),), ({0: B},)),
+    "tied": lambda: (
+        Tied(), (torch.randint(40, (6, 5)), torch.zeros(5, 5)), ({0: B}, None)),
+    "branches": lambda: (Branches(), (torch.randn(6, 8),), ({0: B},)),
+    "chain": lambda: (
+        nn.Sequential(*(nn.Linear(8, 8) for _ in range(5))), (torch.randn(6, 8),), ({0: B},)),
+}  # fmt: skip
+
+
+def captured(name: str) -> tuple[nn.Module, tuple[Any, ...], Graph]:
+    torch.manual_seed(0)
+    model, args, shapes = MODELS[name]()
+    model.eval()
+    return model, args, dfc.trace(model, args, dynamic_shapes=shapes)
+
+
+def stages(graph: Graph, count: int) -> dict[Node, int]:
+    device = Device("cpu", "cpu", 1e9, 1e10, {"f32": 1e10})
+    wires = {(i, j): Wire(1e9, 0.0) for i in range(count) for j in (i - 1, i + 1) if 0 <= j < count}
+    devices = tuple(replace(device, name=f"cpu{i}") for i in range(count))
+    return stage_of(plan(graph, Machine("threads", devices, wires), sizes={"B": 2}))
+
+
+def one_by_one(graph: Graph, pipeline: Pipeline, inputs: list[Any]) -> list[Any]:
+    """The whole graph on each microbatch in turn, in this thread."""
+    from dfc.ir.interpret import interpret
+
+    found = [interpret(graph, [part[v] for v in graph.inputs]) for part in pipeline.cut(inputs)]
+    return [torch.cat(pieces) for pieces in zip(*found, strict=True)]
+
+
+def leaves(x: Any) -> list[torch.Tensor]:
+    return list(x.values()) if isinstance(x, dict) else list(x) if isinstance(x, tuple) else [x]
+
+
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"branches"}))
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_a_pipeline_gives_what_the_model_gives(name: str, count: int) -> None:
+    model, args, graph = captured(name)
+    with Pipeline(graph, stages(graph, count), microbatches=4) as pipeline, torch.no_grad():
+        expected = leaves(model(*args))
+        found = leaves(pipeline(*args))
+        exact = one_by_one(graph, pipeline, list(args))
+        for e, f, x in zip(expected, found, exact, strict=True):
+            torch.testing.assert_close(f, e)
+            assert torch.equal(f, x)  # the same kernels on the same microbatches
+
+
+def test_a_size_that_a_stage_needs_reaches_it() -> None:
+    """`x.shape[0]` is the batch of the microbatch, which the last stage multiplies by."""
+    _, args, graph = captured("branches")
+    with Pipeline(graph, stages(graph, 3), microbatches=2) as pipeline:
+        found = pipeline(*args)
+        for f, x in zip(found, one_by_one(graph, pipeline, list(args)), strict=True):
+            assert torch.equal(f, x)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 8])
+def test_the_last_microbatch_may_be_smaller(size: int) -> None:
+    model, _, graph = captured("chain")
+    x = torch.randn(size, 8)
+    with Pipeline(graph, stages(graph, 2), microbatches=4) as pipeline, torch.no_grad():
+        torch.testing.assert_close(pipeline(x), model(x))
+        assert len(pipeline.cut([x])) <= 4
+
+
+def test_skips_go_straight_to_their_stage() -> None:
+    _, _, graph = captured("unet")
+    parts = split(graph, stages(graph, 4))
+    far = [i - s for i, p in enumerate(parts) for s in p.sources if s >= 0]
+    assert max(far) > 1
+
+
+def test_hundreds_of_steps_end_and_threads_with_them() -> None:
+    _, args, graph = captured("chain")
+    before = threading.active_count()
+    with Pipeline(graph, stages(graph, 3), microbatches=6) as pipeline:
+        first = pipeline(*args)
+        for _ in range(300):
+            assert torch.equal(pipeline(*args), first)
+        report = pipeline.report()
+        assert len(report.busy) == 3 and 0 < report.predicted <= report.seconds
+    assert threading.active_count() == before
+    with pytest.raises(DfcError, match="K051"):
+        pipeline(*args)
+
+
+def test_a_stage_that_fails_is_named_and_nothing_hangs() -> None:
+    _, args, graph = captured("chain")
+    with Pipeline(graph, stages(graph, 3), microbatches=6) as pipeline:
+        lane = pipeline._lanes.lanes[1]
+        whole, calls = lane.run, []
+
+        def fails(inputs: Any) -> list[Any]:
+            calls.append(1)
+            if len(calls) == 3:
+                raise RuntimeError("out of luck")
+            return whole(inputs)
+
+        lane.run = fails
+        with pytest.raises(DfcError, match="stage 1 failed on microbatch 2: out of luck"):
+            pipeline(*args)
+        lane.run = whole
+        pipeline(*args)  # it goes on
+
+
+def test_other_engines_run_stages_too() -> None:
+    model, args, graph = captured("tied")
+    with (
+        Pipeline(graph, stages(graph, 2), engine="onnxruntime", microbatches=2) as pipeline,
+        torch.no_grad(),
+    ):
+        for f, e in zip(leaves(pipeline(*args)), leaves(model(*args)), strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_a_pipeline_says_why() -> None:
+    _, _, graph = captured("chain")
+    nodes = list(graph.nodes)
+    with pytest.raises(DfcError, match=r"N050.*a later stage makes"):
+        split(graph, {n: len(nodes) - 1 - i for i, n in enumerate(nodes)})
+    with pytest.raises(DfcError, match=r"N050.*has no stage"):
+        split(graph, {})
+
+    class Mean(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x).sum()
+
+    graph = dfc.trace(Mean(), (torch.randn(4, 3),), dynamic_shapes=({0: B},))
+    with (
+        Pipeline(graph, stages(graph, 1), microbatches=2) as pipeline,
+        pytest.raises(DfcError, match=r"N051.*has no dimension `B`"),
+    ):
+        pipeline(torch.randn(4, 3))
