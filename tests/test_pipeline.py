@@ -203,3 +203,24 @@ def test_what_cannot_be_a_pipeline_says_why() -> None:
         pytest.raises(DfcError, match=r"N051.*has no dimension `B`"),
     ):
         pipeline(torch.randn(4, 3))
+
+
+def test_the_command_runs_a_pipeline_and_says_what_it_took(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import json
+
+    from dfc.cli import main
+
+    _, _, graph = captured("chain")
+    package = tmp_path / "chain.dfcpkg"
+    dfc.compile(graph, [torch.randn(6, 8)], engine="eager").save(package)
+    trace = tmp_path / "step.json"
+    given = ["run", str(package), "--size", "B=12", "--pipeline", "2", "-m", "3"]
+    assert main([*given, "--trace", str(trace), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)["pipeline"]
+    assert len(data["stages"]) == 2 and data["predicted_seconds"] <= data["step_seconds"]
+    assert len(json.loads(trace.read_text())["traceEvents"]) == 2 * 3
+    assert main(given) == 0
+    out = capsys.readouterr().out
+    assert "the step took" in out and "a microbatch" in out

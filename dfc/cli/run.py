@@ -44,6 +44,17 @@ def run(
         str | None, typer.Option("--engine", help="Another engine than the package's.")
     ] = None,
     device: Device = "cpu",
+    pipeline: Annotated[
+        int | None,
+        typer.Option("--pipeline", metavar="N", min=1, help="Run as N stages on threads."),
+    ] = None,
+    microbatches: Annotated[
+        int, typer.Option("-m", "--microbatches", min=1, help="Parts of the batch, in a pipeline.")
+    ] = 8,
+    trace: Annotated[
+        str | None,
+        typer.Option("--trace", metavar="FILE", help="Write the pipeline's times for Perfetto."),
+    ] = None,
     use: Use = None,
     force: Force = False,
     as_json: Json = False,
@@ -54,6 +65,7 @@ def run(
     Examples:
       dfc run encoder.dfcpkg inputs.npz -o outputs.npz
       dfc run encoder.dfcpkg --random --size B=4,S=16 --seed 0
+      dfc run encoder.dfcpkg --size B=32,S=16 --pipeline 2 --trace step.json
       dfc run ~/.cache/dfc/reproducers/repro-3b7c8078b5821b62
 
     \b
@@ -76,7 +88,15 @@ def run(
         example = compiled.probes[0].inputs if compiled.probes else None
         given, origin = choose_inputs(compiled.graph, inputs, size, random, seed, example)
         say(f"running on {compiled.engine.name}")
-        results = _call(compiled, on_device(given, device), seed)
+        measured: dict[str, Any] | None = None
+        if pipeline:
+            from dfc.cli.pipelined import run_pipelined
+
+            results, measured = run_pipelined(
+                compiled, given, pipeline, microbatches, trace, force, say
+            )
+        else:
+            results = _call(compiled, on_device(given, device), seed)
         named = dict(zip(output_names(compiled.graph), results, strict=True))
         if output:
             say(f"writing {output}")
@@ -87,7 +107,7 @@ def run(
 
         print_json(
             {"model": model, "engine": compiled.engine.name, "inputs": origin,
-             "outputs": rows, "written": output}
+             "outputs": rows, "written": output, **({"pipeline": measured} if measured else {})}
         )  # fmt: skip
         return
     from dfc.cli.tables import print_table, print_text
@@ -101,6 +121,10 @@ def run(
         ],
         right=(2, 3, 4),
     )
+    if measured:
+        from dfc.cli.pipelined import show
+
+        show(measured)
     for row in rows:
         if row["not_finite"]:
             print_text(f"note: {row['not_finite']} elements of {row['name']} are not finite")

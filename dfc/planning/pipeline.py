@@ -95,7 +95,8 @@ def plan(
     load = loads(model.problem, found.stage)
     return Plan(
         graph.name, machine, bound, wish,
-        _stages(model, machine, used, stage, load, simulation), found, model, costs, simulation,
+        _stages(model, machine, used, stage, load, simulation, costs.all_edges()),
+        found, model, costs, simulation,
         _links(costs, simulation, machine, used, wish),
         _other_splits(model, machine, found), _advice(model, machine, found),
     )  # fmt: skip
@@ -173,7 +174,7 @@ def _scheduled(
 
 def _stages(
     model: Modelled, machine: Machine, used: Sequence[int], stage: Sequence[int],
-    load: Loads, simulation: Simulation,
+    load: Loads, simulation: Simulation, edges: Sequence[tuple[int, int, int]],
 ) -> tuple[Stage, ...]:  # fmt: skip
     found = []
     for s, slot in enumerate(used):
@@ -181,7 +182,7 @@ def _stages(
         nodes = [n for v in mine for n in model.groups[v]]
         device = machine.devices[slot]
         live = device.usable - model.problem.slots[slot].memory
-        sent = float(load.send[slot] * model.problem.slots[slot].send) if s + 1 < len(used) else 0.0
+        sent = float(sum(size for a, _, size in edges if a == s))
         found.append(Stage(
             s, device.name, len(nodes), _modules(nodes), float(load.compute[slot]),
             float(sum(model.problem.weights[v] for v in mine)),

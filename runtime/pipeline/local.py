@@ -9,10 +9,12 @@ from typing import Any
 from dfc.calling import build_outputs, flat_inputs, own_outputs
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
+from dfc.ir.interpret import bind_inputs
 from dfc.ir.types import TensorType
 from dfc.planning.stages import StageGraph, split
 from dfc.runtime.engines import find_engine
 from dfc.runtime.pipeline.lanes import Lanes, Step
+from dfc.runtime.pipeline.profile import node_seconds
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,27 @@ class Report:
     @property
     def bubble(self) -> float:
         return 1 - max(self.busy)
+
+
+def balanced(graph: Graph, stages: int, inputs: Sequence[Any], threads: int = 1) -> dict[Node, int]:
+    """Stages of equal time on threads of this machine, from each node's measured time.
+
+    Raises:  DfcError N053 for fewer stages than one.
+    """
+    from dataclasses import replace
+
+    from dfc.planning.machine import Device, Machine, Wire
+    from dfc.planning.pipeline import plan, stage_of
+
+    if stages < 1:
+        raise DfcError("N053", f"a pipeline has at least one stage, not {stages}")
+    took = node_seconds(graph, inputs, threads)
+    lane = Device("lane", "cpu", 1e18, 1e18, {"f32": 1e18})
+    wires = {(i, j): Wire() for i in range(stages) for j in range(stages)}
+    lanes = tuple(replace(lane, name=f"lane{i}") for i in range(stages))
+    sizes = bind_inputs(graph, inputs)
+    found = plan(graph, Machine("threads", lanes, wires), sizes=sizes, measured=took.get)
+    return stage_of(found)
 
 
 class Pipeline:
