@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
-from dfc.rewrite.slice import slice_graph
+from dfc.ir.slice import slice_graph
 
 HOST = -1  # where the graph's own inputs come from
 

@@ -18,12 +18,12 @@ from dfc.compress.distance import Distance, logits_of
 from dfc.compress.replay import Replay, differences
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Value
+from dfc.ir.slice import slice_graph
 from dfc.lang.selectors import parse_selector
 from dfc.recipe.metrics import Measured, UserMetric
 from dfc.recipe.options import fields_of, part_field
 from dfc.recipe.quantities import weight_bytes
 from dfc.rewrite.pass_ import LOSSY_RTOL, Context, Data, Pass
-from dfc.rewrite.slice import slice_graph
 
 BATCHES = 4  # of data that are compared on, at most
 _MEMORY = 1 << 30  # bytes of values that are kept to begin from

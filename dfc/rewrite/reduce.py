@@ -10,12 +10,12 @@ from typing import Any
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.interpret import interpret
+from dfc.ir.slice import neighbours, slice_graph
 from dfc.ir.verify import verify
 from dfc.rewrite.blame import Fault, Wrong, fields_of
 from dfc.rewrite.pass_ import EXACT, Context, Numerics, Pass
 from dfc.rewrite.probe import Failure, Probe, Probes, clone
 from dfc.rewrite.promises import FAULTS, run_checked
-from dfc.rewrite.slice import neighbours, slice_graph
 
 RADII = (0, 1, 2, 3, 4, 6, 8, 12, 16)
 SMALL = 24  # nodes that are tried to be left out one by one
