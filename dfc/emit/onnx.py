@@ -99,6 +99,8 @@ def build_onnx(
     _translate_nodes(b, graph, env, ranges)
     outputs = _outputs(b, graph, env, output_names)
     stateful = [env[m.target] for m in graph.mutations if isinstance(m.target, Parameter)]
+    replaced = {x for x, _ in root.derived if not x.uses()}
+    initializers = [v for v in initializers if v not in replaced] + [*root.derived.values()]
     made = ir.Graph(
         [*inputs, *stateful],
         outputs,

@@ -10,7 +10,7 @@ A complex tensor is a pair of reals: a real tensor with a trailing dimension of 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, overload
 
@@ -167,6 +167,9 @@ class Root:
         self.domains: dict[str, int] = {"": opset}
         self.ranges: Mapping[str, tuple[int, int | None]] = {}
         self.constants: dict[tuple[Any, ...], Val] = {}
+        # Constants made of parameters when the model is written, and the parameters: those that
+        # nothing else reads are left out.
+        self.derived: dict[tuple[Val, str], Val] = {}
         self.constant_nodes: list[ir.Node] = []
         self.names: set[str] = set()
         self.functions: dict[Any, Any] = {}
@@ -340,6 +343,26 @@ class Builder:
 
     def cast_to(self, x: Val, dtype: DType) -> Val:
         return self.cast(x, ONNX_DTYPES[dtype.name])
+
+    def derived(self, x: Val, name: str, make: Callable[[Any], Any]) -> Val | None:
+        """What a function makes of a parameter's tensor, as a constant; None of what is computed.
+
+        Why:  kernels that pack their weights want constants even where no optimizer folds them.
+        """
+        from dfc.emit.onnx import torch_tensor
+
+        raw = getattr(x.const_value, "raw", None)
+        if type(raw).__module__.partition(".")[0] != "torch":
+            return None
+        found = self.root.derived.get((x, name))
+        if found is None:
+            tensor = make(raw)
+            found = self.root.derived[x, name] = self.value()
+            found.name = self.root.claim(f"{x.name}.{name}")
+            found.const_value = torch_tensor(tensor, found.name)
+            found.dtype = found.const_value.dtype
+            self.retype(found, TensorType.of(tensor))
+        return found
 
     # small pictures that many translations are made of
 

@@ -478,6 +478,8 @@ def shift(b: Builder, x: Any, other: Any, call: Call) -> Val:
     bits = call.result.dtype.bits
     if call.result.dtype.is_float:
         raise NoTranslation("")
+    if call.result.dtype.kind == "uint" and isinstance(other, int) and 0 <= other < bits:
+        return _unsigned_shift(b, x, other, call)
     x, by = operand(b, x, D.INT64), operand(b, other, D.INT64)
     left = "left" in call.op or "lshift" in call.op
     limit = min(bits, 63)
@@ -488,6 +490,12 @@ def shift(b: Builder, x: Any, other: Any, call: Call) -> Val:
     rest = b.op("Mod", x, power)
     moved = b.op("Div", b.op("Sub", x, rest), power)
     return b.op("Where", far, b.op("Where", b.op("Less", x, 0), -1, 0), moved)
+
+
+def _unsigned_shift(b: Builder, x: Any, by: int, call: Call) -> Val:
+    left = "left" in call.op or "lshift" in call.op
+    amount = b.const(by, x.dtype)
+    return b.op("BitShift", x, amount, direction="LEFT" if left else "RIGHT", dtype=x.dtype)
 
 
 @translates(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from dfc.emit.onnx_builder import ONNX_DTYPES, Builder, D, NoTranslation, Val
+from dfc.emit.onnx_builder import ONNX_DTYPES, Builder, Call, D, NoTranslation, Val
 from dfc.emit.onnx_ops.registry import translates
-from dfc.ops.codes import groups_of
+from dfc.ops.codes import OFFSET, groups_of
 
 _BLOCKS = (16, 32, 64, 128, 256)  # block sizes that MatMulNBits takes
 _MIDDLE = 128  # what int8 codes are shifted by to be bytes
@@ -67,11 +69,43 @@ def linear_w4(
     activations: str,
 ) -> Val:  # fmt: skip
     """MatMulNBits; the decomposition is unpacked when loading."""
-    if activations == "int8" and packed.const_value is None:
-        raise NoTranslation("")  # the kernel multiplies floats unless it could pack the weights
     n, groups = b.type(scale).shape
-    blocks = b.reshape(packed, [n, groups, group // 2])
+    if activations == "int8":
+        blocks = _blocks4(b, packed, group)
+        if blocks is None or (zero is not None and zero.const_value is None):
+            raise NoTranslation("")
+    else:
+        blocks = b.reshape(packed, [n, groups, group // 2])
     return _matmul_nbits(b, x, blocks, scale, zero, bias, 4, group, activations)
+
+
+def _blocks4(b: Builder, packed: Val, group: int) -> Val | None:
+    """Packed rows cut into groups, as a constant: without one the kernel multiplies floats."""
+    width = group // 2
+    return b.derived(packed, "blocks", lambda t: t.reshape(t.shape[0], -1, width))
+
+
+def _blocks8(b: Builder, weight: Val, group: int) -> Val | None:
+    """int8 rows as bytes, filled up to whole groups and cut into them, as a constant."""
+
+    def cut(t: Any) -> Any:
+        import torch
+        import torch.nn.functional as F
+
+        more = -t.shape[1] % group
+        return F.pad(t.view(torch.uint8) ^ _MIDDLE, (0, more), value=_MIDDLE).reshape(
+            t.shape[0], -1, group
+        )
+
+    return b.derived(weight, "blocks", cut)
+
+
+def _scales(b: Builder, scale: Val, activations: str) -> Val:
+    """float32 scales; constant ones where the kernel gives zeros for what it could not pack."""
+    if scale.dtype == D.FLOAT:
+        return scale
+    made = b.derived(scale, "wide", lambda t: t.float()) if activations == "int8" else None
+    return made or b.cast(scale, D.FLOAT)
 
 
 def _matmul_nbits(
@@ -84,7 +118,7 @@ def _matmul_nbits(
     if not isinstance(n, int) or not isinstance(k, int):
         raise NoTranslation("")
     found: Val = b.contrib(
-        "MatMulNBits", x, blocks, b.cast(scale, D.FLOAT), zero, None, bias,
+        "MatMulNBits", x, blocks, _scales(b, scale, activations), zero, None, bias,
         K=k, N=n, bits=bits, block_size=group,
         accuracy_level=4 if activations == "int8" else 1,
     )  # fmt: skip
@@ -107,16 +141,24 @@ def linear_w8(
 def _groups_w8(
     b: Builder, x: Val, weight: Val, scale: Val, bias: Val | None, group: int, activations: str
 ) -> Val:
-    if activations == "int8" and weight.const_value is None:
+    if not b.root.contrib or b.type(x).dtype.name != "f32":
         raise NoTranslation("")
+    blocks = _blocks8(b, weight, group)
+    if blocks is None and activations == "int8":
+        raise NoTranslation("")
+    if blocks is None:
+        blocks = _computed_blocks8(b, weight, scale, group)
+    return _matmul_nbits(b, x, blocks, scale, None, bias, 8, group, activations)
+
+
+def _computed_blocks8(b: Builder, weight: Val, scale: Val, group: int) -> Val:
     n, groups = b.type(scale).shape
     k = b.dim(weight, 1)
     codes = _unsigned(b, weight)
     if isinstance(k, int) and groups_of(k, group) * group > k:
         more = groups_of(k, group) * group - k
         codes = b.op("Pad", codes, [0, 0, 0, more], b.const(_MIDDLE, D.UINT8))
-    blocks = b.reshape(codes, [n, groups, group])
-    return _matmul_nbits(b, x, blocks, scale, None, bias, 8, group, activations)
+    return b.reshape(codes, [n, groups, group])
 
 
 def _rows_w8(b: Builder, x: Val, weight: Val, scale: Val, bias: Val | None) -> Val:
@@ -176,3 +218,64 @@ def _unsigned(b: Builder, codes: Val) -> Val:
         found = b.shared[key] = b.cast(wide, D.UINT8)
     assert isinstance(found, Val)
     return found
+
+
+@translates("dfc.embedding_w8")
+def embedding_w8(
+    b: Builder, x: Val, table: Val, scale: Val, group: int | None, dtype: str, call: Call
+) -> Val:
+    """Rows are looked up as codes, then scaled: the table stays as small as it is."""
+    width = b.dim(table, 1)
+    target = ONNX_DTYPES[dtype]
+    if not isinstance(width, int) or (group is not None and width % group):
+        raise NoTranslation("")
+    blocks = _blocks8(b, table, group) if group and _is_tied(call, "dfc.linear_w8") else None
+    if blocks is None:
+        rows = b.cast(b.op("Gather", table, x, axis=0), target)
+    else:
+        bytes_ = b.op("Gather", blocks, x, axis=0)
+        rows = b.op("Sub", b.cast(bytes_, target), b.const(float(_MIDDLE), target))
+    return _scaled(b, rows, scale, x, group, width, target, "float" if blocks is None else "int8")
+
+
+@translates("dfc.embedding_w4")
+def embedding_w4(
+    b: Builder, x: Val, packed: Val, scale: Val, zero: Val | None, group: int, width: int | None,
+    dtype: str, call: Call,
+) -> Val:  # fmt: skip
+    """Rows are looked up packed, then unpacked and scaled."""
+    bytes_ = b.dim(packed, 1)
+    if zero is not None or not isinstance(bytes_, int) or width not in (None, 2 * bytes_):
+        raise NoTranslation("")
+    target = ONNX_DTYPES[dtype]
+    tied = b.root.contrib and _is_tied(call, "dfc.linear_w4")
+    blocks = _blocks4(b, packed, group) if tied else None
+    rows = b.op("Gather", packed if blocks is None else blocks, x, axis=0)
+    four = b.const(4, D.UINT8)
+    high = b.op("BitShift", rows, four, direction="RIGHT")
+    low = b.op("BitShift", b.op("BitShift", rows, four, direction="LEFT"), four, direction="RIGHT")
+    pairs = b.op("Concat", b.unsqueeze(low, -1), b.unsqueeze(high, -1), axis=-1)
+    codes = b.op("Sub", b.cast(pairs, target), b.const(float(OFFSET), target))
+    return _scaled(b, codes, scale, x, group, 2 * bytes_, target, "int8" if blocks else "float")
+
+
+def _is_tied(call: Call, op: str) -> bool:
+    """Whether the table is the constant of a layer with int8 activations as well."""
+    node = call.graph_node
+    return node is not None and any(
+        u.op == op and u.attributes["activations"] == "int8" for u in node.inputs[1].users
+    )
+
+
+def _scaled(
+    b: Builder, codes: Val, scale: Val, x: Val, group: int | None, width: int, target: D,
+    activations: str,
+) -> Val:  # fmt: skip
+    """Looked-up codes times the scales that lie beside them."""
+    rows = b.type(x).shape
+    wide = _scales(b, scale, activations) if group is not None else scale
+    scales = b.cast(b.op("Gather", wide, x, axis=0), target)
+    if group is None:
+        return b.op("Mul", b.reshape(codes, [*rows, width]), b.unsqueeze(scales, -1))
+    cut = b.reshape(codes, [*rows, width // group, group])
+    return b.reshape(b.op("Mul", cut, b.unsqueeze(scales, -1)), [*rows, width])
