@@ -51,11 +51,11 @@ class Autocast(Pass):
     name = "autocast"
     numerics = close(_RTOL["bf16"])
 
-    phrases = {"": "dtype", "on": "only", "using": "calib", "except": "exclude"}  # noqa: RUF012
+    phrases = {"": "dtype", "on": "select", "using": "calib", "except": "exclude"}  # noqa: RUF012
 
     dtype: Literal["bf16", "f16"] = "bf16"
     calib: Data | None = None  # f16 overflows beyond 65 504: data that shows where
-    only: Selector | None = None  # cast this part of the model alone
+    select: Selector | None = None  # cast this part of the model alone
     exclude: Selector | None = None  # keep this part in f32
     limit: int | None = None  # cast at most this many nodes; bisects a miscompile
     skip: tuple[int, ...] = ()  # nodes by number that are left out: those found to be wrong
@@ -114,11 +114,11 @@ class _Reasons:
             for node in p.exclude.nodes_left(graph):
                 if node in self.wishes:
                     self._pin(node, f"`except {p.exclude}` names it")
-        if p.only is not None:
-            inside = set(p.only.nodes_left(graph))
+        if p.select is not None:
+            inside = set(p.select.nodes_left(graph))
             for node in self.wishes:
                 if node not in inside:
-                    self._pin(node, f"it lies outside of {p.only}")
+                    self._pin(node, f"it lies outside of {p.select}")
 
     def _odd(self, node: Node) -> str | None:
         """Why a node cannot run in the half type whatever the data: its own numbers forbid it."""

