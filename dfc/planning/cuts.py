@@ -35,10 +35,10 @@ def cut_chain(problem: Problem) -> Partition | None:
     """
     chain = _Chain(problem)
     low, high = lower_bound(problem), chain.most()
-    stage = chain.cuts(high)
-    if stage is None:
+    ends = chain.cuts(high)
+    if ends is None:
         return None
-    best = loads(problem, stage).bottleneck
+    best = chain.bottleneck(ends)
     for _ in range(_STEPS):
         if best <= low * (1 + 1e-12):
             break
@@ -46,9 +46,13 @@ def cut_chain(problem: Problem) -> Partition | None:
         tried = chain.cuts(middle)
         if tried is None:
             low = middle
+        elif chain.bottleneck(tried) < best:
+            ends, best = tried, chain.bottleneck(tried)
         else:
-            stage, best = tried, min(best, loads(problem, tried).bottleneck)
-    return Partition(stage, best, min(low, best), "chain")
+            break  # as near as doubles come
+    stage = np.repeat(np.arange(problem.stages), np.diff(ends, prepend=0))
+    found = loads(problem, stage.tolist()).bottleneck
+    return Partition(tuple(stage.tolist()), found, min(low, found), "chain")
 
 
 class _Chain:
@@ -69,8 +73,18 @@ class _Chain:
         rates = [r for s in self.problem.slots for r in (s.receive, s.send)]
         return slowest + float(self.crossing.max()) / min(rates)
 
-    def cuts(self, bottleneck: float) -> tuple[int, ...] | None:
-        """Stages with no greater bottleneck, None when there are none."""
+    def bottleneck(self, ends: list[int]) -> float:
+        worst, start = 0.0, 0
+        for slot, end in zip(self.problem.slots, ends, strict=True):
+            if end > start:
+                work = float(self.time[slot.kind][end] - self.time[slot.kind][start])
+                into, out = self.crossing[start] / slot.receive, self.crossing[end] / slot.send
+                worst = max(worst, work, float(into), float(out))
+            start = end
+        return worst
+
+    def cuts(self, bottleneck: float) -> list[int] | None:
+        """Where stages end that have no greater bottleneck, None when there are none."""
         limit = bottleneck * (1 + 1e-15)
         reached = np.zeros(self.n + 1, dtype=bool)
         reached[0] = True
@@ -80,13 +94,10 @@ class _Chain:
             came.append(source)
         if not reached[self.n]:
             return None
-        stage = np.zeros(self.n, dtype=np.int64)
-        at = self.n
-        for s in range(self.problem.stages - 1, -1, -1):
-            before = int(came[s][at])
-            stage[before:at] = s
-            at = before
-        return tuple(stage.tolist())
+        ends = [self.n]
+        for s in range(self.problem.stages - 1, 0, -1):
+            ends.append(int(came[s][ends[-1]]))
+        return ends[::-1]
 
     def _stage(
         self, s: int, starts: NDArray[np.bool_], limit: float
