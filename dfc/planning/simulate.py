@@ -38,7 +38,8 @@ class Costs:
     `forward`, `inputs` and `weights` are the durations of F, I and W, one a stage; B takes I + W.
     `edges` are (producer, consumer, bytes); the default is a chain without bytes. `links` gives
     the link of a pair of ranks, else `link`. `activations` are kept from F until W or B, in bytes;
-    `resident` are the bytes that a rank holds all the time.
+    `resident` are the bytes that a rank holds all the time. `slots` is how many transfers of one
+    edge may have arrived without having been used; 0 is without a limit.
     """
 
     forward: Sequence[Number]
@@ -49,6 +50,7 @@ class Costs:
     edges: Sequence[tuple[int, int, int]] | None = None
     activations: Sequence[int] = ()
     resident: Sequence[int] = ()
+    slots: int = 0
 
     def all_edges(self) -> Sequence[tuple[int, int, int]]:
         if self.edges is not None:

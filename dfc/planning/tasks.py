@@ -263,7 +263,7 @@ def _with_links(tasks: Tasks, sends: list[tuple[int, int, int, Kind]], builder: 
     total = n + sum(len(transfers) for transfers in parts.values())
     waits, delay = np.where(tasks.waits == n, total, tasks.waits), tasks.delay
     lanes, lane, took, rows = list(tasks.lanes), [tasks.lane], [tasks.took], [tasks.rows]
-    more: list[int] = []
+    more: list[tuple[int, int]] = []  # what each transfer waits for: its data, and a free slot
     at = n
     for ranks, transfers in sorted(parts.items()):
         link = builder.costs.link_of(*ranks)
@@ -272,12 +272,20 @@ def _with_links(tasks: Tasks, sends: list[tuple[int, int, int, Kind]], builder: 
         lane.append(np.full(len(transfers), len(lanes) - 1, dtype=np.int32))
         took.append(builder.numbers([t[2] * link.per_byte for t in transfers]))
         rows.append(np.array([t[3:] for t in transfers], dtype=np.int32))
-        for i, (made, used, *_rest) in enumerate(transfers):
+        taken: dict[tuple[int, int], list[int]] = {}  # the readers of each edge's transfers
+        for i, (made, used, _size, way, stage, _b) in enumerate(transfers):
             waits[used, np.flatnonzero(waits[used] == made)[0]] = at + i
-            more.append(made)
+            readers = taken.setdefault((way, stage), [])
+            slots = builder.costs.slots
+            free = readers[-slots] if slots and len(readers) >= slots else total
+            more.append((made, free))
+            readers.append(used)
         at += len(transfers)
+    if waits.shape[1] < 2:
+        spare = np.full((n, 1), total, dtype=np.int32)
+        waits, delay = np.hstack([waits, spare]), np.hstack([delay, np.zeros_like(delay[:, :1])])
     sent = np.full((total - n, waits.shape[1]), total, dtype=np.int32)
-    sent[:, 0] = more
+    sent[:, :2] = more
     return Tasks(
         tasks.program, lanes, np.concatenate(lane), np.concatenate(took),
         np.concatenate([waits, sent]).astype(np.int32),
