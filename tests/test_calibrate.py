@@ -81,6 +81,16 @@ def test_every_batch_of_a_value_is_seen():
     torch.testing.assert_close(total.sum, expected)
 
 
+def test_an_observer_may_see_several_values(tmp_path):
+    graph = graph_of()
+    relu = node(graph, "aten.relu.default").results[0]
+    for updates in (4, 0):  # the second time from the journal
+        ctx, total = context(data(2), journal=Journal(tmp_path, 0.0)), Total()
+        observers = {graph.inputs[0]: total, relu: total}
+        observe(graph, batches_of(ctx, "calib", graph), observers, ctx, "")
+        assert total.updates == updates and float(total.sum) != 0
+
+
 def test_inputs_are_seen_and_nothing_is_run_for_them():
     graph, total = graph_of(), Total()
     ctx = context(data(2))

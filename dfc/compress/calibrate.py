@@ -126,7 +126,8 @@ class _Run:
         words += [f"{places[v]} {type(o).__name__}" for v, o in self.observers.items()]
         digest = hashlib.sha256("\n".join(words).encode()).hexdigest()
         assert self.ctx.journal is not None
-        named = {str(places[v]): o for v, o in self.observers.items()}
+        once = {id(o): (str(places[v]), o) for v, o in self.observers.items()}
+        named = dict(once.values())  # an observer may see several values
         return _Entry(self.ctx.journal, digest, named)
 
 
