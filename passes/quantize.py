@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dfc.compress.grid import Grid
@@ -23,6 +23,7 @@ from dfc.rewrite.pass_ import CHANGES, KEPT, Context, Data, Pass, Quota
 if TYPE_CHECKING:
     from dfc.compress.grid import Rounded
 
+_SMALLEST = 1024
 _SMALLEST_GROUP = 16
 _DEFAULT_GROUP = 32  # of four bits: with one scale a row they lose too much
 
@@ -64,19 +65,22 @@ class Quantize(Pass):
     symmetric: bool = True  # no: a zero point for each group (int4)
     method: Literal["rtn", "gptq", "awq"] = "rtn"
     range: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"  # of static
+    per: Literal["channel", "tensor"] = "channel"  # static: what has a weight scale of its own
+    codes: Literal["auto", "full", "pairs", "seven"] = "auto"  # static: the processor decides
+    correct: bool = True  # static: biases too, so that channels keep their means
     embeddings: bool = True  # tables too
     activations: Literal["auto", "float", "int8"] = "auto"  # what linear layers multiply
-    smallest: int = 1024  # weights below so many numbers stay
+    smallest: int | None = None  # weights below so many numbers stay: 1024, in `static` none
     limit: int | None = None  # quantize at most this many weights; bisects
     skip: tuple[int, ...] = ()  # weights by number that are left out
 
     def run(self, graph: Graph, ctx: Context) -> int:
         self._check_options()
         found, kept = find_weighted(graph)
-        chosen = self._chosen(graph, found, kept)
-        scheme = self._scheme(chosen)
-        if scheme == "static":
-            return int(find("scheme", "static", "apply")(graph, self, ctx))
+        scheme = self._scheme(found)
+        if scheme == "static" and self._fold(graph, ctx):
+            found, kept = find_weighted(graph)
+        chosen = self._chosen(graph, found, kept, scheme)
         for node, reason in kept.items():
             ctx.decided(node, KEPT, reason)
         if not chosen:
@@ -86,8 +90,25 @@ class Quantize(Pass):
         check_numbers(chosen)
         quota = Quota(self.limit, self.skip)
         wanted = [w for w in chosen if quota.allows(w.node)]
+        if scheme == "static":
+            return self._calibrate(graph, wanted, ctx)
         self._quantize(graph, wanted, scheme, ctx)
         return quota.done
+
+    def _fold(self, graph: Graph, ctx: Context) -> int:
+        """A norm behind a layer is part of its weights: it decides their ranges."""
+        from dfc.passes.fold_batch_norm import FoldBatchNorm
+
+        return FoldBatchNorm().run(graph, replace(ctx, decisions=None))
+
+    def _calibrate(self, graph: Graph, wanted: list[Weighted], ctx: Context) -> int:
+        """The layers that can be rounded with what they read; tables by weights alone."""
+        layers = [as_linear(graph, w) for w in wanted]
+        tables = [w for w in layers if any(u.kind == "embedding" for u in w.uses)]
+        nodes = [u.node for w in layers if w not in tables for u in w.uses]
+        done = int(find("scheme", "static", "apply")(graph, nodes, self, ctx))
+        self._quantize(graph, tables, "weights", ctx)
+        return done + len(tables)
 
     # Options
 
@@ -108,12 +129,12 @@ class Quantize(Pass):
             help = "with 256 codes a zero point gains nothing; `symmetric=no` is for int4"
             raise DfcError("D097", "int8 weights have no zero point", help=help)
 
-    def _scheme(self, chosen: list[Weighted]) -> str:
+    def _scheme(self, found: list[Weighted]) -> str:
         if self.scheme != "auto":
             return self.scheme
         if self.to == "int4":
             return "weights"
-        has_convs = any(w.is_conv for w in chosen)
+        has_convs = any(w.is_conv for w in found)
         return "static" if self.data is not None and has_convs else "dynamic"
 
     @property
@@ -129,20 +150,27 @@ class Quantize(Pass):
 
     # Choosing
 
-    def _chosen(self, graph: Graph, found: list[Weighted], kept: dict[Node, str]) -> list[Weighted]:
+    def _chosen(
+        self, graph: Graph, found: list[Weighted], kept: dict[Node, str], scheme: str
+    ) -> list[Weighted]:
         """The weights that are quantized; for the others, `kept` is told why."""
+        smallest = self.smallest
+        if smallest is None:  # a small layer in floats would tear a region of integers apart
+            smallest = 0 if scheme == "static" else _SMALLEST
         only = set(self.select.nodes_left(graph)) if self.select else None
         unwanted = set(self.exclude.nodes_left(graph)) if self.exclude else set()
         chosen = []
         for w in found:
-            reason = self._why_not(w, only, unwanted)
+            reason = self._why_not(w, only, unwanted, smallest)
             if reason is None:
                 chosen.append(w)
             else:
                 kept.update(dict.fromkeys((u.node for u in w.uses), reason))
         return chosen
 
-    def _why_not(self, w: Weighted, only: set[Node] | None, unwanted: set[Node]) -> str | None:
+    def _why_not(
+        self, w: Weighted, only: set[Node] | None, unwanted: set[Node], smallest: int
+    ) -> str | None:
         n, k = w.shape
         nodes = {u.node for u in w.uses}
         if only is not None and not nodes & only:
@@ -152,8 +180,8 @@ class Quantize(Pass):
             return f"excluded by the step{tied}"
         if not self.embeddings and any(u.kind == "embedding" for u in w.uses):
             return "it is a table, and `embeddings` is no"
-        if n * k < self.smallest:
-            return f"it has {n * k} weights, less than `smallest` ({self.smallest})"
+        if n * k < smallest:
+            return f"it has {n * k} weights, less than `smallest` ({smallest})"
         if self.bits == 4 and w.is_conv:
             return "no engine has convolutions with weights of four bits"
         group = self.grid(w).group

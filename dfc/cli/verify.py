@@ -93,12 +93,12 @@ def _verify(
 def _prove(package: str, engine: str, device: str, say: Any) -> dict[str, Any]:
     """Run the probes on one engine and judge them as `compile` did."""
     import dfc
-    from dfc.api import ENGINE_RTOL
     from dfc.cli.prove import largest_error
+    from dfc.recipe.bench import engine_rtol
 
     say(f"proving on {engine}")
     compiled = dfc.load(package, engine=engine, device=device)
-    verdict = compiled.standard().judge(compiled.run_flat, rtol=ENGINE_RTOL)
+    verdict = compiled.standard().judge(compiled.run_flat, rtol=engine_rtol(compiled.graph))
     worst = largest_error(compiled)
     return {
         "engine": compiled.engine.name,

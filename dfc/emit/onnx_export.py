@@ -201,9 +201,11 @@ def prove(graph: Graph, path: Path, probes: Sequence[Probe], *, rtol: float = 1e
     """
     from dfc.emit.onnx import is_random, output_names
     from dfc.emit.onnx_run import Session
+    from dfc.ops.quantized import ROUNDED_RTOL, rounds_values
 
     names = output_names(graph)
     random = is_random(graph)
+    rounded = ROUNDED_RTOL if rounds_values(graph) else 0.0
     worst = 0.0
     for level in ("none", "all") if probes else ("none",):
         session = Session(path, graph, level=level)
@@ -216,7 +218,8 @@ def prove(graph: Graph, path: Path, probes: Sequence[Probe], *, rtol: float = 1e
             worst = max(
                 worst,
                 compare(graph, inputs, expected, found, names, rtol=rtol, random=random,
-                        witness=witness, where=f"probe {index}, optimizer {level}"),
+                        witness=witness, where=f"probe {index}, optimizer {level}",
+                        rounded=rounded),
             )  # fmt: skip
     return worst
 
@@ -238,20 +241,21 @@ def compare(
     random: bool = False,
     witness: Sequence[Any] | None = None,
     where: str = "",
+    rounded: float = 0.0,
 ) -> float:
     """The worst relative error; raises X003 that names the worst output.
 
     A float agrees when its error is within `rtol`, or within four times what the original itself
-    loses against float64.
+    loses against float64. `rounded`, of the largest element, is allowed in any case.
     """
     worst, problems = 0.0, []
     for i, (want, got) in enumerate(zip(expected, found, strict=True)):
-        error, problem = _difference(want, got, None, rtol, random)
+        error, problem = _difference(want, got, None, rtol, random, rounded)
         if problem and error is not None:
             if witness is None:
                 witness = _witness(graph, inputs)
             if witness is not None:
-                error, problem = _difference(want, got, witness[i], rtol, random)
+                error, problem = _difference(want, got, witness[i], rtol, random, rounded)
         if error is not None:
             worst = max(worst, error)
         if problem:
@@ -275,7 +279,7 @@ def _witness(graph: Graph, inputs: Sequence[Any]) -> Sequence[Any] | None:
 
 
 def _difference(
-    want: Any, got: Any, witness: Any, rtol: float, random: bool
+    want: Any, got: Any, witness: Any, rtol: float, random: bool, rounded: float = 0.0
 ) -> tuple[float | None, str | None]:
     """The error relative to the largest value, None for an exact mismatch; and what is wrong."""
     import torch
@@ -323,7 +327,8 @@ def _difference(
             else:
                 own = torch.zeros(())
     error = (g - truth).abs()
-    allowed = 4 * own + max(rtol, 8 * eps) * truth.abs() + max(1e-2 * rtol, 2 * eps) * scale
+    allowed = 4 * own + max(rtol, 8 * eps) * truth.abs()
+    allowed = allowed + max(1e-2 * rtol, 2 * eps, rounded) * scale
     relative = float(error.max()) / scale if scale else float(error.max())
     if bool((error <= allowed + 1e-30).all()):
         return relative, None

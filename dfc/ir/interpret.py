@@ -87,6 +87,14 @@ def run_constant(node: Node) -> Sequence[Any]:
         return _Interpreter({}, False, None, "cpu").step(node, {}, {})
 
 
+def stepper() -> Callable[[Node, Mapping[Value, Any], Mapping[str, Any]], Sequence[Any]]:
+    """Run one node on values and sizes that the caller keeps.
+
+    Raises:  DfcError K020 when the op fails.
+    """
+    return _Interpreter({}, False, None, "cpu").step
+
+
 class _Interpreter:
     def __init__(
         self,

@@ -385,6 +385,8 @@ def adaptive_pool(b: Builder, x: Val, output_size: Any, call: Call) -> Any:
     if is_max:
         return _adaptive_max(b, x, sizes, outs, axes, call)
     if all(o == 1 for o in outs):
+        if n == 2 and rank == 4 and x.dtype == D.FLOAT:
+            return b.op("GlobalAveragePool", x)  # ONNX Runtime has it in integers too
         return b.op("ReduceMean", x, axes, keepdims=1)
     for axis, s, o in zip(axes, sizes, outs, strict=True):
         x = _adaptive_axis(b, x, axis, s, o, rank)

@@ -33,7 +33,10 @@ def quantize(
 def dequantize(
     b: Builder, q: Val, scale: Val, zero: Val | None, axis: int | None, group: int | None
 ) -> Val:
+    """With a zero point always: without one ONNX Runtime makes no integer Gemm of its readers."""
     attributes = _placed(b, q, scale, axis, group)
+    if zero is None and group is None and q.dtype in (D.INT8, D.UINT8):
+        zero = _no_zero(b, scale, q.dtype)
     return b.op("DequantizeLinear", q, scale, zero, dtype=scale.dtype, **attributes)
 
 

@@ -1,0 +1,109 @@
+"""Weights as int8 codes for integer kernels, and what a processor's instructions allow of them.
+
+Processors without dot products of 8-bit integers (VNNI on x86) add pairs of products u8 x i8 in 16
+bits, which saturate: 255 * 127 twice is 64 770, above 32 767. `pairs` makes weights that cannot:
+each channel's scale is the finest at which no two neighbours can add up to more. `seven` gives up a
+bit of all weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FULL = 127
+SEVEN = 64  # 2 * 255 * 64 is 32 640
+_PAIR = 128  # 255 * 128 is 32 640
+
+
+@dataclass(frozen=True)
+class Codes:
+    """`codes * scale` is the weight, about; a scale for each output channel, or one."""
+
+    codes: Tensor  # i8, the weight's shape
+    scale: Tensor  # f32 [N] or []
+
+    @property
+    def weight(self) -> Tensor:
+        if self.scale.dim() == 0:
+            return self.codes.float() * self.scale
+        return self.codes.float() * self.scale.reshape(-1, *[1] * (self.codes.dim() - 1))
+
+
+def scales_of(w: Tensor, bits: str, per_channel: bool) -> Tensor:
+    """The scales at which a weight [N, ...] fits: of every channel, or of all.
+
+    `bits`: `full`, `seven` or `pairs`. All-zero channels have the scale 1.
+    """
+    import torch
+
+    rows = w.float().flatten(1)
+    largest = rows.abs().amax(1) / (SEVEN if bits == "seven" else FULL)
+    if bits == "pairs":
+        # codes round, so that two of them may be 1 more than their sum: 127 leaves room for it
+        largest = torch.maximum(largest, _pair_sums(w) / (_PAIR - 1))
+    if not per_channel:
+        largest = largest.amax()
+    return torch.where(largest > 0, largest, torch.ones_like(largest))
+
+
+def _pair_sums(w: Tensor) -> Tensor:
+    """The largest sum of two neighbours of one sign in each channel [N].
+
+    Kernels read a channel's weights by input channel first or last: neighbours of both orders.
+    """
+    import torch
+
+    w = w.float()
+    orders = [w.flatten(1)]
+    if w.dim() > 2 and w.shape[1] > 1:
+        orders.append(w.movedim(1, -1).flatten(1))
+    found = torch.zeros(w.shape[0])
+    for rows in orders:
+        if rows.shape[1] % 2:
+            rows = torch.nn.functional.pad(rows, (0, 1))
+        for sign in (rows.clamp(min=0), (-rows).clamp(min=0)):
+            found = torch.maximum(found, (sign[:, 0::2] + sign[:, 1::2]).amax(1))
+    return found
+
+
+def encoded(w: Tensor, scale: Tensor) -> Codes:
+    """A weight rounded to nearest at these scales."""
+    import torch
+
+    fitted = scale.reshape(-1, *[1] * (w.dim() - 1)) if scale.dim() else scale
+    codes = torch.round(w.float() / fitted).clamp(-FULL, FULL)
+    return Codes(codes.to(torch.int8), scale.float())
+
+
+# The processor
+
+
+@cache
+def has_dot_products() -> bool:
+    """Whether this machine multiplies 8-bit integers into 32 bits at once, or needs no care."""
+    import platform
+    from pathlib import Path
+
+    if platform.machine().lower() not in ("x86_64", "amd64", "i686"):
+        return True  # ARM's instructions do not saturate
+    try:
+        words = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False  # the careful answer
+    return bool({"avx512_vnni", "avx_vnni", "avx512vnni"} & set(words))
+
+
+def weight_bits(asked: str, depthwise: bool) -> tuple[str, str]:
+    """Which codes to make for a layer, and why."""
+    if asked != "auto":
+        return asked, "as the step says"
+    if has_dot_products():
+        return "full", "this processor adds products of 8-bit integers in 32 bits"
+    if depthwise:
+        return "full", "kernels for depthwise convolutions widen before they multiply"
+    return "pairs", "this processor adds pairs of products in 16 bits, which would saturate"

@@ -1,0 +1,252 @@
+"""int8 layers with ranges of activations from calibration data, as quantize and dequantize pairs.
+
+The graph stays in float ops between pairs, which is what ONNX calls QDQ: ONNX Runtime makes one
+integer kernel of each layer with the pairs around it. Weights and biases are stored as codes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dfc.compress.bias import (
+    LARGEST_BIAS,
+    MEANS,
+    ChannelMean,
+    bias_codes,
+    channel_axis,
+    correct,
+    first_samples,
+)
+from dfc.compress.calibrate import Batches, batches_of, observe
+from dfc.compress.integers import Codes, encoded, scales_of, weight_bits
+from dfc.compress.ranges import RANGES, Histogram, Range
+from dfc.compress.region import Point, Region, find_region, reads_rounded, source_of
+from dfc.ir.graph import Graph, Node, Parameter, Value
+from dfc.ops.builder import Builder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dfc.rewrite.pass_ import Context
+
+
+class Options(Protocol):
+    """What a step says of static quantization: fields of the pass `quantize`."""
+
+    @property
+    def data(self) -> str | None: ...
+    @property
+    def range(self) -> str: ...
+    @property
+    def per(self) -> str: ...  # one weight scale for each `channel`, or for the `tensor`
+    @property
+    def codes(self) -> str: ...  # of weights: auto, full, pairs, seven
+    @property
+    def correct(self) -> bool: ...
+
+
+@dataclass
+class _Seen:
+    """What calibration saw: histograms of rounded values, means of layers' results."""
+
+    histograms: Mapping[Point, Histogram]
+    means: Mapping[Node, Tensor]
+
+
+def apply(graph: Graph, layers: Sequence[Node], options: Options, ctx: Context) -> int:
+    """Quantize layers and what lies between them; how many layers there were.
+
+    Needs:   convolutions and linear layers with constant weights; batch norms folded.
+    Raises:  what reading the data raises; DfcError K042 for values that are no numbers.
+    """
+    wanted = set(layers)
+    if not wanted:
+        return 0
+    assert options.data is not None
+    region = find_region(graph, [n for n in graph.nodes if n in wanted])
+    batches = batches_of(ctx, options.data, graph)
+    seen = _calibrated(graph, region, batches, ctx)
+    ranges = _ranges(region, seen, options)
+    scales = _round_values(graph, region, ranges)
+    made = _store_weights(graph, region.layers, scales, options, ctx)
+    for node in region.layers:
+        _store_bias(graph, node, scales[node], made[node].scale)
+    ctx.products[MEANS] = {n.results[0].name: m for n, m in seen.means.items()}
+    if options.correct:
+        correct(graph, seen.means, first_samples(batches))
+    _forget(graph)
+    return len(region.layers)
+
+
+# Ranges
+
+
+def _calibrated(graph: Graph, region: Region, batches: Batches, ctx: Context) -> _Seen:
+    """One reading of the data: values that share a scale share a histogram."""
+    histograms = {p: Histogram(f"%{p.value.name}") for p in region.leaders()}
+    observers: dict[Value, Any] = {p.value: histograms[p.leader] for p in region.points.values()}
+    means = {n: ChannelMean(channel_axis(n)) for n in region.layers}
+    for node, mean in means.items():
+        seen = observers.get(node.results[0])
+        observers[node.results[0]] = _Both(seen, mean) if seen else mean
+    observe(graph, batches, observers, ctx, "static")
+    return _Seen(histograms, {n: m.mean for n, m in means.items()})
+
+
+class _Both:
+    """Two observers of one value."""
+
+    def __init__(self, *observers: Any) -> None:
+        self.observers = observers
+
+    def update(self, x: Tensor) -> None:
+        for o in self.observers:
+            o.update(x)
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{i}.{k}": t for i, o in enumerate(self.observers) for k, t in o.state().items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        for i, o in enumerate(self.observers):
+            prefix = f"{i}."
+            o.load({k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)})
+
+
+def _ranges(region: Region, seen: _Seen, options: Options) -> dict[Point, Range]:
+    """The range of each scale."""
+    choose = RANGES["mse" if options.range == "auto" else options.range]
+    shared = Counter(p.leader for p in region.points.values())
+    return {
+        p: p.fixed if p.fixed is not None and shared[p] == 1 else choose(h)
+        for p, h in seen.histograms.items()
+    }
+
+
+# The graph
+
+
+def _round_values(graph: Graph, region: Region, ranges: Mapping[Point, Range]) -> dict[Node, float]:
+    """Put the pairs in; the scale of what each layer reads."""
+    inputs = {n: region.points[source_of(_first(n))] for n in region.layers}
+    nodes = list(graph.nodes)
+    following = dict(zip(nodes, [*nodes[1:], None], strict=True))
+    constants: dict[Point, tuple[float, Parameter, Parameter]] = {}
+    for point in region.points.values():
+        if point.leader not in constants:
+            constants[point.leader] = _scale_of(graph, point.leader, ranges[point.leader])
+        _, scale, zero = constants[point.leader]
+        made = point.made.node
+        _round_one(graph, region, point, scale, zero, following[made] if made else nodes[0])
+    return {n: constants[p.leader][0] for n, p in inputs.items()}
+
+
+def _first(layer: Node) -> Value:
+    x = layer.inputs[0]
+    assert isinstance(x, Value)
+    return x
+
+
+def _scale_of(graph: Graph, point: Point, range: Range) -> tuple[float, Parameter, Parameter]:
+    import torch
+
+    scale, zero = range.affine()
+    name = point.value.name
+    return (
+        scale,
+        graph.add_constant(f"{name}.scale", torch.tensor(scale)),
+        graph.add_constant(f"{name}.zero", torch.tensor(zero, dtype=torch.uint8)),
+    )
+
+
+def _round_one(
+    graph: Graph, region: Region, point: Point, scale: Parameter, zero: Parameter,
+    before: Node | None,
+) -> None:  # fmt: skip
+    b = Builder(graph, before)
+    codes = b("dfc.quantize", point.made, scale, zero, dtype="u8")
+    rounded = b("dfc.dequantize", codes, scale, zero)
+    made = point.made.node
+    if point.value is not point.made:  # the range ends where the activation clips
+        clip = point.value.node
+        assert clip is not None
+        graph.replace(clip, [rounded])
+    elif made is not None and made in region.members:
+        graph.replace_uses(point.made, rounded, lambda user: user is not codes.node)
+    else:
+        graph.replace_uses(point.made, rounded, lambda user: reads_rounded(region, user))
+
+
+def _store_weights(
+    graph: Graph, layers: Sequence[Node], scales: Mapping[Node, float], options: Options,
+    ctx: Context,
+) -> dict[Node, Codes]:  # fmt: skip
+    """Codes in the place of weights; a weight that several layers share is stored once."""
+    made: dict[Node, Codes] = {}
+    stored: dict[Parameter, tuple[Codes, Parameter, Parameter]] = {}
+    for node in layers:
+        weight = node.inputs[1]
+        assert isinstance(weight, Parameter) and weight.data is not None
+        bits, why = weight_bits(options.codes, is_depthwise(node))
+        if weight not in stored:
+            w = weight.data.tensor()
+            scale = _weight_scale(node, w, scales[node], bits, options.per == "channel")
+            codes = encoded(w, scale)
+            stored[weight] = (
+                codes,
+                graph.add_constant(f"{weight.name}.codes", codes.codes),
+                graph.add_constant(f"{weight.name}.scale", codes.scale),
+            )
+        made[node], codes_of, scale_of = stored[weight]
+        axis = {"axis": 0} if scale_of.tensor_type.rank else {}
+        read = Builder(graph, node)("dfc.dequantize", codes_of, scale_of, **axis)
+        graph.set_inputs_of(node, [node.inputs[0], read, *node.inputs[2:]])
+        ctx.decided(node, "quantized", f"static int8, weights `{bits}`: {why}")
+    return made
+
+
+def is_depthwise(node: Node) -> bool:
+    """One input channel for each group."""
+    shape = node.inputs[1].tensor_type.shape  # type: ignore[union-attr]
+    return len(shape) > 2 and shape[1] == 1 and node.attributes.get("groups", 1) > 1
+
+
+def _weight_scale(node: Node, w: Tensor, scale: float, bits: str, per_channel: bool) -> Tensor:
+    """Fine enough for the weight, coarse enough for the bias, whose scale it decides."""
+    import torch
+
+    found = scales_of(w, bits, per_channel)
+    bias = node.inputs[2]
+    if isinstance(bias, Parameter) and bias.data is not None:
+        least = bias.data.tensor().float().abs() / (scale * LARGEST_BIAS / 2)
+        found = torch.maximum(found, least if per_channel else least.amax())
+    return found
+
+
+def _store_bias(graph: Graph, node: Node, scale: float, weight_scale: Tensor) -> None:
+    """int32 codes in the place of the bias, at the scale of the products that it is added to."""
+    import torch
+
+    bias = node.inputs[2]
+    if bias is not None and not isinstance(bias, Parameter):
+        return  # computed: it is added in floats
+    product = (weight_scale * torch.tensor(scale)).double()
+    whole = torch.zeros(int(node.inputs[1].tensor_type.shape[0]))  # type: ignore[union-attr, arg-type]
+    name = f"{node.results[0].name}.bias"
+    if bias is not None:
+        assert bias.data is not None
+        whole, name = bias.data.tensor(), bias.name
+    stored = graph.add_constant(f"{name}.codes", bias_codes(whole, product))
+    step = graph.add_constant(f"{name}.scale", product.float())
+    axis = {"axis": 0} if step.tensor_type.rank else {}
+    read = Builder(graph, node)("dfc.dequantize", stored, step, **axis)
+    graph.set_inputs_of(node, [*node.inputs[:2], read, *node.inputs[3:]])
+
+
+def _forget(graph: Graph) -> None:
+    """Drop what nothing reads any more: it must not be saved."""
+    for p in list(graph.parameters.values()):
+        if not p.use_count and p.kind != "buffer":
+            graph.drop_parameter(p.name)
