@@ -24,6 +24,7 @@ from dfc.rewrite.pass_ import KEPT, Context, Data, Pass, Quota, close
 _RTOL = {"bf16": 16 * 2.0**-7, "f16": 16 * 2.0**-10}
 _LARGEST = {"bf16": 3.3895313892515355e38, "f16": 65504.0}
 _SMALLEST = {"bf16": 1.1754943508222875e-38, "f16": 2.0**-14}  # normal numbers
+_SMALLEST_STORED = 1024  # smaller weights gain nothing by another type
 _HEADROOM = 2.0  # data that nobody has seen may be this much larger
 # op -> the operand that is added to scores: what is below the range means "look away", and may be
 # any very negative number
@@ -44,6 +45,8 @@ class Autocast(Pass):
               none undoes another.
     Keeps:    the types of inputs and outputs; in f32, with a reason: softmax, norms, exponentials,
               long sums, what `except` names, what is too large or too small for the type.
+    Why:      with `only_weights`, files shrink as well, and engines without 16-bit kernels lose
+              nothing: they cast once, when they load. Run it last: folding constants undoes it.
     Cost:     one maximum flow; for f16 the graph is run once for each batch of the data.
     Raises:   DfcError Q021 for a selector that matches nothing; D for data that does not fit.
     """
@@ -57,6 +60,7 @@ class Autocast(Pass):
     calib: Data | None = None  # f16 overflows beyond 65 504: data that shows where
     select: Selector | None = None  # cast this part of the model alone
     exclude: Selector | None = None  # keep this part in f32
+    only_weights: bool = False  # store weights in the half type, compute in f32 all the same
     limit: int | None = None  # cast at most this many nodes; bisects a miscompile
     skip: tuple[int, ...] = ()  # nodes by number that are left out: those found to be wrong
 
@@ -65,6 +69,8 @@ class Autocast(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> int:
         half = DTYPES[self.dtype]
+        if self.only_weights:
+            return _Stored(graph, half, self, ctx).run()
         taking = [n for n in graph.nodes if takes_part(n)]
         found = _Reasons(graph, taking, self, ctx)
         chosen = choose_half(graph, found.wishes)
@@ -174,6 +180,58 @@ def _magnitude(p: Parameter) -> float:
     return float(data.abs().max()) if data is not None and data.numel() else 0.0
 
 
+class _Stored:
+    """Weights stored in the half type, and cast back to f32 where they are read."""
+
+    def __init__(self, graph: Graph, half: DType, p: Autocast, ctx: Context) -> None:
+        self.graph, self.half, self.p, self.ctx = graph, half, p, ctx
+        self.caster = _Caster(graph, half)
+        self.excluded = set(p.exclude.nodes_left(graph)) if p.exclude else set()
+        self.included = set(p.select.nodes_left(graph)) if p.select else None
+
+    def run(self) -> int:
+        quota = Quota(self.p.limit, self.p.skip)
+        for p in list(self.graph.parameters.values()):
+            if not is_f32(p) or not p.users or self._is_small(p):
+                continue
+            reason = self._why_not(p)
+            if reason is not None:
+                self.ctx.decided(p, KEPT, f"stays in f32: {reason}")
+            elif quota.allows(next(n for n in p.users)):
+                self._store(p)
+                self.ctx.decided(p, "cast", f"stored in {self.half}, computed with in f32")
+        return quota.done
+
+    def _is_small(self, p: Parameter) -> bool:
+        numel = p.tensor_type.numel
+        return not isinstance(numel, int) or numel < _SMALLEST_STORED
+
+    def _why_not(self, p: Parameter) -> str | None:
+        if p in self.caster.written or self.graph.result in p.users:
+            return "the model writes to it, or gives it away"
+        if any(not n.op.startswith("aten.") for n in p.users):
+            return "an op reads it that has a form of its own for weights"
+        if self.excluded & set(p.users):
+            return f"`except {self.p.exclude}` names what reads it"
+        if self.included is not None and not self.included & set(p.users):
+            return f"it lies outside of {self.p.select}"
+        size = _magnitude(p)
+        if size > _LARGEST[self.half.name] or 0 < size < _SMALLEST[self.half.name]:
+            return f"it reaches {size:.3g}, which {self.half} has not, or not well"
+        return None
+
+    def _store(self, p: Parameter) -> None:
+        stored = self.caster.half_parameter(p, False, [])
+        first = next(n for n in self.graph.nodes if n in p.users)
+        wide = self.caster.add(
+            first, _CAST, stored, TensorType(F32, p.tensor_type.shape), "f32", dtype=F32
+        )
+        self.graph.replace_uses(p, wide)
+        self.graph.drop_parameter(p.name)
+        self.graph.rename(stored, p.name)
+        stored.aliases = p.aliases
+
+
 class _Caster:
     """Changes nodes to the half type and back; each value is cast once in each direction."""
 
@@ -234,7 +292,7 @@ class _Caster:
             if is_cast_up(v) and next(v.node.operands).type.dtype == self.half:  # type: ignore[union-attr]
                 self.low[v, saturate] = next(v.node.operands)  # type: ignore[union-attr]
             elif isinstance(v, Parameter) and v not in self.written:
-                self.low[v, saturate] = self._stored(v, saturate, made)
+                self.low[v, saturate] = self.half_parameter(v, saturate, made)
             else:
                 self.low[v, saturate] = self._cast(v, node, saturate, made)
         return self.low[v, saturate]
@@ -243,14 +301,14 @@ class _Caster:
         x, wide = v, v.tensor_type
         if saturate:
             limit = _LARGEST[self.half.name]
-            x = self._add(node, "aten.clamp.default", x, wide, "clamped", min=-limit, max=limit)
+            x = self.add(node, "aten.clamp.default", x, wide, "clamped", min=-limit, max=limit)
             made.append(x)
         type, name = TensorType(self.half, wide.shape), self.half.name
-        x = self._add(node, _CAST, x, type, name, dtype=self.half)
+        x = self.add(node, _CAST, x, type, name, dtype=self.half)
         made.append(x)
         return x
 
-    def _add(
+    def add(
         self, before: Node | None, op: str, x: Value, type: TensorType, suffix: str,
         **attributes: object,
     ) -> Value:  # fmt: skip
@@ -261,7 +319,7 @@ class _Caster:
         )  # fmt: skip
         return added.result
 
-    def _stored(self, p: Parameter, saturate: bool, made: list[Value]) -> Value:
+    def half_parameter(self, p: Parameter, saturate: bool, made: list[Value]) -> Parameter:
         """A weight in the half type: another parameter, with its numbers cast now."""
         name, n = f"{p.name}.{self.half}", 1
         while name in self.graph.parameters:
@@ -293,7 +351,7 @@ class _Caster:
         if v not in self.high:
             type = TensorType(F32, v.tensor_type.shape)
             anchor = None if node is self.graph.result else node
-            self.high[v] = self._add(anchor, _CAST, v, type, "f32", dtype=F32)
+            self.high[v] = self.add(anchor, _CAST, v, type, "f32", dtype=F32)
         return self.high[v]
 
     def finish(self) -> None:

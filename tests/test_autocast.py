@@ -336,6 +336,48 @@ def test_onnx_is_valid_and_small(dtype: str, tmp_path: Path) -> None:
     assert abs(found - want).max() / abs(want).max() < {"bf16": 0.05, "f16": 0.005}[dtype]
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_weights_alone_are_stored_and_everything_is_computed_in_f32(
+    dtype: str, tmp_path: Path
+) -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(torch.relu(self.up(x)))
+
+    torch.manual_seed(0)
+    net, args = Wide().eval(), (torch.randn(4, 32),)
+    outcome, decisions = cast(dfc.trace(net, args), args, dtype=dtype, only_weights=True)
+    after = outcome.graph
+    assert outcome.reports[0].verdict == "proved" and outcome.reports[0].changes == 2
+    assert set(types(after).values()) == {"f32"}
+    stored = {n: str(p.tensor_type.dtype) for n, p in after.parameters.items()}
+    assert stored == {
+        "up.weight": dtype,
+        "up.bias": "f32",
+        "down.weight": dtype,
+        "down.bias": "f32",
+    }
+    assert sum("computed with in f32" in d.reason for d in decisions) == 2
+    assert find_pass("autocast", {"dtype": dtype, "only_weights": True}).run(after, Context()) == 0
+    text = f"dfc 1\nrecipe r {{\n  autocast {dtype} with only_weights=yes\n}}\n"
+    compiled = dfc.compile(net, args, recipe=text, engine="onnxruntime")
+    compiled.export(tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx").stat().st_size < 1.4 * 2 * (2 * 32 * 64)
+    rounded = Wide().eval()
+    rounded.load_state_dict(
+        {
+            k: v.to(getattr(torch, {"bf16": "bfloat16", "f16": "float16"}[dtype])).float()
+            if k.endswith("weight") else v
+            for k, v in net.state_dict().items()
+        }
+    )  # fmt: skip
+    torch.testing.assert_close(compiled(*args), rounded(*args).detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_declared_ops_say_what_they_want() -> None:
     from dfc.ir.op import declared_ops
 
