@@ -118,6 +118,8 @@ def reduction(a: Analysis, node: Node) -> Sequence[Dims] | None:
 def weight_norm(a: Analysis, node: Node) -> Sequence[Dims] | None:
     v, g = node.inputs[:2]
     vs, gs = a.of(v), a.of(g)
+    if len(vs) != len(gs):
+        return None
     for d, (x, y) in enumerate(zip(vs, gs, strict=True)):
         if find(y).size != 1:
             unite(x, y)

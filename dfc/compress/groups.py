@@ -46,6 +46,11 @@ class Group:
         return tuple(self.axis.frozen)
 
     @property
+    def exact(self) -> bool:
+        """Whether removing units whose results nothing reads leaves all else as it was."""
+        return STATISTIC not in self.axis.marks and self.kind != "head_dim"
+
+    @property
     def modules(self) -> list[str]:
         """The modules whose weights make its units."""
         found = [u.node.loc.module for u in self.makers if u.node.loc and u.node.loc.module]

@@ -31,15 +31,17 @@ def interpret(
     double: bool = False,
     observe: Observer | None = None,
     device: str = "cpu",
+    grad: bool = False,
 ) -> list[Any]:
     """The outputs' leaves, then the final value of each mutation, in order.
 
+    With `grad`, results can be differentiated by those `parameters` that require it.
     Needs:   one input for each of `graph.inputs`; sizes within range are not checked here.
     Raises:  DfcError K020 that names the node when an op fails.
     """
     import torch
 
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         return _Interpreter(parameters or {}, double, observe, device).run(graph, inputs, {})
 
 

@@ -82,11 +82,17 @@ class Context:
     decisions: list[Decision] | None = None
     journal: Journal | None = None
     examples: Sequence[Sequence[Any]] = ()  # flat inputs: what there is where no data is named
+    say: Callable[[str], None] = lambda what: None
 
     @property
     def asked(self) -> bool:
         """Whether anybody wants to know: reasons that cost something are built only then."""
         return self.decisions is not None
+
+    def tell(self, text: str) -> None:
+        """Say something at once that also belongs into the report."""
+        self.say(text)
+        self.products.setdefault("notes", []).append(text)
 
     def decided(
         self, what: Node | Value, outcome: str, reason: str = "", into: Value | None = None

@@ -1,0 +1,222 @@
+"""Take out heads, hidden units, channels or whole layers, so that shapes really shrink."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from dfc.compress.axes import Axis
+from dfc.compress.batches import batches_of
+from dfc.compress.choice import counts, keep_best
+from dfc.compress.groups import Group, Groups, find_groups
+from dfc.compress.importance import by_activation, by_magnitude, by_taylor
+from dfc.compress.refit import prepare, refit
+from dfc.compress.shrink import shrink
+from dfc.compress.work import work_of
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph
+from dfc.lang.selectors import Selector
+from dfc.rewrite.pass_ import CHANGES, KEPT, Context, Data, Pass
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_AUTO = ("heads", "ffn", "channels")
+_SHOWN = 6  # reasons in one error
+
+
+@dataclass(frozen=True)
+class Prune(Pass):
+    """Remove the least important units of each dependency group: weights and shapes shrink.
+
+    What belongs together is found on the graph: through residuals, concats, reshapes, grouped
+    heads and tied weights. `what=auto` takes whole heads, hidden units and channels, which leave
+    the rest as it was; `width`, over which a norm goes, and `head_dim` are taken when asked for.
+    Needs:    weights; data for `by taylor`, `by activation` and `refit`.
+    Ensures:  counts are multiples of `align` (heads are whole); weights keep their names.
+    Keeps:    inputs and outputs; what is frozen, each with its reason.
+    Raises:   DfcError Q070 for options, Q071 where nothing that is selected can be pruned, Q072
+              where alignment leaves nothing to do, Q073 for data that is missing.
+    """
+
+    name = "prune"
+    numerics = CHANGES
+    idempotent = False
+    not_after = ("quantize",)
+    phrases = {"": "select", "by": "by", "using": "calib", "except": "exclude"}  # noqa: RUF012
+    auto = {"ratio": (0.1, 0.2, 0.3, 0.5)}  # noqa: RUF012
+
+    select: Selector | None = None  # prune what these modules make
+    by: Literal["magnitude", "taylor", "activation"] = "magnitude"
+    calib: Data | None = None  # what is measured on: the example without it
+    exclude: Selector | None = None  # keep what these modules make
+    ratio: float = 0.3  # of the units go
+    align: int = 8  # counts that hardware likes; odd ones run slower
+    what: Literal["auto", "channels", "heads", "head_dim", "ffn", "width", "layers"] = "auto"
+    scope: Literal["layer", "global"] = "layer"  # the ratio of each group, or of all together
+    refit: bool = False  # least squares over the data for what reads the groups
+
+    def run(self, graph: Graph, ctx: Context) -> int:
+        self._check_options()
+        if self.what == "layers":
+            from dfc.compress.blocks import remove_blocks
+
+            return remove_blocks(graph, self, ctx)
+        groups = find_groups(graph)
+        chosen = self._chosen(graph, groups, ctx)
+        if not chosen:
+            return 0
+        scores = self._scores(groups, chosen, ctx)
+        wanted = counts(scores, self.ratio, self.align, self.scope)
+        shrinking = [g for g in chosen if wanted[g] < g.size]
+        self._tell(groups, chosen, scores, wanted, ctx)
+        if not shrinking:
+            if self.select is not None:
+                raise self._nothing_left(chosen)
+            return 0
+        kept = {g: keep_best(scores[g], wanted[g]) for g in shrinking}
+        self._apply(groups, kept, ctx)
+        return len(shrinking)
+
+    def _check_options(self) -> None:
+        if not 0 < self.ratio < 1:
+            help = "0.3 takes three units of ten; what is to go as a whole is `what=layers`"
+            raise DfcError("Q070", f"`ratio` lies between 0 and 1, got {self.ratio:g}", help=help)
+        if self.align < 1:
+            raise DfcError("Q070", f"`align` is at least 1, got {self.align}")
+
+    # What is pruned
+
+    def _chosen(self, graph: Graph, groups: Groups, ctx: Context) -> list[Group]:
+        """The groups that are asked for and can be pruned.
+
+        Raises:  DfcError Q071.
+        """
+        inside = None if self.select is None else set(self.select.nodes_left(graph))
+        outside = set() if self.exclude is None else set(self.exclude.nodes_left(graph))
+        chosen, refused = [], []
+        for g in groups.groups:
+            nodes = {u.node for u in g.makers}
+            if inside is not None and not nodes & inside:
+                continue
+            reason = "`except` names it" if nodes & outside else self._why_not(g)
+            if reason is None:
+                chosen.append(g)
+                continue
+            refused.append((g, reason))
+            if g.size > 1:
+                ctx.decided(g.node or g.members[0][0], KEPT, f"{g.kind}: {reason}")
+        if not chosen and inside is not None:
+            raise self._refused(refused)
+        return chosen
+
+    def _why_not(self, g: Group) -> str | None:
+        if g.frozen:
+            return g.frozen[0]
+        if not g.makers and not g.readers:
+            return "no layer makes or reads its units: removing them saves nothing"
+        if any(p.data is None for p, _ in g.members):
+            return "its weights have no numbers"
+        if self.what != "auto":
+            return None if g.kind == self.what else f"{g.kind} are not what is asked for"
+        if g.kind not in _AUTO or not g.exact:
+            return f"removing them changes what stays: `what={g.kind}` does it all the same"
+        return None
+
+    def _refused(self, refused: Sequence[tuple[Group, str]]) -> DfcError:
+        notes = [f"`{g.name}`: {g.size} {g.kind}: {reason}" for g, reason in refused[:_SHOWN]]
+        if len(refused) > _SHOWN:
+            notes.append(f"and {len(refused) - _SHOWN} more")
+        what = "units" if self.what == "auto" else self.what
+        message = f"nothing that `{self.select}` selects can be pruned"
+        if not refused:
+            message = f"what `{self.select}` selects makes no {what} of its own"
+        help = "`dfc explain MODEL --pass prune` lists every group, and why others stay"
+        return DfcError("Q071", message, span=self._span(), notes=tuple(notes), help=help)
+
+    def _nothing_left(self, chosen: Sequence[Group]) -> DfcError:
+        g = chosen[0]
+        message = (
+            f"`align={self.align}` leaves nothing to prune: {self.ratio:.0%} of `{g.name}`, which "
+            f"has {g.size} {g.kind}, is less than a multiple of {self.align}"
+        )
+        help = f"`align=1`, or a larger ratio than {self.ratio:g}"
+        return DfcError("Q072", message, span=self._span(), help=help)
+
+    def _span(self) -> Any:
+        if self.select is None or self.select.source is None:
+            return None
+        return self.select.source.span(*self.select.what.at)
+
+    # How much each unit matters
+
+    def batches(self, graph: Graph, ctx: Context) -> Any:
+        """The data that is named, else the examples.
+
+        Raises:  DfcError Q073.
+        """
+        if self.calib is not None:
+            return batches_of(ctx, self.calib, graph)
+        if ctx.examples:
+            return [list(x) for x in ctx.examples]
+        needed = f"by {self.by}" if self.by != "magnitude" else "refit"
+        help = "`data calib` in the recipe, `prune using calib`, and compile(..., data={...})"
+        raise DfcError("Q073", f"`prune {needed}` needs data", help=help)
+
+    def _scores(self, groups: Groups, chosen: list[Group], ctx: Context) -> dict[Group, Tensor]:
+        if self.by == "magnitude":
+            return by_magnitude(groups, chosen)
+        batches = self.batches(groups.analysis.graph, ctx)
+        rank = by_taylor if self.by == "taylor" else by_activation
+        return rank(groups, chosen, batches, ctx)
+
+    # Doing it
+
+    def _apply(self, groups: Groups, kept: dict[Group, list[bool]], ctx: Context) -> None:
+        graph = groups.analysis.graph
+        before = work_of(graph, ctx.examples)
+        refits = []
+        if self.refit:
+            refits = prepare(groups, list(kept), self.batches(graph, ctx), ctx)
+        shrink(groups, kept)
+        after = work_of(graph, ctx.examples)
+        ctx.tell(f"prune: predicted {before} -> {after}: {_share(before, after)}")
+        masks = {g.axis: mask for g, mask in kept.items()}
+
+        def stays(axis: Axis) -> list[bool]:
+            return masks.get(axis) or [True] * int(axis.size)  # type: ignore[arg-type]
+
+        if self.refit:
+            done = refit(groups, refits, stays)
+            ctx.tell(f"prune: {done} layers that read what was pruned are refitted to the data")
+
+    def _tell(
+        self, groups: Groups, chosen: list[Group], scores: dict[Group, Tensor],
+        wanted: dict[Group, int], ctx: Context,
+    ) -> None:  # fmt: skip
+        if not ctx.asked:
+            return
+        for g in chosen:
+            low, middle, high = (float(x) for x in _spread(scores[g]))
+            weights = ", ".join(f"{p.name}[{d}]" for p, d in g.members[:4])
+            more = f" and {len(g.members) - 4} more" if len(g.members) > 4 else ""
+            about = (
+                f"{g.name}: {g.size} {g.kind}, importance {low:.3g} .. {middle:.3g} .. {high:.3g}, "
+                f"in {weights}{more}"
+            )
+            at = g.node or g.members[0][0]
+            if wanted[g] < g.size:
+                ctx.decided(at, "pruned", f"{wanted[g]} of {g.size} stay; {about}")
+            else:
+                ctx.decided(at, KEPT, f"a multiple of {self.align} leaves nothing to go; {about}")
+
+
+def _spread(score: Tensor) -> Sequence[Tensor]:
+    return score.min(), score.median(), score.max()
+
+
+def _share(before: Any, after: Any) -> str:
+    macs = after.macs / before.macs if before.macs else 1.0
+    weights = after.weight_bytes / before.weight_bytes if before.weight_bytes else 1.0
+    return f"{1 - macs:.1%} fewer multiply-adds, {1 - weights:.1%} fewer bytes"
