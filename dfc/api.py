@@ -57,6 +57,7 @@ def compile(
     target: str | os.PathLike[str] | None = None,
     data: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Callable[..., Any]] | None = None,
+    functions: Mapping[str, Callable[..., Any]] | None = None,
     settings: Mapping[str, Any] | None = None,
     budget: str | int | float | None = None,
     passes: Sequence[str | Pass] | None = None,
@@ -84,6 +85,8 @@ def compile(
       metrics   {"top1": function}: called as `top1(run, data)` for `metric top1 on val`, and as
                 `top1(run)` where the recipe names no data; `run` is called like the model, and the
                 result is a number
+      functions {"distil": train}: called as `train(module, data)` for `recover by distil using
+                texts`; `module` is called like the model, and trained in place
 
     `engine` is a name, several separated by commas, or "auto": the fastest that is right on the
     example is kept ("auto" does not try inductor, which compiles for long); `verify` is "each",
@@ -104,7 +107,7 @@ def compile(
     plan, guarded = chosen_plan(recipe, passes, target, settings)
     return Compilation(
         plan, guarded, data or {}, metrics or {}, budget, engine, verify, strict, device,
-        print_after, progress or (lambda what: None), writer(reproducers),
+        print_after, progress or (lambda what: None), writer(reproducers), functions or {},
     ).run(model, args, kwargs, dynamic_shapes, weights)  # fmt: skip
 
 

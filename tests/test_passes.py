@@ -18,7 +18,7 @@ from dfc.ir.graph import Graph
 from dfc.ir.interpret import interpret
 from dfc.ir.verify import verify
 from dfc.rewrite.agree import judge
-from dfc.rewrite.pass_ import DEFAULT, EXACT, Context, Pass, find_pass, pass_classes
+from dfc.rewrite.pass_ import CHANGES, DEFAULT, EXACT, Context, Pass, find_pass, pass_classes
 from tests.random_graphs import random_graph, random_inputs
 
 SEEDS = range(50)
@@ -80,6 +80,8 @@ def test_pass_keeps_meaning(p: Pass, seed: int) -> None:
     for size in (2, 5):
         original, witness = expected(seed, size)
         results = evaluate(graph, seed, size=size)
+        if p.numerics == CHANGES:  # judged by its own tests
+            continue
         exact = p.numerics == EXACT
         verdict = judge(results, original, witness, exact=exact, rtol=p.numerics.rtol)
         assert verdict.agrees, f"{verdict.difference}\n{before}\n{after}"

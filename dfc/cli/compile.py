@@ -52,6 +52,14 @@ def compile(
             help="A metric of the recipe: FUNCTION(run, data), or FUNCTION(run) without data.",
         ),
     ] = None,
+    function: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--function",
+            metavar="NAME=FILE.py:FUNCTION",
+            help="A function of the recipe: `recover by NAME` calls it with the module and data.",
+        ),
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
@@ -114,7 +122,9 @@ def compile(
         chosen = choose_recipe(recipe, name, level, passes, target, settings)
         for path in emit_paths(chosen.plan, output):
             require_writable(path, force)
-        job = _Job(chosen, data, metric, budget, engine, verify, strict, device, reproducers, say)
+        job = _Job(
+            chosen, data, metric, function, budget, engine, verify, strict, device, reproducers, say
+        )
         compiled, missed = job.run(model, print_after)
         written: dict[str, str] = {}
         if missed is None:
@@ -143,6 +153,7 @@ class _Job:
     chosen: Chosen
     data: list[str] | None
     metrics: list[str] | None
+    functions: list[str] | None
     budget: str | None
     engine: str
     verify: str | None
@@ -156,7 +167,7 @@ class _Job:
         say = self.say
         import dfc
         from dfc.cli.engines import check_device, check_engine
-        from dfc.cli.recipes import named_data, named_metrics
+        from dfc.cli.recipes import named_data, named_functions
         from dfc.cli.sources import open_source
         from dfc.recipe.searching import Budget
         from dfc.rewrite.driver import VERIFY
@@ -170,7 +181,7 @@ class _Job:
         _check_print_after(print_after, [step.name for step in self.chosen.plan.passes()])
         say(f"loading {model}")
         source = open_source(model)
-        metrics, data = named_metrics(self.metrics), named_data(self.data)
+        metrics, data = named_functions("--metric", self.metrics), named_data(self.data)
 
         def show(step: str, graph: Any) -> None:
             if print_after in ("all", step.partition("{")[0]):
@@ -187,6 +198,7 @@ class _Job:
                 target=self.chosen.target,
                 data=data,
                 metrics=metrics,
+                functions=named_functions("--function", self.functions),
                 budget=self.budget,
                 engine=self.engine,
                 verify=self.verify,

@@ -110,13 +110,13 @@ def named_data(given: Sequence[str] | None) -> dict[str, Any]:
     return made
 
 
-def named_metrics(given: Sequence[str] | None) -> dict[str, Callable[..., Any]]:
+def named_functions(option: str, given: Sequence[str] | None) -> dict[str, Callable[..., Any]]:
     """`top1=FILE.py:FUNCTION`: the functions by name.
 
     Raises:  DfcError D057, D050, D051.
     """
-    pairs = [_pair("--metric", text, "NAME=FILE.py:FUNCTION") for text in given or ()]
-    return {name: _function("--metric", place)[0] for name, place in pairs}
+    pairs = [_pair(option, text, "NAME=FILE.py:FUNCTION") for text in given or ()]
+    return {name: _function(option, place)[0] for name, place in pairs}
 
 
 def _pair(option: str, text: str, form: str) -> tuple[str, str]:

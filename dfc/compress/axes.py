@@ -222,10 +222,10 @@ def refine(axis: Axis, sizes: Sequence[Size]) -> list[Axis]:
     if len(sizes) == 1:
         return [root]
     if root.form == "leaf":
+        if any(s == root.size for s in sizes):  # the others are 1
+            return [root if s == root.size else leaf(1) for s in sizes]
         made = [leaf(1) if s == 1 else _like(root, s) for s in sizes]
         root.form, root.parts = "product", tuple(m for m in made if m.size != 1)
-        if len(root.parts) == 1:
-            root.form, root.parts, root.parent = "leaf", (), root.parts[0]
         return made
     if root.form == "sum":
         return _refine_sum(root, sizes)
@@ -311,14 +311,19 @@ def _cut_sum(root: Axis, sizes: Sequence[int]) -> list[Axis]:
         taken: list[Axis] = []
         while wanted:
             x = find(pending.pop(0))
-            assert isinstance(x.size, int)
-            if x.size > wanted:
-                x, rest = cut(x, (wanted, x.size - wanted))
+            if _known(x) > wanted:
+                x, rest = cut(x, (wanted, _known(x) - wanted))
                 pending.insert(0, rest)
             taken.append(x)
-            wanted -= x.size  # type: ignore[operator]
+            wanted -= _known(x)
         made.append(total(taken) if taken else leaf(0))
     return made
+
+
+def _known(axis: Axis) -> int:
+    size = find(axis).size
+    assert isinstance(size, int)
+    return size
 
 
 def kept_mask(axis: Axis, kept: Kept) -> list[bool]:

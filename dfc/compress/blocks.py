@@ -87,7 +87,9 @@ def _same_axes(analysis: Analysis, v: Value, w: Value) -> bool:
         return False
     pairs = list(zip(analysis.dims[v], analysis.dims[w], strict=True))
     return all(
-        find(x) is find(y) or list(leaves(x)) == list(leaves(y)) or not isinstance(find(x).size, int)
+        find(x) is find(y)
+        or list(leaves(x)) == list(leaves(y))
+        or not isinstance(find(x).size, int)
         for x, y in pairs
     )
 
@@ -189,7 +191,7 @@ def _norm(parameters: Iterable[Parameter]) -> float:
             tensor = x.data.tensor().float()
             total += float(tensor.square().sum())
             count += tensor.numel()
-    return (total / max(count, 1)) ** 0.5
+    return float((total / max(count, 1)) ** 0.5)
 
 
 def _changes(graph: Graph, blocks: Sequence[Block], batch: Sequence[Any]) -> dict[Block, float]:
@@ -209,5 +211,5 @@ def _changes(graph: Graph, blocks: Sequence[Block], batch: Sequence[Any]) -> dic
 def _turned(x: Tensor, y: Tensor) -> float:
     import torch
 
-    rows = (t.float().flatten(0, -2) if t.dim() == 3 else t.float().flatten(1) for t in (x, y))
-    return float(1 - torch.nn.functional.cosine_similarity(*rows, dim=-1).mean())
+    a, b = (t.float().flatten(0, -2) if t.dim() == 3 else t.float().flatten(1) for t in (x, y))
+    return float(1 - torch.nn.functional.cosine_similarity(a, b, dim=-1).mean())

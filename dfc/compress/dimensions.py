@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dfc.compress.axes import Axis, find, freeze, leaf, unite
+from dfc.compress.axes import Axis, find, freeze, leaf, leaves, unite
 from dfc.ir.expr import Size
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.types import TensorType
@@ -21,7 +21,9 @@ Sizes = Callable[[Axis], Size]  # the new size of an axis
 Rule = Callable[["Analysis", Node], "Sequence[Dims] | None"]
 RULES: dict[str, Rule] = {}  # by the op's name without its overload, or with it
 
-_SAME_PLACE = {  # op -> how dimension d of the result is found in the first operand
+_SAME_PLACE: dict[
+    str, Callable[[Node, int, int], int]
+] = {  # op -> how dimension d of the result is found in the first operand
     "aten.t": lambda node, d, rank: rank - 1 - d,
     "aten.numpy_T": lambda node, d, rank: rank - 1 - d,
     "aten.permute": lambda node, d, rank: node.attributes["dims"][d] % rank,
@@ -91,13 +93,12 @@ class Analysis:
     constant: set[Value] = field(default_factory=set)
 
     def run(self) -> Analysis:
-        for i, v in enumerate(self.graph.inputs):
+        for v in self.graph.inputs:
             self._outside(v, f"it is a size of the input %{v.name}")
-            del i
         changed = {m.target for m in self.graph.mutations}
         for p in self.graph.parameters.values():
             self.constant.add(p)
-            self.dims[p] = tuple(leaf(s) for p_ in (p,) for s in p_.tensor_type.shape)
+            self.dims[p] = tuple(leaf(s) for s in p.tensor_type.shape)
             if p in changed:
                 self._freeze(p, f"the model writes to !{p.name}")
         for node in self.graph.nodes:
@@ -155,26 +156,20 @@ class Analysis:
 
     def makes(self, axis: Axis, node: Node, weight: Any, dim: int) -> None:
         """A weight's dimension makes an axis."""
-        origin = parameter_of(weight, dim)
-        self.makers.append(Use(axis, node, *(origin or (None, -1))))
+        parameter, its_dim = parameter_of(weight, dim) or (None, -1)
+        self.makers.append(Use(axis, node, parameter, its_dim))
 
     def reads(self, axis: Axis, node: Node, weight: Any, dim: int, x: Any, x_dim: int) -> None:
         """A weight's dimension is contracted with a value's."""
-        origin = parameter_of(weight, dim)
-        self.readers.append(Use(axis, node, *(origin or (None, -1)), x, x_dim))
+        parameter, its_dim = parameter_of(weight, dim) or (None, -1)
+        self.readers.append(Use(axis, node, parameter, its_dim, x, x_dim))
 
 
 def freeze_symbolic(axis: Axis) -> None:
     """A leaf whose size only running the graph tells is never cut."""
-    for x in _leaves(axis):
+    for x in leaves(axis):
         if not isinstance(x.size, int):
             x.frozen.setdefault(f"its size `{x.size}` is known only when the model runs")
-
-
-def _leaves(axis: Axis) -> Sequence[Axis]:
-    from dfc.compress.axes import leaves
-
-    return list(leaves(axis))
 
 
 def parameter_of(v: Any, dim: int) -> tuple[Parameter, int] | None:
@@ -230,8 +225,8 @@ def place(node: Node) -> str:
 
 def analyse(graph: Graph) -> Analysis:
     """The axes of all values of a graph."""
-    import dfc.compress.dims_contract  # noqa: F401
-    import dfc.compress.dims_norm  # noqa: F401
+    import dfc.compress.dims_contract
+    import dfc.compress.dims_norm
     import dfc.compress.dims_shape  # noqa: F401
 
     return Analysis(graph).run()

@@ -253,5 +253,3 @@ def _einsum_uses(
             a.reads(axis, node, values[w], dim, values[1 - w], other.index(letter))
         elif letter in result and letter not in other:
             a.makes(axis, node, values[w], dim)
-
-

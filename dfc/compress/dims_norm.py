@@ -108,9 +108,7 @@ def reduction(a: Analysis, node: Node) -> Sequence[Dims] | None:
         elif name not in _EXACT:
             freeze(xs[d], f"`{name}` goes over it{place(node)}")
     keep = bool(node.attributes.get("keepdim", False))
-    made = tuple(
-        leaf(1) if d in over else x for d, x in enumerate(xs) if keep or d not in over
-    )
+    made = tuple(leaf(1) if d in over else x for d, x in enumerate(xs) if keep or d not in over)
     return [made for _ in node.results]
 
 

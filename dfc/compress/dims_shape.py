@@ -182,7 +182,9 @@ def expand(a: Analysis, node: Node) -> Sequence[Dims] | None:
     old = node.attributes["size"]
     a.edit(
         node, made,
-        lambda size: {"size": tuple(o if o == -1 else size(m) for o, m in zip(old, made))},
+        lambda size: {
+            "size": tuple(o if o == -1 else size(m) for o, m in zip(old, made, strict=True))
+        },
     )  # fmt: skip
     return [tuple(made)]
 
@@ -267,7 +269,7 @@ def split(a: Analysis, node: Node) -> Sequence[Dims] | None:
         freeze(xs[d], reason)
         pieces = [leaf(s, reason) for s in sizes]
     else:
-        pieces = cut(xs[d], sizes)  # type: ignore[arg-type]
+        pieces = cut(xs[d], [s for s in sizes if isinstance(s, int)])
         a.edit(
             node, pieces,
             lambda size: {"split_sizes": tuple(size(p) for p in pieces), "dim": d},
@@ -307,8 +309,10 @@ def slice_(a: Analysis, node: Node) -> Sequence[Dims] | None:
     start, step = node.attributes.get("start") or 0, node.attributes.get("step", 1)
     if new == size:
         return [tuple(xs)]
-    if not all(isinstance(s, int) for s in (size, new, start, step)):
+    known = isinstance(size, int) and isinstance(new, int)
+    if not known or not isinstance(start, int) or not isinstance(step, int):
         return _sliced(xs, d, new, node)
+    assert isinstance(size, int) and isinstance(new, int)
     if start < 0:
         start = max(0, start + size)
     if step != 1:
@@ -319,12 +323,15 @@ def slice_(a: Analysis, node: Node) -> Sequence[Dims] | None:
     before, middle = pieces[:at], pieces[at] if new else leaf(0)
     xs[d] = middle
     if "end" in node.attributes:
+
         def bounds(size: Any) -> dict[str, Any]:
             first = sum(size(p) for p in before)
             return {"start": first, "end": first + size(middle)}
     else:
+
         def bounds(size: Any) -> dict[str, Any]:
             return {"start": sum(size(p) for p in before), "length": size(middle)}
+
     a.edit(node, pieces, bounds)
     return [tuple(xs)]
 

@@ -4,9 +4,9 @@
               units scaled to mean 1, and summed: a group L2 in which no wide weight drowns others
   activation  mean square of what the unit carries, times the squared norm of the weights that read
               it: how much the readers' results change when it is gone
-  taylor      the expected square of how much the outputs change, to first order, when the unit is
-              gone: (sum of w * dL/dw over the weights that read it)^2 for L = outputs * random signs,
-              which needs data but neither labels nor a loss
+  taylor      expected square of how much the outputs change, to first order, when the unit is gone:
+              (sum of w * dL/dw over the weights that read it)^2 with L = outputs * random signs;
+              it needs data, but neither labels nor a loss
 Source:  taylor: Molchanov et al. 2019 (arXiv 1906.10771), with the Gauss-Newton matrix in place of
          the loss: for a trained model the loss's own gradient is noise.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def per_unit(axis: Axis, along: Tensor, unit: Axis) -> Tensor:
-    """What a leaf's units have in sum, from numbers for each index of an axis that it is part of."""
+    """What each unit of a leaf has, from numbers for each index of an axis that it is in."""
     import torch
 
     root = find(axis)
@@ -39,7 +39,7 @@ def per_unit(axis: Axis, along: Tensor, unit: Axis) -> Tensor:
         return total
     sizes = [int(find(p).size) for p in root.parts]  # type: ignore[arg-type]
     if root.form == "sum":
-        pieces: Sequence[Tensor] = along.split(sizes)
+        pieces = list(torch.split(along, sizes))
     else:
         block = along.reshape(sizes)
         rest = [[e for e in range(len(sizes)) if e != d] for d in range(len(sizes))]
@@ -115,6 +115,8 @@ def by_activation(
     groups: Groups, chosen: Sequence[Group], batches: Any, ctx: Context
 ) -> dict[Group, Tensor]:
     """Scores from what flows through each unit; magnitude where no weight reads it."""
+    import torch
+
     analysis = groups.analysis
     observers: dict[Value, MeanSquare] = {}
     for g in chosen:
@@ -129,14 +131,14 @@ def by_activation(
         if not known:
             scores[g] = _magnitude(groups, g)
             continue
-        total = 0
+        total = torch.zeros(g.size)
         for u in known:
             assert u.parameter is not None and u.parameter.data is not None
             norms = squares(u.parameter.data.tensor(), u.dim)
             mean = observers[u.source].mean  # type: ignore[index]
             total = total + per_unit(analysis.dims[u.parameter][u.dim], norms * mean, g.axis)
         scores[g] = total
-    return scores  # type: ignore[return-value]
+    return scores
 
 
 def by_taylor(
@@ -159,7 +161,11 @@ def by_taylor(
         results = interpret(graph, batch, parameters=leaves, grad=True)[: len(graph.outputs)]
         loss = sum(_signed(y, random) for y in results if y.requires_grad)
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)  # type: ignore[arg-type]
-        change = {n: t.detach() * g for (n, t), g in zip(leaves.items(), grads, strict=True) if g is not None}
+        change = {
+            n: t.detach() * g
+            for (n, t), g in zip(leaves.items(), grads, strict=True)
+            if g is not None
+        }
         for g in chosen:
             scores[g] += _gate(analysis.dims, g, change).square()
         ctx.progress(done, total)

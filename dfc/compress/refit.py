@@ -80,8 +80,9 @@ class Refit:
         if self.bias is not None:
             replace_data(graph, self.bias, solved[:, -1].to(dtype).contiguous())
             solved = solved[:, :-1]
-        shape = self.weight.tensor_type.shape
-        replace_data(graph, self.weight, solved.to(dtype).reshape(shape).contiguous())  # type: ignore[arg-type]
+        kernel = self.before.shape[2:]  # of single pixels
+        solved = solved.to(dtype).reshape(*solved.shape, *kernel).contiguous()
+        replace_data(graph, self.weight, solved)
 
 
 def prepare(groups: Groups, chosen: Sequence[Group], batches: Any, ctx: Context) -> list[Refit]:
@@ -126,5 +127,3 @@ def refit(groups: Groups, refits: Sequence[Refit], stays: Kept) -> int:
         rows, columns = groups.analysis.dims[r.weight][:2]
         r.run(groups.analysis.graph, kept_mask(rows, stays), kept_mask(columns, stays))
     return len(refits)
-
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,9 +32,7 @@ def work_of(graph: Graph, examples: Sequence[Sequence[Any]] = ()) -> Work:
     for node in graph.nodes:
         total = total + macs_of(node)
     found = evaluate(total, sizes)
-    weights = sum(
-        p.tensor_type.nbytes for p in graph.parameters.values() if p.use_count
-    )
+    weights = sum(p.tensor_type.nbytes for p in graph.parameters.values() if p.use_count)
     return Work(int(found), int(weights))  # type: ignore[arg-type]
 
 
@@ -72,11 +69,16 @@ def _product(node: Node, i: int = 0) -> Size:
     return node.result.tensor_type.numel * _type(node, i).shape[-1]
 
 
+def _each(weight: TensorType) -> Size:
+    """Elements for each index of the first dimension."""
+    return weight.with_shape(weight.shape[1:]).numel
+
+
 def _conv(node: Node) -> Size:
     weight = _type(node, 1)
     if node.attributes.get("transposed", False) or "transpose" in node.op:
-        return _type(node, 0).numel * math.prod(weight.shape[1:])  # type: ignore[arg-type]
-    return node.result.tensor_type.numel * math.prod(weight.shape[1:])  # type: ignore[arg-type]
+        return _type(node, 0).numel * _each(weight)
+    return node.result.tensor_type.numel * _each(weight)
 
 
 def _attention(node: Node) -> Size:

@@ -54,6 +54,7 @@ class Compilation:
     print_after: Callable[[str, Graph], None] | None
     say: Callable[[str], None]
     on_fault: Callable[[Any], str] | None = None
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     report: Report = field(default_factory=Report)
 
     def run(
@@ -127,7 +128,7 @@ class Compilation:
         self.say("rewriting")
         executor = Executor(
             graph, meter, probes, "none" if probes is None else self.verify, self.strict,
-            self.print_after, self.on_fault, self.plan.target, self.data, self.say,
+            self.print_after, self.on_fault, self.plan.target, self.data, self.functions, self.say,
         )  # fmt: skip
         found = search(executor, self.plan, budget)
         self.report.passes_s = time.perf_counter() - start
@@ -147,7 +148,7 @@ class Compilation:
         report.before_ms, report.after_ms = choice.before_ms, choice.after_ms
         if choice.guard is not None:
             report.decisions = [*outcome.decisions, choice.guard]
-        report.notes += found.notes
+        report.notes += [*found.notes, *outcome.products.get("notes", ())]
         report.notes += ["\n".join(x.lines()) for r in outcome.reports for x in r.left_out]
         if probes is not None:
             report.notes += probes.notes

@@ -82,6 +82,7 @@ class Executor:
     on_fault: Callable[[Any], str] | None = None
     target: Any = None
     data: Mapping[str, Any] = field(default_factory=dict)
+    functions: Mapping[str, Any] = field(default_factory=dict)
     say: Callable[[str], None] = lambda what: None
     # Steps that were run, by the graph that they ran on and what else decides their result: a
     # search runs the same first steps again and again.
@@ -164,7 +165,8 @@ class _Run:
         self.emits: list[EmitStep] = []
         self.owes_proof = False
         self.context = Context(
-            target=executor.target, data=executor.data, progress=self._progress,
+            target=executor.target, data=executor.data, progress=self._progress, say=executor.say,
+            functions=executor.functions,
             journal=user_journal() if executor.data else None,
         )  # fmt: skip
         self.running = ""

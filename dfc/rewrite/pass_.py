@@ -83,6 +83,7 @@ class Context:
     journal: Journal | None = None
     examples: Sequence[Sequence[Any]] = ()  # flat inputs: what there is where no data is named
     say: Callable[[str], None] = lambda what: None
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # the caller's own
 
     @property
     def asked(self) -> bool:

@@ -1,0 +1,87 @@
+"""Graph to an `nn.Module` that trains: called like the model, its weights by the model's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from dfc.calling import build_outputs, flat_inputs
+from dfc.emit.fx import to_fx
+from dfc.ir.graph import Graph, Parameter
+
+# op -> which operands are its weights: what is trained of constants that passes have made
+_WEIGHTS = {
+    "aten.linear": (1, 2), "dfc.linear_gelu": (1, 2), "aten.conv1d": (1, 2), "aten.conv2d": (1, 2),
+    "aten.conv3d": (1, 2), "aten.convolution": (1, 2), "aten.layer_norm": (1, 2),
+    "aten.embedding": (0,), "dfc.skip_layer_norm": (2, 3, 4),
+}  # fmt: skip
+
+
+class TrainableGraph(nn.Module):
+    """A graph whose weights are `nn.Parameter`s, under the names that they have in the model.
+
+    Needs:  weights; a graph that writes to none of them.
+    Keeps:  the graph: the parameters are copies, until they are read back.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self._dfc_graph = graph
+        module = to_fx(graph)
+        self._dfc_trained: dict[str, nn.Parameter] = {}
+        chosen = set(trainable(graph))
+        for i, p in enumerate(graph.parameters.values()):
+            if p not in chosen:
+                continue
+            assert p.data is not None
+            own = nn.Parameter(p.data.tensor().detach().clone())
+            del module._buffers[f"p{i}"]
+            module.register_parameter(f"p{i}", own)
+            self._dfc_trained[p.name] = own
+            _register(self, p.name, own)
+        self._dfc_run = [module]  # in a list: its parameters are ours already, by better names
+
+    def weights(self) -> Mapping[str, nn.Parameter]:
+        """The parameters by the names that they have in the graph."""
+        return self._dfc_trained
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = flat_inputs(self._dfc_graph, args, kwargs)
+        results = self._dfc_run[0](*inputs)
+        outputs = results[: len(self._dfc_graph.outputs)]
+        return build_outputs(self._dfc_graph, inputs, iter(outputs))
+
+
+def _register(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter where its dotted name says."""
+    path = name.split(".")
+    while len(path) > 1:
+        inner = root._modules.get(path[0])
+        if inner is None:
+            if hasattr(root, path[0]):  # a weight that a pass has made of another's
+                path = ["_".join(path)]
+                break
+            inner = nn.Module()
+            root.add_module(path[0], inner)
+        root, path = inner, path[1:]
+    free = path[0]
+    while hasattr(root, free):
+        free += "_"
+    root.register_parameter(free, parameter)
+
+
+def trainable(graph: Graph) -> Sequence[Parameter]:
+    """The float parameters that are read, and constants that are a layer's weights."""
+    weights = {
+        node.inputs[i]
+        for node in graph.walk()
+        for i in _WEIGHTS.get(node.op.removesuffix(".default"), ())
+    }
+    written = {m.target for m in graph.mutations}
+    return [
+        p for p in graph.parameters.values()
+        if p.use_count and p.tensor_type.dtype.is_float and p not in written
+        and (p.kind == "parameter" or (p.kind == "constant" and p in weights))
+    ]  # fmt: skip

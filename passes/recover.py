@@ -1,0 +1,111 @@
+"""Train what was pruned for a while: the user's own function, on the graph as an `nn.Module`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dfc.errors import DfcError, did_you_mean
+from dfc.ir.graph import Graph
+from dfc.ir.weights import TensorData
+from dfc.origin import failure_of
+from dfc.rewrite.pass_ import CHANGES, Context, Data, Pass
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dfc.emit.trainable import TrainableGraph
+
+
+@dataclass(frozen=True)
+class Recover(Pass):
+    """Let a function that the caller passes by name train the weights, and read them back.
+
+    The function is called with an `nn.Module` that is called like the model and has its weights by
+    the model's names, and with the data, where the step names some.
+    Needs:    weights; `functions={"distil": train}` in `dfc.compile`, or `--function`.
+    Ensures:  the weights are those that the function left; ops and shapes are as before.
+    Keeps:    the graph, when the function raises or leaves numbers that are not finite.
+    Raises:   DfcError Q074 for a function that was not passed, D084 for data; K040 (status 8) when
+              the function raises, or leaves weights that are not finite or of another shape.
+    """
+
+    name = "recover"
+    numerics = CHANGES
+    idempotent = False
+    not_after = ("quantize",)
+    phrases = {"": "function", "by": "function", "using": "calib"}  # noqa: RUF012
+
+    function: str = ""  # its name, as it was passed
+    calib: Data | None = None  # data that it is called with
+
+    def run(self, graph: Graph, ctx: Context) -> int:
+        if not self.function:
+            return 0
+        function = self._function(ctx)
+        given = () if self.calib is None else (self._data(ctx),)
+        from dfc.emit.trainable import TrainableGraph
+
+        module = TrainableGraph(graph.copy())
+        self._train(function, module, given)
+        changed = self._changed(graph, module)
+        for name, tensor in changed.items():
+            p = graph.parameters[name]
+            ctx.decided(p, "trained", f"by `{self.function}`")
+            p.data = TensorData(name, tensor)
+        return len(changed)
+
+    def _function(self, ctx: Context) -> Any:
+        found = ctx.functions.get(self.function)
+        if callable(found):
+            return found
+        help = did_you_mean(self.function, [*ctx.functions]) or (
+            f'pass functions={{"{self.function}": train}} to dfc.compile, '
+            f"or --function {self.function}=FILE.py:FUNCTION to `dfc compile`"
+        )
+        what = "is not passed" if found is None else f"is a {type(found).__name__}, not a function"
+        raise DfcError("Q074", f"function `{self.function}` {what}", help=help)
+
+    def _data(self, ctx: Context) -> Any:
+        """The data as it was passed: what a batch is, is between the user and their function."""
+        assert self.calib is not None
+        if self.calib not in ctx.data:
+            help = did_you_mean(self.calib, [*ctx.data])
+            raise DfcError("D084", f"data `{self.calib}` is not passed", help=help)
+        return ctx.data[self.calib]
+
+    def _train(self, function: Any, module: TrainableGraph, given: tuple[Any, ...]) -> None:
+        import torch
+
+        code = getattr(function, "__code__", None)
+        try:
+            with torch.enable_grad():
+                function(module, *given)
+        except DfcError:
+            raise
+        except (Exception, SystemExit) as e:
+            own = code.co_filename if code else ""
+            raise failure_of(e, f"function `{self.function}`", own) from e
+
+    def _changed(self, graph: Graph, module: TrainableGraph) -> dict[str, Tensor]:
+        """The weights that are not what they were, all of them checked before any is taken."""
+        import torch
+
+        found: dict[str, Tensor] = {}
+        for name, trained in module.weights().items():
+            data = graph.parameters[name].data
+            assert data is not None
+            old, new = data.tensor(), trained.detach().to(data.tensor())
+            problem = ""
+            if new.shape != old.shape:
+                problem = f"gave it the shape {list(new.shape)}, it was {list(old.shape)}"
+            elif not bool(torch.isfinite(new).all()):
+                count = int((~torch.isfinite(new)).sum())
+                problem = f"left {count} of {new.numel()} numbers that are not finite in it"
+            if problem:
+                message = f"function `{self.function}` trained `{name}` and {problem}"
+                help = "a smaller learning rate, or gradient clipping; the graph is as it was"
+                raise DfcError("K040", message, help=help, status=8)
+            if not torch.equal(old, new):
+                found[name] = new.clone()
+        return found

@@ -1,0 +1,155 @@
+"""`recover`: a function of the user trains what was pruned; its weights are taken if they hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dfc
+from dfc.emit.trainable import TrainableGraph
+from dfc.errors import DfcError
+from dfc.rewrite.pass_ import Context, find_pass
+
+X = torch.linspace(-2, 2, 6 * 8).reshape(6, 8)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.norm, self.down = nn.Linear(8, 32), nn.LayerNorm(32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"y": self.down(self.norm(torch.relu(self.up(x))))}
+
+
+def distil(module: nn.Module, batches: list[Tensor]) -> None:
+    teacher = Net().eval()
+    optimizer = torch.optim.Adam(module.parameters(), 1e-2)
+    for _ in range(60):
+        for x in batches:
+            loss = (module(x)["y"] - teacher(x)["y"]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def compiled(steps: str, train: Any = None, **options: Any) -> dfc.Compiled:
+    text = f"dfc 1\ndata texts\nrecipe r {{\n{steps}\n}}\n"
+    functions = {} if train is None else {"distil": train}
+    return dfc.compile(
+        Net().eval(), (X,), recipe=text, engine="eager", data={"texts": [X]}, functions=functions,
+        **options,
+    )  # fmt: skip
+
+
+PRUNE = 'prune "up" with ratio=0.5, what=width\n'
+
+
+def error(found: dfc.Compiled) -> float:
+    return float((found(X)["y"] - Net().eval()(X)["y"]).detach().norm())
+
+
+def test_training_brings_back_what_pruning_took() -> None:
+    pruned = compiled(
+        f"{PRUNE}recover by noop using texts".replace("noop", "distil"), lambda m, d: None
+    )
+    trained = compiled(f"{PRUNE}recover by distil using texts", distil)
+    assert error(trained) < 0.2 * error(pruned), (error(trained), error(pruned))
+    assert trained.graph.parameters["up.weight"].tensor_type.shape == (16, 8)
+    (before,) = [p for p in pruned.report.passes if p.step.startswith("recover")]
+    (after,) = [p for p in trained.report.passes if p.step.startswith("recover")]
+    assert (before.changes, after.changes) == (0, 6)
+
+
+def test_the_module_is_called_like_the_model_and_has_its_names() -> None:
+    graph = dfc.trace(Net().eval(), (X,))
+    module = TrainableGraph(graph)
+    assert {n for n, _ in module.named_parameters()} == {n for n, _ in Net().named_parameters()}
+    torch.testing.assert_close(module(X), Net().eval()(X))
+    module(x=X)["y"].sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+    assert module.state_dict().keys() == Net().state_dict().keys()
+
+
+def test_weights_that_a_pass_has_made_are_trained_too() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    graph = dfc.trace(net, (torch.randn(2, 3, 6, 6),))
+    find_pass("fold_batch_norm").run(graph, Context())
+    find_pass("dce").run(graph, Context())
+    assert len(list(TrainableGraph(graph).parameters())) == 2
+
+
+def diverge(module: nn.Module, data: Any) -> None:
+    with torch.no_grad():
+        next(iter(module.parameters()))[0] = float("nan")
+
+
+def fail(module: nn.Module, data: Any) -> None:
+    with torch.no_grad():
+        next(iter(module.parameters())).zero_()
+    raise RuntimeError("out of texts")
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        (diverge, "left 8 of 256 numbers that are not finite"),
+        (fail, "raised RuntimeError: out of texts"),
+    ],
+)
+def test_a_function_that_fails_leaves_the_graph_as_it_was(train: Any, said: str) -> None:
+    graph = dfc.trace(Net().eval(), (X,))
+    before = graph.fingerprint()
+    step = find_pass("recover", {"function": "distil", "calib": "texts"})
+    with pytest.raises(DfcError, match=said) as error:
+        step.run(graph, Context(functions={"distil": train}, data={"texts": [X]}))
+    assert (error.value.code, error.value.status) == ("K040", 8)
+    assert graph.fingerprint() == before
+    with pytest.raises(DfcError, match=said):
+        compiled("recover by distil using texts", train)
+
+
+def test_a_function_or_data_that_was_not_passed_is_named() -> None:
+    with pytest.raises(DfcError, match="function `distil` is not passed") as error:
+        compiled("recover by distil using texts")
+    assert error.value.code == "Q074" and "--function distil=" in str(
+        error.value.diagnostics[0].help
+    )
+    with pytest.raises(DfcError, match="is a int, not a function"):
+        compiled("recover by distil using texts", 3)
+    step = find_pass("recover", {"function": "distil", "calib": "text"})
+    with pytest.raises(DfcError, match="data `text` is not passed"):
+        step.run(
+            dfc.trace(Net().eval(), (X,)), Context(functions={"distil": distil}, data={"texts": []})
+        )
+
+
+def test_the_command_takes_a_function(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from dfc.cli import app
+
+    (tmp_path / "net.py").write_text(
+        "import torch\n"
+        "def build():\n"
+        "    torch.manual_seed(0)\n"
+        "    return torch.nn.Linear(3, 2).eval(), (torch.ones(1, 3),)\n"
+        "def double(module):\n"
+        "    with torch.no_grad():\n"
+        "        module.weight.mul_(2)\n"
+        "        module.bias.mul_(2)\n"
+    )
+    (tmp_path / "r.dfc").write_text("dfc 1\nrecipe r {\n  recover by double\n}\n")
+    place = f"{tmp_path}/net.py"
+    arguments = ["compile", f"{place}:build", "-r", f"{tmp_path}/r.dfc", "--engine", "eager",
+                 "-o", f"{tmp_path}/m.dfcpkg", "--function", f"double={place}:double"]  # fmt: skip
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    torch.manual_seed(0)
+    wanted = 2 * torch.nn.Linear(3, 2)(torch.ones(1, 3))
+    torch.testing.assert_close(dfc.load(tmp_path / "m.dfcpkg")(torch.ones(1, 3)), wanted.detach())
