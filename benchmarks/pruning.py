@@ -121,7 +121,7 @@ def run(name: str, rounds: int, by: str, refit: str) -> None:
     before, after = work_of(whole.graph, flat), work_of(small.graph, flat)
     kept, macs = after.weight_bytes / before.weight_bytes, after.macs / before.macs
     print(
-        f"  weights {before.weight_bytes / 1e6:.2f} -> {after.weight_bytes / 1e6:.2f} MB, {kept:.3f}"
+        f"  bytes {before.weight_bytes / 1e6:.2f} -> {after.weight_bytes / 1e6:.2f} MB, {kept:.3f}"
     )
     print(f"  multiply-adds {before.macs / 1e6:.0f} -> {after.macs / 1e6:.0f} M ({macs:.3f})")
     with torch.no_grad():

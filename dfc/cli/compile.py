@@ -167,7 +167,7 @@ class _Job:
         say = self.say
         import dfc
         from dfc.cli.engines import check_device, check_engine
-        from dfc.cli.recipes import named_data, named_functions
+        from dfc.cli.recipes import named_data, named_functions, named_metrics
         from dfc.cli.sources import open_source
         from dfc.recipe.searching import Budget
         from dfc.rewrite.driver import VERIFY
@@ -181,7 +181,7 @@ class _Job:
         _check_print_after(print_after, [step.name for step in self.chosen.plan.passes()])
         say(f"loading {model}")
         source = open_source(model)
-        metrics, data = named_functions("--metric", self.metrics), named_data(self.data)
+        metrics, data = named_metrics(self.metrics), named_data(self.data)
 
         def show(step: str, graph: Any) -> None:
             if print_after in ("all", step.partition("{")[0]):

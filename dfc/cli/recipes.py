@@ -110,6 +110,11 @@ def named_data(given: Sequence[str] | None) -> dict[str, Any]:
     return made
 
 
+def named_metrics(given: Sequence[str] | None) -> dict[str, Callable[..., Any]]:
+    """The metrics of the command line; see `named_functions`."""
+    return named_functions("--metric", given)
+
+
 def named_functions(option: str, given: Sequence[str] | None) -> dict[str, Callable[..., Any]]:
     """`top1=FILE.py:FUNCTION`: the functions by name.
 
