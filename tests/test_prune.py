@@ -170,7 +170,9 @@ def test_refitting_to_the_data_is_nearer_to_the_original(net: Net, graph: Graph)
     test = low_rank[::5]
 
     def error(small: Graph) -> float:
-        return float((interpret(small, [test])[0] - net(test)).norm() / net(test).norm())
+        with torch.no_grad():
+            wanted = net(test)
+            return float((interpret(small, [test])[0] - wanted).norm() / wanted.norm())
 
     plain = prune(wide, ratio=0.5)
     fitted = prune(wide, ctx=data, ratio=0.5, refit=True, calib="calib")
@@ -224,6 +226,12 @@ def compiled(net: Net, steps: str, head: str = "", **options: Any) -> dfc.Compil
     return dfc.compile(net, (X,), recipe=text, engine="eager", **options)
 
 
+def data_bytes(package: Path) -> int:
+    """Of the weights' file, without the table of names, which is as long as before."""
+    data = (package / "weights.safetensors").read_bytes()
+    return len(data) - 8 - int.from_bytes(data[:8], "little")
+
+
 def test_a_recipe_prunes_predicts_and_packs_what_is_left(net: Net, tmp_path: Path) -> None:
     said: list[str] = []
     whole = compiled(net, "dce")
@@ -236,10 +244,7 @@ def test_a_recipe_prunes_predicts_and_packs_what_is_left(net: Net, tmp_path: Pat
     whole.save(tmp_path / "whole.dfcpkg")
     small.save(tmp_path / "small.dfcpkg")
     small.export(tmp_path / "small.onnx")
-    bytes_of = {
-        n: (tmp_path / n / "weights.safetensors").stat().st_size
-        for n in ("whole.dfcpkg", "small.dfcpkg")
-    }
+    bytes_of = {n: data_bytes(tmp_path / n) for n in ("whole.dfcpkg", "small.dfcpkg")}
     kept = work_of(small.graph).weight_bytes / work_of(whole.graph).weight_bytes
     assert bytes_of["small.dfcpkg"] <= 1.02 * kept * bytes_of["whole.dfcpkg"]
     import onnx
