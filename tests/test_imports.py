@@ -202,6 +202,7 @@ BROAD = {
     "dfc/emit/onnx_run.py": 2,  # ONNX Runtime has a class for each status code
     "dfc/emit/onnx_torchlib.py": 1,  # translations raise whatever their authors met
     "dfc/recipe/metrics.py": 1,  # the user's metric
+    "passes/recover.py": 1,  # the user's training function
     "dfc/package.py": 1,  # a file of a package that somebody else wrote
     "dfc/emit/onnx_export.py": 1,  # cleans up and raises again
     "dfc/publish.py": 1,  # cleans up and raises again
