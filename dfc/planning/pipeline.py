@@ -13,16 +13,15 @@ import numpy as np
 
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
+from dfc.planning.auto import auto
 from dfc.planning.cost import Sizes, default_sizes
 from dfc.planning.machine import Machine
 from dfc.planning.model import Modelled, Wish, modelled
 from dfc.planning.partition import Effort, partition
 from dfc.planning.problem import Loads, Partition, Problem, loads, why_not
-from dfc.planning.schedules import SCHEDULES, schedule
-from dfc.planning.schedules import why_not as cannot
+from dfc.planning.schedules import schedule
 from dfc.planning.simulate import Costs, Link, Simulation, simulate
 
-AUTO = ("1f1b", "gpipe", "zb1p")  # what `auto` simulates for training, one stage a rank
 INFERENCE, EFFORT = Wish(), Effort()
 _MORE = 1.25  # how much more of a thing is tried when asked what to buy
 
@@ -164,12 +163,7 @@ def _scheduled(
         return simulate(schedule(wanted, ranks, m), costs)
     if name != "auto":
         return simulate(schedule(name, ranks, m), costs)
-    able = [n for n in AUTO if cannot(SCHEDULES[n], ranks, m, 1) is None]
-    tried = [simulate(schedule(n, ranks, m), costs) for n in able]
-    fit = [t for t in tried if all(
-        peak <= machine.devices[d].usable for peak, d in zip(t.peaks, used, strict=True)
-    )]  # fmt: skip
-    return min(fit or tried, key=lambda t: (float(t.makespan), max(t.peaks)))
+    return auto(ranks, m, costs, [machine.devices[d].usable for d in used]).simulation
 
 
 def _stages(
