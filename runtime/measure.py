@@ -19,6 +19,8 @@ from dfc.planning.engine import Runner
 CONFIDENCE = 0.99
 MARGIN = 0.01  # a difference of less than 1 % is none
 _LOOKS = tuple(12 * 2**i for i in range(8))  # after how many pairs a decision may fall
+_QUIET_S = 0.03  # threads that wait busily give up sooner; PyTorch's take about 0.01 s
+_LONG_S = 0.1  # a run that is no different for threads asleep when it begins
 _SAMPLE_S = 1e-3  # short runs are timed several at once, so that the clock does not matter
 
 
@@ -81,16 +83,17 @@ def measure(
 ) -> dict[str, Timing]:
     """Time runners on the same inputs, alternating, so that noise hits all of them alike.
 
-    `seconds` bounds the time for each runner; at least `least` runs are made.
+    `seconds` bounds the time for each runner; at least `least` runs are made. Each timed run begins
+    when the threads of the runner before it sleep, and after a run of its own that is not timed.
     """
     times: dict[str, list[float]] = {name: [] for name in runners}
-    for run in runners.values():
-        run(inputs)
-        run(inputs)
+    ready = {name: _first_runs(run, inputs) for name, run in runners.items()}
     start = time.perf_counter()
     budget = seconds * len(runners)
     while True:
         for name, run in runners.items():
+            if len(runners) > 1:
+                ready[name]()
             begin = time.perf_counter()
             run(inputs)
             _synchronize(inputs)
@@ -101,6 +104,36 @@ def measure(
     return {name: timing(t) for name, t in times.items()}
 
 
+def _first_runs(run: Runner, inputs: Sequence[Any]) -> Callable[[], None]:
+    """Warm up; gives what makes the runner ready for a timed run after another one's."""
+    run(inputs)
+    begin = time.perf_counter()
+    run(inputs)
+    _synchronize(inputs)
+    is_long = time.perf_counter() - begin > _LONG_S
+
+    def ready() -> None:
+        wait_until_quiet()
+        if not is_long:  # as in calls one after the other: threads awake, caches warm
+            run(inputs)
+
+    return ready
+
+
+def wait_until_quiet() -> None:
+    """Wait until no thread of this process works: pools keep waiting busily after a run.
+
+    Why:  PyTorch's threads do so for 10 ms, OpenVINO's for one, and would be charged to whoever
+          runs next on their core.
+    """
+    end = time.perf_counter() + _QUIET_S
+    while time.perf_counter() < end:
+        before = time.process_time()
+        time.sleep(1e-3)
+        if time.process_time() - before < 2e-4:
+            return
+
+
 def compare(
     before: Runner,
     after: Runner,
@@ -109,12 +142,14 @@ def compare(
     question: str = "faster",
     margin: float = MARGIN,
     seconds: float = 2.0,
+    apart: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Comparison:
     """Whether `after` is faster, slower, or either, than `before`, beyond noise.
 
-    Pairs of runs alternate in their order. Measuring stops as soon as the question is answered,
-    or after `seconds` (ten times that until there are pairs enough to say anything).
+    Pairs of runs alternate in their order; with `apart`, for runners with threads of their own,
+    each sample begins when those of the other sleep. Measuring stops as soon as the question is
+    answered, or after `seconds` (ten times that until there are pairs enough to say anything).
     """
     for run in (before, after, before, after):
         run(inputs)
@@ -125,6 +160,9 @@ def compare(
     while True:
         pair = [(before, first), (after, second)]
         for run, times in pair if len(first) % 2 == 0 else reversed(pair):
+            if apart:
+                wait_until_quiet()
+                _sample(run, inputs, count, clock)
             times.append(_sample(run, inputs, count, clock))
         spent = clock() - start
         late = spent > seconds * (1 if len(first) >= _LOOKS[0] else 10)

@@ -141,5 +141,33 @@ def test_runners_take_turns() -> None:
     names = ("a", "b")
     runners = {n: (lambda inputs, n=n: seen.append(n) or []) for n in names}
     found = measure(runners, [], seconds=0.0, least=3)
-    assert seen == ["a", "a", "b", "b"] + ["a", "b"] * 3
+    assert seen == ["a", "a", "b", "b"] * 4  # each timed run after one that is not
     assert all(t.runs == 3 for t in found.values())
+
+
+def test_runners_apart_begin_when_the_others_threads_sleep() -> None:
+    import threading
+    import time
+
+    from dfc.runtime.measure import wait_until_quiet
+
+    def spin(seconds: float) -> None:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+
+    thread = threading.Thread(target=spin, args=[0.012])
+    thread.start()
+    wait_until_quiet()
+    assert not thread.is_alive()
+    thread = threading.Thread(target=spin, args=[0.3])  # whoever never rests is not waited for
+    thread.start()
+    begin = time.perf_counter()
+    wait_until_quiet()
+    assert time.perf_counter() - begin < 0.25
+    thread.join()
+
+    clock = Clock()
+    a, b = clock.runner("a", [0.010]), clock.runner("b", [0.005])
+    found = compare(a, b, [], apart=True, clock=clock)
+    assert found.verdict == "faster" and "".join(clock.calls[5:13]) == "aabbbbaa"

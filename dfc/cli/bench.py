@@ -101,6 +101,7 @@ def _bench(
             found = differences(output_names(graph), results, first, "")
             errors[name] = max((d.error for d in found), default=0.0)
     say(f"measuring {', '.join(runners)} for about {seconds * len(runners):.0f} s")
+    _tell_placement(rows, runners, graph, leaves, device)
     timings = measure(runners, leaves, seconds=seconds, most=100_000) if runners else {}
     base = next(iter(timings.values())).p50_ms if timings else None
     measured = []
@@ -188,6 +189,22 @@ def _build(
         except DfcError as e:
             refused[name] = _row(name, f"refuses: {e.message}")
     return runners, refused
+
+
+def _tell_placement(
+    rows: dict[str, dict[str, Any]], runners: Any, graph: Any, leaves: Sequence[Any], device: str
+) -> None:
+    """What ONNX Runtime did not run on the device, as a line below the engines."""
+    if "onnxruntime" not in runners or device == "cpu":
+        return
+    from dfc.cli.inputs import on_device
+    from dfc.compiled import with_state_inputs
+    from dfc.recipe.bench import state_of
+    from dfc.runtime.placement import placement
+
+    state = on_device(state_of(graph), device)
+    found = placement(with_state_inputs(graph), [*leaves, *state], device)
+    rows["placement"] = _row("onnxruntime", str(found))
 
 
 def _row(name: str, reason: str) -> dict[str, Any]:

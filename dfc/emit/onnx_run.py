@@ -25,7 +25,8 @@ class Session:
     """A model loaded in ONNX Runtime; `run` takes and gives what `interpret` does.
 
     `source` is a path, or a model whose initializers are shared with the session. `without` are
-    the names of ONNX Runtime's optimizations to leave out.
+    the names of ONNX Runtime's optimizations to leave out; `profile` is where the profile of its
+    runs is written, beginning with this path.
     Raises:  DfcError X002 when ONNX Runtime refuses the model.
     """
 
@@ -38,6 +39,7 @@ class Session:
         threads: int | None = None,
         without: Sequence[str] = (),
         providers: Sequence[str] = ("CPUExecutionProvider",),
+        profile: str = "",
     ) -> None:
         import onnxruntime as ort
 
@@ -50,6 +52,9 @@ class Session:
         options.log_severity_level = 4  # what is wrong comes as an exception
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        if profile:
+            options.enable_profiling = True
+            options.profile_file_prefix = profile
         if threads is not None:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
@@ -115,6 +120,10 @@ class Session:
         except Exception as e:  # ORT raises classes of its own for each status code
             raise DfcError("K021", f"ONNX Runtime failed: {_first_line(e)}") from e
         return [from_ort(v, t) for v, t in zip(found, self._types, strict=True)]
+
+    def end_profiling(self) -> str:
+        """Where the profile is."""
+        return str(self._session.end_profiling())
 
     def run_on_device(self, inputs: Sequence[Any], device: str) -> list[Any]:
         """As `run`, with tensors that stay on the device."""

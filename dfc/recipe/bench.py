@@ -187,7 +187,7 @@ class Bench:
         from dfc.runtime.measure import compare
 
         runners = self.runner(graph, before), self.runner(graph, after)
-        return compare(*runners, self.inputs(), question=question, **limits)
+        return compare(*runners, self.inputs(), question=question, apart=True, **limits)
 
     def callable(self, graph: Graph, engine: str) -> Compiled:
         """A version that is called like the model, with its state as it was at first."""

@@ -12,7 +12,7 @@ from typing import Any
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.planning.engine import Engine, Runner
-from dfc.recipe.bench import Bench, Ready, find_engine
+from dfc.recipe.bench import Bench, Ready, find_engine, on_device, state_of
 from dfc.report import Decision, EngineReport
 
 GUARD_MARGIN = 0.02  # two builds of one graph differ by this much, by where their memory lies
@@ -30,6 +30,7 @@ class Choice:
     before_ms: float | None = None  # the original on the reference engine
     after_ms: float | None = None
     guard: Decision | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def choose(bench: Bench, graph: Graph, *, changed: bool, guarded: bool) -> Choice:
@@ -117,7 +118,22 @@ def _fastest(
     after_ms = timings[name].p50_ms
     if guard is not None and guard.verdict == "reverted" and guard.ratio:
         after_ms /= guard.ratio
-    return Choice(ready.graph, ready.engine, ready.runner, engines, before.p50_ms, after_ms, guard)
+    return Choice(
+        ready.graph, ready.engine, ready.runner, engines, before.p50_ms, after_ms, guard,
+        placement_notes(bench, ready),
+    )  # fmt: skip
+
+
+def placement_notes(bench: Bench, ready: Ready) -> list[str]:
+    """What ONNX Runtime left to the CPU though another device was asked for."""
+    if ready.engine.name != "onnxruntime" or bench.device == "cpu":
+        return []
+    from dfc.compiled import with_state_inputs
+    from dfc.runtime.placement import placement
+
+    state = on_device(state_of(ready.graph), bench.device)
+    found = placement(with_state_inputs(ready.graph), [*bench.inputs(), *state], bench.device)
+    return [] if found.is_whole else [f"onnxruntime: {found}"]
 
 
 def _guard(bench: Bench, ready: Ready, original: Graph) -> Decision:

@@ -148,7 +148,8 @@ class Compilation:
         report.before_ms, report.after_ms = choice.before_ms, choice.after_ms
         if choice.guard is not None:
             report.decisions = [*outcome.decisions, choice.guard]
-        report.notes += [*found.notes, *outcome.products.get("notes", ())]
+        extra = [*outcome.products.get("notes", ()), *choice.notes]
+        report.notes += [*found.notes, *extra]
         report.notes += ["\n".join(x.lines()) for r in outcome.reports for x in r.left_out]
         if probes is not None:
             report.notes += probes.notes

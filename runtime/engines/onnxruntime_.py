@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
 from dfc.planning.engine import Engine, Runner
+
+if TYPE_CHECKING:
+    from dfc.emit.onnx_run import Session
 
 # Its kernel takes 4 to 6 times as long as Add and LayerNormalization: benchmarks/contrib_ops.py.
 _SLOWER_ON_CPU: tuple[str, ...] = ("SkipLayerNormFusion",)
@@ -27,26 +31,52 @@ class OnnxRuntime(Engine):
         return why_not(node)
 
     def build(self, graph: Graph, device: str = "cpu", threads: int | None = None) -> Runner:
-        import torch
-
-        from dfc.emit.checks import checked, lift_checks
-        from dfc.emit.onnx import ENGINE_OPSET, OPSET, build_onnx
-        from dfc.emit.onnx_run import Session
+        from dfc.emit.checks import checked
 
         kind = device.partition(":")[0]
-        providers = ["CPUExecutionProvider"]
-        without, opset, contrib = _SLOWER_ON_CPU, ENGINE_OPSET, True
-        if kind == "cuda":
-            _require_cuda()
-            providers.insert(0, "CUDAExecutionProvider")
-            without, opset, contrib = (), OPSET, False  # nothing else was measured there
-        lifted, messages = lift_checks(graph)
-        # As many threads as torch has: engines are compared, and share the machine, on equal terms.
-        count = threads or torch.get_num_threads()
-        model = build_onnx(lifted, opset=opset, contrib=contrib)
-        session = Session(model, lifted, threads=count, without=without, providers=providers)
-        run = partial(session.run_on_device, device=kind) if kind == "cuda" else session.run
+        made, messages = session(graph, device, threads)
+        run = partial(made.run_on_device, device=kind) if kind == "cuda" else made.run
         return checked(run, len(graph.outputs), messages)
+
+
+def session(
+    graph: Graph, device: str = "cpu", threads: int | None = None, profile: str = ""
+) -> tuple[Session, list[str]]:
+    """The graph in a session, and the messages of the checks that are its last outputs.
+
+    Raises:  DfcError K003 when the device cannot be used.
+    """
+    import torch
+
+    from dfc.emit.checks import lift_checks
+    from dfc.emit.onnx import ENGINE_OPSET, OPSET, build_onnx
+    from dfc.emit.onnx_run import Session
+
+    providers = providers_of(device)
+    without, opset, contrib = _SLOWER_ON_CPU, ENGINE_OPSET, True
+    if len(providers) > 1:
+        _require_cuda()
+        without, opset, contrib = (), OPSET, False  # nothing else was measured there
+    lifted, messages = lift_checks(graph)
+    # As many threads as torch has: engines are compared, and share the machine, on equal terms.
+    count = threads or torch.get_num_threads()
+    model = build_onnx(lifted, opset=opset, contrib=contrib)
+    made = Session(
+        model, lifted, threads=count, without=without, providers=providers, profile=profile
+    )
+    if made.providers[0] != providers[0]:  # it takes the next one, and says so to nobody
+        raise DfcError(
+            "K003",
+            f"engine `onnxruntime` cannot run on {device}: {providers[0]} does not load",
+            help="its libraries are missing, or of another version",
+        )
+    return made, messages
+
+
+def providers_of(device: str) -> list[str]:
+    """ONNX Runtime's names of what runs the nodes, the first choice first."""
+    cuda = ["CUDAExecutionProvider"] if device.startswith("cuda") else []
+    return [*cuda, "CPUExecutionProvider"]
 
 
 def _require_cuda() -> None:
