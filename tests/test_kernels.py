@@ -194,6 +194,11 @@ def test_rows_of_any_layout_are_taken() -> None:
     assert torch.equal(linear.linear(across, weight, None, 20), want)
     cube = layer.x.reshape(2, 3, 40)
     assert torch.equal(linear.linear(cube, weight, None, 20), want.reshape(2, 3, 20))
+    bound, wide = linear.Bound(weight, 20, 40), torch.arange(40.0)[::2]
+    assert torch.equal(bound.run(across, None), want)
+    assert torch.equal(bound.run(cube, wide), want.reshape(2, 3, 20) + wide)
+    with pytest.raises(RuntimeError, match=r"x is not f32\[.., 40\] on the CPU"):
+        bound.run(layer.x[:, :39], None)
     assert linear.linear(layer.x[:0], weight, None, 20).shape == (0, 20)
 
 
@@ -328,13 +333,20 @@ def graph_of(layer: Layer, activations: str = "int8", dtype: str = "f32") -> Gra
     return graph
 
 
+def called(module: torch.fx.GraphModule) -> list[Any]:
+    size = torch.ops.aten.sym_size.int
+    functions = [n.target for n in module.graph.nodes if n.op == "call_function"]
+    return [f for f in functions if f is not size]
+
+
 @pytest.mark.parametrize("bits, group", [(4, 32), (4, 128), (8, None), (8, 64)])
 def test_a_compiled_graph_runs_on_the_kernels(bits: int, group: int | None) -> None:
     layer = Layer(bits, group, (3, 20, 96), zeros=True, bias=True)
     graph = graph_of(layer)
-    module = to_fx(graph, kernels=kernels("cpu"))
-    called = [n.target for n in module.graph.nodes if n.op == "call_function"]
-    assert getattr(torch.ops.dfc, f"linear_w{bits}").default in called
+    (target,) = called(to_fx(graph, kernels=kernels("cpu")))
+    assert isinstance(target.__self__, linear.Bound)
+    module = to_fx(graph, kernels=kernels("cpu", traced=True))
+    assert called(module) == [getattr(torch.ops.dfc, f"linear_w{bits}").default]
     assert sum(b.numel() for b in module.buffers()) == layer.pack().numel() + 20  # and bias
     compiled = dfc.compile(graph, (layer.x,), engine="eager")
     torch.testing.assert_close(compiled(layer.x), layer.meaning(), rtol=1e-5, atol=1e-5)
@@ -346,7 +358,9 @@ def test_layers_of_one_weight_share_what_is_packed() -> None:
     (node,) = graph.nodes
     again = graph.add(node.op, node.inputs, node.attributes)
     graph.set_outputs([node.result, again.result])
-    assert len(list(to_fx(graph, kernels=kernels("cpu")).buffers())) == 1
+    assert len(list(to_fx(graph, kernels=kernels("cpu", traced=True)).buffers())) == 1
+    one, other = called(to_fx(graph, kernels=kernels("cpu")))
+    assert one.__self__.packed is other.__self__.packed
 
 
 def test_what_kernels_do_not_take_is_left_to_torch() -> None:

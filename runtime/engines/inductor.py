@@ -39,7 +39,7 @@ class Inductor(Engine):
                 raise DfcError("K003", f"engine `inductor` cannot run `{node.op}`: {reason}")
         _use_own_cache()
         lifted, messages = lift_checks(graph)
-        module = to_fx(lifted, device, kernels(device))
+        module = to_fx(lifted, device, kernels(device, traced=True))
         dynamic = bool(graph.ranges) or any(n.binds for n in graph.nodes)
         options: dict[str, Any] = {"freezing": device == "cpu"}  # unmeasured on others
         compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, options=options)

@@ -23,8 +23,6 @@
 namespace dfc {
 namespace {
 
-constexpr int64_t AHEAD = 4096;  // bytes of a weight that are asked for before they are needed
-
 inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
 inline __m256i four(const void* q) {  // the same 4 bytes of x for each of 8 outputs
@@ -79,6 +77,7 @@ void one_row4(const Job& job, int64_t panel) {
   const int8_t* q = job.x.q;
   const float* xs = job.x.scale;
   const int32_t* xsum = job.x.sum;
+  const uint8_t* ahead = ahead_of(base, w, 0);
   const __m256i low4 = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   __m256 total[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
   for (int64_t g = 0; g < w.groups; ++g) {
@@ -86,7 +85,8 @@ void one_row4(const Job& job, int64_t panel) {
     for (int64_t k = 0; k < w.group; k += PART) {
       __m256i near[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
       UNROLL for (int step = 0; step < PART / 8; ++step, codes += 64, q += 8) {
-        __builtin_prefetch(codes + AHEAD);
+        __builtin_prefetch(ahead);
+        ahead += 64;
         const __m256i x0 = four(q), x1 = four(q + 4);
         UNROLL for (int h = 0; h < 2; ++h) {
           const __m256i two = load(codes + 32 * h);
@@ -99,6 +99,8 @@ void one_row4(const Job& job, int64_t panel) {
       UNROLL for (int h = 0; h < 2; ++h)
         dot[h] = _mm256_add_epi32(dot[h], _mm256_madd_epi16(near[h], ones));
     }
+    __builtin_prefetch(ahead);
+    ahead = ahead_of(base, w, g + 1);
     const __m256i sum = _mm256_set1_epi32(ZEROS ? xsum[g] : 8 * xsum[g]);
     UNROLL for (int h = 0; h < 2; ++h) {
       const __m256i off = ZEROS ? _mm256_mullo_epi32(zeros(w, base, g, h), sum) : sum;
@@ -126,17 +128,21 @@ inline __m256i dot8(__m256i weight, __m256i x) {
 void one_row8(const Job& job, int64_t panel) {
   const Layout& w = job.w;
   const uint8_t* base = panel_of(job, panel);
+  const uint8_t* ahead = ahead_of(base, w, 0);
   const uint8_t* codes = base + w.codes_at;
   const int8_t* q = job.x.q;
   __m256 total[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
   for (int64_t g = 0; g < w.groups; ++g) {
     __m256i dot[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     for (int64_t step = 0; step < w.group / 4; ++step, codes += 64, q += 4) {
-      __builtin_prefetch(codes + AHEAD);
+      __builtin_prefetch(ahead);
+      ahead += 64;
       const __m256i x = four(q);
       UNROLL for (int h = 0; h < 2; ++h)
         dot[h] = _mm256_add_epi32(dot[h], dot8(load(codes + 32 * h), x));
     }
+    __builtin_prefetch(ahead);
+    ahead = ahead_of(base, w, g + 1);
     UNROLL for (int h = 0; h < 2; ++h)
       total[h] = add_group(dot[h], job.x.scale[g], scales(w, base, g, h), total[h]);
   }

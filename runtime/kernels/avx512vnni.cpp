@@ -22,8 +22,6 @@
 namespace dfc {
 namespace {
 
-constexpr int64_t AHEAD = 4096;  // bytes of a weight that are asked for before they are needed
-
 inline __m512i load(const void* p) { return _mm512_loadu_si512(p); }
 
 inline __m512i four(const int8_t* q) {  // 4 values of x for each of 16 outputs
@@ -68,19 +66,22 @@ void store(const Job& job, int64_t panel, int64_t row, __m512 total) {
 void one_row4(const Job& job, int64_t panel) {
   const Layout& w = job.w;
   const uint8_t* base = panel_of(job, panel);
-  const uint8_t* codes = base + w.codes_at;
+  const uint8_t *codes = base + w.codes_at, *ahead = ahead_of(base, w, 0);
   const int8_t* q = job.x.q;
   const __m512i low4 = _mm512_set1_epi8(15);
   __m512 total = _mm512_setzero_ps();
   for (int64_t g = 0; g < w.groups; ++g) {
     __m512i dot0 = _mm512_setzero_si512(), dot1 = _mm512_setzero_si512();
     for (int64_t step = 0; step < w.group / 8; ++step, codes += 64, q += 8) {
-      __builtin_prefetch(codes + AHEAD);
+      __builtin_prefetch(ahead);
+      ahead += 64;
       const __m512i two = load(codes);
       const __m512i high = _mm512_and_si512(_mm512_srli_epi16(two, 4), low4);
       dot0 = _mm512_dpbusd_epi32(dot0, _mm512_and_si512(two, low4), four(q));
       dot1 = _mm512_dpbusd_epi32(dot1, high, four(q + 4));
     }
+    __builtin_prefetch(ahead);
+    ahead = ahead_of(base, w, g + 1);
     const __m512i dot =
         _mm512_sub_epi32(_mm512_add_epi32(dot0, dot1), offset(w, base, g, job.x.sum[g]));
     total = add_group(dot, job.x.scale[g], scales(w, base, g), total);
@@ -91,18 +92,21 @@ void one_row4(const Job& job, int64_t panel) {
 void one_row8(const Job& job, int64_t panel) {
   const Layout& w = job.w;
   const uint8_t* base = panel_of(job, panel);
-  const uint8_t* codes = base + w.codes_at;
+  const uint8_t *codes = base + w.codes_at, *ahead = ahead_of(base, w, 0);
   const int8_t* q = job.x.q;
   const __m512i flip = _mm512_set1_epi8(-128);
   __m512 total = _mm512_setzero_ps();
   for (int64_t g = 0; g < w.groups; ++g) {
     __m512i dot0 = _mm512_setzero_si512(), dot1 = _mm512_setzero_si512();
     for (int64_t step = 0; step < w.group / 8; ++step, codes += 128, q += 8) {
-      __builtin_prefetch(codes + AHEAD);
-      __builtin_prefetch(codes + AHEAD + 64);
+      __builtin_prefetch(ahead);
+      __builtin_prefetch(ahead + 64);
+      ahead += 128;
       dot0 = _mm512_dpbusd_epi32(dot0, _mm512_xor_si512(load(codes), flip), four(q));
       dot1 = _mm512_dpbusd_epi32(dot1, _mm512_xor_si512(load(codes + 64), flip), four(q + 4));
     }
+    __builtin_prefetch(ahead);
+    ahead = ahead_of(base, w, g + 1);
     const __m512i dot =
         _mm512_sub_epi32(_mm512_add_epi32(dot0, dot1), offset(w, base, g, job.x.sum[g]));
     total = add_group(dot, job.x.scale[g], scales(w, base, g), total);

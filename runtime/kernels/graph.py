@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def kernels(device: str) -> Kernels:
-    """By op, what torch's engines may call on this device; nothing where kernels are not built."""
+def kernels(device: str, *, traced: bool = False) -> Kernels:
+    """By op, what torch's engines may call on this device; nothing where kernels are not built.
+
+    `traced`: what torch.compile can see through, which costs more for each call.
+    """
     from dfc.runtime.kernels.library import library
 
     if device != "cpu" or library() is None:
@@ -23,7 +26,10 @@ def kernels(device: str) -> Kernels:
     from dfc.runtime.kernels.linear import register
 
     register()
-    return {"dfc.linear_w4": _linear_w4, "dfc.linear_w8": _linear_w8}
+    return {
+        "dfc.linear_w4": partial(_linear_w4, traced=traced),
+        "dfc.linear_w8": partial(_linear_w8, traced=traced),
+    }
 
 
 def why_not(node: Node) -> str | None:
@@ -47,7 +53,7 @@ def _has_bias(node: Node) -> bool:
     return node.inputs[-1] is not None
 
 
-def _linear_w4(node: Node) -> KernelCall | None:
+def _linear_w4(node: Node, traced: bool) -> KernelCall | None:
     if why_not(node):
         return None
     from dfc.runtime.kernels.linear import pack_w4
@@ -55,19 +61,19 @@ def _linear_w4(node: Node) -> KernelCall | None:
     _, packed, scale, zero, _ = node.inputs
     k, group = _depth(node), node.attributes["group"]
     points = None if zero is None else _tensor(zero)
-    return _call(
-        node, 4, group, partial(pack_w4, _tensor(packed), _tensor(scale), points, k, group)
-    )
+    pack = partial(pack_w4, _tensor(packed), _tensor(scale), points, k, group)
+    return _call(node, 4, group, pack, traced)
 
 
-def _linear_w8(node: Node) -> KernelCall | None:
+def _linear_w8(node: Node, traced: bool) -> KernelCall | None:
     if why_not(node):
         return None
     from dfc.runtime.kernels.linear import pack_w8
 
     _, weight, scale, _ = node.inputs
     group = node.attributes["group"]
-    return _call(node, 8, group or 0, partial(pack_w8, _tensor(weight), _tensor(scale), group))
+    pack = partial(pack_w8, _tensor(weight), _tensor(scale), group)
+    return _call(node, 8, group or 0, pack, traced)
 
 
 def _depth(node: Node) -> int:
@@ -81,10 +87,12 @@ def _tensor(value: object) -> Tensor:
     return value.data.tensor()
 
 
-def _call(node: Node, bits: int, group: int, pack: Callable[[], Tensor]) -> KernelCall | None:
+def _call(
+    node: Node, bits: int, group: int, pack: Callable[[], Tensor], traced: bool
+) -> KernelCall | None:
     import torch
 
-    from dfc.runtime.kernels.linear import packed_bytes
+    from dfc.runtime.kernels.linear import Bound, packed_bytes
     from dfc.runtime.kernels.packed import packed_weight
 
     n, k = node.result.tensor_type.shape[-1], _depth(node)
@@ -94,7 +102,9 @@ def _call(node: Node, bits: int, group: int, pack: Callable[[], Tensor]) -> Kern
     weights = [v for v in _given(node)[1:] if isinstance(v, Parameter) and v is not node.inputs[-1]]
     digests = tuple(w.data.sha256() for w in weights if w.data is not None)
     made = packed_weight(digests, bits, n, k, group, pack)
-    function = getattr(torch.ops.dfc, f"linear_w{bits}").default
     bias = node.inputs[-1]
     assert bias is None or isinstance(bias, Value)
+    if not traced:
+        return KernelCall(Bound(made, n, k).run, (_given(node)[0], bias))
+    function = getattr(torch.ops.dfc, f"linear_w{bits}").default
     return KernelCall(function, (_given(node)[0], made, bias, n, group))

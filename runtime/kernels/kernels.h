@@ -45,7 +45,8 @@ struct Layout {
   bool half_scales, has_zeros;
   int64_t n, k, group, groups, padded_k, panels;
   int64_t zeros_at, codes_at, panel_bytes, bytes;
-  int64_t group_bytes;  // of a group's codes
+  int64_t group_bytes;   // of a group's codes
+  int64_t stride_bytes;  // of a group with its scales, about
 };
 
 // Rows quantized to int8, per group: x = q * scale, and sum is that of the group's q.
@@ -107,6 +108,15 @@ static inline const uint8_t* panel_of(const Job& job, int64_t panel) {
 }
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Bytes of a weight that are asked for before they are needed.
+constexpr int64_t AHEAD = 4096;
+
+// What to ask for when a group begins: as far ahead in the panel, scales included, or in the next
+// one. Why: a fixed distance from the codes leaves out as many of the next panel as it has scales.
+static inline const uint8_t* ahead_of(const uint8_t* panel, const Layout& w, int64_t group) {
+  return panel + AHEAD + group * w.stride_bytes;
+}
 
 // How many values of K to unpack next: whole groups, or as much of one as fits.
 static inline int64_t next_block(const Layout& w, int64_t k) {

@@ -145,6 +145,7 @@ bool lay_out(int bits, int64_t n, int64_t k, int64_t group, uint32_t flags, Layo
   w.codes_at = w.zeros_at + (w.has_zeros ? up(w.groups * PANEL, 64) : 0);
   w.group_bytes = group * PANEL * bits / 8;
   w.panel_bytes = w.codes_at + w.groups * w.group_bytes;
+  w.stride_bytes = w.panel_bytes / w.groups;
   if (w.panels && w.panel_bytes > (int64_t(1) << 46) / w.panels) return false;
   w.bytes = HEADER_BYTES + w.panels * w.panel_bytes;
   *out = w;
