@@ -23,7 +23,7 @@ from dfc.ir.tree import LEAF
 from dfc.ir.types import DTYPES, TensorType
 from dfc.ops.codes import pack4
 from dfc.ops.linear_quantized import LinearW4, LinearW8
-from dfc.runtime.kernels import build, library, linear, packed
+from dfc.runtime.kernels import build, library, linear, memory, packed
 from dfc.runtime.kernels.graph import kernels, why_not
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -397,8 +397,18 @@ def keep(layer: Layer, digests: tuple[str, ...] = ("a",)) -> Tensor:
     return packed.packed_weight(digests, *sizes, layer.pack)
 
 
+def test_packed_weights_lie_on_pages_of_their_own_size() -> None:
+    """A small one shares a chunk with others, a large one has its own; none overlaps another."""
+    sizes = (1, 63, 64, 65, 5 << 20, 40 << 20)
+    parts = [memory.huge(size) for size in sizes]
+    for i, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+        assert part.numel() == size and part.data_ptr() % memory.LINE == 0
+        part.fill_(i + 1)
+    assert all(bool((part == i + 1).all()) for i, part in enumerate(parts))
+
+
 @pytest.mark.usefixtures("small")
-def test_a_packed_weight_is_written_once_and_mapped(own_cache: Path) -> None:
+def test_a_packed_weight_is_written_once_and_read(own_cache: Path) -> None:
     layer = Layer(4, 32, (3, 20, 64))
     want = keep(layer)
     assert keep(layer) is want
