@@ -256,16 +256,19 @@ void one_tile(const void* what, int64_t index) {
   c.path->many_rows(c.job, index / c.tiles, row, rows, scratch);
 }
 
-// Threads take about this many bytes of weights at a time: less would be felt as waiting for each
-// other, more as waiting for the last.
-constexpr int64_t CHUNK_BYTES = 64 * 1024;
+// Threads take this many bytes of weights at a time at least: each time, reading ahead begins anew.
+constexpr int64_t LEAST_CHUNK_BYTES = 64 * 1024;
+// And at most one of so many parts of a thread's share: the last to finish is waited for.
+constexpr int64_t PARTS = 8;
 
 void multiply(const Call& c, int32_t threads) {
   const Layout& w = c.job.w;
   const int64_t rows = c.job.rows;
   spread(rows * w.k < 65536 ? 1 : threads, rows, rows < 16 ? 1 : 4, quantize_row, &c);
   if (rows > 1) return spread(threads, w.panels * c.tiles, 1, one_tile, &c);
-  int64_t chunk = CHUNK_BYTES / w.panel_bytes;
+  int64_t chunk = w.panels / (PARTS * (threads > 0 ? threads : 1));
+  const int64_t least_chunk = LEAST_CHUNK_BYTES / w.panel_bytes;
+  if (chunk < least_chunk) chunk = least_chunk;
   if (chunk < 1) chunk = 1;
   spread(threads, w.panels, chunk, one_panel, &c);
 }

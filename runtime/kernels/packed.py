@@ -66,7 +66,7 @@ def _read(file: Path) -> Tensor | None:
     try:
         with file.open("rb", buffering=0) as f:
             found = huge(os.fstat(f.fileno()).st_size)
-            if f.readinto(memoryview(found.numpy())) != found.numel():
+            if f.readinto(found.numpy().data) != found.numel():
                 return None
         os.utime(file)
     except OSError:
