@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Literal
 from dfc.compress.calibrate import batches_of
 from dfc.compress.hessian import DAMPING, Hessian
 from dfc.compress.selection import linear_layers
-from dfc.compress.sequential import Group, described, groups_of, layer_by_layer, weight_of
+from dfc.compress.sequential import (
+    Group,
+    State,
+    described,
+    groups_of,
+    layer_by_layer,
+    weight_of,
+)
 from dfc.compress.sparse import Sparsity, magnitude, sparsegpt, wanda
 from dfc.compress.sweep import BLOCK
 from dfc.errors import DfcError
@@ -115,22 +122,39 @@ class Sparsify(Pass):
         if self.data is None:
             help = f"sparsify using calib by {self.method}; `by magnitude` needs no data"
             raise DfcError("D085", f"`sparsify` by {self.method} needs data", help=help)
-        found: dict[str, tuple[Tensor, str]] = {}
+        run = _Solved(self.method, sparsity, self.damping)
+        layer_by_layer(graph, groups, batches_of(ctx, self.data, graph), ctx, run)
+        return run.found
 
-        def compress(group: Group, hessian: Hessian) -> dict[str, Tensor]:
-            for name, p in group.weights.items():
-                assert p.data is not None
-                found[name] = self._one(p.data.tensor(), hessian, sparsity)
-            return {name: found[name][0] for name in group.weights}
 
-        layer_by_layer(graph, groups, batches_of(ctx, self.data, graph), ctx, compress)
-        return found
+class _Solved:
+    """The sparse weights by name, and what is to be told of each, as they are found."""
 
-    def _one(self, weight: Tensor, hessian: Hessian, sparsity: Sparsity) -> tuple[Tensor, str]:
+    def __init__(self, method: str, sparsity: Sparsity, damping: float) -> None:
+        self.method, self.sparsity, self.damping = method, sparsity, damping
+        self.key = f"{method} {sparsity!r} {damping!r}"
+        self.found: dict[str, tuple[Tensor, str]] = {}
+
+    def solve(self, group: Group, hessian: Hessian) -> None:
+        for name, p in group.weights.items():
+            assert p.data is not None
+            self.found[name] = self._one(p.data.tensor(), hessian)
+
+    def weights(self, group: Group) -> dict[str, Tensor]:
+        return {name: self.found[name][0] for name in group.weights}
+
+    def state(self, group: Group) -> State:
+        return {name: self.found[name][1] for name in group.weights}, self.weights(group)
+
+    def load(self, group: Group, state: State) -> None:
+        words, tensors = state
+        self.found |= {name: (tensors[name], words[name]) for name in group.weights}
+
+    def _one(self, weight: Tensor, hessian: Hessian) -> tuple[Tensor, str]:
         seen = f"{hessian.tokens} tokens"
         if self.method == "wanda":
-            return wanda(weight, hessian, sparsity), f"least |w| * |x| on {seen}"
-        sparse, used = sparsegpt(weight, hessian, sparsity, self.damping)
+            return wanda(weight, hessian, self.sparsity), f"least |w| * |x| on {seen}"
+        sparse, used = sparsegpt(weight, hessian, self.sparsity, self.damping)
         more = f", damping {used.damping:g}" if used.damping != self.damping else ""
         if hessian.tokens < hessian.inputs:
             more += f", fewer than its {hessian.inputs} inputs"

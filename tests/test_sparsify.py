@@ -12,13 +12,14 @@ import torch
 import dfc
 from dfc.compress.calibrate import batches_of
 from dfc.compress.hessian import Hessian
-from dfc.compress.sequential import groups_of, layer_by_layer, weight_of
+from dfc.compress.sequential import Group, groups_of, layer_by_layer, weight_of
 from dfc.compress.sparse import Sparsity, magnitude, sparsegpt, wanda
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
 from dfc.ir.interpret import interpret
 from dfc.ir.verify import verify
 from dfc.ir.weights import TensorData
+from dfc.rewrite.journal import Journal
 from dfc.rewrite.pass_ import Context
 from tests.test_gptq import layer
 from tests.tiny_models import CALIB, run_step, tiny_llama, tokens
@@ -171,6 +172,21 @@ def test_thinned_again_by_magnitude_nothing_changes(graph: Graph) -> None:
     assert any("sparse already" in d.reason for d in ctx.decisions)
 
 
+class Seen:
+    """A method that changes nothing and counts tokens."""
+
+    key = ""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def solve(self, group: Group, hessian: Hessian) -> None:
+        self.tokens.append(hessian.tokens)
+
+    def weights(self, group: Group) -> dict[str, torch.Tensor]:
+        return {}
+
+
 def test_padding_is_not_seen() -> None:
     from transformers import BertConfig, BertModel
 
@@ -179,17 +195,14 @@ def test_padding_is_not_seen() -> None:
     model = BertModel(BertConfig(hidden_size=32, intermediate_size=64, **options)).eval()
     mask = torch.ones(2, 16, dtype=torch.int64)
     graph = dfc.trace(model, (), {"input_ids": tokens(), "attention_mask": mask})
-    seen = []
+    seen = Seen()
     layer = next(n for n in graph.nodes if weight_of(n) is not None)
     mask[1, 5:] = 0
     batches = batches_of(
         Context(data={"c": [dict(input_ids=tokens(), attention_mask=mask)]}), "c", graph
     )
-    layer_by_layer(
-        graph, groups_of(graph, [layer]), batches, Context(),
-        lambda group, hessian: seen.append(hessian.tokens) or {},
-    )  # fmt: skip
-    assert seen == [16 + 5]
+    layer_by_layer(graph, groups_of(graph, [layer]), batches, Context(), seen)
+    assert seen.tokens == [16 + 5]
 
 
 @pytest.mark.parametrize(
@@ -234,6 +247,33 @@ def test_an_input_that_is_always_0_is_told(graph: Graph) -> None:
     with pytest.raises(DfcError, match=r"self_attn\.q_proj.*all its 32 inputs were 0") as e:
         run_step(broken, "sparsify using calib")
     assert e.value.code == "D091"
+
+
+@pytest.mark.parametrize(
+    "text", ["sparsify using calib", 'sparsify using calib by wanda with pattern="2:4"']
+)
+def test_after_an_interrupt_it_goes_on_and_ends_equal(
+    graph: Graph, text: str, tmp_path: Path
+) -> None:
+    wanted, _, _ = run_step(graph, text)
+    calls: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        calls.append(done)
+        if len(calls) == 14:  # of 4 batches for each of 8 groups
+            raise KeyboardInterrupt
+
+    journal = Journal(tmp_path, every_s=0)
+    with pytest.raises(KeyboardInterrupt):
+        run_step(graph, text, progress=progress, journal=journal)
+    assert calls == [*range(1, 15)]
+    got, _, _ = run_step(graph, text, progress=progress, journal=journal)
+    assert calls[14:] == [*range(13, 33)] and got == wanted
+    other = [tokens(seed=s) for s in range(5, 9)]  # other data: from the start
+    with pytest.raises(KeyboardInterrupt):
+        calls.clear()
+        run_step(graph, text, other, progress=progress, journal=journal)
+    assert calls == [*range(1, 15)]
 
 
 @pytest.mark.parametrize("data, code", [([], "D080"), ([torch.zeros(2, 99)], "D081")])

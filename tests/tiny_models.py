@@ -29,7 +29,7 @@ def tokens(rows: int = 2, seed: int = 0) -> torch.Tensor:
 CALIB = [tokens(seed=s) for s in range(1, 5)]
 
 
-def run_step(graph: Graph, text: str, data: Any = CALIB) -> tuple[Graph, int, Context]:
+def run_step(graph: Graph, text: str, data: Any = CALIB, **more: Any) -> tuple[Graph, int, Context]:
     """One sentence of a recipe, run on a copy: the graph, how many changes, what was decided."""
     from dfc.errors import DfcError
     from dfc.lang.source import Source
@@ -40,5 +40,5 @@ def run_step(graph: Graph, text: str, data: Any = CALIB) -> tuple[Graph, int, Co
     if problems:
         raise DfcError.of(problems)
     (step,) = plan.passes()
-    copy, ctx = graph.copy(), Context(data={"calib": data}, decisions=[])
+    copy, ctx = graph.copy(), Context(data={"calib": data}, decisions=[], **more)
     return copy, step.build({}).run(copy, ctx), ctx

@@ -6,15 +6,21 @@ Source:  Frantar et al., arXiv 2210.17323. Columns by falling importance ("act-o
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dfc.compress.grid import Grid, Rounded
+from dfc.compress.grid import Grid, Rounded, rounded_of, rounded_state
 from dfc.compress.hessian import DAMPING, Factor, Hessian, factor
+from dfc.compress.sequential import Group, State, groups_of, layer_by_layer
 from dfc.compress.sweep import BLOCK, sweep
+from dfc.rewrite.pass_ import Context
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from dfc.compress.weighted import Weighted
+    from dfc.ir.graph import Graph, Parameter
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,74 @@ def gptq(
         block = max(block // grid.width(0), 1) * grid.width(0)
     sweep(alive, found, change, block)
     return change.rounded(), found
+
+
+def encode(
+    graph: Graph, layers: Sequence[Weighted], grid: Grid, ctx: Context, data: str | None
+) -> Mapping[Parameter, Rounded]:
+    """The weights of linear layers [N, K] on the grid; each sees what those before it give.
+
+    Raises:  DfcError D080..D084 for data that does not fit; D090..D092, with the layer's name, for
+             activations that are NaN, inputs that are all 0, and a Hessian that has no inverse.
+    Memory:  a float copy of the weights that are done, and one Hessian.
+    """
+    from dfc.compress.calibrate import batches_of
+
+    assert data is not None, "the pass asks for data"
+    groups = groups_of(graph, (u.node for w in layers for u in w.uses))
+    run = _Solved(grid, ctx)
+    layer_by_layer(graph, groups, batches_of(ctx, data, graph), ctx, run)
+    return run.found
+
+
+class _Solved:
+    """The codes of each weight, as they are found."""
+
+    def __init__(self, grid: Grid, ctx: Context) -> None:
+        self.grid = grid
+        self.ctx = ctx
+        self.key = f"{grid} {Gptq()}"
+        self.found: dict[Parameter, Rounded] = {}
+        self.told: dict[Parameter, str] = {}
+
+    def solve(self, group: Group, hessian: Hessian) -> None:
+        for p in group.weights.values():
+            assert p.data is not None
+            self.found[p], used = gptq(p.data.tensor(), hessian, self.grid)
+            self._tell(group, p, _told(hessian, used))
+
+    def weights(self, group: Group) -> dict[str, Tensor]:
+        dtypes = {p: p.tensor_type.dtype.to_torch() for p in group.weights.values()}
+        return {p.name: self.found[p].weight.to(dtype) for p, dtype in dtypes.items()}
+
+    def state(self, group: Group) -> State:
+        tensors: dict[str, Tensor] = {}
+        for p in group.weights.values():
+            tensors |= rounded_state(p.name, self.found[p])
+        return {p.name: self.told[p] for p in group.weights.values()}, tensors
+
+    def load(self, group: Group, state: State) -> None:
+        words, tensors = state
+        for p in group.weights.values():
+            self.found[p] = rounded_of(p.name, self.grid, tensors)
+            self._tell(group, p, words[p.name])
+
+    def _tell(self, group: Group, weight: Parameter, told: str) -> None:
+        self.told[weight] = told
+        for layer in group.layers:
+            if layer.inputs[1] is weight:
+                self.ctx.decided(layer, "calibrated", told)
+
+
+def _told(hessian: Hessian, used: Factor) -> str:
+    """On what a layer was rounded, and what was unusual about it."""
+    told = f"on {hessian.tokens} tokens"
+    if hessian.tokens < hessian.inputs:
+        told += f", fewer than its {hessian.inputs} inputs"
+    if used.damping != DAMPING:
+        told += f", with a damping of {used.damping:g} instead of {DAMPING:g}"
+    dead = int(hessian.dead.sum())
+    return told + (f"; {dead} inputs were always 0" if dead else "")
 
 
 class _Rounding:

@@ -5,6 +5,7 @@ A group is some neighbours in a row of a linear layer's weights, or the whole ro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,8 +43,10 @@ class Grid:
         return self.group or inputs
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Scale and zero [N] for weights [N, width]: of the full range, or, with the importance
-        of each column, of the share of it with the least weighted squared error."""
+        """Scale and zero [N] for weights [N, width]: of the full range, or of the share of it with
+        the least weighted squared error. `importance` is a number for each column, or the Hessian
+        of the columns [width, width].
+        """
         if importance is None:
             return self._ranged(w, 1.0)
         import torch
@@ -52,7 +55,8 @@ class Grid:
         for shrink in SHRINKS:
             scale, zero = self._ranged(w, shrink)
             change = self.value(self.code(w, scale, zero), scale, zero) - w
-            error = (change.square() * importance).sum(dim=1)
+            weighted = change * importance if importance.dim() == 1 else change @ importance
+            error = (weighted * change).sum(dim=1)
             better = error < best
             best = torch.where(better, error, best)
             kept = (torch.where(better, scale, kept[0]), torch.where(better, zero, kept[1]))
@@ -90,7 +94,10 @@ class Grid:
 
         width, found = self.width(w.shape[1]), []
         for start in range(0, w.shape[1], width):
-            some = None if importance is None else importance[start : start + width]
+            part = slice(start, start + width)
+            some = None if importance is None else importance[part]
+            if some is not None and some.dim() == 2:
+                some = some[:, part]
             found.append(self.fit(w[:, start : start + width], some))
         scales, zeros = zip(*found, strict=True)
         return torch.stack(scales, dim=1), torch.stack(zeros, dim=1)
@@ -130,3 +137,14 @@ def round_to_nearest(w: Tensor, grid: Grid) -> Rounded:
     """The plain method: each weight to the nearest value, ranges from the weights alone."""
     w = w.float()
     return on_grid(w, grid, *grid.fit_groups(w))
+
+
+def rounded_state(name: str, found: Rounded) -> dict[str, Tensor]:
+    """Codes, scales and zeros as tensors by name, to be read back by `rounded_of`."""
+    parts = {f"{name}/codes": found.codes, f"{name}/scale": found.scale}
+    return parts if found.zero is None else {**parts, f"{name}/zero": found.zero}
+
+
+def rounded_of(name: str, grid: Grid, state: Mapping[str, Tensor]) -> Rounded:
+    codes, scale = state[f"{name}/codes"], state[f"{name}/scale"]
+    return Rounded(grid, codes, scale, state.get(f"{name}/zero"))

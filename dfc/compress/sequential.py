@@ -7,20 +7,24 @@ that are still needed there: for a transformer the hidden states of its tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dfc.compress.calibrate import is_by_token, padding_mask
 from dfc.compress.hessian import Hessian
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.interpret import stepwise
+from dfc.ir.weights import tensor_sha256
+from dfc.rewrite.journal import Journal
 from dfc.rewrite.pass_ import Context
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+State = tuple[dict[str, str], dict[str, "Tensor"]]  # words and tensors by name
 LINEAR = "aten.linear.default"
 
 
@@ -90,7 +94,12 @@ class Prefix:
 
     def __init__(self, graph: Graph, batches: Iterable[Sequence[Any]]) -> None:
         self.weights: dict[str, Tensor] = {}
-        self._runs = [_Run(graph, batch, self.weights) for batch in batches]
+        self._runs = []
+        digest = hashlib.sha256()
+        for batch in batches:
+            self._runs.append(_Run(graph, batch, self.weights))
+            digest.update("".join(map(_digest, batch)).encode())
+        self.digest = digest.hexdigest()  # of the data
 
     @property
     def batches(self) -> int:
@@ -101,7 +110,15 @@ class Prefix:
         return (run.reach(x) for run in self._runs)
 
 
+def _digest(x: Any) -> str:
+    import torch
+
+    return tensor_sha256(x) if isinstance(x, torch.Tensor) else repr(x)
+
+
 class _Run:
+    """One batch, at the place that was reached."""
+
     def __init__(self, graph: Graph, batch: Sequence[Any], weights: Mapping[str, Tensor]) -> None:
         self._mask = padding_mask(graph)
         self._tokens: Tensor | None = None  # which are no padding
@@ -123,7 +140,22 @@ class _Run:
         return found
 
 
-Compress = Callable[[Group, Hessian], Mapping[str, "Tensor"]]
+class Method(Protocol):
+    """Finds the weights of one group after the other, and keeps what it found."""
+
+    key: str  # all that decides the result, beside the graph and the data
+
+    def solve(self, group: Group, hessian: Hessian) -> None:
+        """Find the weights of a group."""
+
+    def weights(self, group: Group) -> Mapping[str, Tensor]:
+        """The weights by name that take the place of the group's."""
+
+    def state(self, group: Group) -> State:
+        """What was found for a group, to go on from after a kill."""
+
+    def load(self, group: Group, state: State) -> None:
+        """Take what was found before for what `solve` would find."""
 
 
 def layer_by_layer(
@@ -131,25 +163,57 @@ def layer_by_layer(
     groups: Sequence[Group],
     batches: Iterable[Sequence[Any]],
     ctx: Context,
-    compress: Compress,
+    method: Method,
 ) -> None:
-    """Call `compress` for each group in turn; the weights by name that it gives take effect.
+    """Let a method solve each group in turn; its weights take effect for those that follow.
 
+    With a journal, what was solved before a kill is not solved again.
     Needs:   groups as `groups_of` gives them.
-    Raises:  DfcError D090, and D09x of what `compress` raises, with the layers' names.
+    Raises:  DfcError D090..D092 of a group, with its layers' names.
     Cost:    one run of the batches; one Hessian at a time.
     """
     prefix = Prefix(graph, batches)
+    done = _Done(ctx.journal, graph, prefix, method) if ctx.journal else None
     total = len(groups) * prefix.batches
     for number, group in enumerate(groups):
-        hessian = Hessian(group.inputs)
-        try:
-            for seen, x in enumerate(prefix.reach(group.x), 1):
-                hessian.update(x)
-                ctx.progress(number * prefix.batches + seen, total)
-            prefix.weights.update(compress(group, hessian))
-        except DfcError as e:
-            raise _named(e, group) from None
+        if done is None or not done.load(number, group):
+            hessian = Hessian(group.inputs)
+            try:
+                for seen, x in enumerate(prefix.reach(group.x), 1):
+                    hessian.update(x)
+                    ctx.progress(number * prefix.batches + seen, total)
+                method.solve(group, hessian)
+            except DfcError as e:
+                raise _named(e, group) from None
+            if done is not None:
+                done.save(number, group)
+        prefix.weights.update(method.weights(group))
+
+
+class _Done:
+    """The groups that were solved, in the journal: an entry for each."""
+
+    def __init__(self, journal: Journal, graph: Graph, prefix: Prefix, method: Method) -> None:
+        import torch
+
+        import dfc
+
+        self.journal, self.method = journal, method
+        words = [graph.fingerprint(), prefix.digest, type(method).__name__, method.key]
+        self.words = [*words, dfc.__version__, torch.__version__]
+
+    def _key(self, number: int, group: Group) -> str:
+        names = sorted(group.weights)
+        return hashlib.sha256("\n".join([*self.words, str(number), *names]).encode()).hexdigest()
+
+    def load(self, number: int, group: Group) -> bool:
+        found = self.journal.read(self._key(number, group))
+        if found is not None:
+            self.method.load(group, found)
+        return found is not None
+
+    def save(self, number: int, group: Group) -> None:
+        self.journal.write(self._key(number, group), *self.method.state(group))
 
 
 def _named(error: DfcError, group: Group) -> DfcError:
