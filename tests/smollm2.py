@@ -17,6 +17,8 @@ from tests import assets
 if TYPE_CHECKING:
     import torch
 
+    from dfc.ir.graph import Graph
+
 WINDOW = 512  # tokens that are judged together; windows do not overlap
 SKIP = 2000  # characters at an article's start that are not judged: headings and lists
 # Of 101 articles; none of those to calibrate on is judged.
@@ -96,3 +98,25 @@ def losses(run: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor) ->
         return F.cross_entropy(logits.float(), row[1:]).double()
 
     return torch.stack([one(row) for row in tokens])
+
+
+def in_floats(graph: Graph) -> int:
+    """Let every layer that reads codes read the weights they stand for; how many there were.
+
+    The weights are asked of the op itself: what it makes of the unit vectors.
+    """
+    import torch
+
+    changed = 0
+    for node in list(graph.nodes):
+        if node.op not in ("dfc.linear_w4", "dfc.linear_w8"):
+            continue
+        x, *tables, bias = node.inputs
+        parts = [None if t is None else t.data.tensor() for t in tables]
+        attributes = {**node.attributes, "activations": "float"}
+        (columns,) = node.info.run([torch.eye(x.type.shape[-1]), *parts, None], attributes, "cpu")
+        weight = graph.add_constant(f"{node.result.name}.weight", columns.T.contiguous())
+        made = graph.add("aten.linear.default", [x, weight, bias], before=node, loc=node.loc)
+        graph.replace(node, made)
+        changed += 1
+    return changed
