@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+import dfc
 from dfc.compress.awq import clipped, search_scale
 from dfc.compress.gptq import gptq
 from dfc.compress.grid import Grid, round_to_nearest
 from dfc.compress.hessian import Hessian
+from dfc.ir.graph import Graph
+from dfc.ir.interpret import interpret
+from tests.tiny_models import run_step, tiny_llama, tokens
 
 GRID = Grid(4, 32)
 
@@ -63,3 +68,67 @@ def test_scaled_and_clipped_is_best() -> None:
     shrunk = hessian.loss(clipped(w, hessian, GRID).weight - w)
     assert both < scaled and both < shrunk
     assert gptq(w, hessian, GRID)[0].codes.shape == (24, 128)
+
+
+# As the method of a step
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    """A model whose norms make a few channels large."""
+    model = tiny_llama()
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.input_layernorm.weight[[3, 17]] *= 20
+            block.post_attention_layernorm.weight[[5, 9]] *= 20
+    return dfc.trace(model, (tokens(),))
+
+
+STEP = "quantize int4 using calib with group=32, method=awq, embeddings=no, smallest=1"
+
+
+def test_scales_are_folded_into_norms_and_into_the_layer_before(graph: Graph) -> None:
+    _, _, ctx = run_step(graph, STEP)
+    told = {d.loc.module: d.reason for d in ctx.decisions if d.outcome == "scaled"}
+    assert "less error; folded into %mul" in told["model.layers.0.self_attn.q_proj"]
+    clipped_ = {d.loc.module: d.reason for d in ctx.decisions if d.outcome == "clipped"}
+    assert "no norm or linear layer" in clipped_["model.layers.0.self_attn.o_proj"]
+
+
+def test_folding_changes_nothing_but_the_rounding(graph: Graph) -> None:
+    """With eight bits hardly anything is rounded away: what is left would be a wrong fold."""
+    step = STEP.replace("int4", "int8")
+    quantized, _, ctx = run_step(graph, step.replace("calib with", "calib with scheme=weights,"))
+    assert any(d.outcome == "scaled" for d in ctx.decisions)
+    a, b = (interpret(g, [tokens(seed=7)])[0] for g in (graph, quantized))
+    assert float((a - b).norm() / a.norm()) < 0.02
+    names = [p for p in quantized.parameters if p.endswith(".awq")]
+    assert any("layernorm" in n for n in names)
+
+
+def test_a_scale_goes_through_a_gate_into_codes_and_bias() -> None:
+    """up and down: the rows of `up`, quantized itself, are divided; so is its bias."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up = nn.Linear(32, 64), nn.Linear(32, 64)
+            self.down = nn.Linear(64, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+    torch.manual_seed(0)
+    model = Gated().eval()
+    with torch.no_grad():
+        model.up.weight[[4, 40]] *= 30
+        model.up.bias[[4, 40]] *= 30
+    data = [torch.randn(16, 32) for _ in range(4)]
+    graph = dfc.trace(model, (data[0],))
+    step = "quantize int8 using calib with scheme=weights, group=32, method=awq, smallest=1"
+    quantized, _, ctx = run_step(graph, step, data)
+    told = {d.loc.module: d.outcome for d in ctx.decisions if d.outcome != "quantized"}
+    assert told["down"] == "scaled" and "up.bias.awq" in quantized.parameters
+    x = torch.randn(16, 32)
+    a, b = (interpret(g, [x])[0] for g in (graph, quantized))
+    assert float((a - b).norm() / a.norm()) < 0.01

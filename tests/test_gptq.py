@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
+import dfc
 from dfc.compress.gptq import Gptq, gptq
 from dfc.compress.grid import Grid, round_to_nearest
 from dfc.compress.hessian import Hessian, factor
+from dfc.compress.sequential import weight_of
 from dfc.errors import DfcError
+from dfc.ir.graph import Graph, Node
+from dfc.ir.interpret import interpret
+from dfc.ir.verify import verify
+from dfc.ir.weights import TensorData
+from dfc.rewrite.journal import Journal
+from tests.smollm2 import in_floats
+from tests.tiny_models import CALIB, run_step, tiny_llama, tokens
 
 GRIDS = [
     Grid(bits, group, symmetric)
@@ -150,3 +162,98 @@ def test_rows_of_zeros_have_a_scale() -> None:
     for grid in GRIDS:
         rounded = round_to_nearest(torch.zeros(2, 160), grid)
         assert not rounded.weight.any() and bool((rounded.scale == 1).all())
+
+
+# As the method of a step
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    return dfc.trace(tiny_llama(), (tokens(),))
+
+
+STEP = "quantize int4 using calib with group=32, method={}, embeddings=no, smallest=1"
+
+
+def mean_error(graph: Graph, other: Graph) -> float:
+    """How far two graphs are apart on other data than that of the calibration."""
+    pairs = [[interpret(g, [tokens(2, seed=9)])[0] for g in (graph, other)]]
+    return float(sum((a - b).square().mean() for a, b in pairs))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_method_beats_the_nearest_values_on_other_data(graph: Graph, method: str) -> None:
+    plain, _, _ = run_step(graph, STEP.format("rtn"))
+    better, changes, ctx = run_step(graph, STEP.format(method))
+    verify(better)
+    assert changes == 14 and sum(n.op == "dfc.linear_w4" for n in better.nodes) == 14
+    assert mean_error(graph, better) < mean_error(graph, plain)
+    outcomes = {d.outcome for d in ctx.decisions}
+    assert outcomes >= ({"calibrated"} if method == "gptq" else {"scaled"}), outcomes
+
+
+def test_layers_are_rounded_on_what_rounded_layers_give(graph: Graph) -> None:
+    """The last layer's codes are those of the algorithm on what the quantized layers give."""
+    quantized, _, _ = run_step(graph, STEP.format("gptq"))
+    (last,) = [n for n in quantized.nodes if n.loc and n.loc.module.endswith("1.mlp.down_proj")]
+    hessian = Hessian(64)
+
+    def watch(node: Node, results: Any) -> None:
+        if last.inputs[0] in node.results:
+            hessian.update(results[0])
+
+    for batch in CALIB:
+        interpret(quantized, [batch], observe=watch)
+    weight = graph.parameters["model.layers.1.mlp.down_proj.weight"].data.tensor()
+    wanted, _ = gptq(weight, hessian, Grid(4, 32))
+    as_floats = quantized.copy()
+    in_floats(as_floats)
+    (made,) = [n for n in as_floats.nodes if n.loc and n.loc.module.endswith("1.mlp.down_proj")]
+    got = weight_of(made).data.tensor()
+    same = (got - wanted.weight).abs() <= 2e-3 * wanted.weight.abs().max()  # scales are stored f16
+    assert float(same.float().mean()) > 0.97
+
+
+def test_the_packed_layers_equal_the_weights_they_stand_for(graph: Graph) -> None:
+    """What lets benchmarks judge packed models as float ones."""
+    quantized, _, _ = run_step(graph, STEP.format("gptq"))
+    floats = quantized.copy()
+    assert in_floats(floats) == 14
+    a, b = (interpret(g, [tokens()])[0] for g in (quantized, floats))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_bad_calibration_names_the_layer(graph: Graph) -> None:
+    broken = graph.copy()
+    name = "model.layers.0.post_attention_layernorm.weight"
+    broken.parameters[name].data = TensorData(name, torch.full((32,), torch.inf))
+    for method in ("gptq", "awq"):
+        with pytest.raises(DfcError, match=r"of `model\.layers\.0\.mlp\.gate_proj`.* NaN or") as e:
+            run_step(broken, STEP.format(method))
+        assert e.value.code == "D090"
+
+
+def test_few_tokens_are_told(graph: Graph) -> None:
+    _, _, ctx = run_step(graph, STEP.format("gptq"), [tokens()[:, :16]])
+    told = [d.reason for d in ctx.decisions if d.outcome == "calibrated"]
+    assert any("on 32 tokens, fewer than its 64 inputs" in t for t in told)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_after_an_interrupt_it_goes_on_and_ends_equal(
+    graph: Graph, method: str, tmp_path: Path
+) -> None:
+    wanted, _, decided = run_step(graph, STEP.format(method))
+    calls: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        calls.append(done)
+        if len(calls) == 22:  # of 4 batches for each of 8 groups
+            raise KeyboardInterrupt
+
+    journal = Journal(tmp_path, every_s=0)
+    with pytest.raises(KeyboardInterrupt):
+        run_step(graph, STEP.format(method), progress=progress, journal=journal)
+    got, _, again = run_step(graph, STEP.format(method), progress=progress, journal=journal)
+    assert calls[22:34] == [*range(21, 33)] and got == wanted
+    assert again.decisions == decided.decisions
