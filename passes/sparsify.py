@@ -67,10 +67,11 @@ class Sparsify(Pass):
     def run(self, graph: Graph, ctx: Context) -> int:
         sparsity = self._sparsity()
         layers, left = linear_layers(graph, self.select, self.exclude)
+        chosen = set(layers)
         for layer in layers:
             weight = weight_of(layer)
             assert weight is not None
-            other = next((n for n in weight.users if weight_of(n) is not weight), None)
+            other = next((n for n in weight.users if n not in chosen), None)
             if other is not None:
                 name = other.results[0].name if other.results else other.op
                 left[layer] = f"!{weight.name} is read by %{name} ({other.op}) as well"

@@ -138,6 +138,7 @@ class Norms(nn.Module):
             "shared": lambda: self.first(x),
             "input": lambda: x,
             "sum": lambda: self.first(x) + x,
+            "tied": lambda: torch.relu(self.first(torch.relu(self.first(x)))),
         }[kind]()
         y = self.last(made)
         return (y, made.sum()) if kind == "shared" else y
@@ -150,6 +151,7 @@ class Norms(nn.Module):
         ("gate", "aten.linear.default"), ("scale", "aten.mul.Tensor"),
         ("plain", "has no weight"), ("gelu", "made by aten.gelu.default"),
         ("shared", "is read by"), ("input", "the graph's own input"), ("sum", "made by aten.add"),
+        ("tied", "!first.weight is read by %linear as well, and would be stored twice"),
     ],
 )  # fmt: skip
 def test_the_producer_is_found_or_there_is_a_reason(kind: str, found: str) -> None:

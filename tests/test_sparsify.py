@@ -187,6 +187,24 @@ class Seen:
         return {}
 
 
+def test_a_weight_that_an_unchosen_layer_shares_stays() -> None:
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(torch.relu(self.a(x)))
+
+    graph = dfc.trace(Tied().eval(), (torch.randn(3, 8),))
+    same, changes, ctx = run_step(graph, 'sparsify "a" by magnitude')
+    assert changes == 0 and same == graph
+    assert "is read by %linear_1 (aten.linear.default) as well" in ctx.decisions[0].reason
+    both, changes, _ = run_step(graph, "sparsify by magnitude")
+    assert changes == 1 and zeros_by_layer(both) == {"a": 0.5, "b": 0.5}
+
+
 def test_padding_is_not_seen() -> None:
     from transformers import BertConfig, BertModel
 

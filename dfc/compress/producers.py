@@ -120,6 +120,9 @@ def _made(graph: Graph, found: Producer) -> Producer | str:
             return f"!{p.name} has no numbers: the model has no weights"
         if p in written:
             return f"the model writes to !{p.name}"
+        other = next((n for n in p.users if n is not node), None)
+        if other is not None and p.tensor_type.rank > 1:
+            return f"!{p.name} is read by %{_name(other)} as well, and would be stored twice"
     return found if found.constants else f"%{_name(node)} ({node.op}) has no weight"
 
 
