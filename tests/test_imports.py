@@ -244,7 +244,8 @@ def test_importing_dfc_loads_nothing_heavy() -> None:
 
 
 def test_importing_dfc_is_fast() -> None:
-    code = "import time; t = time.perf_counter(); import dfc; print(time.perf_counter() - t)"
+    # In CPU time: a machine that is busy with other work makes an import late, not slow.
+    code = "import time; t = time.process_time(); import dfc; print(time.process_time() - t)"
     assert min(float(run(code)) for _ in range(3)) < 0.3
 
 
