@@ -33,7 +33,7 @@ LOSSES, TABLE = RESULTS / "smollm2.json", RESULTS / "smollm2.txt"
 BLOCKS = '"model.layers.**"'
 FOUR = "with group=64, embeddings=no"
 FLOAT, NEAREST = "float", "int4 g64, nearest"
-# name -> the step, and the goal as a function of the ratio to float and of the gap that is closed
+# name -> the step
 VARIANTS: Mapping[str, str] = {
     FLOAT: "",
     "int8 per channel": "quantize int8 with scheme=weights, embeddings=no",
@@ -124,7 +124,8 @@ def table(found: Mapping[str, Any], judged: Any, calibration: Any) -> str:
 
     predicted = judged.shape[1] - 1
     rows = [
-        f"SmolLM2-135M on {platform.processor() or platform.machine()}, {len(judged)} windows of "
+        f"SmolLM2-135M on {cpu()}, beside other work: seconds are rough, perplexities are not.",
+        f"{len(judged)} windows of "
         f"{judged.shape[1]} tokens ({smollm2.digest(judged)}), calibrated on {calibration.numel()} "
         f"tokens of other articles ({smollm2.digest(calibration)})",
         "ratio: perplexity / float, with its 95 % interval (bootstrap over windows); closed: how",
@@ -151,8 +152,16 @@ def table(found: Mapping[str, Any], judged: Any, calibration: Any) -> str:
             f"{'' if closed is None else f'{closed:7.0%}':>7} {found[name]['step_cpu_s']:5.0f}  "
             f"{_goal(name, ratio, closed)}".rstrip()
         )
+    rows += [f"{n}: {x['note']}" for n, x in found.items() if "note" in x]
     rows += ["", "zeros are stored and multiplied like other weights: no speed on this target"]
     return "\n".join(rows) + "\n"
+
+
+def cpu() -> str:
+    """The processor's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [x.partition(":")[2].strip() for x in lines if x.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {len(names)} cores"
 
 
 def _goal(name: str, ratio: float, closed: float | None) -> str:
