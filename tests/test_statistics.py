@@ -130,6 +130,13 @@ def test_word_errors_are_drawn_by_clips() -> None:
     assert p.agreement == pytest.approx(40 / 60)
 
 
+def test_clips_without_a_difference_are_not_certain() -> None:
+    rows = np.array([[0.0, 10.0]] * 20)
+    p = st.pooled(rows, rows)
+    assert str(p).startswith("drop 0, ") and p.upper == -p.lower
+    assert p.upper == pytest.approx(0.1 * (1 - 0.05 ** (1 / 20)))
+
+
 def test_perplexities_are_a_ratio() -> None:
     tokens = np.full(8, 512.0)
     nll = tokens * np.linspace(2, 3, 8)

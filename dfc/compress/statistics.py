@@ -190,9 +190,30 @@ def pooled(
     se = float(drops.std())
     low, high = (float(np.quantile(drops, q)) for q in (1 - CONFIDENCE, CONFIDENCE))
     same = float((x == y).all(axis=1).mean())
+    if same == 1.0:
+        high = _unseen(x)
+        low = -high
     return Paired(
-        len(x), first, last, sign * (first - last), se, low, high, same, se**2 * len(x), "bootstrap"
+        len(x),
+        first,
+        last,
+        sign * (first - last) + 0.0,
+        se,
+        low,
+        high,
+        same,
+        se**2 * len(x),
+        "bootstrap",
     )
+
+
+def _unseen(x: Floats) -> float:
+    """How far a ratio may be off though no row differs: as many rows as may be unlike those that
+    were seen, each by the range that was seen, or by one."""
+    weights = x[:, 1]
+    ratios = x[weights > 0, 0] / weights[weights > 0]
+    span = max(float(ratios.max() - ratios.min()), 1 / float(weights.mean()))
+    return span * float(1 - (1 - CONFIDENCE) ** (1 / len(x)))
 
 
 def _resampled(x: Floats, y: Floats, seed: int) -> Floats:
