@@ -168,6 +168,51 @@ def test_what_is_no_layer_is_not_rounded_at_the_end():
     assert ops["dfc.quantize"] == 2  # what the convolution reads, and what it gives
 
 
+class Residual(nn.Module):
+    """As ResNets begin and end: a padded pool, a mean over the picture."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 7, 2, 3), nn.Conv2d(16, 16, 3, 1, 1)
+        self.c, self.d = nn.Conv2d(16, 16, 3, 1, 1), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.a(x).relu(), 3, 2, 1)
+        x = (self.c(self.b(x).relu()) + x).relu()
+        return self.d(x.mean((2, 3)))
+
+
+class Perceptron(nn.Module):
+    """As transformers have them: sequences between norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return x + self.b(self.a(self.norm(x)).relu())
+
+
+@pytest.mark.parametrize(
+    ("net", "shape", "kernels"),
+    [
+        (Residual, (3, 16, 16), {"QLinearConv": 3, "QLinearAdd": 1, "QGemm": 1,
+                                 "QLinearGlobalAveragePool": 1, "DequantizeLinear": 0}),
+        (Perceptron, (7, 16), {"MatMulIntegerToFloat": 2, "MatMul": 0, "Gemm": 0}),
+    ],
+)  # fmt: skip
+def test_other_shapes_of_network_are_integer_kernels_too(net, shape, kernels, tmp_path):
+    torch.manual_seed(0)
+    graph = traced(net(), *shape)
+    x = data(*shape)
+    made = quantized(graph, x)
+    assert distance(graph, made, x[0]) < 1e-3
+    (want,) = interpret(made, x[:1])
+    got, ops = ran(made, x[0], tmp_path)
+    torch.testing.assert_close(got, want, rtol=0, atol=0.02 * float(want.abs().max()))
+    assert {op: ops[op] for op in kernels} == kernels
+
+
 # Weights
 
 

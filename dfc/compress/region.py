@@ -129,13 +129,14 @@ def _joins(node: Node) -> bool:
     a = node.attributes
     if node.op == "aten.add.Tensor":
         return len(operands) == 2 and a.get("alpha", 1) == 1
-    if node.op == "aten.max_pool2d.default":
-        return not any(_each(a.get("padding", 0)))  # padded with -inf, which is no code
     if node.op == "aten.avg_pool2d.default":
         return bool(a.get("count_include_pad", True)) and a.get("divisor_override") is None
     if node.op == "aten.adaptive_avg_pool2d.default":
         return all(s == 1 for s in _each(a["output_size"]))
-    return node.op != "aten.mean.dim" or result.rank == 4
+    if node.op == "aten.mean.dim":  # over pictures: what is a global average pool
+        source = operands[0].tensor_type
+        return source.rank == 4 and sorted(d % 4 for d in _each(a["dim"])) == [2, 3]
+    return True
 
 
 def _each(x: Any) -> tuple[Any, ...]:

@@ -72,6 +72,9 @@ def mean(b: Builder, x: Val, call: Call) -> Val:
             count = count * shape[i]
         total = reduce(b, "ReduceSum", x, axes, a.get("keepdim", False))
         return b.op("Div", total, b.like(count, total))
+    if len(shape) == 4 and sorted(axes) == [2, 3] and x.dtype == D.FLOAT:
+        whole = b.op("GlobalAveragePool", x)  # ONNX Runtime has it in integers too
+        return whole if a.get("keepdim", False) else b.squeeze(b.squeeze(whole, 3), 2)
     return reduce(
         b, "ReduceMean", x, axes_of(a.get("dim"), _rank(b, call)), a.get("keepdim", False)
     )

@@ -1,0 +1,229 @@
+"""EfficientNet-Lite0 in int8 on CIFAR-10: accuracy on all test images, bytes, and time.
+
+    python benchmarks/lite0_int8.py [--images N] [--keep FOLDER] [VARIANT...]
+
+Without variants it makes and runs all of them and writes the results. With --keep what was made and
+found stays in a folder, so that a run can be stopped and go on, or be split: runs of some variants
+write nothing but that. The variants in SHORT see the first 1000 images only.
+
+A linear probe for CIFAR-10 is fitted on the float features of 3000 training images, 200 others
+calibrate. Every variant runs in ONNX Runtime: dfc's as its recipe makes them, and ONNX Runtime's
+own `quantize_static` on the same images. Accuracy is compared image by image; times are of batch 1,
+the variants alternating in one process with as many threads as torch has.
+Needs:  python -m tests.assets lite0 cifar10
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+
+import dfc
+from dfc.compress.integers import has_dot_products
+from dfc.compress.statistics import paired
+from dfc.runtime.measure import measure
+from tests.assets import path
+from tests.lite0 import SIDE, Lite0, batches, cifar10, lite0, probe
+
+RESULTS = Path(__file__).parent / "results" / "lite0-int8.txt"
+CALIBRATION = slice(3000, 3200)  # training images behind those of the probe
+SHAPES = ({0: torch.export.Dim("B", min=1, max=256)},)
+RECIPES = {
+    "fp32": "fold_batch_norm",
+    "dfc": "quantize int8 using calib",
+    "dfc, per tensor, equalized": "fold_batch_norm\n  equalize using calib\n"
+    "  quantize int8 using calib with per=tensor",
+    "dfc, per tensor": "quantize int8 using calib with per=tensor",
+    "dfc, biases as they were": "quantize int8 using calib with correct=no",
+    "dfc, 7-bit weights": "quantize int8 using calib with codes=seven",
+    "dfc, weights that saturate": "quantize int8 using calib with codes=full",
+}
+PEERS = {"onnxruntime": False, "onnxruntime, 7-bit weights": True}  # per channel; reduce_range
+SHORT = dict.fromkeys([n for n in RECIPES if n not in ("fp32", "dfc")][1:], 1000)
+
+
+class Calibration:
+    """Batches that can be read again, enlarged as they are read."""
+
+    def __init__(self, pictures: torch.Tensor) -> None:
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return -(-len(self.pictures) // 20)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return batches(self.pictures, 20)
+
+
+def compiled(net: torch.nn.Module, steps: str, data: Calibration, target: Path) -> None:
+    recipe = f"dfc 1\ndata calib\nrecipe r {{\n  {steps}\n}}\n"
+    made = dfc.compile(
+        net, (torch.randn(2, 3, SIDE, SIDE),), dynamic_shapes=SHAPES, recipe=recipe,
+        data={"calib": data}, engine="eager", verify="none",
+    )  # fmt: skip
+    made.export(target, force=True)
+
+
+def peer(fp32: Path, data: Calibration, target: Path, reduce_range: bool) -> None:
+    """ONNX Runtime's own static quantization, per channel, as its guide says."""
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    name = onnxruntime.InferenceSession(fp32).get_inputs()[0].name
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left = iter(data)
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self.left, None)
+            return None if batch is None else {name: batch.numpy()}
+
+    prepared = target.with_suffix(".prepared.onnx")
+    quant_pre_process(fp32, prepared)
+    quantize_static(
+        prepared, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, reduce_range=reduce_range,
+    )  # fmt: skip
+
+
+class Session:
+    def __init__(self, model: Path) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.session = onnxruntime.InferenceSession(model, options)
+        self.name = self.session.get_inputs()[0].name
+
+    def __call__(self, inputs: Any) -> Any:
+        return self.session.run(None, {self.name: inputs[0].numpy()})[0]
+
+
+def classes(run: Session, pictures: torch.Tensor) -> Any:
+    return np.concatenate([run([x]).argmax(1) for x in batches(pictures, 20)])
+
+
+def machine() -> str:
+    words = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = next((x.partition(":")[2].strip() for x in words.splitlines() if "model name" in x), "")
+    flags = [f for f in ("avx2", "avx512f", "avx_vnni", "avx512_vnni") if f in words.split()]
+    return f"{model or platform.processor()}, {', '.join(flags)}, {torch.get_num_threads()} threads"
+
+
+class Variants:
+    """The files of the variants and the classes that they give, made once in a folder."""
+
+    def __init__(self, folder: Path, images: int) -> None:
+        self.folder = folder
+        self.pictures, self.labels = cifar10(path("cifar10"), "test")
+        self.images = images
+        self.data = Calibration(cifar10(path("cifar10"), "train")[0][CALIBRATION])
+
+    def file(self, name: str) -> Path:
+        return self.folder / f"{name.replace(' ', '-').replace(',', '')}.onnx"
+
+    def made(self, name: str) -> Path:
+        file = self.file(name)
+        if file.exists():
+            return file
+        print(f"making {name}", file=sys.stderr, flush=True)
+        temp = file.with_suffix(f".{os.getpid()}.tmp.onnx")
+        if name in PEERS:
+            peer(self.made("fp32"), self.data, temp, PEERS[name])
+        else:
+            compiled(self.net(), RECIPES[name], self.data, temp)
+        temp.rename(file)
+        return file
+
+    def net(self) -> torch.nn.Module:
+        """The network with its probe, which is kept as well."""
+        from safetensors.torch import load_file, save_file
+
+        stored = self.folder / "probe.safetensors"
+        net = lite0(path("lite0"))
+        if not stored.exists():
+            print("fitting the probe", file=sys.stderr, flush=True)
+            save_file(probe(net, path("cifar10")).state_dict(), stored)
+        small = Lite0(10).eval()
+        small.load_state_dict(load_file(stored))
+        return small
+
+    def found(self, name: str) -> Any:
+        """The classes that a variant gives."""
+        count = min(self.images, SHORT[name]) if name in SHORT else self.images
+        stored = self.file(name).with_suffix(f".{count}.npy")
+        if not stored.exists():
+            run = Session(self.made(name))
+            print(f"running {name}", file=sys.stderr, flush=True)
+            np.save(stored, classes(run, self.pictures[:count]))
+        return np.load(stored, allow_pickle=False)
+
+
+def row(v: Variants, name: str, ms: float, before_ms: float) -> str:
+    found, base = v.found(name), v.found("fp32")
+    n = len(found)
+    labels, base = v.labels[:n].numpy(), base[:n]
+    size = v.made(name).stat().st_size / 1e6
+    text = f"{name:28} {n:6} {100 * (found == labels).mean():6.2f} {size:6.2f} {ms:7.2f}"
+    text += f" {before_ms / ms:6.2f}x"
+    if name == "fp32":
+        return text
+    d = paired((base == labels).astype(int), (found == labels).astype(int))
+    agree = 100 * (found == base).mean()
+    return f"{text} {100 * d.drop:7.2f} {100 * d.upper:7.2f} {agree:7.1f}"
+
+
+def table(v: Variants) -> str:
+    names = [*RECIPES, *PEERS]
+    runs = {n: Session(v.made(n)) for n in names}
+    times = measure(runs, [next(iter(batches(v.pictures[:1])))], seconds=4.0, most=400)
+    load = os.getloadavg()[0]
+    busy = load > torch.get_num_threads() + 1
+    head = f"{'':28} {'images':>6} {'top1 %':>6} {'MB':>6} {'ms b1':>7} {'speed':>7} {'drop pp':>7}"
+    return "\n".join([
+        "EfficientNet-Lite0 at 128 px, linear probe on CIFAR-10, in ONNX Runtime",
+        "bound: of the drop, 95 %, one-sided, paired; agree: same class as fp32",
+        f"{machine()}, dot products of int8: {'yes' if has_dot_products() else 'no'}",
+        f"onnxruntime {onnxruntime.__version__}, torch {torch.__version__}, load {load:.1f}"
+        + (" (other work was on the machine)" if busy else ""),
+        "", f"{head} {'bound':>7} {'agree %':>7}",
+        *(row(v, n, times[n].p50_ms, times["fp32"].p50_ms) for n in names),
+    ])  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--images", type=int, default=10_000, help="test images")
+    parser.add_argument("--keep", type=Path, help="folder for what is made and found")
+    parser.add_argument("variants", nargs="*", help="only these: write no results")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = given.keep or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        v = Variants(folder, given.images)
+        for name in given.variants or [*RECIPES, *PEERS]:
+            v.found(name)
+        if not given.variants:
+            text = table(v)
+            print(text)
+            RESULTS.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
