@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dfc.compress.grid import Grid, Rounded, on_grid
+from dfc.compress.weights import storable
 from dfc.ir.graph import Graph, Parameter
+from dfc.ir.types import DType
 from dfc.rewrite.pass_ import Context
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ def encode(
     """The weights of layers [N, K] on the grid, each range with the least squared error."""
     found = {}
     for done, layer in enumerate(layers):
-        found[layer.weight] = round_weight(matrix_of(layer), grid)
+        found[layer.weight] = round_weight(matrix_of(layer), grid, layer.weight.tensor_type.dtype)
         ctx.progress(done + 1, len(layers))
     return found
 
@@ -36,16 +38,17 @@ def matrix_of(layer: Weighted) -> Tensor:
     return w.double() if w.dtype.itemsize > 4 else w.float()
 
 
-def round_weight(w: Tensor, grid: Grid) -> Rounded:
-    """A matrix on the grid. Rows are searched in pieces: memory stays that of a few of them."""
+def round_weight(w: Tensor, grid: Grid, dtype: DType) -> Rounded:
+    """A matrix on the grid, for scales as they will be stored beside weights of a dtype.
+
+    Rows are searched in pieces: memory stays that of a few of them.
+    """
     import torch
 
     rows = max(_CHUNK // max(w.shape[1], 1), 1)
-    parts = [_ranges(part, grid) for part in torch.split(w, rows)] if w.numel() else []
-    if not parts:
-        return on_grid(w, grid, *_ranges(w, grid))
+    parts = [_ranges(part, grid) for part in torch.split(w, rows)]
     scale, zero = (torch.cat(p) for p in zip(*parts, strict=True))
-    return on_grid(w, grid, scale, zero)
+    return on_grid(w, grid, storable(scale, dtype).to(w.dtype), zero)
 
 
 def _ranges(w: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

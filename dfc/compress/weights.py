@@ -76,7 +76,7 @@ def store(graph: Graph, layer: Weighted, found: Rounded) -> Stored:
     """Add a weight's codes and scales to the graph, under names made of its own."""
     name, grid = layer.weight.name, found.grid
     k = layer.shape[1]
-    scale = _scales(layer.weight.tensor_type.dtype, found.scale, grid.group)
+    scale = storable(found.scale, layer.weight.tensor_type.dtype)
     codes, zero = _packed4(found, k) if grid.bits == 4 else (_bytes(found, layer), None)
     return Stored(
         graph.add_constant(f"{name}.codes", codes),
@@ -86,8 +86,9 @@ def store(graph: Graph, layer: Weighted, found: Rounded) -> Stored:
     )  # fmt: skip
 
 
-def _scales(dtype: DType, scale: Tensor, group: int | None) -> Tensor:
-    """Scales in the weight's dtype; those of groups in float16 where that loses nothing of note.
+def storable(scale: Tensor, dtype: DType) -> Tensor:
+    """Scales as they are stored: in float16 where all are normal numbers of it, else in the
+    weight's dtype. Codes found for these lose nothing by it.
 
     Why:  a float32 scale for 32 weights of four bits adds a quarter to their size.
     """
@@ -95,9 +96,7 @@ def _scales(dtype: DType, scale: Tensor, group: int | None) -> Tensor:
 
     sizes = scale.abs()
     fits = bool(((sizes >= _F16[0]) & (sizes <= _F16[1])).all())
-    if group is not None and dtype.name != "bf16" and fits:
-        return scale.to(torch.float16)
-    return scale.to(dtype.to_torch())
+    return scale.to(torch.float16 if fits and dtype.name != "bf16" else dtype.to_torch())
 
 
 def _bytes(found: Rounded, layer: Weighted) -> Tensor:

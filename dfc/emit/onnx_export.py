@@ -320,7 +320,7 @@ def _difference(
         t = witness.double()[finite]
         if bool(torch.isfinite(t).all()):
             # an original this far from float64 proves nothing: the graph itself may be wrong
-            cap = min(0.3, max(1e-2, 64 * eps)) * scale
+            cap = min(0.3, max(0.3 if rounded else 1e-2, 64 * eps)) * scale
             own = (w - t).abs().max()
             if float(own) <= cap:
                 truth = t
