@@ -25,9 +25,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import dfc  # noqa: E402
-from tests import minilm  # noqa: E402
+import dfc
+from tests import minilm
 
+TABLE = "quantize int8 with scheme=weights, select=op(embedding)"
 VARIANTS = {
     "float32": "",
     "int8, rows": "quantize int8",
@@ -35,8 +36,8 @@ VARIANTS = {
     "int8 weights": "quantize int8 with scheme=weights",
     "int4 g32": "quantize int4 with group=32",
     "int4 g64": "quantize int4 with group=64",
-    "int8 table, int4 g64": 'quantize int8 "embeddings" with scheme=weights\nquantize int4 with group=64',
-}  # fmt: skip
+    "int8 table, int4 g64": f"{TABLE}\n quantize int4 with group=64",
+}
 PEER = "ORT dynamic per channel"
 
 

@@ -1,0 +1,134 @@
+"""Quantized layers in ONNX Runtime: which kernels really run, and that they add whole numbers.
+
+Scales are powers of two and rows have the largest code 127, so that floats are exact too: what the
+kernel gives must equal the op's meaning in every bit, at the largest codes included.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from onnxscript import ir
+
+from dfc.emit.onnx import build_onnx
+from dfc.ir.graph import Graph
+from dfc.ir.interpret import interpret
+from dfc.ir.types import TensorType
+from dfc.ops.builder import Builder
+from dfc.ops.codes import pack4
+
+
+def layer(op: str, x: torch.Tensor, tensors: list[torch.Tensor | None], **attributes: Any) -> Graph:
+    """One layer with constant weights."""
+    graph = Graph("layer")
+    b = Builder(graph)
+    given = graph.add_input("x", TensorType.of(x))
+    constants = [None if t is None else graph.add_constant(f"w{i}", t)
+                 for i, t in enumerate(tensors)]  # fmt: skip
+    graph.set_outputs([b(op, given, *constants, **attributes)])
+    return graph
+
+
+def run(graph: Graph, x: torch.Tensor, folder: Path, **options: Any) -> tuple[Any, Counter[str]]:
+    """The result, and the kernels of ONNX Runtime's optimised graph."""
+    import onnxruntime
+
+    model = ir.serde.serialize_model(build_onnx(graph, opset=21, **options))
+    session = onnxruntime.SessionOptions()
+    session.intra_op_num_threads = 1
+    session.log_severity_level = 3
+    session.optimized_model_filepath = str(folder / "optimised.onnx")
+    runs = onnxruntime.InferenceSession(
+        model.SerializeToString(), session, providers=["CPUExecutionProvider"]
+    )
+    (found,) = runs.run(None, {"x": x.numpy()})
+    kernels = onnx.load(folder / "optimised.onnx", load_external_data=False).graph.node
+    return torch.from_numpy(found), Counter(n.op_type for n in kernels)
+
+
+def operands(k: int, group: int | None, low: int, high: int) -> tuple[Any, Any, Any]:
+    """Activations that are codes already, extreme weights, scales that are powers of two."""
+    generator = torch.Generator().manual_seed(k)
+    x = torch.randint(-127, 128, (5, k), generator=generator).float()
+    x[:, :: group or k] = 127
+    x[0], x[1] = 127, -127
+    weight = torch.randint(low, high + 1, (6, k), generator=generator, dtype=torch.int8)
+    weight[0], weight[1] = high, low
+    groups = -(-k // group) if group else 1
+    # of two sizes: the sums of float32 that follow stay below 2**24, so that they are exact
+    scale = 2.0 ** torch.randint(-1, 1, (6, groups), generator=generator)
+    return x, weight, scale if group else scale[:, 0]
+
+
+@pytest.mark.parametrize("contrib", [True, False])
+@pytest.mark.parametrize("k", [64, 100, 1536])
+def test_rows_of_int8_are_multiplied_as_whole_numbers(
+    k: int, contrib: bool, tmp_path: Path
+) -> None:
+    x, weight, scale = operands(k, None, -128, 127)
+    bias = torch.arange(6).float()
+    graph = layer("dfc.linear_w8", x, [weight, scale, bias], activations="int8")
+    found, kernels = run(graph, x, tmp_path, contrib=contrib)
+    assert torch.equal(found, interpret(graph, [x])[0])
+    assert kernels["MatMulIntegerToFloat" if contrib else "MatMulInteger"] == 1
+    assert not {"MatMul", "Gemm", "FusedMatMul", "Transpose"} & set(kernels)  # folded when loading
+
+
+def test_layers_that_read_one_value_round_it_once(tmp_path: Path) -> None:
+    x, weight, scale = operands(64, None, -127, 127)
+    graph = Graph("two")
+    b, given = Builder(graph), graph.add_input("x", TensorType.of(x))
+    w, s = graph.add_constant("w", weight), graph.add_constant("s", scale)
+    made = [b("dfc.linear_w8", given, w, s, activations="int8") for _ in range(2)]
+    graph.set_outputs([b("aten.add.Tensor", *made)])
+    _, kernels = run(graph, x, tmp_path, contrib=True)
+    assert kernels["QuantizeLinear"] == 1 and kernels["MatMulIntegerToFloat"] <= 2
+
+
+@pytest.mark.parametrize("group", [16, 32, 128])
+@pytest.mark.parametrize("k", [256, 200])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_groups_are_multiplied_as_whole_numbers_by_one_kernel(
+    bits: int, k: int, group: int, tmp_path: Path
+) -> None:
+    low, high = (-128, 127) if bits == 8 else (-8, 7)
+    x, weight, scale = operands(k, group, low, high)
+    tensors: list[torch.Tensor | None] = [weight, scale]
+    if bits == 4:
+        more = scale.shape[1] * group - k
+        codes = torch.nn.functional.pad(weight + 8, (0, more), value=8).to(torch.uint8)
+        tensors = [pack4(codes), scale, None]
+    graph = layer(f"dfc.linear_w{bits}", x, tensors, group=group, activations="int8")
+    found, kernels = run(graph, x, tmp_path, contrib=True)
+    assert kernels == {"MatMulNBits": 1}
+    assert torch.equal(found, interpret(graph, [x])[0])
+
+
+def test_half_precision_scales_are_widened_when_written(tmp_path: Path) -> None:
+    """Scales that are computed when loading make the kernel give zeros where nothing folds them."""
+    x, weight, scale = operands(64, 32, -8, 7)
+    packed = pack4((weight + 8).to(torch.uint8))
+    graph = layer("dfc.linear_w4", x, [packed, scale.half(), None], group=32, activations="int8")
+    model = build_onnx(graph, contrib=True)
+    names = {str(v.dtype) for v in model.graph.initializers.values()}
+    assert "FLOAT16" not in names and len(model.graph.initializers) == 2
+    found, _ = run(graph, x, tmp_path, contrib=True)
+    assert torch.equal(found, interpret(graph, [x])[0])
+
+
+def test_quantize_linear_rounds_ties_as_the_op_does(tmp_path: Path) -> None:
+    x = torch.arange(-600, 600).float() / 4
+    graph = Graph("q")
+    b, given = Builder(graph), graph.add_input("x", TensorType.of(x))
+    scale = graph.add_constant("s", torch.tensor(0.5))
+    zero = graph.add_constant("z", torch.tensor(3, dtype=torch.uint8))
+    codes = b("dfc.quantize", given, scale, zero, dtype="u8")
+    graph.set_outputs([b("dfc.dequantize", codes, scale, zero)])
+    found, kernels = run(graph, x, tmp_path)
+    assert torch.equal(found, interpret(graph, [x])[0])
+    assert kernels == {"QuantizeLinear": 1, "DequantizeLinear": 1}
