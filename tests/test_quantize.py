@@ -244,3 +244,54 @@ def test_a_package_is_held_to_its_own_results(tmp_path: Path) -> None:
     compiled.save(tmp_path / "m.dfcpkg")
     done = CliRunner().invoke(app, ["verify", str(tmp_path / "m.dfcpkg")])
     assert done.exit_code == 0, done.output
+
+
+MODEL = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+
+def build():
+    torch.manual_seed(0)
+    return Net().eval(), (torch.randn(4, 64),)
+"""
+
+
+def test_from_the_shell(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Compile by a recipe, by a pipeline, explain: with `keep if faster` as for any step."""
+    from dfc.cli import main
+
+    def shell(*words: str) -> tuple[int, str]:
+        status = main(list(words))
+        out, err = capfd.readouterr()
+        return status, out + err
+
+    (tmp_path / "net.py").write_text(MODEL)
+    (tmp_path / "small.dfc").write_text(
+        'dfc 1\nrecipe small {\n  q: quantize int8 except "down" with scheme=weights\n'
+        "  f: quantize int4 with group=64\n  keep if faster\n}\n"
+    )
+    model, package = f"{tmp_path}/net.py:build", tmp_path / "small.dfcpkg"
+    recipe = str(tmp_path / "small.dfc")
+    status, said = shell("compile", model, "-r", recipe, "-o", str(package), "--engine", "eager")
+    assert status == 0, said
+    assert "132.4 kB" in said and "f: keep if faster: " in said
+    text = (package / "graph.dfc").read_text()
+    assert "!up.weight.codes: i8[256, 64]" in text and "!up.weight:" not in text
+    status, said = shell(
+        "explain", model, "--pass", "quantize", "-p", "quantize{to=int4, group=128}"
+    )
+    assert status == 0, said
+    assert "int4, groups of 128, symmetric by rtn: 65536 -> 8448 bytes" in said
+    assert "its rows of 64 are shorter than a group of 128" in said
+    status, said = shell("compile", model, "-p", "quantize{group=48}")
+    assert status == 2 and "power of two" in said
