@@ -85,7 +85,7 @@ void one_row4(const Job& job, int64_t panel) {
     for (int64_t k = 0; k < w.group; k += PART) {
       __m256i near[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
       UNROLL for (int step = 0; step < PART / 8; ++step, codes += 64, q += 8) {
-        __builtin_prefetch(ahead);
+        fetch(ahead);
         ahead += 64;
         const __m256i x0 = four(q), x1 = four(q + 4);
         UNROLL for (int h = 0; h < 2; ++h) {
@@ -99,7 +99,7 @@ void one_row4(const Job& job, int64_t panel) {
       UNROLL for (int h = 0; h < 2; ++h)
         dot[h] = _mm256_add_epi32(dot[h], _mm256_madd_epi16(near[h], ones));
     }
-    __builtin_prefetch(ahead);
+    fetch(ahead);
     ahead = ahead_of(base, w, g + 1);
     const __m256i sum = _mm256_set1_epi32(ZEROS ? xsum[g] : 8 * xsum[g]);
     UNROLL for (int h = 0; h < 2; ++h) {
@@ -135,13 +135,13 @@ void one_row8(const Job& job, int64_t panel) {
   for (int64_t g = 0; g < w.groups; ++g) {
     __m256i dot[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     for (int64_t step = 0; step < w.group / 4; ++step, codes += 64, q += 4) {
-      __builtin_prefetch(ahead);
+      fetch(ahead);
       ahead += 64;
       const __m256i x = four(q);
       UNROLL for (int h = 0; h < 2; ++h)
         dot[h] = _mm256_add_epi32(dot[h], dot8(load(codes + 32 * h), x));
     }
-    __builtin_prefetch(ahead);
+    fetch(ahead);
     ahead = ahead_of(base, w, g + 1);
     UNROLL for (int h = 0; h < 2; ++h)
       total[h] = add_group(dot[h], job.x.scale[g], scales(w, base, g, h), total[h]);
@@ -331,7 +331,7 @@ void all_rows(const Tile& t, const Stretch& s, int64_t rows) {
 void unpack4(const uint8_t* codes, int64_t count, uint8_t* to) {
   const __m256i low4 = _mm256_set1_epi8(15);
   for (int64_t k = 0; k < count; k += 8, codes += 64, to += 128) {
-    __builtin_prefetch(codes + AHEAD);
+    __builtin_prefetch(codes + NEAR_AHEAD);
     UNROLL for (int h = 0; h < 2; ++h) {
       const __m256i two = load(codes + 32 * h);
       __m256i* low = reinterpret_cast<__m256i*>(to + 32 * h);
@@ -344,7 +344,7 @@ void unpack4(const uint8_t* codes, int64_t count, uint8_t* to) {
 // 64 bytes of int8 codes are 4 values of K: two times 64 bytes of i16.
 void unpack8(const uint8_t* codes, int64_t count, uint8_t* to) {
   for (int64_t k = 0; k < count; k += 4, codes += 64, to += 128) {
-    __builtin_prefetch(codes + AHEAD);
+    __builtin_prefetch(codes + NEAR_AHEAD);
     UNROLL for (int h = 0; h < 2; ++h) {
       const __m256i eight = load(codes + 32 * h);  // outputs with 4 values each
       const __m256i a = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(eight));

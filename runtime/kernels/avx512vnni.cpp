@@ -73,14 +73,14 @@ void one_row4(const Job& job, int64_t panel) {
   for (int64_t g = 0; g < w.groups; ++g) {
     __m512i dot0 = _mm512_setzero_si512(), dot1 = _mm512_setzero_si512();
     for (int64_t step = 0; step < w.group / 8; ++step, codes += 64, q += 8) {
-      __builtin_prefetch(ahead);
+      fetch(ahead);
       ahead += 64;
       const __m512i two = load(codes);
       const __m512i high = _mm512_and_si512(_mm512_srli_epi16(two, 4), low4);
       dot0 = _mm512_dpbusd_epi32(dot0, _mm512_and_si512(two, low4), four(q));
       dot1 = _mm512_dpbusd_epi32(dot1, high, four(q + 4));
     }
-    __builtin_prefetch(ahead);
+    fetch(ahead);
     ahead = ahead_of(base, w, g + 1);
     const __m512i dot =
         _mm512_sub_epi32(_mm512_add_epi32(dot0, dot1), offset(w, base, g, job.x.sum[g]));
@@ -99,13 +99,13 @@ void one_row8(const Job& job, int64_t panel) {
   for (int64_t g = 0; g < w.groups; ++g) {
     __m512i dot0 = _mm512_setzero_si512(), dot1 = _mm512_setzero_si512();
     for (int64_t step = 0; step < w.group / 8; ++step, codes += 128, q += 8) {
-      __builtin_prefetch(ahead);
-      __builtin_prefetch(ahead + 64);
+      fetch(ahead);
+      fetch(ahead + 64);
       ahead += 128;
       dot0 = _mm512_dpbusd_epi32(dot0, _mm512_xor_si512(load(codes), flip), four(q));
       dot1 = _mm512_dpbusd_epi32(dot1, _mm512_xor_si512(load(codes + 64), flip), four(q + 4));
     }
-    __builtin_prefetch(ahead);
+    fetch(ahead);
     ahead = ahead_of(base, w, g + 1);
     const __m512i dot =
         _mm512_sub_epi32(_mm512_add_epi32(dot0, dot1), offset(w, base, g, job.x.sum[g]));
@@ -181,7 +181,7 @@ void unpack(int bits, const uint8_t* codes, int64_t count, uint8_t* to) {
   const __m512i low4 = _mm512_set1_epi8(15), flip = _mm512_set1_epi8(-128);
   const int64_t bytes = count * PANEL * bits / 8;
   for (int64_t i = 0; i < bytes; i += 64) {
-    __builtin_prefetch(codes + i + AHEAD);
+    __builtin_prefetch(codes + i + NEAR_AHEAD);
     const __m512i from = load(codes + i);
     if (bits == 8) {
       _mm512_store_si512(to + i, _mm512_xor_si512(from, flip));

@@ -109,8 +109,11 @@ static inline const uint8_t* panel_of(const Job& job, int64_t panel) {
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Bytes of a weight that are asked for before they are needed.
-constexpr int64_t AHEAD = 4096;
+// Bytes of a weight that are asked for before they are needed: by one row, which waits for memory
+// and has it brought to the second cache, and by many, to the first. Measured on AVX2 only.
+constexpr int64_t AHEAD = 16384, NEAR_AHEAD = 4096;
+
+static inline void fetch(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }
 
 // What to ask for when a group begins: as far ahead in the panel, scales included, or in the next
 // one. Why: a fixed distance from the codes leaves out as many of the next panel as it has scales.

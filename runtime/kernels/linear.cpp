@@ -259,7 +259,7 @@ void one_tile(const void* what, int64_t index) {
 // Threads take this many bytes of weights at a time at least: each time, reading ahead begins anew.
 constexpr int64_t LEAST_CHUNK_BYTES = 64 * 1024;
 // And at most one of so many parts of a thread's share: the last to finish is waited for.
-constexpr int64_t PARTS = 8;
+constexpr int64_t PARTS = 4;
 
 void multiply(const Call& c, int32_t threads) {
   const Layout& w = c.job.w;
