@@ -21,6 +21,7 @@ _FILE = "--passes"
 _STEP = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\{(.*)\}\s*)?", re.DOTALL)
 _OPTION = re.compile(r"\s*([A-Za-z_]\w*)\s*=(.+)", re.DOTALL)
 _OPEN, _CLOSE = "([{", ")]}"
+MAX_TEXT = 1 << 16  # characters of a pipeline
 
 
 def parse_steps(text: str) -> list[Pass]:
@@ -35,10 +36,16 @@ def parse_steps(text: str) -> list[Pass]:
 def parse_pipeline(text: str) -> Plan:
     """The same as a plan, whose options may be holes; every error is told.
 
-    Raises:  DfcError as `parse_steps`.
+    Raises:  DfcError as `parse_steps`; P007 and P009 for text that is too long or hides
+             something.
     """
+    from dfc.lang.source import Source
     from dfc.recipe.plan import Plan
 
+    if len(text) > MAX_TEXT:
+        message = f"the passes have {len(text)} characters; they may have {MAX_TEXT}"
+        raise DfcError("P007", message, help="write them into a recipe: `-r FILE`")
+    Source(text, _FILE).refuse_hidden()
     steps: list[PassStep] = []
     problems: list[Diagnostic] = []
     seen: dict[str, int] = {}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from dfc.errors import DfcError
 from dfc.lang.graph_comments import with_comments
 from dfc.lang.graph_parser import parse_graph
-from dfc.lang.reader import Reading, read_document
+from dfc.lang.reader import Reading, many_objects, read_document, read_tokens
 from dfc.lang.source import Source, holds_graph
 from dfc.lang.tokens import Token
 
@@ -39,19 +39,28 @@ def format_text(text: str, file: str = "<string>") -> str:
     Ensures:  the words are the same, in their order, and so are the comments.
     Raises:   DfcError P for a text that does not parse.
     """
+    with many_objects():
+        return _format_text(text, file)
+
+
+def _format_text(text: str, file: str) -> str:
     reading = read_document(Source(text, file))
     if reading.problems:
         raise DfcError.of(reading.problems)
     made = _text(_Layout(reading).lines())
-    again = read_document(Source(made, file))
-    assert _words(again) == _words(reading), f"formatting would change {file}"
+    tokens, kept, problems = read_tokens(Source(made, file))
+    if any(d.code == "P007" for d in problems):
+        message = f"{file} would be too long with each block on lines of its own"
+        raise DfcError("P007", message, help="split the file")
+    same = _words(tokens, kept) == _words(reading.tokens, reading.kept)
+    assert same and not problems, f"formatting would change {file}"
     return made
 
 
-def _words(reading: Reading) -> tuple[object, ...]:
-    """What a text says: its tokens, comments, and where statements end."""
-    words = [(t.type, t.text.rstrip()) for t in reading.tokens if t.type != "LINE"]
-    return (reading.document, words, not reading.problems)
+def _words(tokens: Sequence[Token], kept: Sequence[Token]) -> tuple[object, ...]:
+    """What a text says: its words and comments, and where statements end for the parser."""
+    words = [(t.type, t.text.rstrip()) for t in tokens if t.type != "LINE"]
+    return (words, [t.type for t in kept])
 
 
 @dataclass
@@ -84,6 +93,9 @@ class _Layout:
     breaks: int = 0  # line ends since the last token
     opened: bool = False  # the token before was a {
 
+    def __post_init__(self) -> None:
+        self.ends = {t.start for t in self.reading.kept if t.type == "_NL"}
+
     def lines(self) -> list[_Line]:
         for t in self.reading.tokens:
             if t.type == "LINE":
@@ -98,7 +110,7 @@ class _Layout:
     def _line_end(self, t: Token) -> None:
         self._flush()
         self.breaks += 1
-        if self.first and t.start in self.reading.ends and not self.brackets:
+        if self.first and t.start in self.ends and not self.brackets:
             self.first = ""
 
     def _comment(self, t: Token) -> None:

@@ -17,6 +17,7 @@ from dfc.ir.graph import Argument, Bind, Graph, HashOnly, Input, Loc, Range, Val
 from dfc.ir.printer import FORMAT_VERSION
 from dfc.ir.tree import LEAF, Const, Leaf, Map, Named, Opaque, Seq, Tree
 from dfc.ir.types import BOOL, DTYPES, FLOAT, INT, NONE, TensorType, Type
+from dfc.lang.source import hidden_at, hidden_name
 
 MAX_BYTES = 256 * 1024 * 1024
 MAX_DEPTH = 64
@@ -50,12 +51,13 @@ _OPERATORS = ("+", "-", "*", "//", "%")
 def parse_graph(text: str, file: str = "<string>") -> Graph:
     """Read graph text.
 
-    Raises:  DfcError P001..P008 with `file:line:col`; the graph is not verified.
+    Raises:  DfcError P001..P009 with `file:line:col`; the graph is not verified.
     """
     if len(text) > MAX_BYTES:
         raise DfcError(
             "P007", f"{file} has {len(text)} characters; graph text may have {MAX_BYTES}"
         )
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     return _Parser(text, file).file()
 
 
@@ -69,6 +71,10 @@ class _Parser:
         self.types: dict[str, TensorType] = {}
         self.i = 0
         self.depth = 0
+        at = hidden_at(text)
+        if at is not None:
+            message = f"{hidden_name(text[at])} is not allowed here"
+            self.fail("P009", message, at, at + 1, "delete it; in a string write it as an escape")
         self._tokenize(text, self.kinds, self.words, self.starts, 0)
         for _ in range(2):  # two, so that looking at the word behind the last one is safe
             self.kinds.append("end")

@@ -6,18 +6,18 @@ lark's LALR tables do the parsing, token by token. A statement that does not par
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dfc.errors import DfcError, Diagnostic, did_you_mean
 from dfc.lang import syntax as s
 from dfc.lang.builder import Builder, TooDeep
 from dfc.lang.source import Source
-from dfc.lang.tokens import MAX_ERRORS, Token, grammar, statements, tokenize
-
-if TYPE_CHECKING:
-    from lark.parsers.lalr_parser_state import ParserState
+from dfc.lang.tables import Reduction, tables
+from dfc.lang.tokens import MAX_ERRORS, Token, statements, tokenize
 
 # The keywords: a word is one only where the tables take it.
 _KEYWORDS = {
@@ -46,16 +46,29 @@ _SIGN_OF = {
 class Reading:
     """What could be read of a text, and everything that is wrong with the rest.
 
-    `tokens` are all of them, comments and line ends too; `ends` are the offsets where a statement
-    ends; `tight` those of tokens that cling to what follows: `f` of `f(x)`, `-` of `-x`.
+    `tokens` are all of them, comments and line ends too; `kept` those that the parser reads;
+    `tight` the offsets of tokens that cling to what follows: `f` of `f(x)`, `-` of `-x`.
     """
 
     document: s.Document
     problems: tuple[Diagnostic, ...]
     source: Source
     tokens: tuple[Token, ...]
-    ends: frozenset[int] = frozenset()
+    kept: tuple[Token, ...] = ()
     tight: frozenset[int] = frozenset()
+
+
+@contextmanager
+def many_objects() -> Iterator[None]:
+    """Let no search for dead cycles begin: what a text becomes has none, and looking through it
+    again and again, with all that torch holds, takes a third of the time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def parse_document(text: str, file: str = "<string>") -> s.Document:
@@ -83,7 +96,7 @@ def parse_expression(source: Source) -> s.Expr:
     Raises:  DfcError P.
     """
     end = len(source.text)
-    _, kept, problems = _tokens(source)
+    _, kept, problems = read_tokens(source)
     if problems:
         raise DfcError.of(problems)
     while kept and kept[-1].type == "_NL":
@@ -103,7 +116,12 @@ def parse_expression(source: Source) -> s.Expr:
 
 def read_document(source: Source) -> Reading:
     """Read as much as can be read; never raises for bad text."""
-    tokens, kept, problems = _tokens(source)
+    with many_objects():
+        return _read_document(source)
+
+
+def _read_document(source: Source) -> Reading:
+    tokens, kept, problems = read_tokens(source)
     if any(d.code in ("P004", "P007", "P009") for d in problems):
         return Reading(s.Document((0, 0), ()), tuple(problems), source, tuple(tokens))
     parser = _Parser(source, kept)
@@ -111,12 +129,12 @@ def read_document(source: Source) -> Reading:
     bad = {d.span.line for d in problems if d.span}  # one error a line is enough
     problems += [d for d in parser.problems if d.span is None or d.span.line not in bad]
     problems.sort(key=lambda d: (d.span.line, d.span.col) if d.span else (0, 0))
-    ends = frozenset(t.start for t in kept if t.type == "_NL")
     tight = frozenset(parser.builder.tight)
-    return Reading(document, tuple(problems[:MAX_ERRORS]), source, tuple(tokens), ends, tight)
+    told = tuple(problems[:MAX_ERRORS])
+    return Reading(document, told, source, tuple(tokens), tuple(kept), tight)
 
 
-def _tokens(source: Source) -> tuple[list[Token], list[Token], list[Diagnostic]]:
+def read_tokens(source: Source) -> tuple[list[Token], list[Token], list[Diagnostic]]:
     """All tokens, those that the parser reads, and what is wrong with them."""
     try:
         source.refuse_hidden()
@@ -130,54 +148,53 @@ def _tokens(source: Source) -> tuple[list[Token], list[Token], list[Diagnostic]]
 
 
 class _Parser:
-    """Feeds tokens to lark's tables, which call the builder for every rule that is complete."""
+    """Feeds tokens to lark's tables, and calls the builder for every rule that is complete.
+
+    `states` is the stack of states, `values` what stands between them.
+    """
 
     def __init__(self, source: Source, tokens: Sequence[Token]) -> None:
         self.source = source
         self.problems: list[Diagnostic] = []
         self.builder = Builder(self._problem)
         self.tokens = self._with_header(list(tokens))
-
-    def _state(self) -> ParserState[Any]:
-        from lark.parsers.lalr_parser_state import ParseConf, ParserState
-
-        lark = grammar()
-        table = lark.parser.parser._parse_table
-        callbacks: Any = {r: self.builder.callback(r) for r in lark.rules}
-        conf = ParseConf(table, callbacks, "document")
-        return ParserState(conf, None)  # type: ignore[arg-type]
+        self.tables = tables()
+        self.callbacks = [self.builder.callback(rule) for rule in self.tables.rules]
+        self.states = [self.tables.start]
+        self.values: list[Any] = []
 
     def run(self) -> s.Document:
-        state = self._state()
         try:
-            return self._run(state)
+            return self._run()
         except TooDeep:
-            return s.Document((0, len(self.source.text)), self.builder.entries(state.value_stack))
+            return self._so_far()
 
-    def _run(self, state: ParserState[Any]) -> s.Document:
-        end = len(self.source.text)
+    def _so_far(self) -> s.Document:
+        return s.Document((0, len(self.source.text)), self.builder.entries(self.values))
+
+    def _run(self) -> s.Document:
         i, stuck = 0, -1
         while i < len(self.tokens):
             token = self.tokens[i]
-            if self._feed(state, token):
+            if self._feed(token):
                 i += 1
                 continue
-            self._report(state, token)
+            self._report(token)
             if len(self.problems) > MAX_ERRORS:
-                break
+                return self._so_far()
             start = self._start(i)
-            if not self._recover(state, (self.tokens[start].start, token.end)):
-                return s.Document((0, end), self.builder.entries(state.value_stack))
+            if not self._recover((self.tokens[start].start, token.end)):
+                return self._so_far()
             i = self._behind(start, i, i == stuck)
             stuck = i
+        end = len(self.source.text)
         last = Token("$END", "", end, end)
-        if len(self.problems) <= MAX_ERRORS and _takes(state, "$END"):
-            found = state.feed_token(last, is_end=True)  # type: ignore[arg-type]
-            assert isinstance(found, s.Document)
-            return found
-        if len(self.problems) <= MAX_ERRORS:
-            self._report(state, last)
-        return s.Document((0, end), self.builder.entries(state.value_stack))
+        if not self._feed(last):
+            self._report(last)
+            return self._so_far()
+        found = self.values[0]
+        assert isinstance(found, s.Document)
+        return found
 
     def _problem(self, code: str, message: str, at: s.At, help: str | None = None) -> None:
         self.problems.append(Diagnostic(code, message, self.source.span(*at), help))
@@ -194,43 +211,41 @@ class _Parser:
         given = [("WORD", "dfc"), ("NUMERAL", "1"), ("_NL", "")]
         return [*(Token(type_, text, 0, 0) for type_, text in given), *tokens]
 
-    def _feed(self, state: ParserState[Any], token: Token) -> bool:
-        """Take the token, as a keyword where one fits; False when it cannot come here.
-
-        Why:  lark's own step raises and wraps; this one, over the same tables, is twice as fast.
-        """
-        from lark.parsers.lalr_analysis import Shift
-
-        states, stack, values = state.parse_conf.states, state.state_stack, state.value_stack
+    def _feed(self, token: Token) -> bool:
+        """Take the token, as a keyword where one fits; False when it cannot come here."""
+        known, states, values = self.tables, self.states, self.values
         type_ = token.type
         if type_ == "WORD" and token.text in _KEYWORDS:
             types = (_KEYWORDS[token.text], _ALSO.get(token.text, ""))
-            type_ = next((t for t in types if t in states[stack[-1]]), type_)
+            type_ = next((t for t in types if t in known.actions[states[-1]]), type_)
             token = Token(type_, token.text, token.start, token.end)
-        callbacks: Any = state.parse_conf.callbacks
         while True:
-            found = states[stack[-1]].get(type_)
+            found = known.actions[states[-1]].get(type_)
             if found is None:
                 return False
-            action, rule = found
-            if action is Shift:
-                stack.append(rule)
+            if not isinstance(found, Reduction):
+                states.append(found)
                 values.append(token)
                 return True
-            size = len(rule.expansion)
-            taken = values[len(values) - size :]
-            del stack[len(stack) - size :], values[len(values) - size :]
-            values.append(callbacks[rule](taken))
-            stack.append(states[stack[-1]][rule.origin.name][1])
+            if found.alone:
+                states[-1] = known.top(states[-2], states[-1], type_)
+                continue
+            low = len(values) - found.size
+            taken = values[low:]
+            del states[low + 1 :], values[low:]
+            values.append(self.callbacks[found.rule](taken))
+            states.append(known.gotos[states[-1]][found.origin])
+            if type_ == "$END" and states[-1] == known.end:
+                return True
 
-    def _recover(self, state: ParserState[Any], at: s.At) -> bool:
+    def _recover(self, at: s.At) -> bool:
         """Forget the statement at hand, down to where one may stand, and let _ERROR stand there."""
-        while not _takes(state, "_ERROR"):
-            if not state.value_stack:
+        while not self._takes("_ERROR"):
+            if not self.values:
                 return False
-            state.state_stack.pop()
-            state.value_stack.pop()
-        return self._feed(state, Token("_ERROR", "", *at))
+            self.states.pop()
+            self.values.pop()
+        return self._feed(Token("_ERROR", "", *at))
 
     def _start(self, i: int) -> int:
         """Where the statement of a token begins."""
@@ -256,10 +271,10 @@ class _Parser:
                 return j
         return len(self.tokens)
 
-    def _report(self, state: ParserState[Any], token: Token) -> None:
+    def _report(self, token: Token) -> None:
         if token.type == "BAD":
             return  # the lexer has said so
-        takes = _expected(state)
+        takes = self._expected()
         got = {"_NL": "end of line", "$END": "end of file"}.get(token.type, f"`{token.text}`")
         words = sorted(_WORD_OF[k] for k in takes if k in _WORD_OF)
         help = did_you_mean(token.text, words) if token.type == "WORD" else None
@@ -268,50 +283,44 @@ class _Parser:
 
     def expected(self, offset: int) -> set[str]:
         """The terminals that may stand at an offset: what an editor offers there."""
-        state = self._state()
         i, stuck = 0, -1
         while i < len(self.tokens) and self.tokens[i].end <= offset:
             token = self.tokens[i]
             behind = token.type == "_NL" and token.start >= offset
             if behind and i and self.tokens[i - 1].type != "LBRACE":
                 break
-            if self._feed(state, token):
+            if self._feed(token):
                 i += 1
                 continue
             start = self._start(i)
-            if not self._recover(state, (self.tokens[start].start, token.end)):
+            if not self._recover((self.tokens[start].start, token.end)):
                 break
             i = self._behind(start, i, i == stuck)
             stuck = i
-        return _expected(state)
+        return self._expected()
 
+    def _takes(self, type_: str) -> bool:
+        """Whether a terminal really fits: LALR lookaheads promise more than they hold."""
+        known, stack = self.tables, self.states[-1:]
+        below = len(self.states) - 1
+        while True:
+            found = known.actions[stack[-1]].get(type_)
+            if found is None:
+                return False
+            if not isinstance(found, Reduction):
+                return True
+            for _ in range(found.size):
+                stack.pop()
+                if not stack:
+                    below -= 1
+                    stack.append(self.states[below])
+            stack.append(known.gotos[stack[-1]][found.origin])
+            if type_ == "$END" and stack[-1] == known.end:
+                return True
 
-def _takes(state: ParserState[Any], type_: str) -> bool:
-    """Whether a terminal really fits: LALR lookaheads promise more than they hold."""
-    from lark.parsers.lalr_analysis import Shift
-
-    states, stack = state.parse_conf.states, list(state.state_stack[-1:])
-    below = len(state.state_stack) - 1
-    while True:
-        found = states[stack[-1]].get(type_)
-        if found is None:
-            return False
-        action, argument = found
-        if action is Shift:
-            return True
-        for _ in argument.expansion:
-            stack.pop()
-            if not stack:
-                below -= 1
-                stack.append(state.state_stack[below])
-        stack.append(states[stack[-1]][argument.origin.name][1])
-        if type_ == "$END" and stack[-1] == state.parse_conf.end_state:
-            return True
-
-
-def _expected(state: ParserState[Any]) -> set[str]:
-    here = state.parse_conf.states[state.position]
-    return {k for k in here if (k.isupper() or k == "$END") and k != "_ERROR" and _takes(state, k)}
+    def _expected(self) -> set[str]:
+        here = self.tables.actions[self.states[-1]]
+        return {k for k in here if k != "_ERROR" and self._takes(k)}
 
 
 def expected_at(source: Source, offset: int) -> set[str]:

@@ -11,7 +11,7 @@ from dfc.errors import DfcError, Span
 
 MAX_BYTES = 1 << 20  # of a recipe, rule or target file
 _BLANK = r"(?:\s|#[^\n]*\n)*"
-_PLAIN = re.compile(r"[\n\t\x20-\x7e]*")
+_NOT_PLAIN = re.compile(r"[^\n\t\x20-\x7e]")
 _GRAPH = re.compile(rf"{_BLANK}(?:dfc\s+\w+{_BLANK})?graph\b")
 
 
@@ -91,15 +91,26 @@ class Source:
             raise DfcError(
                 "P007", f"{self.file} has {size} characters; a file may have {MAX_BYTES}"
             )
-        if _PLAIN.fullmatch(self.text):
-            return
-        for i, c in enumerate(self.text):
-            if c in "\n\t" or c.isprintable() or c == "\u00a0":
-                continue
-            name = unicodedata.name(c, "a control character").lower()
+        at = hidden_at(self.text)
+        if at is not None:
             raise DfcError(
                 "P009",
-                f"{name} (U+{ord(c):04X}) is not allowed here",
-                span=self.span(i, i + 1),
+                f"{hidden_name(self.text[at])} is not allowed here",
+                span=self.span(at, at + 1),
                 help="delete it; in a string write it as an escape",
             )
+
+
+def hidden_at(text: str) -> int | None:
+    """Where the first character stands that a reader cannot see."""
+    found = _NOT_PLAIN.search(text)
+    for i in range(found.start() if found else len(text), len(text)):
+        c = text[i]
+        if not (c in "\n\t" or c.isprintable() or c == "\u00a0"):
+            return i
+    return None
+
+
+def hidden_name(c: str) -> str:
+    """A character that cannot be shown, in words."""
+    return f"{unicodedata.name(c, 'a control character').lower()} (U+{ord(c):04X})"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dfc.errors import Diagnostic
 from dfc.lang.source import Source
@@ -32,8 +31,7 @@ _OPERANDS = {"WORD", "TEXT", "NUMERAL"}
 _WORDS_THAT_GO_ON = {"and", "or", "not"}
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """type is a terminal of grammar.lark, or COMMENT, LINE, BAD."""
 
     type: str
@@ -193,15 +191,16 @@ def statements(source: Source, tokens: Sequence[Token]) -> tuple[list[Token], li
     return kept, problems
 
 
-def _ahead(tokens: Sequence[Token]) -> list[tuple[Token, ...]]:
-    """For each token the next two that are neither comments nor line ends."""
-    found: list[tuple[Token, ...]] = []
+def _ahead(tokens: Sequence[Token]) -> dict[int, tuple[Token, ...]]:
+    """For each line end, by its number, the next two tokens that are neither comments nor that."""
+    found: dict[int, tuple[Token, ...]] = {}
     following: tuple[Token, ...] = ()
-    for t in reversed(tokens):
-        found.append(following)
-        if t.type not in ("LINE", "COMMENT"):
-            following = (t, *following[:1])
-    found.reverse()
+    for i in range(len(tokens) - 1, -1, -1):
+        type_ = tokens[i].type
+        if type_ == "LINE":
+            found[i] = following
+        elif type_ != "COMMENT":
+            following = (tokens[i], *following[:1])
     return found
 
 

@@ -1,6 +1,6 @@
 """Patterns over a graph: compiled once, tried where the root's op stands, with a reason if not.
 
-R041  a rule took too many steps in one round: its pattern is ambiguous
+R041  a rule took too many steps at one node: its pattern is ambiguous
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from dfc.lang.wording import expression_text
 from dfc.rewrite.conditions import Facts, base_of, constant_number, first_failure, near
 from dfc.rewrite.rule import CONSTANTS, Rule
 
-MAX_STEPS = 10_000_000  # of one rule in one round
+MAX_STEPS = 100_000  # of one rule at one node: k commutative ops match in 2**k orders
+CONDITIONS = 20  # steps that deciding the conditions of a rule counts for
 MAX_CANDIDATES = 4096  # nodes that a second match line is tried on
 
 _COMMUTATIVE = frozenset(
@@ -439,8 +440,8 @@ class Attempt:
         self.steps = 0
         self.refusal: Refusal | None = None
 
-    def step(self) -> None:
-        self.steps += 1
+    def step(self, count: int = 1) -> None:
+        self.steps += count
         if self.steps > MAX_STEPS:
             name = self.compiled.rule.full_name
             raise DfcError(
@@ -480,6 +481,7 @@ class Attempt:
         first, *rest = self.compiled.lines
         for env in self._line(first, node, {_NODES: ()}):
             for full in self._rest(rest, env):
+                self.step(CONDITIONS)
                 match = self._accepted(full)
                 if match is not None:
                     return match

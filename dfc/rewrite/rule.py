@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from dfc.errors import DfcError, Diagnostic, did_you_mean
 from dfc.ir.types import DTYPES
 from dfc.lang import syntax as s
-from dfc.lang.reader import Reading, read_document
+from dfc.lang.reader import Reading, many_objects, read_document
 from dfc.lang.source import Source
 from dfc.rewrite.pass_ import EXACT, Numerics, close
 
@@ -163,7 +163,11 @@ def read_rules(
 
     `reading` is the source as it was read, where somebody has read it before.
     """
-    reading = reading or read_document(source)
+    with many_objects():
+        return _read_rules(source, name, reading or read_document(source))
+
+
+def _read_rules(source: Source, name: str, reading: Reading) -> tuple[RuleSet, list[Diagnostic]]:
     broken = {d.span.line for d in reading.problems if d.span}
     checker = _Checker(source, name, reading.document, broken)
     rules = checker.rules()
@@ -291,11 +295,13 @@ class _Checker:
 
     def _comment(self, entry: s.Rule) -> str:
         """The comment that stands above a rule: why it helps."""
-        lines = self.source.text[: entry.at[0]].splitlines()
+        text, starts = self.source.text, self.source.lines
+        number = self.source.span(entry.at[0]).line - 1
         found: list[str] = []
-        while lines and lines[-1].lstrip().startswith("#"):
-            found.insert(0, lines.pop().strip().lstrip("# "))
-        return " ".join(found)
+        while number and text[starts[number - 1] : starts[number]].lstrip().startswith("#"):
+            found.append(text[starts[number - 1] : starts[number]].strip().lstrip("# "))
+            number -= 1
+        return " ".join(reversed(found))
 
     def _named(
         self, entry: s.Rule, matches: list[s.Match], rewrites: list[s.Rewrite]
@@ -326,10 +332,13 @@ class _Checker:
         depth += 1
         if isinstance(x, s.Call):
             arguments = tuple(self.expand(a, inside, depth) for a in x.arguments)
-            keywords = tuple(
-                replace(k, value=self.expand(k.value, inside, depth)) for k in x.keywords
-            )
-            made = replace(x, arguments=arguments, keywords=keywords)
+            values = [self.expand(k.value, inside, depth) for k in x.keywords]
+            old = (*x.arguments, *(k.value for k in x.keywords))
+            made = x
+            if any(a is not b for a, b in zip(old, (*arguments, *values), strict=True)):
+                pairs = zip(x.keywords, values, strict=True)
+                keywords = tuple(replace(k, value=v) for k, v in pairs)
+                made = replace(x, arguments=arguments, keywords=keywords)
             pattern = self.patterns.get(x.name.name)
             return made if pattern is None else self.use(made, pattern, inside, depth)
         if isinstance(x, s.Several):
