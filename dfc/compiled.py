@@ -14,6 +14,7 @@ from dfc.planning.engine import Engine, Runner
 from dfc.report import Report
 
 if TYPE_CHECKING:
+    from dfc.explaining import Explanation
     from dfc.rewrite.probe import Probes
 
 
@@ -34,6 +35,7 @@ class Compiled:
         device: str = "cpu",
         recipe: str = "",
         emits: Sequence[tuple[str, Mapping[str, Any]]] = (),
+        passes: Sequence[Any] | None = None,
     ) -> None:
         self.graph = graph
         self.engine = engine
@@ -42,6 +44,7 @@ class Compiled:
         self.device = device
         self.recipe = recipe  # resolved, as text
         self.emits = tuple(emits)
+        self.passes = None if passes is None else tuple(passes)  # as applied; None: not known
         self._runner = runner
         self._state = self._initial_state()
         self._outputs = len(graph.outputs)
@@ -155,6 +158,37 @@ class Compiled:
                     temp.write_text(str(self.graph), encoding="utf-8")
             written.append(path)
         return written
+
+    def explain(
+        self,
+        model: Any,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        dynamic_shapes: Any = None,
+        *,
+        rule: str | None = None,
+        pass_: str | None = None,
+        node: str | None = None,
+        all: bool = False,
+    ) -> Explanation:
+        """Why a rule, a pass or a node of the model went as it did when this was compiled.
+
+        The model, or the graph, is given again, since its weights are not kept here, and goes once
+        more through the passes that were kept. Answers are those of `dfc.explain`.
+        Raises:  DfcError as `dfc.explain`, and Q050 for a loaded package.
+        """
+        from dfc.explaining import explain
+
+        if self.passes is None:
+            raise DfcError(
+                "Q050",
+                "a loaded package does not know which passes were applied to it",
+                help="call `dfc.explain(model, ...)`, or look at `.report`",
+            )
+        return explain(
+            model, args, kwargs, dynamic_shapes,
+            rule=rule, pass_=pass_, node=node, passes=self.passes, all=all,
+        )  # fmt: skip
 
     def __str__(self) -> str:
         return str(self.report)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dfc.ir.graph import Attributes, Graph, Node, Value
 from dfc.ir.types import TensorType
-from dfc.rewrite.pass_ import Context, Pass
+from dfc.rewrite.pass_ import Context, Pass, Quota
 
 # Ops that only regroup elements: written as `view` to the size that their type states.
 _RESHAPES = frozenset(
@@ -50,23 +52,28 @@ class Canonicalize(Pass):
     name = "canonicalize"
     limit: int | None = None  # rewrite at most this many nodes; bisects a miscompile
 
+    skip: tuple[int, ...] = ()  # nodes by number that are left out: those found to be wrong
+
     def run(self, graph: Graph, ctx: Context) -> int:
-        changes = 0
-        told: list[tuple[Value, str, Attributes]] = []
-        for node in graph.nodes:
-            for inner in node.graphs:
-                left = None if self.limit is None else self.limit - changes
-                changes += Canonicalize(left).run(inner, ctx)
-            if changes == self.limit:
-                break
-            op, attributes, results = node.op, node.attributes, node.results
-            changed = _rewrite(graph, node)
-            changes += changed
-            if changed and ctx.asked:
-                told.append((results[0], op, attributes))
-        if told:
-            _tell(graph, ctx, told)
-        return changes
+        quota = Quota(self.limit, self.skip)
+        _canonical(graph, ctx, quota)
+        return quota.done
+
+
+def _canonical(graph: Graph, ctx: Context, quota: Quota) -> None:
+    told: list[tuple[Value, str, Attributes]] = []
+    for node in graph.nodes:
+        for inner in node.graphs:
+            _canonical(inner, ctx, quota)
+        op, attributes, results = node.op, node.attributes, node.results
+        change = _change(graph, node)
+        if change is None or not quota.allows(node):
+            continue
+        change()
+        if ctx.asked:
+            told.append((results[0], op, attributes))
+    if told:
+        _tell(graph, ctx, told)
 
 
 def _tell(graph: Graph, ctx: Context, told: list[tuple[Value, str, Attributes]]) -> None:
@@ -83,29 +90,34 @@ def _tell(graph: Graph, ctx: Context, told: list[tuple[Value, str, Attributes]])
             ctx.decided(made, "rewritten", f"in full: {', '.join(parts)}")
 
 
-def _rewrite(graph: Graph, node: Node) -> int:
+Change = Callable[[], None]
+
+
+def _change(graph: Graph, node: Node) -> Change | None:
+    """What makes the node canonical; None where it is."""
     if len(node.results) == 0 or not node.op.startswith("aten."):
-        return 0
+        return None
     _, base, overload = node.op.split(".")
     first = node.inputs[0] if node.inputs else None
     if base in _SYNONYMS:
         return _rename(graph, node, f"aten.{_SYNONYMS[base]}.{overload}")
     result = node.results[0]
     if node.op in _RESHAPES and isinstance(result.type, TensorType):
-        return _swap(graph, node, "aten.view.default", [first], {"size": result.type.shape})
+        return partial(_swap, graph, node, "aten.view.default", [first], size=result.type.shape)
     if node.op == "aten.expand_as.default" and isinstance(result.type, TensorType):
-        attributes = {"size": result.type.shape, "implicit": False}
-        return _swap(graph, node, "aten.expand.default", [first], attributes)
+        size = result.type.shape
+        return partial(
+            _swap, graph, node, "aten.expand.default", [first], size=size, implicit=False
+        )
     if node.op in ("aten.view.default", "aten.expand.default") and -1 in node.attributes["size"]:
         assert isinstance(result.type, TensorType)
-        graph.set_attributes(node, size=result.type.shape)
-        return 1
+        return partial(graph.set_attributes, node, size=result.type.shape)
     if node.op in ("aten.t.default", "aten.numpy_T.default") and len(node.inputs) == 1:
         return _transposed(graph, node)
     return _positive_dims(graph, node)
 
 
-def _swap(graph: Graph, node: Node, op: str, inputs: list[Any], attributes: dict[str, Any]) -> int:
+def _swap(graph: Graph, node: Node, op: str, inputs: list[Any], **attributes: Any) -> None:
     """Put another op in a node's place; the value keeps its name, type, stage and place."""
     results = node.results
     made = graph.add(
@@ -122,43 +134,41 @@ def _swap(graph: Graph, node: Node, op: str, inputs: list[Any], attributes: dict
     graph.replace(node, made)
     for r, name in zip(made.results, names, strict=True):
         graph.rename(r, name)
-    return 1
 
 
-def _rename(graph: Graph, node: Node, op: str) -> int:
+def _rename(graph: Graph, node: Node, op: str) -> Change | None:
     from dfc.errors import DfcError
     from dfc.ir.op import lookup
 
     try:
         names = {a.name for a in lookup(op).attributes}
     except DfcError:
-        return 0
+        return None
     numbers = {o.name for o in node.info.operands}  # a Python number may stand for an operand
     if any(a not in names and a not in numbers for a in node.attributes):
-        return 0
-    return _swap(graph, node, op, list(node.inputs), dict(node.attributes))
+        return None
+    return lambda: _swap(graph, node, op, list(node.inputs), **node.attributes)
 
 
-def _transposed(graph: Graph, node: Node) -> int:
+def _transposed(graph: Graph, node: Node) -> Change:
     source = node.inputs[0]
     assert source is not None and not isinstance(source, tuple)
     rank = source.tensor_type.rank
     if rank < 2:
-        graph.replace(node, [source])
-        return 1
+        return partial(graph.replace, node, [source])
     if rank > 2:
         dims = tuple(reversed(range(rank)))
-        return _swap(graph, node, "aten.permute.default", [source], {"dims": dims})
-    return _swap(graph, node, "aten.transpose.int", [source], {"dim0": 0, "dim1": 1})
+        return partial(_swap, graph, node, "aten.permute.default", [source], dims=dims)
+    return partial(_swap, graph, node, "aten.transpose.int", [source], dim0=0, dim1=1)
 
 
-def _positive_dims(graph: Graph, node: Node) -> int:
+def _positive_dims(graph: Graph, node: Node) -> Change | None:
     _, base, _ = node.op.split(".")
     first = node.inputs[0] if node.inputs else None
     listed = first if isinstance(first, tuple) else (first,)
     ranks = [v.type.rank for v in listed if v is not None and isinstance(v.type, TensorType)]
     if base not in _COUNT_FIRST or not ranks:
-        return 0
+        return None
     rank = max(ranks)  # `cat` skips operands of shape [0]
     if base in ("unsqueeze", "stack"):
         rank += 1
@@ -171,7 +181,4 @@ def _positive_dims(graph: Graph, node: Node) -> int:
     dims = node.attributes.get(key)
     if isinstance(dims, tuple) and rank and any(isinstance(d, int) and d < 0 for d in dims):
         changed[key] = tuple(d % rank for d in dims)
-    if changed:
-        graph.set_attributes(node, **changed)
-        return 1
-    return 0
+    return partial(graph.set_attributes, node, **changed) if changed else None

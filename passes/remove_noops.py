@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dfc.ir.expr import Expr
 from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.types import TensorType
-from dfc.rewrite.pass_ import KEPT, Context, Pass
+from dfc.rewrite.pass_ import KEPT, Context, Pass, Quota
 
 _END = 2**63 - 1
 
@@ -27,36 +27,39 @@ class RemoveNoops(Pass):
     name = "remove_noops"
     limit: int | None = None  # make at most this many changes; bisects a miscompile
 
+    skip: tuple[int, ...] = ()  # changes by number that are left out: those found to be wrong
+
     def run(self, graph: Graph, ctx: Context) -> int:
-        changes = 0
-        for node in graph.nodes:
-            for inner in node.graphs:
-                left = None if self.limit is None else self.limit - changes
-                changes += RemoveNoops(left).run(inner, ctx)
-            if changes == self.limit:
-                break
-            if len(node.results) != 1 or not node.op.startswith("aten."):
-                continue
-            source = node.inputs[0] if node.inputs else None
-            if isinstance(source, tuple):
-                source = source[0] if len(source) == 1 else None
-            if source is None or not isinstance(source.type, TensorType):
-                continue
-            merged = _merge(graph, node, source)
-            if merged is not None:
-                ctx.decided(node, "rewritten", f"reads %{merged.name}, past %{source.name}")
-                changes += 1
-            source = merged or source
-            test = _TESTS.get(node.op)
-            if test is None or changes == self.limit:
-                continue
-            if test(node, source):
+        quota = Quota(self.limit, self.skip)
+        _remove(graph, ctx, quota)
+        return quota.done
+
+
+def _remove(graph: Graph, ctx: Context, quota: Quota) -> None:
+    for node in graph.nodes:
+        for inner in node.graphs:
+            _remove(inner, ctx, quota)
+        if len(node.results) != 1 or not node.op.startswith("aten."):
+            continue
+        source = node.inputs[0] if node.inputs else None
+        if isinstance(source, tuple):
+            source = source[0] if len(source) == 1 else None
+        if source is None or not isinstance(source.type, TensorType):
+            continue
+        origin = _origin(node, source)
+        if origin is not None and quota.allows(node):
+            _read(graph, node, origin)
+            ctx.decided(node, "rewritten", f"reads %{origin.name}, past %{source.name}")
+            source = origin
+        test = _TESTS.get(node.op)
+        if test is None:
+            continue
+        if test(node, source):
+            if quota.allows(node):
                 ctx.decided(node, "removed", "changes nothing", source)
                 graph.replace(node, [source])
-                changes += 1
-            elif ctx.asked and _looks_idle(node):
-                ctx.decided(node, KEPT, _why_not(node, source, test))
-        return changes
+        elif ctx.asked and _looks_idle(node):
+            ctx.decided(node, KEPT, _why_not(node, source, test))
 
 
 def _looks_idle(node: Node) -> bool:
@@ -220,27 +223,30 @@ _REASONS: dict[Callable[[Node, Value], bool], str] = {
 }
 
 
-def _merge(graph: Graph, node: Node, source: Value) -> Value | None:
-    """Let a view of a view, or a permutation of one, read what the inner one reads."""
+def _origin(node: Node, source: Value) -> Value | None:
+    """What a view of a view may read instead: what the inner one reads."""
     inner = source.node
     if inner is None or inner.op != node.op:
         return None
     origin = inner.inputs[0]
     if origin is None or isinstance(origin, tuple):
         return None
-    if node.op == "aten.view.default":
-        graph.set_inputs_of(node, [origin])
-        return origin
+    merges = node.op in ("aten.view.default", "aten.permute.default") or (
+        node.op == "aten.transpose.int" and _axes(node) == _axes(inner)
+    )
+    return origin if merges else None
+
+
+def _read(graph: Graph, node: Node, origin: Value) -> None:
+    """Let a node do what it and the node before it did."""
+    source = node.inputs[0]
+    assert isinstance(source, Value) and source.node is not None
     if node.op == "aten.permute.default":
-        dims = tuple(inner.attributes["dims"][d] for d in node.attributes["dims"])
+        dims = tuple(source.node.attributes["dims"][d] for d in node.attributes["dims"])
         graph.set_attributes(node, dims=tuple(d % len(dims) for d in dims))
-        graph.set_inputs_of(node, [origin])
-        return origin
-    if node.op == "aten.transpose.int" and _axes(node) == _axes(inner):
+    elif node.op == "aten.transpose.int":
         graph.set_attributes(node, dim0=0, dim1=0)
-        graph.set_inputs_of(node, [origin])
-        return origin
-    return None
+    graph.set_inputs_of(node, [origin])
 
 
 def _axes(node: Node) -> set[int]:

@@ -396,3 +396,24 @@ def test_the_command_prints_text_or_data(
     assert "remove_noops removed into" in capsys.readouterr().out
     assert main(["explain", model, "--rule", "norms", "--pass", "cse"]) == 2
     assert "one thing at a time" in capsys.readouterr().err
+
+
+def test_a_compiled_model_explains_what_was_done_to_it(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 16)
+    model = Norm("").eval()
+    compiled = dfc.compile(model, (x,), passes=["canonicalize", "cse"], engine="eager")
+    assert compiled.passes is not None and [p.name for p in compiled.passes] == [
+        "canonicalize", "cse",
+    ]  # fmt: skip
+    told = compiled.explain(model, (x,), rule="explained.norm")
+    assert "matched 1 of 1" in str(told) and "behind canonicalize, cse" in str(told)
+    assert compiled.explain(model, (x,), pass_="cse").data["behind"] == "canonicalize"
+    compiled.save(tmp_path / "m.dfcpkg")
+    with pytest.raises(DfcError, match="Q050"):
+        dfc.load(tmp_path / "m.dfcpkg").explain(model, (x,))
+
+
+def test_what_was_reverted_is_not_among_the_passes_of_a_compiled_model() -> None:
+    recipe = "dfc 1\nrecipe r {\n  q: cse\n  canonicalize\n  revert q\n}\n"
+    compiled = dfc.compile(Norm("").eval(), (torch.randn(2, 3, 16),), recipe=recipe, engine="eager")
+    assert compiled.passes == ()

@@ -82,6 +82,7 @@ class Compilation:
             choice.graph, choice.engine, choice.runner, self.report,
             list(probes.ready()) if probes else [], self.device, str(plan),
             [(e.format, e.options) for e in outcome.emits],
+            outcome.passes if choice.graph is outcome.graph else (),
         )  # fmt: skip
         self._settle(compiled, meter, choice, outcome.versions)
         return compiled

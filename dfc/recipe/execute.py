@@ -49,6 +49,7 @@ class Outcome:
     emits: list[EmitStep]
     products: dict[str, Any]
     versions: dict[str, Graph] = field(default_factory=dict)  # after the labels that goals name
+    passes: tuple[Pass, ...] = ()  # as they were applied, reverted ones left out
 
     @property
     def changed(self) -> bool:
@@ -161,6 +162,7 @@ class _Run:
             for q in quantities
         }  # fmt: skip
         self.reports: list[PassReport] = []
+        self.passes: list[tuple[int, Pass]] = []  # what was applied, with how many reports before
         self.decisions: list[Decision] = []
         self.emits: list[EmitStep] = []
         self.owes_proof = False
@@ -176,6 +178,7 @@ class _Run:
         return Outcome(
             self.graph, self.numerics, self.reports, self.decisions, self.emits,
             self.context.products, {k: v.after for k, v in self.versions.items()},
+            tuple(p for _, p in self.passes),
         )  # fmt: skip
 
     def _progress(self, done: int, total: int) -> None:
@@ -207,6 +210,7 @@ class _Run:
         p = self._settled(step.label, step.build(self.chosen))
         done = self.x.step(before, p, mode, promised, self.context, self.allowed)
         self.reports += done.reports
+        self.passes += [(at, applied) for applied in done.passes]
         self.graph, self.numerics = done.graph, done.numerics
         self.x.meter.bench.promise(done.graph, done.numerics)
         changes = sum(r.changes for r in done.reports if r.verdict != "reverted")
@@ -232,6 +236,7 @@ class _Run:
 
     def _undo(self, version: _Version, reason: str) -> None:
         self.graph, self.numerics = version.before, version.promised
+        self.passes = [(at, p) for at, p in self.passes if at < version.at]
         for i in range(version.at, len(self.reports)):
             r = self.reports[i]
             if r.changes and r.verdict != "reverted":
