@@ -20,7 +20,7 @@ fi
 parts=$(mktemp -d)
 for i in 0 1 2 3 4 5 6 7; do
   CUDA_VISIBLE_DEVICES="" timeout $((seconds + 45)) taskset -c $((2 * i)),$((2 * i + 1)) \
-    "$PYTHON" benchmarks/presets.py --all --presets O1,O2 --seconds "$seconds" --shard "$i/8" \
+    "$PYTHON" benchmarks/presets.py --all --presets O1,O2,O3 --seconds "$seconds" --shard "$i/8" \
     >"$parts/$i.txt" 2>"$parts/$i.err" &
 done
 wait
