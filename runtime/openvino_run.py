@@ -179,7 +179,8 @@ def _copied(found: Any, type: Type) -> torch.Tensor:
         return torch.from_numpy(found.data.copy())
     dtype = type.dtype.to_torch()
     result = torch.empty(shape[:-1] if type.dtype.is_complex else shape, dtype=dtype)
-    found.copy_to(shared(result))
+    if result.numel():  # 2026.4 copies from nowhere else, and takes the process with it
+        found.copy_to(shared(result))
     return result
 
 

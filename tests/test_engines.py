@@ -248,6 +248,13 @@ def test_results_stay_as_they_are_when_the_engine_runs_again(engine):
         compare(got, _Grows()(x))
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_result_may_turn_out_to_have_no_elements(engine):
+    compiled = dfc.compile(_Grows(), (torch.randn(5),), engine=engine, verify="none", passes=[])
+    for x in (torch.randn(5), -torch.ones(5), torch.ones(5)):
+        compare(compiled(x), _Grows()(x))
+
+
 def test_an_engine_serves_several_threads_at_once():
     from concurrent.futures import ThreadPoolExecutor
 
