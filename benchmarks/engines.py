@@ -36,9 +36,9 @@ Call = Callable[[], Any]
 
 def models() -> dict[str, Callable[[], tuple[torch.nn.Module, tuple[torch.Tensor, ...]]]]:
     return {
-        "resnet50, batch 1": _resnet,
-        "bert-base, batch 1, sequence 128": lambda: _bert(1),
-        "bert-base, batch 8, sequence 128": lambda: _bert(8),
+        "resnet50-b1": _resnet,
+        "bert-base-b1-s128": lambda: _bert(1),
+        "bert-base-b8-s128": lambda: _bert(8),
     }
 
 
