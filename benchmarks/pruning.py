@@ -13,6 +13,7 @@ what multiply-adds fall by. What pruning costs in accuracy without training is b
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import platform
@@ -62,7 +63,7 @@ def minilm() -> tuple[Any, tuple[Any, ...], Any, list[Any]]:
 
 
 def _texts() -> list[Any]:
-    """Tokenized articles, where the data is at hand."""
+    """Sentences of encyclopaedia articles, tokenized, where they are at hand."""
     from tests import assets
 
     try:
@@ -72,8 +73,8 @@ def _texts() -> list[Any]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(assets.path("minilm"))
-    files = sorted(f for f in folder.rglob("*") if f.suffix == ".txt")
-    lines = [s for f in files for s in f.read_text(errors="ignore").split("\n") if len(s) > 80]
+    articles = json.loads((folder / "articles.json").read_text())
+    lines = [s.strip() for text in articles.values() for s in text.split(". ") if len(s) > 80]
     random.Random(0).shuffle(lines)
     found = []
     for i in range(0, min(len(lines), 64), 16):
@@ -86,13 +87,15 @@ def _texts() -> list[Any]:
 
 
 def lite0() -> tuple[Any, tuple[Any, ...], Any, list[Any]]:
-    """EfficientNet-Lite0 at 224 pixels."""
+    """EfficientNet-Lite0 at 224 pixels, calibrated on twenty photographs."""
     import torch
 
-    from tests.efficientnet_lite import lite0 as load
+    from tests import assets
+    from tests import lite0 as net
 
     x = torch.randn(1, 3, 224, 224)
-    return load().eval(), (x,), None, [torch.randn(4, 3, 224, 224)[i : i + 1] for i in range(4)]
+    pictures, _ = net.imagenet20(assets.path("imagenet20"))
+    return net.lite0(assets.path("lite0")), (x,), None, list(pictures.split(1))
 
 
 def run(name: str, rounds: int, by: str, refit: str) -> None:

@@ -153,3 +153,18 @@ def test_the_command_takes_a_function(tmp_path: Path) -> None:
     torch.manual_seed(0)
     wanted = 2 * torch.nn.Linear(3, 2)(torch.ones(1, 3))
     torch.testing.assert_close(dfc.load(tmp_path / "m.dfcpkg")(torch.ones(1, 3)), wanted.detach())
+
+
+@pytest.mark.slow
+def test_the_example_gives_a_smaller_network_that_is_as_right() -> None:
+    import subprocess
+    import sys
+
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "examples/prune_and_recover.py"], cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split("bytes ")[1].split()
+    assert int(words[2]) < 0.5 * int(words[0]), done.stdout
+    assert "top1 >= baseline - 1pp: met" in done.stdout

@@ -124,7 +124,7 @@ class Analysis:
         if found is None and is_pointwise(node):
             found = pointwise
         made = found(self, node) if found is not None and not node.graphs else None
-        if made is None:
+        if made is None or not _fits(node, made):
             reason = f"no rule says how `{short(node.op)}` treats sizes{place(node)}"
             for v in operands:
                 self._freeze(v, reason)
@@ -132,7 +132,6 @@ class Analysis:
         for r, dims in zip(node.results, made, strict=True):
             if not isinstance(r.type, TensorType):
                 continue
-            assert tuple(find(a).size for a in dims) == r.type.shape, (node, r, dims)
             self.dims[r] = tuple(dims)
             for axis, size in zip(dims, r.type.shape, strict=True):
                 if not isinstance(size, int):
@@ -163,6 +162,14 @@ class Analysis:
         """A weight's dimension is contracted with a value's."""
         parameter, its_dim = parameter_of(weight, dim) or (None, -1)
         self.readers.append(Use(axis, node, parameter, its_dim, x, x_dim))
+
+
+def _fits(node: Node, made: Sequence[Dims]) -> bool:
+    """Whether a rule's axes have the sizes of the results: ops may have forms it does not know."""
+    return len(made) == len(node.results) and all(
+        not isinstance(r.type, TensorType) or tuple(find(x).size for x in dims) == r.type.shape
+        for r, dims in zip(node.results, made, strict=True)
+    )
 
 
 def freeze_symbolic(axis: Axis) -> None:
