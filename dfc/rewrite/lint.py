@@ -19,8 +19,10 @@ from dfc.ir.types import TensorType
 from dfc.lang import syntax as s
 from dfc.rewrite.conditions import Facts, base_of
 from dfc.rewrite.match import Attempt, Compiled, Match, Matcher
-from dfc.rewrite.prove_build import Left, Refused, Unbuildable, case_of, choices_of
+from dfc.rewrite.prove_build import Left
+from dfc.rewrite.prove_choices import choices_of
 from dfc.rewrite.prove_inputs import Plan, constants
+from dfc.rewrite.prove_sample import Refused, Unbuildable, case_of
 from dfc.rewrite.replace import Order, replace
 from dfc.rewrite.rule import CONSTANTS, Rule, is_scoped, walk
 

@@ -27,21 +27,13 @@ from dfc.lang import syntax as s
 from dfc.rewrite.conditions import Facts
 from dfc.rewrite.match import Attempt, Compiled, Match, Refusal
 from dfc.rewrite.pass_ import EXACT
-from dfc.rewrite.prove_build import (
-    Case,
-    Choices,
-    Left,
-    Refused,
-    RunBuilder,
-    Spec,
-    Unbuildable,
-    build_left,
-    case_of,
-    choices_of,
-)
+from dfc.rewrite.prove_build import Choices, Left, build_left
+from dfc.rewrite.prove_choices import choices_of
 from dfc.rewrite.prove_inputs import BRIEF, QUICK, THOROUGH, Plan, constants, plans, tensor
 from dfc.rewrite.prove_judge import Disagreement, disagreement, same
 from dfc.rewrite.prove_report import counterexample
+from dfc.rewrite.prove_run import RunBuilder
+from dfc.rewrite.prove_sample import Case, Refused, Spec, Unbuildable, case_of
 from dfc.rewrite.prove_sums import order_decides
 from dfc.rewrite.prove_types import Variation, symbolic, variations
 from dfc.rewrite.replace import Order, replace

@@ -1,122 +1,36 @@
 """The graph that a rule's match lines describe, written down for the types of one sample.
 
 A pattern stands for many graphs: optional ops are there or not, alternatives are taken in turn,
-tails have lengths, `_` and `~=` leave room. `Choices` says which graph is meant; `choices_of` walks
-through them.
+tails have lengths, `_` and `~=` leave room. `Choices` says which graph is meant;
+prove_choices.py walks through them.
 """
 
 from __future__ import annotations
 
-import math
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from dfc.errors import DfcError
-from dfc.ir.graph import Argument, Attributes, Graph, Node, Parameter, Range, Value, attribute_key
+from dfc.ir.graph import Argument, Graph, Node, Parameter, Range, Value, attribute_key
 from dfc.ir.op import REQUIRED, OpInfo, OpRefused, lookup
 from dfc.ir.tree import LEAF
-from dfc.ir.types import DTYPES, TensorType, Type
+from dfc.ir.types import DTYPES, TensorType
 from dfc.ir.weights import TensorData
 from dfc.lang import syntax as s
 from dfc.lang.wording import expression_text
-from dfc.ops.aten import AtenOp, complete
-from dfc.ops.builder import Builder
+from dfc.ops.aten import AtenOp
 from dfc.rewrite.conditions import NEAR
 from dfc.rewrite.construct import _bound, overloads
 from dfc.rewrite.match import _COMMUTATIVE, signature
+from dfc.rewrite.prove_run import RunBuilder, element_count
+from dfc.rewrite.prove_sample import Case, Refused, Spec, Unbuildable
 from dfc.rewrite.rule import CONSTANTS, Rule, is_scoped
 
-MAX_ELEMENTS = 200_000  # of one tensor of a sample
-MAX_RANK = 12
 MAX_RESULT = 5_000_000  # elements of what an op may give
 TAILS = (2, 0, 1, 3)  # how many operands `...rest` stands for
-
-
-class Unbuildable(Exception):
-    """The sample's types do not make a graph of this pattern, and why."""
-
-
-class Refused(Unbuildable):
-    """An op refuses the operands that the sample gives it."""
-
-
-@dataclass(frozen=True)
-class Spec:
-    """The type of one input of a sample, and its mark.
-
-    `constant` is a parameter with data. `moderate` is what activations are: finite and not large.
-    `halves` and `pairs` hold everything twice along the last dimension.
-    """
-
-    type: TensorType
-    mark: str = ""
-
-    @property
-    def constant(self) -> bool:
-        return self.mark == "constant"
-
-    def __str__(self) -> str:
-        return f"{self.type}{self.mark and ' '}{self.mark}"
-
-
-MARKS = ("constant", "moderate", "halves", "pairs")
-
-
-Given = Any  # Spec | tuple of Spec, of a tail | number, text, dtype or tuple of an attribute
-Case = Mapping[str, Given]
-
-
-def case_of(rule: Rule, sample: s.Sample) -> dict[str, Given]:
-    """What a sample gives to the rule's names. A named size stands for a number of its own.
-
-    Raises:  Unbuildable for a dimension or a value that is no constant.
-    """
-    sizes: dict[str, int] = {}
-    found: dict[str, Given] = {}
-    for g in sample.given:
-        if isinstance(g, s.Typed):
-            dtype = DTYPES.get(g.type.dtype.name)
-            if dtype is None:
-                raise Unbuildable(f"`{g.type.dtype.name}` is no element type")
-            shape = tuple(_number(d, sizes) for d in g.type.dims)
-            if any(not isinstance(d, int) or d < 0 for d in shape):
-                raise Unbuildable(f"`{g.name.name}` has a size that is no number")
-            if math.prod(shape) > MAX_ELEMENTS or len(shape) > MAX_RANK:
-                limits = f"{MAX_ELEMENTS} elements and {MAX_RANK} dimensions"
-                raise Unbuildable(f"`{g.name.name}` is too large for a sample: at most {limits}")
-            mark = "" if g.mark is None else g.mark.name
-            if mark and mark not in MARKS:
-                raise Unbuildable(f"`{mark}` is no mark; there are {', '.join(MARKS)}")
-            found[g.name.name] = Spec(TensorType(dtype, shape), mark)
-        else:
-            found[g.name.name] = _number(g.value, sizes)
-    return found
-
-
-def _number(x: s.Expr, sizes: dict[str, int]) -> Any:
-    if isinstance(x, s.Number | s.Text):
-        return x.value
-    if isinstance(x, s.Word):
-        if x.name in CONSTANTS:
-            return CONSTANTS[x.name]
-        return sizes.setdefault(x.name, (5, 7, 3, 6, 4)[len(sizes) % 5] + 6 * (len(sizes) // 5))
-    if isinstance(x, s.Several):
-        return tuple(_number(i, sizes) for i in x.items)
-    if isinstance(x, s.Unary) and x.op == "-":
-        return -_number(x.operand, sizes)
-    if isinstance(x, s.Binary) and x.op in ("+", "-", "*", "/", "//", "%"):
-        a, b = _number(x.left, sizes), _number(x.right, sizes)
-        ways = {"+": a + b, "-": a - b, "*": a * b}
-        return ways[x.op] if x.op in ways else a / b if x.op == "/" else a // b
-    raise Unbuildable(f"`{expression_text(x)}` is no constant")
-
-
-# Choices
 
 
 class Choices:
@@ -414,7 +328,7 @@ class _Writer:
         if node is None:
             node = self.builder.node(op, *operands, **attributes)
             for r in node.results:
-                if isinstance(r.type, TensorType) and _count(r.type) > MAX_RESULT:
+                if isinstance(r.type, TensorType) and element_count(r.type) > MAX_RESULT:
                     raise Unbuildable(f"`{op}` gives {r.type}, too much to try")
             self.written[key] = node
         return node
@@ -487,128 +401,3 @@ def _shown(x: Any) -> str:
     if isinstance(x, tuple):
         return "[" + ", ".join(map(_shown, x)) + "]"
     return "_" if isinstance(x, Free) else str(x)
-
-
-class RunBuilder(Builder):
-    """Learns result types by running the op on zeros where sizes are small numbers.
-
-    Why:  it takes a tenth of the time of a fake tensor, and a proof writes thousands of nodes.
-    """
-
-    strict = False  # whether an op that does not run is refused, without asking its type rule
-
-    def node(self, op: str, /, *inputs: Any, **attributes: Any) -> Node:
-        info = lookup(op)
-        operands = [tuple(x) if isinstance(x, list | tuple) else x for x in inputs]
-        operands += [None] * (len(info.operands) - len(operands))
-        if not isinstance(info, AtenOp):
-            return super().node(op, *operands, **attributes)
-        full = complete(info, attributes)
-        types = _types_by_running(op, tuple(map(_type_of, operands)), Attributes(full))
-        if isinstance(types, str):
-            if self.strict:
-                raise Refused(types)
-            types = None
-        return self.graph.add(op, operands, full, types=types, before=self.before)
-
-
-def _type_of(x: Any) -> Any:
-    return tuple(map(_type_of, x)) if isinstance(x, tuple) else x and x.type
-
-
-@lru_cache(maxsize=8192)
-def _types_by_running(
-    op: str, types: tuple[Any, ...], attributes: Attributes
-) -> tuple[Type, ...] | str | None:
-    """The result types, or why the op fails; None when sizes are symbolic or tensors large."""
-
-    def zeros(t: Any) -> Any:
-        if isinstance(t, tuple):
-            return [zeros(x) for x in t]
-        return None if t is None else torch.zeros(t.shape, dtype=t.dtype.to_torch())
-
-    flat = [t for x in types for t in (x if isinstance(x, tuple) else (x,)) if t is not None]
-    if attributes.symbols or not all(isinstance(t, TensorType) and t.is_static for t in flat):
-        return None
-    if math.prod(max(_count(t), 1) for t in flat) > _SMALL or _has_large(attributes.values()):
-        return None
-    try:
-        with torch.no_grad():
-            results = lookup(op).run([zeros(t) for t in types], attributes)
-        return tuple(TensorType.of(r) for r in results)
-    except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as e:
-        return f"`{op}` refuses ({', '.join(map(str, flat))}): {str(e).partition(chr(10))[0]}"
-
-
-_SMALL = 50_000_000  # elements of an outer product of all operands: no op gives more
-
-
-def _count(t: TensorType) -> int:
-    """Elements, of symbolic sizes those that are numbers."""
-    return math.prod(d for d in t.shape if isinstance(d, int))
-
-
-def _has_large(values: Iterable[Any]) -> bool:
-    """Whether a number is among them that could be a huge size."""
-    return any(
-        _has_large(v) if isinstance(v, tuple) else isinstance(v, int) and abs(v) > 4096
-        for v in values
-    )
-
-
-# All graphs of a pattern
-
-
-def choices_of(
-    rule: Rule, case: Case, data: Mapping[str, torch.Tensor], limit: int, seed: int = 0
-) -> Iterator[tuple[dict[str, int], Left | Unbuildable]]:
-    """The graphs of a pattern: each choice alone, then several at once; at most `limit` graphs.
-
-    What differs in one choice from a graph comes before what differs from none that could be built.
-    """
-    tried: set[tuple[tuple[str, int], ...]] = set()
-    seen: dict[str, int] = {}
-    near: list[dict[str, int]] = [{}]
-    far: list[dict[str, int]] = []
-    good: dict[str, list[int]] = {}  # the options with which a graph came about
-    generator = random.Random(seed)
-    graphs = attempts = 0
-    while graphs < limit and attempts < 4 * limit:
-        if not near and not far:
-            far = _mixed(good, tried, generator)
-            if not far:
-                return
-        wanted = (near or far).pop(0)
-        key = tuple(sorted((k, v) for k, v in wanted.items() if v))
-        if key in tried:
-            continue
-        tried.add(key)
-        choices = Choices(wanted)
-        attempts += 1
-        try:
-            built: Left | Unbuildable = build_left(rule, case, choices, data)
-            graphs += 1
-            for place, i in key:
-                good[place] = [*dict.fromkeys((*good.get(place, ()), i))]
-        except Unbuildable as e:
-            built = e
-        behind = far if isinstance(built, Unbuildable) else near
-        for place, options in choices.seen.items():
-            if options > seen.get(place, 0):
-                seen[place] = options
-                behind += [{**wanted, place: i} for i in range(1, options)]
-        yield {k: v for k, v in wanted.items() if v}, built
-
-
-def _mixed(
-    good: Mapping[str, list[int]],
-    tried: set[tuple[tuple[str, int], ...]],
-    generator: random.Random,
-) -> list[dict[str, int]]:
-    """Some combinations of several choices that were not tried."""
-    found: list[dict[str, int]] = []
-    for _ in range(64):
-        wanted = {p: generator.choice(o) for p, o in good.items() if generator.random() < 0.4}
-        if tuple(sorted(wanted.items())) not in tried:
-            found.append(wanted)
-    return found

@@ -9,7 +9,7 @@ import torch
 
 from dfc.ir.expr import evaluate
 from dfc.ir.types import TensorType
-from dfc.rewrite.prove_build import Case, Spec
+from dfc.rewrite.prove_sample import Case, Spec
 
 Make = Callable[[torch.dtype, Sequence[int], torch.Generator], torch.Tensor]
 

@@ -60,7 +60,7 @@ def _given(trial: Trial) -> list[str]:
 
 
 def _is_plain(x: Any) -> bool:
-    from dfc.rewrite.prove_build import Spec
+    from dfc.rewrite.prove_sample import Spec
 
     return not isinstance(x, Spec)
 

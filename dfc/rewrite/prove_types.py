@@ -13,8 +13,8 @@ from typing import Any
 from dfc.ir.expr import symbol
 from dfc.ir.graph import Range
 from dfc.ir.types import DTYPES, DType, TensorType
-from dfc.rewrite.prove_build import Case, Given, Spec
 from dfc.rewrite.prove_inputs import BRIEF, QUICK
+from dfc.rewrite.prove_sample import Case, Given, Spec
 
 LARGE = 70_000  # elements of all inputs together: enough for every way a kernel is split
 
