@@ -309,3 +309,18 @@ def test_what_cannot_be_checked_is_told(
     assert run(*args) == status
     shown = capsys.readouterr().err
     assert text in shown and "Traceback" not in shown
+
+
+def test_what_bisecting_a_recipe_passes_over_is_said(tmp_path: Path) -> None:
+    from dfc.cli.bisect import _recipe_steps
+
+    file = tmp_path / "r.dfc"
+    file.write_text(
+        "dfc 1\nrecipe r {\n  canonicalize\n  q: remove_noops\n  cse keep if faster\n"
+        "  when size > 1MiB { dce }\n  revert q\n}\n"
+    )
+    steps, notes = _recipe_steps(file, None)
+    assert [str(p) for p in steps] == ["canonicalize", "cse"]
+    assert [n.partition(":")[0] for n in notes] == [
+        "`revert q`", "steps inside of `when` are passed over", "`keep if` is passed over",
+    ]  # fmt: skip

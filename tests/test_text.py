@@ -314,7 +314,8 @@ def test_error_says_where(path: Path, line: int, code: str, word: str) -> None:
 
 
 def test_every_parse_code_has_an_example() -> None:
-    source = (Path(dfc.__file__).parent / "lang" / "graph_parser.py").read_text()
+    files = [f"graph_{part}.py" for part in ("tokens", "types", "trees", "parser")]
+    source = "".join((Path(dfc.__file__).parent / "lang" / f).read_text() for f in files)
     assert {c for *_, c, _ in expectations()} == set(re.findall(r'"(P\d{3})"', source))
 
 
