@@ -1,10 +1,10 @@
 """EfficientNet-Lite0 in int8 on CIFAR-10: accuracy on all test images, bytes, and time.
 
-    python benchmarks/lite0_int8.py [--images N] [--keep FOLDER] [VARIANT...]
+    python benchmarks/lite0_int8.py [--images N] [--keep FOLDER] [--ablations] [VARIANT...]
 
 Without variants it makes and runs all of them and writes the results. With --keep what was made and
 found stays in a folder, so that a run can be stopped and go on, or be split: runs of some variants
-write nothing but that. The variants in SHORT see the first 1000 images only.
+write nothing but that. The variants in SHORT see the first 1000 or 2000 images only.
 
 A linear probe for CIFAR-10 is fitted on the float features of 3000 training images, 200 others
 calibrate. Every variant runs in ONNX Runtime: dfc's as its recipe makes them, and ONNX Runtime's
@@ -43,13 +43,16 @@ RECIPES = {
     "dfc": "quantize int8 using calib",
     "dfc, per tensor, equalized": "fold_batch_norm\n  equalize using calib\n"
     "  quantize int8 using calib with per=tensor",
+}
+ABLATIONS = {
     "dfc, per tensor": "quantize int8 using calib with per=tensor",
     "dfc, biases as they were": "quantize int8 using calib with correct=no",
     "dfc, 7-bit weights": "quantize int8 using calib with codes=seven",
     "dfc, weights that saturate": "quantize int8 using calib with codes=full",
 }
 PEERS = {"onnxruntime": False, "onnxruntime, 7-bit weights": True}  # per channel; reduce_range
-SHORT = dict.fromkeys([n for n in RECIPES if n not in ("fp32", "dfc")][1:], 1000)
+SHORT = {**dict.fromkeys(ABLATIONS, 1000), **dict.fromkeys(PEERS, 2000)}
+SHORT["dfc, per tensor, equalized"] = 2000
 
 
 class Calibration:
@@ -147,7 +150,7 @@ class Variants:
         if name in PEERS:
             peer(self.made("fp32"), self.data, temp, PEERS[name])
         else:
-            compiled(self.net(), RECIPES[name], self.data, temp)
+            compiled(self.net(), (RECIPES | ABLATIONS)[name], self.data, temp)
         temp.rename(file)
         return file
 
@@ -168,6 +171,9 @@ class Variants:
         """The classes that a variant gives."""
         count = min(self.images, SHORT[name]) if name in SHORT else self.images
         stored = self.file(name).with_suffix(f".{count}.npy")
+        whole = self.file(name).with_suffix(f".{self.images}.npy")
+        if whole.exists():
+            return np.load(whole, allow_pickle=False)
         if not stored.exists():
             run = Session(self.made(name))
             print(f"running {name}", file=sys.stderr, flush=True)
@@ -189,8 +195,7 @@ def row(v: Variants, name: str, ms: float, before_ms: float) -> str:
     return f"{text} {100 * d.drop:7.2f} {100 * d.upper:7.2f} {agree:7.1f}"
 
 
-def table(v: Variants) -> str:
-    names = [*RECIPES, *PEERS]
+def table(v: Variants, names: list[str]) -> str:
     runs = {n: Session(v.made(n)) for n in names}
     times = measure(runs, [next(iter(batches(v.pictures[:1])))], seconds=4.0, most=400)
     load = os.getloadavg()[0]
@@ -211,16 +216,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--images", type=int, default=10_000, help="test images")
     parser.add_argument("--keep", type=Path, help="folder for what is made and found")
+    parser.add_argument("--ablations", action="store_true", help="what each part of it brings")
     parser.add_argument("variants", nargs="*", help="only these: write no results")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         v = Variants(folder, given.images)
-        for name in given.variants or [*RECIPES, *PEERS]:
+        names = [*RECIPES, *(ABLATIONS if given.ablations else ()), *PEERS]
+        for name in given.variants or names:
             v.found(name)
         if not given.variants:
-            text = table(v)
+            text = table(v, names)
             print(text)
             RESULTS.write_text(text + "\n")
 
