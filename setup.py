@@ -13,7 +13,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-KERNELS = Path("runtime/kernels")
+KERNELS = Path("dfc/runtime/kernels")  # a link in a checkout, a folder in an sdist
 
 
 def _recipe():

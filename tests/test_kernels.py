@@ -363,6 +363,27 @@ def test_layers_of_one_weight_share_what_is_packed() -> None:
     assert one.__self__.packed is other.__self__.packed
 
 
+class Attention(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = (torch.nn.Linear(64, n, bias=False) for n in (64, 32, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(self.q(x) @ torch.cat([self.k(x), self.v(x)], -1).mT, -1)
+
+
+def test_projections_are_merged_and_then_quantized_for_one_call() -> None:
+    recipe = "dfc 1\nrecipe r {\n  fuse\n  quantize int4 with scheme=dynamic, group=32\n}"
+    compiled = dfc.compile(Attention(), (torch.randn(1, 5, 64),), recipe=recipe, engine="eager")
+    (target,) = [
+        f
+        for f in called(to_fx(compiled.graph, kernels=kernels("cpu")))
+        if isinstance(getattr(f, "__self__", None), linear.Bound)
+    ]
+    assert (target.__self__.n, target.__self__.k) == (128, 64)
+
+
 def test_what_kernels_do_not_take_is_left_to_torch() -> None:
     layer = Layer(4, 32, (3, 20, 64))
     for graph, reason in (
@@ -469,6 +490,13 @@ def test_without_a_compiler_the_reason_is_said(
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(build.BuildError, match="failed"):
         build.build(tmp_path / "lib.so")
+
+
+def test_the_package_is_built_from_files_that_an_sdist_has() -> None:
+    """In an sdist, links are folders: what setup.py names must be below the package's own."""
+    named = re.search(r'KERNELS = Path\("([^"]+)"\)', (ROOT / "setup.py").read_text())
+    assert named is not None and named[1].startswith("dfc/")
+    assert all((ROOT / named[1] / f).is_file() for f in (*build.SOURCES, *build.HEADERS))
 
 
 @pytest.mark.parametrize("value, path", [("off", None), ("portable", "portable")])
