@@ -131,7 +131,7 @@ def regression(x: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], c: float =
         total = nn.functional.cross_entropy(logits, wanted, reduction="sum") * c
         total = total + weight.square().sum() / 2
         (grad,) = torch.autograd.grad(total, w)
-        return float(total), grad.numpy()
+        return float(total.detach()), grad.numpy()
 
     found = minimize(loss, np.zeros(n * k + k), jac=True, method="L-BFGS-B").x
     weight, bias = found[: n * k].reshape(k, n), found[n * k :]
