@@ -48,12 +48,14 @@ def explain(
     before: str | None = None,
     all: bool = False,
     progress: Say | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> Explanation:
     """Why a rule matched or nearly did, what a pass did and left, or one node's whole story.
 
     `model` is a model with its arguments, or a graph. `passes` is what runs (default: the shipped
     passes, then `fuse`); a rule is tried on the graph as it reaches `fuse`, or the pass that
-    `before` names. `node` is `%name`, a module path or an op. Without these: an overview.
+    `before` names. `node` is `%name`, a module path or an op. Without these: an overview. `data` is
+    what passes name, as for `dfc.compile`.
     Raises:  DfcError Q001, Q050, R008 for names that nothing has.
     """
     import dfc.api as api
@@ -67,7 +69,7 @@ def explain(
         model if isinstance(model, Graph) else api.trace(model, args or (), kwargs, dynamic_shapes)
     )
     chosen = [as_pass(p) for p in ((*DEFAULT, "fuse") if passes is None else passes)]
-    asked = _Asked(graph, chosen, before, all, say)
+    asked = _Asked(graph, chosen, before, all, say, data or {})
     if rule is not None:
         return asked.rule(rule)
     if pass_ is not None:
@@ -84,6 +86,7 @@ class _Asked:
     before: str | None
     all: bool
     say: Say
+    data: Mapping[str, Any]
 
     # A rule
 
@@ -95,7 +98,7 @@ class _Asked:
 
         rules = select_rules([name])
         head = self._head(self.before or "fuse", must=self.before is not None)
-        run = run_through(self.graph, head, self.say)
+        run = run_through(self.graph, head, self.say, self.data)
         proved = proved_rules((), self.say)
         found = Explanation()
         where = f"as it reaches `{self.before or 'fuse'}`, behind {run.names}"
@@ -147,7 +150,7 @@ class _Asked:
                 self._head(self.before or "fuse", must=self.before is not None),
                 find_pass(name),
             )
-        run = run_through(self.graph, [*head, it], self.say)
+        run = run_through(self.graph, [*head, it], self.say, self.data)
         step = run.steps[-1]
         groups = grouped(step.decisions)
         behind = ", ".join(s.text for s in run.steps[:-1]) or "capture"
@@ -192,7 +195,7 @@ class _Asked:
             story_of,
         )
 
-        run = run_through(self.graph, self.passes, self.say)
+        run = run_through(self.graph, self.passes, self.say, self.data)
         values = chosen_values(run, spec)
         stories = [story_of(run, v) for v in values]
         if len(stories) == 1:
@@ -227,7 +230,7 @@ class _Asked:
         from dfc.rewrite.story import grouped, run_through
 
         count = len(self.graph)
-        run = run_through(self.graph, self.passes, self.say)
+        run = run_through(self.graph, self.passes, self.say, self.data)
         found = Explanation(data={"nodes_before": count, "nodes_after": len(run.graph)})
         found.lines.append(f"{count} -> {len(run.graph)} nodes")
         found.data["passes"] = []

@@ -60,9 +60,7 @@ def explain(
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(
-            "--data", metavar="NAME=FILE.py:FUNCTION", help="With --sensitivity: data it names."
-        ),
+        typer.Option("--data", metavar="NAME=FILE.py:FUNCTION", help="Data that the steps name."),
     ] = None,
     step: Annotated[
         str | None,
@@ -106,6 +104,7 @@ def explain(
     with Progress() as say:
         say("loading PyTorch")
         chosen = _passes(passes, recipe)
+        from dfc.cli.recipes import named_data
         from dfc.cli.sources import open_source
         from dfc.explaining import explain as answer
 
@@ -113,7 +112,7 @@ def explain(
         source = open_source(model)
         found = answer(
             source.graph(), rule=rule, pass_=pass_, node=node, passes=chosen, before=before,
-            all=all_, progress=say,
+            all=all_, progress=say, data=named_data(data),
         )  # fmt: skip
     if as_json:
         from dfc.cli.tables import print_json

@@ -41,17 +41,24 @@ class Run:
 
 
 def run_through(
-    graph: Graph, passes: Sequence[Pass], say: Callable[[str], None] = lambda what: None
+    graph: Graph,
+    passes: Sequence[Pass],
+    say: Callable[[str], None] = lambda what: None,
+    data: Mapping[str, Any] | None = None,
 ) -> Run:
     """Run passes on a copy of a graph, and ask each for its reasons. Nothing is proved here."""
+    from dfc.passes.fuse import Journal
+
+    products: dict[str, Any] = {}
     copy = graph.copy()
     run = Run({named(r): Site.of(n) for n in copy.walk() for r in n.results}, copy)
     before = _values(copy)
     for p in passes:
         say(f"running {p}")
-        ctx = Context(decisions=[])
+        ctx = Context(decisions=[], data=data or {}, products=products)
         changes = p.run(copy, ctx)
         decisions = [*(ctx.decisions or ()), *_fused(ctx)]
+        products = {k: v for k, v in ctx.products.items() if not isinstance(v, Journal)}
         after = _values(copy)
         tells = bool(decisions) or not changes
         if not tells:
