@@ -144,11 +144,12 @@ def table(found: Mapping[str, Any], judged: Any, calibration: Any) -> str:
         if name not in found or FLOAT not in found:
             continue
         ratio, low, high = perplexity_ratio(pairs(FLOAT), pairs(name))
+        interval = "" if name == FLOAT else f"{low:7.4f}..{high:7.4f}"
         closed = None
         if name.startswith("int4") and NEAREST in found:
             closed = 1 - (mean(name) - mean(FLOAT)) / (mean(NEAREST) - mean(FLOAT))
         rows.append(
-            f"{name:20} {math.exp(mean(name)):10.3f} {ratio:7.4f} {low:7.4f}..{high:7.4f} "
+            f"{name:20} {math.exp(mean(name)):10.3f} {ratio:7.4f} {interval:16} "
             f"{'' if closed is None else f'{closed:7.0%}':>7} {found[name]['step_cpu_s']:5.0f}  "
             f"{_goal(name, ratio, closed)}".rstrip()
         )
