@@ -134,7 +134,7 @@ def test_every_verb_has_help_with_examples_and_described_options(run: Run, verb:
     done = run(verb, "--help")
     assert done.status == 0
     examples = [x for x in done.out.splitlines() if x.startswith(f"    dfc {verb}")]
-    assert 1 <= len(examples) <= 3
+    assert 1 <= len(examples) <= 4
     for command in app.registered_commands:
         if command.name == verb:
             assert command.callback is not None and (command.callback.__doc__ or "").strip()

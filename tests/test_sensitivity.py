@@ -132,7 +132,7 @@ def test_each_layer_alone_is_what_it_costs() -> None:
     for e in found.layers:
         alone = g.copy()
         selector = parse_selector(json.dumps(e.layer))
-        find_pass("autocast", {"only": selector}).run(alone, Context())
+        find_pass("autocast", {"select": selector}).run(alone, Context())
         got = interpret(alone, inputs)[0]
         assert e.relative == pytest.approx(float((got - want).norm() / want.norm()), rel=1e-4)
         numel = sum(p.numel() for p in getattr(model, e.layer).parameters())

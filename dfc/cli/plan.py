@@ -45,7 +45,9 @@ def plan(
     use: Use = None,
     as_json: Json = False,
 ) -> None:
-    """Show how a model would run as a pipeline: stages, devices, times, memory, and what limits.
+    """Show how a model would run as stages on several devices.
+
+    Stages with their devices, times, memory, what each sends, and what limits it.
 
     Times come from the operators' arithmetic and bytes and from the target's figures. A model
     without weights (on the meta device) is enough. A device of the target has its figures

@@ -76,7 +76,9 @@ def store(graph: Graph, layer: Weighted, found: Rounded) -> Stored:
     """Add a weight's codes and scales to the graph, under names made of its own."""
     name, grid = layer.weight.name, found.grid
     k = layer.shape[1]
-    scale = storable(found.scale, layer.weight.tensor_type.dtype)
+    dtype = layer.weight.tensor_type.dtype
+    # What dequantize gives a convolution has the type of the scale.
+    scale = found.scale.to(dtype.to_torch()) if layer.is_conv else storable(found.scale, dtype)
     codes, zero = _packed4(found, k) if grid.bits == 4 else (_bytes(found, layer), None)
     return Stored(
         graph.add_constant(f"{name}.codes", codes),
