@@ -441,6 +441,12 @@ def attack(seeds: range) -> None:
             raise
 
 
+def test_nothing_is_offered_in_an_expression_that_is_too_deep() -> None:
+    text = "dfc 1\nrecipe r {\n  fuse on " + " | ".join(['"a"'] * 500) + "\n}\n"
+    assert expected_at(Source(text), len(text) - 4) == set()
+    assert expected_at(Source(text), text.index("fuse"))
+
+
 @pytest.mark.parametrize("seeds", batches(0, 200, 50), ids=str)
 def test_mutated_samples(seeds: range) -> None:
     attack(seeds)

@@ -326,7 +326,11 @@ class _Parser:
 def expected_at(source: Source, offset: int) -> set[str]:
     """What may stand at an offset: keywords (`match`), signs (`(`), or WORD, TEXT, NUMERAL."""
     kept, _ = statements(source, tokenize(source)[0])
-    return {_WORD_OF.get(k, _SIGN_OF.get(k, k)) for k in _Parser(source, kept).expected(offset)}
+    try:
+        takes = _Parser(source, kept).expected(offset)
+    except TooDeep:  # nothing is offered in what cannot be read
+        takes = set()
+    return {_WORD_OF.get(k, _SIGN_OF.get(k, k)) for k in takes}
 
 
 def _wanted(takes: set[str], words: Sequence[str]) -> str:
