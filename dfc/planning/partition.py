@@ -14,7 +14,7 @@ from itertools import accumulate
 
 from dfc.errors import DfcError
 from dfc.planning.cuts import cut_chain, is_chain
-from dfc.planning.ideals import all_ideals, best_chain, lower_bound, prefixes
+from dfc.planning.ideals import all_ideals, best_chain, prefixes
 from dfc.planning.milp import solve_milp
 from dfc.planning.orders import promising_orders
 from dfc.planning.problem import Partition, Problem
@@ -87,6 +87,3 @@ def _or_refuse(problem: Problem, found: Partition | None) -> Partition:
     if need > have:
         message = f"the model needs {need:.4g} bytes, the devices have {have:.4g}"
     raise DfcError("N060", message, help="more or larger devices, or fewer bits", status=6)
-
-
-__all__ = ["Effort", "lower_bound", "partition"]

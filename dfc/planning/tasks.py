@@ -251,7 +251,7 @@ def _one_row_each(
 def _with_links(tasks: Tasks, sends: list[tuple[int, int, int, Kind]], builder: _Builder) -> Tasks:
     """Transfers as tasks of the lanes of links, in the order in which their ranks produce."""
     n, m = len(tasks.took), builder.program.microbatches
-    parts: dict[tuple[int, int], list[tuple[int, int, int, int, int, int]]] = {}
+    parts: dict[tuple[int, int], list[tuple[int, ...]]] = {}
     for producer, consumer, size, kind in sends:
         slot = 0 if kind == Kind.F else 1
         ranks = (int(builder.rank[producer]), int(builder.rank[consumer]))
@@ -259,7 +259,7 @@ def _with_links(tasks: Tasks, sends: list[tuple[int, int, int, Kind]], builder: 
             made = int(builder.where[slot, producer, b])
             used = int(builder.where[slot, consumer, b])
             if made < n and used < n:
-                parts.setdefault(ranks, []).append((made, used, size, kind, producer, b))
+                parts.setdefault(ranks, []).append((made, used, size, kind, producer, b, consumer))
     total = n + sum(len(transfers) for transfers in parts.values())
     waits, delay = np.where(tasks.waits == n, total, tasks.waits), tasks.delay
     lanes, lane, took, rows = list(tasks.lanes), [tasks.lane], [tasks.took], [tasks.rows]
@@ -271,11 +271,11 @@ def _with_links(tasks: Tasks, sends: list[tuple[int, int, int, Kind]], builder: 
         lanes.append((at, at + len(transfers)))
         lane.append(np.full(len(transfers), len(lanes) - 1, dtype=np.int32))
         took.append(builder.numbers([t[2] * link.per_byte for t in transfers]))
-        rows.append(np.array([t[3:] for t in transfers], dtype=np.int32))
-        taken: dict[tuple[int, int], list[int]] = {}  # the readers of each edge's transfers
-        for i, (made, used, _size, way, stage, _b) in enumerate(transfers):
+        rows.append(np.array([t[3:6] for t in transfers], dtype=np.int32))
+        taken: dict[tuple[int, int, int], list[int]] = {}  # the readers of each edge's transfers
+        for i, (made, used, _size, way, stage, _b, reader) in enumerate(transfers):
             waits[used, np.flatnonzero(waits[used] == made)[0]] = at + i
-            readers = taken.setdefault((way, stage), [])
+            readers = taken.setdefault((way, stage, reader), [])
             slots = builder.costs.slots
             free = readers[-slots] if slots and len(readers) >= slots else total
             more.append((made, free))
