@@ -77,10 +77,12 @@ def _look() -> dict[str, Any]:
             f"{torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
             for i in range(torch.cuda.device_count())
         ]
-        cache = cache_dir()
         from dfc.cli.list import engine_rows
+        from dfc.runtime.engines.inductor import use_own_cache
         from dfc.runtime.kernels.library import state
 
+        use_own_cache()
+        cache = cache_dir()
         engines = engine_rows()
         found = state()
         kernels = asdict(found)

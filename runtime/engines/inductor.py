@@ -37,7 +37,7 @@ class Inductor(Engine):
             reason = self.supports(node)
             if reason:
                 raise DfcError("K003", f"engine `inductor` cannot run `{node.op}`: {reason}")
-        _use_own_cache()
+        use_own_cache()
         lifted, messages = lift_checks(graph)
         module = to_fx(lifted, device, kernels(device, traced=True))
         dynamic = bool(graph.ranges) or any(n.binds for n in graph.nodes)
@@ -54,16 +54,20 @@ class Inductor(Engine):
         return checked(run, len(graph.outputs), messages)
 
 
-def _use_own_cache() -> None:
+def use_own_cache() -> None:
     """Compiled code is loaded again later: not from a folder that others may write to.
 
-    Why:  torch's default is a folder of a known name below /tmp.
+    Why:  torch's default is a folder of a known name below /tmp, and importing inductor writes it
+          into the environment: it stands there though nobody asked for it.
     """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     from dfc.rewrite.proofs import cache_folder
 
     folder = cache_folder("inductor")
-    if folder is not None:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if folder is not None and given in (None, default_cache_dir()):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 ENGINE = Inductor()
