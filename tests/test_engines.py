@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -281,3 +282,18 @@ def test_a_missing_library_says_how_to_get_it():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.startswith("['eager', 'inductor', 'onnxruntime']\n7 ")
     assert "pip install 'dfc-compiler[openvino]'" in run.stdout
+
+
+def test_inductors_cache_is_not_the_folder_that_torch_writes_down_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+
+    from dfc.runtime.engines.inductor import use_own_cache
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    mine, own = str(tmp_path / "mine"), str(tmp_path / "dfc/inductor")
+    for given, used in ((default_cache_dir(), own), (mine, mine)):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", given)
+        use_own_cache()
+        assert cache_dir() == used
