@@ -32,7 +32,7 @@ class TooDeep(Exception):
     """An expression that is nested so deeply that reading ends; it has been told."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: a hundred thousand are made, and go at once
 class _Spliced:
     """What a rule with a leading `_` gives to its parent."""
 
@@ -40,12 +40,35 @@ class _Spliced:
     at: At
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Bare:
     """What is no syntax by itself, such as the names before a `=`, with its place."""
 
     value: Any
     at: At
+
+
+def _kept(rule: Any) -> tuple[int | None, ...]:
+    """Which of the values that a rule takes are of use, None for an optional one that is absent."""
+    names = [(str(x.name), x.is_term) for x in rule.expansion]
+    of_use = [
+        i for i, (name, term) in enumerate(names)
+        if not term or not (name.startswith("_") or name in _PUNCTUATION)
+    ]  # fmt: skip
+    absent = rule.options.empty_indices
+    if not absent:
+        return tuple(of_use)
+    positions = iter(range(len(names)))
+    placed = [None if gone else next(positions) for gone in absent]
+    return tuple(i for i in placed if i is None or i in of_use)
+
+
+def _start(x: Any) -> int:
+    return x.start if type(x) is Token else x.at[0]
+
+
+def _end(x: Any) -> int:
+    return x.end if type(x) is Token else x.at[1]
 
 
 class Builder:
@@ -60,41 +83,33 @@ class Builder:
         """What lark calls when a rule is complete."""
         name = str(rule.alias or rule.origin.name)
         splices = name.startswith("_")
-        absent = tuple(rule.options.empty_indices)
         made = None if splices else getattr(self, name, getattr(self, f"{name}_", None))
         if made is None and not splices:
             assert rule.options.expand1, name
-        return partial(self._complete, made, splices, absent)
+            return self._passed_on
+        return partial(self._complete, made, _kept(rule))
 
-    def _complete(
-        self, made: Any, splices: bool, absent: tuple[bool, ...], taken: Sequence[Any]
-    ) -> Any:
-        if not taken:
-            at = (self.last, self.last)
-        else:
-            first, last = taken[0], taken[-1]
-            at = (
-                first.start if isinstance(first, Token) else first.at[0],
-                last.end if isinstance(last, Token) else last.at[1],
-            )
+    def _passed_on(self, taken: Sequence[Any]) -> Any:
+        self.last = _end(taken[0])
+        return taken[0]
+
+    def _complete(self, made: Any, kept: Sequence[int | None], taken: Sequence[Any]) -> Any:
+        """What a rule makes of what was taken; `made` is None where its parent splices it in."""
+        at = (_start(taken[0]), _end(taken[-1])) if taken else (self.last, self.last)
         self.last = at[1]
-        if made is None and not splices:
-            return taken[0]
         items: list[Any] = []
-        rest = iter(taken)
-        grows = splices and not absent and taken and isinstance(taken[0], _Spliced)
-        if grows:
-            items = next(rest).items  # a repetition grows in place: copying would be quadratic
-        for gone in absent or (False,) * (len(taken) - bool(grows)):
-            x = None if gone else next(rest)
-            if isinstance(x, Token):
-                if x.type[0] != "_" and x.type not in _PUNCTUATION:
-                    items.append(x)
-            elif isinstance(x, _Spliced):
-                items += x.items
+        for i in kept:
+            x: Any = None if i is None else taken[i]
+            kind = type(x)
+            if kind is _Bare:
+                items.append(x.value)
+            elif kind is not _Spliced:
+                items.append(x)
+            elif i == 0 and made is None:
+                items = x.items  # a repetition grows in place: copying would be quadratic
             else:
-                items.append(x.value if isinstance(x, _Bare) else x)
-        if splices:
+                items += x.items
+        if made is None:
             return _Spliced(items, at)
         found = made(at, items)
         return found if isinstance(found, s.Node) else _Bare(found, at)
