@@ -14,9 +14,11 @@ from torch import nn
 import dfc
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
+from dfc.planning.actions import Action
 from dfc.planning.machine import Device, Machine, Wire
 from dfc.planning.pipeline import plan, stage_of
 from dfc.planning.stages import split
+from dfc.runtime.pipeline.lanes import Values
 from dfc.runtime.pipeline.local import Pipeline
 
 B = torch.export.Dim("B", min=1, max=64)
@@ -159,19 +161,17 @@ def test_hundreds_of_steps_end_and_threads_with_them() -> None:
 def test_a_stage_that_fails_is_named_and_nothing_hangs() -> None:
     _, args, graph = captured("chain")
     with Pipeline(graph, stages(graph, 3), microbatches=6) as pipeline:
-        lane = pipeline._lanes.lanes[1]
-        whole, calls = lane.run, []
+        whole = pipeline._lanes.run
 
-        def fails(inputs: Any) -> list[Any]:
-            calls.append(1)
-            if len(calls) == 3:
+        def fails(action: Action, values: Values) -> Values:
+            if (action.stage, action.microbatch) == (1, 2):
                 raise RuntimeError("out of luck")
-            return whole(inputs)
+            return whole(action, values)
 
-        lane.run = fails
+        pipeline._lanes.run = fails
         with pytest.raises(DfcError, match="stage 1 failed on microbatch 2: out of luck"):
             pipeline(*args)
-        lane.run = whole
+        pipeline._lanes.run = whole
         pipeline(*args)  # it goes on
 
 
@@ -220,7 +220,10 @@ def test_the_command_runs_a_pipeline_and_says_what_it_took(
     assert main([*given, "--trace", str(trace), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)["pipeline"]
     assert len(data["stages"]) == 2 and data["predicted_seconds"] <= data["step_seconds"]
-    assert len(json.loads(trace.read_text())["traceEvents"]) == 2 * 3
+    events = json.loads(trace.read_text())["traceEvents"]
+    lanes = [sum(e["ph"] == "X" and e["pid"] == pid for e in events) for pid in (0, 1)]
+    assert lanes == [2 * 3, 2 * 3]  # measured and predicted
+    assert all(size > 0 for _, _, size in data["bytes"])
     assert main(given) == 0
     out = capsys.readouterr().out
     assert "the step took" in out and "a microbatch" in out

@@ -47,27 +47,24 @@ def _data(pipeline: Pipeline) -> dict[str, Any]:
     report = pipeline.report()
     return {
         "stages": [
-            {"nodes": len(s.graph), "seconds": t, "busy": b, "values_in": len(s.takes)}
-            for s, t, b in zip(
-                pipeline.stages, report.stage_seconds, report.busy, strict=True)
+            {"nodes": len(s.graph), "seconds": t, "busy": report.busy[rank],
+             "values_in": len(s.takes)}
+            for s, t, rank in zip(
+                pipeline.stages, report.stage_seconds, pipeline.placement, strict=True)
         ],
         "step_seconds": report.seconds,
         "predicted_seconds": report.predicted,
         "bubble": report.bubble,
+        "bytes": [[source, target, size] for (source, target), size in report.bytes.items()],
     }  # fmt: skip
 
 
 def _write_trace(pipeline: Pipeline, path: str, force: bool) -> None:
     from dfc.publish import publish_file
 
-    assert pipeline.last is not None
-    events = [
-        {"ph": "X", "pid": 0, "tid": s.stage, "name": f"F({s.stage},{s.microbatch})",
-         "ts": s.start * 1e6, "dur": (s.end - s.start) * 1e6}
-        for s in pipeline.last.spans
-    ]  # fmt: skip
+    names = [f"rank {r}" for r in range(len(pipeline.threads))]
     with publish_file(Path(path), force=force) as temp:
-        temp.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+        temp.write_text(json.dumps(pipeline.report().trace(names)))
 
 
 def show(data: dict[str, Any]) -> None:

@@ -65,6 +65,20 @@ def _forward_only(p: int, m: int, v: int) -> Program:
     return _linear("forward", p, m, lambda r: _kinds([(F, m)]))
 
 
+def forward_program(placement: Sequence[int], microbatches: int) -> Program:
+    """Forward only, for stages anywhere: rounds of as many microbatches as there are ranks.
+
+    Ensures: all ranks follow one order of (round, stage, microbatch), so that none waits forever.
+    """
+    ranks = 1 + max(placement)
+    rows: list[list[tuple[int, int, int]]] = [[] for _ in range(ranks)]
+    for first in range(0, microbatches, ranks):
+        for stage, rank in enumerate(placement):
+            for b in range(first, min(first + ranks, microbatches)):
+                rows[rank].append((int(F), stage, b))
+    return of_rows("forward", rows, placement)
+
+
 def _gpipe(p: int, m: int, v: int) -> Program:
     return _linear("gpipe", p, m, lambda r: _kinds([(F, m), (B, m)]))
 

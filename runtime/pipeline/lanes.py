@@ -1,224 +1,342 @@
-"""Lanes of one process: a thread for each stage, tensors handed over without copies.
+"""Lanes of one process: one thread for each rank of a program, values handed over as they are.
 
-Each lane takes the microbatches in order. What a stage makes for another waits in a queue of their
-own; a lane that is `slots` microbatches ahead of a reader waits for it, so memory stays bounded.
+The contract, for whoever builds on it:
+
+    lanes = Lanes(edges, run, threads=[1, 1])      # a thread a rank, asleep between steps
+    step = lanes.step(program, given)              # given[b]: the host's values of microbatch b
+    step.results[b], step.spans, step.bytes
+
+Each rank does its row of the program in order. For an action its thread calls `run(action,
+values)`: `values` holds, by name, what came along the edges into the action, and the answer holds
+what leaves along the edges out of it (other entries are dropped). F takes and gives along forward
+edges, I and B along backward ones, W along none. What a stage keeps for its own later actions is
+for `run` to keep, by stage and microbatch: all actions of a stage are on one thread. Programs may
+change from step to step without new threads; each is checked once, before it first runs.
+
+A rank that gets as far ahead of a reader as an edge has slots waits for it. When an action fails,
+the step ends with its stage and microbatch, every rank stops after what it is doing, and the next
+step starts afresh.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol
 
 from dfc.errors import DfcError
-from dfc.planning.engine import Runner
-from dfc.planning.stages import HOST, StageGraph
+from dfc.planning.actions import Action, Kind, Program
+from dfc.planning.stages import HOST
+from dfc.runtime.pipeline.routes import Edge, Routes, Task, routes
 
-SLOTS = 2  # microbatches between two stages: one that is read, one that is ready
+_KEPT = 64  # programs whose check is remembered
+
+Values = Mapping[Any, Any]
+Run = Callable[[Action, Values], Values]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Span:
-    """When a stage computed a microbatch, in seconds since the step began."""
+    """When a rank computed an action, in seconds since the step began."""
 
-    stage: int
-    microbatch: int
+    action: Action
+    rank: int
     start: float
     end: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class Step:
-    """The results of one step, a list of the stages' values for each microbatch, and its times."""
+    """What a step gave to the host for each microbatch, its times, and the bytes of each edge."""
 
-    values: list[dict[Any, Any]]
+    results: list[dict[Any, Any]]
     spans: list[Span]
     seconds: float
+    bytes: dict[Edge, int]
+
+
+class Carrier(Protocol):
+    """How values come from one rank to another. HOST is whoever calls."""
+
+    def lane(self, rank: int) -> AbstractContextManager[Any]:
+        """What holds on a rank's thread as long as it lives."""
+        ...
+
+    def send(self, source: int, target: int, values: Values) -> Any:
+        """Called where the values were made; what it returns goes to `receive`."""
+        ...
+
+    def receive(self, source: int, target: int, parcel: Any) -> Values:
+        """Called where the values are used."""
+        ...
+
+
+class SharedMemory:
+    """Lanes of one memory: nothing is copied."""
+
+    def lane(self, rank: int) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def send(self, source: int, target: int, values: Values) -> Any:
+        return values
+
+    def receive(self, source: int, target: int, parcel: Any) -> Values:
+        found: Values = parcel
+        return found
 
 
 class _Stop:
-    """What lanes hand on instead of tensors when one of them failed."""
+    """What a waiting rank is given instead when the step has failed."""
 
 
 _STOP = _Stop()
 
 
-@dataclass
-class Lane:
-    """One stage's thread. It lives as long as the pipeline, and sleeps between steps."""
-
-    index: int
-    stage: StageGraph
-    run: Runner
-    threads: int
-    work: SimpleQueue[Any] = field(default_factory=SimpleQueue)
-    thread: threading.Thread | None = None
-
-
 class Lanes:
-    """Runs the microbatches of a step through stages in threads.
+    """Threads that run programs; see the module for what they ask and give.
 
-    Needs:   stages in pipeline order, runners that may be called from any one thread.
+    Needs:   `run` may be called from several threads, for different stages, at once.
     """
 
     def __init__(
         self,
-        stages: Sequence[StageGraph],
-        runners: Sequence[Runner],
-        threads: int,
-        wanted: set[Any],
+        edges: Sequence[Edge],
+        run: Run,
+        threads: Sequence[int],
+        carrier: Carrier | None = None,
     ) -> None:
-        self.wanted = wanted  # the values of the whole graph's outputs
-        self.lanes = [
-            Lane(i, stage, run, threads)
-            for i, (stage, run) in enumerate(zip(stages, runners, strict=True))
-        ]
+        import torch
+
+        self.edges, self.run, self.threads = tuple(edges), run, tuple(threads)
+        self.carrier = carrier or SharedMemory()
         self._lock = threading.Lock()
         self._closed = False
-        for lane in self.lanes:
-            lane.thread = threading.Thread(
-                target=self._serve, args=(lane,), name=f"dfc-stage-{lane.index}", daemon=True
+        self._routes: dict[int, tuple[Program, Routes]] = {}
+        self._work: list[SimpleQueue[_Job | None]] = [SimpleQueue() for _ in threads]
+        ready: SimpleQueue[int] = SimpleQueue()
+        self._threads = [
+            threading.Thread(
+                target=self._serve, args=(rank, ready), name=f"dfc-rank-{rank}", daemon=True
             )
-            lane.thread.start()
+            for rank in range(len(threads))
+        ]
+        for thread in self._threads:
+            thread.start()
+        for _ in self._threads:
+            ready.get()
+        torch.set_num_threads(torch.get_num_threads())  # what later threads start with
 
-    def step(self, microbatches: Sequence[dict[Any, Any]]) -> Step:
-        """Run a step: each microbatch gives values to the graph's inputs.
+    def step(self, program: Program, given: Sequence[Values]) -> Step:
+        """Run a program; `given` holds the host's values for each microbatch.
 
-        Raises:  DfcError K050 for a stage that fails, with the microbatch; K051 once closed.
+        Raises:  DfcError K050 for an action that fails, K051 once closed, N054 for numbers of
+                 ranks or microbatches that are not the program's, N020.. for what is wrong with it.
         """
-        with self._lock:  # one step at a time: lanes keep the order of their microbatches
+        with self._lock:  # one step at a time
             if self._closed:
                 raise DfcError("K051", "the pipeline is closed")
-            job = _Job(self, microbatches)
-            for lane in self.lanes:
-                lane.work.put(job)
+            job = _Job(self, self._routes_of(program, len(given)), given)
+            for work in self._work:
+                work.put(job)
             return job.wait()
 
+    def _routes_of(self, program: Program, given: int) -> Routes:
+        if len(program.ranks) != len(self._threads) or program.microbatches != given:
+            raise DfcError(
+                "N054",
+                f"the program is for {len(program.ranks)} ranks and {program.microbatches} "
+                f"microbatches, there are {len(self._threads)} and {given}",
+            )
+        found = self._routes.get(id(program))
+        if found is None:
+            if len(self._routes) >= _KEPT:
+                self._routes.clear()
+            found = self._routes[id(program)] = program, routes(program, self.edges)
+        return found[1]
+
     def close(self) -> None:
-        """End the threads; the pipeline cannot be used again."""
+        """End the threads; they cannot be used again."""
         with self._lock:
             if not self._closed:
                 self._closed = True
-                for lane in self.lanes:
-                    lane.work.put(None)
-        for lane in self.lanes:
-            if lane.thread is not None and lane.thread is not threading.current_thread():
-                lane.thread.join()
+                for work in self._work:
+                    work.put(None)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
 
-    def _serve(self, lane: Lane) -> None:
+    def __enter__(self) -> Lanes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _serve(self, rank: int, ready: SimpleQueue[int]) -> None:
         import torch
 
-        torch.set_num_threads(lane.threads)  # of this thread's kernels
-        while True:
-            job = lane.work.get()
-            if job is None:
-                return
-            job.run(lane)
+        torch.get_num_threads()  # a thread's first use of it would undo what is set
+        torch.set_num_threads(self.threads[rank])  # of this thread's kernels
+        with self.carrier.lane(rank):
+            ready.put(rank)
+            while (job := self._work[rank].get()) is not None:
+                job.serve(rank)
+                del job  # between steps nothing of the last one is kept
 
 
 class _Job:
     """One step under way."""
 
-    def __init__(self, lanes: Lanes, microbatches: Sequence[dict[Any, Any]]) -> None:
-        self.lanes, self.microbatches = lanes, microbatches
-        self.results: list[dict[Any, Any]] = [{} for _ in microbatches]
-        self.spans: list[list[Span]] = [[] for _ in lanes.lanes]
+    def __init__(self, lanes: Lanes, routes: Routes, given: Sequence[Values]) -> None:
+        self.run, self.carrier = lanes.run, lanes.carrier
+        self.routes, self.given = routes, given
+        self.results: list[dict[Any, Any]] = [{} for _ in given]
+        ranks = range(len(routes.ranks))
+        self.spans: list[list[Span]] = [[] for _ in ranks]
+        self.sent = [0] * len(routes.edges)
         self.failure: DfcError | None = None
+        self.inbox: list[SimpleQueue[Any]] = [SimpleQueue() for _ in ranks]
+        self.rooms = [_room(slots) for slots in routes.slots]
         self.done: SimpleQueue[int] = SimpleQueue()
-        self.queues: dict[tuple[int, int], SimpleQueue[Any]] = {}
-        self.room: dict[tuple[int, int], threading.Semaphore] = {}
-        for lane in lanes.lanes:
-            for source in set(lane.stage.sources) - {HOST}:
-                self.queues[source, lane.index] = SimpleQueue()
-                # A tensor that skips stages waits for those between.
-                ahead = SLOTS + lane.index - source - 1
-                self.room[source, lane.index] = threading.Semaphore(ahead)
         self.began = time.perf_counter()
 
     def wait(self) -> Step:
-        for _ in self.lanes.lanes:
-            self.done.get()
+        left = len(self.routes.ranks)
+        try:
+            while left:
+                self.done.get()
+                left -= 1
+        finally:
+            if left:  # the caller is interrupted: what runs is told to stop
+                self.stop()
         if self.failure is not None:
             raise self.failure
         seconds = time.perf_counter() - self.began
-        spans = [s for of_lane in self.spans for s in of_lane]
-        return Step(self.results, spans, seconds)
+        spans = [s for of_rank in self.spans for s in of_rank]
+        sent = dict(zip(self.routes.edges, self.sent, strict=True))
+        return Step(self.results, spans, seconds, sent)
 
-    def run(self, lane: Lane) -> None:
-        """All microbatches of one lane. However it ends, others are told and none waits."""
-        open_ = {source for source in lane.stage.sources if source != HOST}
-        readers = sorted(b for a, b in self.queues if a == lane.index)
-        gives = _for_readers(lane, self.lanes.lanes, readers)
-        left = len(self.microbatches)
-        try:
-            for number, given in enumerate(self.microbatches):
-                values = self._take(lane, open_, given)
-                left -= 1
-                made = None if values is None else self._compute(lane, number, values)
-                if made is None:
+    def stop(self) -> None:
+        """Wake every rank that waits."""
+        for inbox in self.inbox:
+            inbox.put(_STOP)
+        for room in self.rooms:
+            if room is not None:
+                room.put(_STOP)
+
+    def serve(self, rank: int) -> None:
+        held: dict[tuple[int, int], Any] = {}
+        watch = _Watch(self)
+        with watch:
+            for task in self.routes.ranks[rank]:
+                watch.action = task.action
+                values = self._take(rank, task, held)
+                if values is None:
                     break
-                self._hand_on(lane, number, made, readers, gives)
+                start = time.perf_counter()
+                made = self.run(task.action, values)
+                del values  # what is not used any more must not wait with this rank
+                end = time.perf_counter()
+                self.spans[rank].append(
+                    Span(task.action, rank, start - self.began, end - self.began)
+                )
+                if not self._give(rank, task, made, held):
+                    break
+                del made
+        self.done.put(rank)
+
+    def _take(self, rank: int, task: Task, held: dict[tuple[int, int], Any]) -> Values | None:
+        """What an action needs, None when the step has failed."""
+        values: dict[Any, Any] = {}
+        edges, placement, b = self.routes.edges, self.routes.program.placement, task.action[2]
+        for e in task.takes:
+            source = edges[e].source
+            if source == HOST:
+                given = self.given[b]
+                parcel: Any = {v: given[v] for v in edges[e].values}
+                parcel = self.carrier.send(HOST, rank, parcel)
             else:
-                left = -1
-        finally:
-            if left >= 0:
-                if self.failure is None:
-                    self.failure = DfcError("K050", f"stage {lane.index} ended early")
-                for reader in readers:
-                    self.queues[lane.index, reader].put(_STOP)
-                for _ in range(left):
-                    self._take(lane, open_, {})
-            self.done.put(lane.index)
+                while (e, b) not in held:
+                    got = self.inbox[rank].get()
+                    if got is _STOP:
+                        return None
+                    held[got[0]] = got[1]
+                parcel = held.pop((e, b))
+                source = placement[source]
+                room = self.rooms[e]
+                if room is not None:
+                    room.put(None)
+            values.update(self.carrier.receive(source, rank, parcel))
+        return values
 
-    def _take(self, lane: Lane, open_: set[int], given: dict[Any, Any]) -> dict[Any, Any] | None:
-        """The next microbatch's values, None when a stage before this one has stopped."""
-        values = dict(given)
-        for source in sorted(open_):
-            sent = self.queues[source, lane.index].get()
-            self.room[source, lane.index].release()
-            if sent is _STOP:
-                open_.discard(source)
+    def _give(
+        self, rank: int, task: Task, made: Values, held: dict[tuple[int, int], Any]
+    ) -> bool:  # fmt: skip
+        """Hand on what an action made; False when the step has failed."""
+        edges, placement, b = self.routes.edges, self.routes.program.placement, task.action[2]
+        for e in task.gives:
+            edge = edges[e]
+            values = {v: made[v] for v in edge.values}
+            to = HOST if edge.target == HOST else placement[edge.target]
+            parcel = self.carrier.send(rank, to, values)
+            if to == HOST:
+                self.results[b].update(self.carrier.receive(rank, HOST, parcel))
+            elif to == rank:
+                held[e, b] = parcel
             else:
-                values.update(sent)
-        return values if open_ == {s for s in lane.stage.sources if s != HOST} else None
-
-    def _compute(self, lane: Lane, number: int, values: dict[Any, Any]) -> dict[Any, Any] | None:
-        start = time.perf_counter() - self.began
-        try:
-            results = lane.run([values[v] for v in lane.stage.takes])
-        except (DfcError, RuntimeError, ValueError, TypeError, IndexError, MemoryError) as e:
-            where = f"stage {lane.index} failed on microbatch {number}"
-            self.failure = self.failure or DfcError("K050", f"{where}: {e}")
-            self.failure.__cause__ = e
-            return None
-        end = time.perf_counter() - self.began
-        self.spans[lane.index].append(Span(lane.index, number, start, end))
-        return dict(zip(lane.stage.gives, results, strict=True))
-
-    def _hand_on(
-        self, lane: Lane, number: int, made: dict[Any, Any], readers: list[int],
-        gives: Callable[[int], list[Any]],
-    ) -> None:  # fmt: skip
-        for reader in readers:
-            self.room[lane.index, reader].acquire()
-            self.queues[lane.index, reader].put({v: made[v] for v in gives(reader)})
-        kept = {v: x for v, x in made.items() if v in self.lanes.wanted}
-        if kept:
-            self.results[number].update(kept)
+                room = self.rooms[e]
+                if room is not None and room.get() is _STOP:
+                    return False
+                self.sent[e] += sum(getattr(x, "nbytes", 0) for x in values.values())
+                self.inbox[to].put(((e, b), parcel))
+        return True
 
 
-def _for_readers(
-    lane: Lane, lanes: Sequence[Lane], readers: Sequence[int]
-) -> Callable[[int], list[Any]]:
-    """The values that each reader takes from this stage."""
-    table = {
-        r: [
-            v for v, s in zip(lanes[r].stage.takes, lanes[r].stage.sources, strict=True)
-            if s == lane.index
-        ]
-        for r in readers
-    }  # fmt: skip
-    return lambda reader: table[reader]
+def _room(slots: int | None) -> SimpleQueue[Any] | None:
+    """One token for each free slot of an edge."""
+    if slots is None:
+        return None
+    room: SimpleQueue[Any] = SimpleQueue()
+    for _ in range(slots):
+        room.put(None)
+    return room
+
+
+@dataclass
+class _Watch:
+    """Names whatever is raised by the action under way, and stops the step: nothing may get past
+    the thread, or the others would wait for it."""
+
+    job: _Job
+    action: Action = field(default=Action(Kind.F, 0, 0))
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if error is not None:
+            if self.job.failure is None:
+                self.job.failure = failure_of(self.action, error)
+            self.job.stop()
+        return True
+
+
+def failure_of(action: Action, error: BaseException) -> DfcError:
+    """An action's error with its stage and microbatch."""
+    what = {Kind.F: "", Kind.B: "the backward pass of ", Kind.I: "the input gradient of ",
+            Kind.W: "the weight gradient of "}[action.kind]  # fmt: skip
+    where = f"stage {action.stage} failed on {what}microbatch {action.microbatch}"
+    said = error.message if isinstance(error, DfcError) else str(error)
+    if not isinstance(error, DfcError | RuntimeError | ValueError):
+        said = f"{type(error).__name__}: {said}"
+    found = DfcError("K050", f"{where}: {said}")
+    found.__cause__ = error
+    return found

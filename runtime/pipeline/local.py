@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dfc.calling import build_outputs, flat_inputs, own_outputs
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.interpret import bind_inputs
-from dfc.ir.types import TensorType
+from dfc.planning.actions import Action, Program
+from dfc.planning.engine import Runner
+from dfc.planning.schedules import forward_program
 from dfc.planning.stages import StageGraph, split
 from dfc.runtime.engines import find_engine
-from dfc.runtime.pipeline.lanes import Lanes, Step
+from dfc.runtime.pipeline.lanes import Lanes, Step, Values
+from dfc.runtime.pipeline.microbatches import batch_dim, batch_of, cut, joined
 from dfc.runtime.pipeline.profile import node_seconds
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a step took, beside what was predicted.
-
-    Units:  seconds; `busy` is the computing share of each lane, `bubble` what is left of the
-            busiest one's time.
-    """
-
-    seconds: float
-    stage_seconds: tuple[float, ...]  # the median of a microbatch at each stage
-    busy: tuple[float, ...]
-    predicted: float  # by the simulator, from the stages' own times
-
-    @property
-    def bubble(self) -> float:
-        return 1 - max(self.busy)
+from dfc.runtime.pipeline.reporting import Report, report_of
+from dfc.runtime.pipeline.routes import stage_edges
 
 
 def balanced(graph: Graph, stages: int, inputs: Sequence[Any], threads: int = 1) -> dict[Node, int]:
@@ -56,9 +42,23 @@ def balanced(graph: Graph, stages: int, inputs: Sequence[Any], threads: int = 1)
     return stage_of(found)
 
 
+def thread_shares(total: int, loads: Sequence[float]) -> list[int]:
+    """Threads for each rank: one at least, the others where the load per thread is greatest.
+
+    Ensures: they add up to `total` wherever that is no less than the ranks.
+    """
+    shares = [1] * len(loads)
+    for _ in range(total - len(loads)):
+        shares[max(range(len(loads)), key=lambda r: loads[r] / shares[r])] += 1
+    return shares
+
+
 class Pipeline:
     """Stages of one graph on threads of this process; called like the model, with whole batches.
 
+    `placement[s]` is the rank, and so the thread, of stage s: by default each has its own. Each
+    stage may have an engine of its own. `threads` are those of all ranks together, or of each.
+    `program` makes the program for a number of microbatches.
     Needs:   a graph with a dynamic batch dimension, unless every call is one microbatch.
     Ensures: results equal those of the stages run one after another on the same microbatches.
     """
@@ -68,26 +68,33 @@ class Pipeline:
         graph: Graph,
         stage_of: Mapping[Node, int],
         *,
-        engine: str = "eager",
+        engine: str | Sequence[str] = "eager",
         batch: str | None = None,
         microbatches: int = 8,
-        threads: int | None = None,
+        threads: int | Sequence[int] | None = None,
+        placement: Sequence[int] | None = None,
+        program: Callable[[int], Program] | None = None,
     ) -> None:
-        import torch
-
         self.graph = graph
         self.stages: list[StageGraph] = split(graph, stage_of)
-        self.batch = batch or _only_symbol(graph)
+        self.placement = _checked(placement, len(self.stages))
+        self.threads = _threads(threads, self.placement)
+        self.engines = _one_each(engine, len(self.stages))
         self.microbatches = microbatches
-        total = threads or torch.get_num_threads()
-        each = max(1, total // len(self.stages))
-        built = find_engine(engine)
-        runners = [built.build(s.graph, "cpu", each) for s in self.stages]
-        self._lanes = Lanes(self.stages, runners, each, set(graph.outputs))
-        self.last: Step | None = None
+        self.batch = batch or batch_of(graph)
+        self._dims = {v: batch_dim(v, self.batch) for v in graph.inputs}
+        self._program = program or (lambda m: forward_program(self.placement, m))
+        self._programs: dict[int, Program] = {}
+        runners = [
+            find_engine(name).build(s.graph, "cpu", self.threads[self.placement[i]])
+            for i, (s, name) in enumerate(zip(self.stages, self.engines, strict=True))
+        ]
+        self.edges = stage_edges(self.stages, graph.outputs)
+        self._lanes = Lanes(self.edges, stage_runner(self.stages, runners), self.threads)
+        self.last: tuple[Program, Step] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a batch in microbatches; the last one may be smaller.
+        """Run a batch in microbatches, whose sizes differ by one item at most.
 
         Raises:  DfcError K010.. for arguments that do not fit, K050 for a stage that fails, N051
                  for an output that is not one of a batch.
@@ -98,45 +105,27 @@ class Pipeline:
 
     def run_flat(self, inputs: Sequence[Any]) -> list[Any]:
         """Flat inputs to output leaves."""
-        import torch
-
         parts = self.cut(inputs)
-        self.last = self._lanes.step(parts)
-        found = []
-        for out in self.graph.outputs:
-            pieces = [_value(out, made, part) for made, part in zip(
-                self.last.values, parts, strict=True)]  # fmt: skip
-            if len(pieces) == 1 or not isinstance(out.type, TensorType):
-                found.append(pieces[0])
-                continue
-            found.append(torch.cat(pieces, dim=self._batch_dim(out)))
-        return found
+        dims = [self._output_dim(v) if len(parts) > 1 else None for v in self.graph.outputs]
+        program = self._programs.get(len(parts))
+        if program is None:
+            program = self._programs[len(parts)] = self._program(len(parts))
+        step = self._lanes.step(program, parts)
+        self.last = program, step
+        pairs = list(zip(step.results, parts, strict=True))
+        return [
+            joined([_value(out, made, part) for made, part in pairs], dim)
+            for out, dim in zip(self.graph.outputs, dims, strict=True)
+        ]
 
     def cut(self, inputs: Sequence[Any]) -> list[dict[Value, Any]]:
         """The microbatches: each gives every input of the graph its part."""
-        dims = {v: _dim_of(v, self.batch) for v in self.graph.inputs}
-        size = next(
-            (x.shape[dims[v]] for v, x in zip(self.graph.inputs, inputs, strict=True)
-             if dims[v] is not None),
-            None,
-        )  # fmt: skip
-        if size is None:
-            return [dict(zip(self.graph.inputs, inputs, strict=True))]
-        each = -(-size // min(self.microbatches, max(size, 1))) if size else 1
-        starts = range(0, max(size, 1), each)
-        found = []
-        for start in starts:
-            part: dict[Value, Any] = {}
-            for v, x in zip(self.graph.inputs, inputs, strict=True):
-                dim = dims[v]
-                length = min(each, size - start)
-                part[v] = x if dim is None else x.narrow(dim, start, length)
-            found.append(part)
-        return found
+        given = dict(zip(self.graph.inputs, inputs, strict=True))
+        return cut(given, self._dims, self.microbatches)
 
-    def _batch_dim(self, out: Value) -> int:
-        dim = _dim_of(out, self.batch)
-        if dim is None:
+    def _output_dim(self, out: Value) -> int | None:
+        dim = batch_dim(out, self.batch)
+        if dim is None and getattr(out.type, "rank", None) is not None and out.node is not None:
             raise DfcError(
                 "N051",
                 f"the output %{out.name} {out.type} has no dimension `{self.batch}`: its parts "
@@ -150,24 +139,12 @@ class Pipeline:
 
         Raises:  DfcError N052 before the first call.
         """
-        from statistics import median
-
-        from dfc.planning.schedules import schedule
-        from dfc.planning.simulate import Costs, simulate
-
         if self.last is None:
             raise DfcError("N052", "the pipeline has not run yet")
-        count = len(self.stages)
-        times = [[s.end - s.start for s in self.last.spans if s.stage == i] for i in range(count)]
-        medians = [median(t) for t in times]
-        edges = sorted({(a, i, 0) for i, s in enumerate(self.stages) for a in s.sources if a >= 0})
-        program = schedule("forward", count, len(times[0]))
-        predicted = simulate(program, Costs(medians, edges=edges)).makespan
-        busy = tuple(sum(t) / self.last.seconds for t in times)
-        return Report(self.last.seconds, tuple(medians), busy, float(predicted))
+        return report_of(*self.last)
 
     def close(self) -> None:
-        """End the lanes' threads."""
+        """End the ranks' threads."""
         self._lanes.close()
 
     def __enter__(self) -> Pipeline:
@@ -177,27 +154,54 @@ class Pipeline:
         self.close()
 
 
-def _value(out: Value, made: Mapping[Value, Any], given: Mapping[Value, Any]) -> Any:
+def stage_runner(
+    stages: Sequence[StageGraph], runners: Sequence[Runner]
+) -> Callable[[Action, Values], Values]:
+    """Forward actions of stages, for lanes to run."""
+
+    def run(action: Action, values: Values) -> Values:
+        stage = stages[action.stage]
+        results = runners[action.stage]([values[v] for v in stage.takes])
+        made: dict[Any, Any] = dict(zip(stage.gives, results, strict=True))
+        return made
+
+    return run
+
+
+def _checked(placement: Sequence[int] | None, stages: int) -> tuple[int, ...]:
+    if placement is None:
+        return tuple(range(stages))
+    if len(placement) != stages or sorted(set(placement)) != list(range(max(placement) + 1)):
+        raise DfcError(
+            "N053",
+            f"the placement {list(placement)} does not give each of {stages} stages a rank, "
+            "counted from 0 without gaps",
+        )
+    return tuple(placement)
+
+
+def _threads(given: int | Sequence[int] | None, placement: Sequence[int]) -> list[int]:
+    import torch
+
+    ranks = 1 + max(placement)
+    if given is None or isinstance(given, int):
+        stages = [placement.count(r) for r in range(ranks)]
+        return thread_shares(given or torch.get_num_threads(), stages)
+    if len(given) != ranks or min(given) < 1:
+        raise DfcError("N053", f"{list(given)} are not the threads of {ranks} ranks")
+    return list(given)
+
+
+def _one_each(engine: str | Sequence[str], stages: int) -> list[str]:
+    if isinstance(engine, str):
+        return [engine] * stages
+    if len(engine) != stages:
+        raise DfcError("N053", f"{len(engine)} engines are given for {stages} stages")
+    return list(engine)
+
+
+def _value(out: Value, made: Mapping[Any, Any], given: Mapping[Value, Any]) -> Any:
     if isinstance(out, Parameter):
         assert out.data is not None
         return out.data.tensor()
     return made[out] if out in made else given[out]
-
-
-def _only_symbol(graph: Graph) -> str | None:
-    """The batch: the one symbol that is the first dimension of inputs and outputs."""
-    first = {
-        getattr(v.type.shape[0], "symbol", None)
-        for v in (*graph.inputs, *graph.outputs)
-        if isinstance(v.type, TensorType) and v.type.rank
-    } - {None}
-    return first.pop() if len(first) == 1 else None
-
-
-def _dim_of(value: Value, batch: str | None) -> int | None:
-    if batch is None or not isinstance(value.type, TensorType):
-        return None
-    for i, size in enumerate(value.type.shape):
-        if getattr(size, "symbol", None) == batch:
-            return i
-    return None

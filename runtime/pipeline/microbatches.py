@@ -1,0 +1,78 @@
+"""A batch as microbatches and back, for arrays and tensors alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from dfc.errors import DfcError
+from dfc.ir.expr import Expr
+from dfc.ir.graph import Graph, Value
+from dfc.ir.types import TensorType
+
+K = TypeVar("K")
+
+
+def batch_of(graph: Graph) -> str | None:
+    """The batch: the one symbol that is the first dimension of inputs and outputs."""
+    first = {
+        getattr(v.type.shape[0], "symbol", None)
+        for v in (*graph.inputs, *graph.outputs)
+        if isinstance(v.type, TensorType) and v.type.rank
+    } - {None}
+    return first.pop() if len(first) == 1 else None
+
+
+def batch_dim(value: Value, batch: str | None) -> int | None:
+    """Which dimension of a value is the batch, None for a value that every item shares.
+
+    Raises:  DfcError N051 for a size that the batch is only a part of.
+    """
+    if batch is None or not isinstance(value.type, TensorType):
+        return None
+    for i, size in enumerate(value.type.shape):
+        if getattr(size, "symbol", None) == batch:
+            return i
+        if isinstance(size, Expr) and batch in size.symbols:
+            raise DfcError(
+                "N051",
+                f"%{value.name} {value.type} has a size of which the batch `{batch}` is a part: "
+                "it cannot be cut into microbatches",
+                help="run it with microbatches=1",
+            )
+    return None
+
+
+def cut(inputs: Mapping[K, Any], dims: Mapping[K, int | None], count: int) -> list[dict[K, Any]]:
+    """At most `count` microbatches, whose sizes differ by one item at most, the larger first.
+
+    What has no batch goes to each of them whole.
+    """
+    sizes = {inputs[k].shape[d] for k, d in dims.items() if d is not None}
+    if not sizes:
+        return [dict(inputs)]
+    size = max(sizes)
+    parts = max(1, min(count, size))
+    found, start = [], 0
+    for i in range(parts):
+        stop = start + size // parts + (i < size % parts)
+        found.append({k: _part(x, dims[k], start, stop) for k, x in inputs.items()})
+        start = stop
+    return found
+
+
+def _part(x: Any, dim: int | None, start: int, stop: int) -> Any:
+    return x if dim is None else x[(slice(None),) * dim + (slice(start, stop),)]
+
+
+def joined(pieces: Sequence[Any], dim: int | None) -> Any:
+    """The pieces of an output, in order, as one."""
+    if len(pieces) == 1 or dim is None:
+        return pieces[0]
+    if hasattr(pieces[0], "data_ptr"):
+        import torch
+
+        return torch.cat(list(pieces), dim=dim)
+    import numpy as np
+
+    return np.concatenate(list(pieces), axis=dim)
