@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter
 from dfc.lang.selectors import Selector
-from dfc.rewrite.conditions import Facts
+from dfc.rewrite.deciding import Facts
 from dfc.rewrite.match import Matcher
 from dfc.rewrite.pass_ import EXACT, Context, Numerics, Pass, close
 from dfc.rewrite.replace import Order, Replaced, replace

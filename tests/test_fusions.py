@@ -15,7 +15,7 @@ from dfc.calling import flat_inputs
 from dfc.emit.onnx import export_onnx
 from dfc.ir.graph import Graph
 from dfc.passes.fuse import Fuse
-from dfc.rewrite.conditions import base_of
+from dfc.rewrite.deciding import base_of
 from dfc.rewrite.driver import Outcome, run_passes
 from dfc.rewrite.pass_ import DEFAULT, find_pass
 from dfc.rewrite.probe import make_probes

@@ -30,7 +30,7 @@ from dfc.lang.selectors import parse_selector
 from dfc.lang.source import Source
 from dfc.lang.tokens import MAX_TOKENS, grammar, tokenize
 from dfc.recipe.resolve import check_source, resolve_all
-from dfc.rewrite.conditions import Facts
+from dfc.rewrite.deciding import Facts
 from dfc.rewrite.match import Matcher
 from dfc.rewrite.rule import read_rules, rules_of
 from tests.random_documents import random_document

@@ -25,8 +25,9 @@ from dfc.lang.reader import parse_expression
 from dfc.lang.source import Source
 from dfc.ops.builder import Builder
 from dfc.passes.fuse import JOURNAL, Fuse, Journal
-from dfc.rewrite.conditions import Facts, base_of, holds
+from dfc.rewrite.conditions import holds
 from dfc.rewrite.construct import Construction, construct
+from dfc.rewrite.deciding import Facts, base_of
 from dfc.rewrite.match import Match, Refusal, attempt
 from dfc.rewrite.pass_ import Context
 from dfc.rewrite.rule import RuleSet, rules_of

@@ -21,8 +21,9 @@ from dfc.lang.source import Source
 from dfc.lang.wording import expression_text
 from dfc.ops.aten import AtenOp, _resolve
 from dfc.ops.builder import Builder
-from dfc.rewrite.conditions import Env, Facts, Undecided, evaluate
-from dfc.rewrite.match import holds_value, signature
+from dfc.rewrite.conditions import evaluate
+from dfc.rewrite.deciding import Env, Facts, Undecided
+from dfc.rewrite.patterns import holds_value, signature
 from dfc.rewrite.rule import ARITHMETIC, CONSTANTS, FUNCTIONS
 
 # Tried in this order when several overloads of a bare name take the arguments.

@@ -13,7 +13,7 @@ from typing import Any
 from dfc.ir.graph import Graph, Node, Value
 from dfc.lang import syntax as s
 from dfc.lang.wording import expression_text
-from dfc.rewrite.conditions import Facts
+from dfc.rewrite.deciding import Facts
 from dfc.rewrite.match import Attempt, Compiled, Match, Refusal
 from dfc.rewrite.pass_ import Context, named
 from dfc.rewrite.rule import Rule, walk
@@ -149,7 +149,7 @@ def _taken_by(rule: Rule, node: Node, firings: Sequence[Any]) -> str | None:
 
 def tried(compiled: Compiled, graph: Graph, node: Node, facts: Facts) -> Match | Refusal | None:
     """The rule at one node; None where its root's op does not stand."""
-    from dfc.rewrite.conditions import base_of
+    from dfc.rewrite.deciding import base_of
 
     if not node.results or base_of(node.op) not in compiled.bases:
         return None

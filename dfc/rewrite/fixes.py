@@ -11,10 +11,11 @@ from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.types import TensorType
 from dfc.lang import syntax as s
 from dfc.lang.wording import expression_text
-from dfc.rewrite.conditions import Facts, base_of
+from dfc.rewrite.deciding import Facts, base_of
 from dfc.rewrite.explain import Fix, NearMiss, Site, graphs_of, tried
-from dfc.rewrite.match import Compiled, Match, Refusal, signature
+from dfc.rewrite.match import Compiled, Match, Refusal
 from dfc.rewrite.pass_ import Context, Pass, find_pass, named
+from dfc.rewrite.patterns import signature
 from dfc.rewrite.rule import Rule, conjunctions, walk
 
 # What is tried by itself, before all together.

@@ -17,7 +17,7 @@ from dfc.errors import Diagnostic
 from dfc.ir.graph import Graph, Node, Parameter
 from dfc.ir.types import TensorType
 from dfc.lang import syntax as s
-from dfc.rewrite.conditions import Facts, base_of
+from dfc.rewrite.deciding import Facts, base_of
 from dfc.rewrite.match import Attempt, Compiled, Match, Matcher
 from dfc.rewrite.prove_build import Left
 from dfc.rewrite.prove_choices import choices_of

@@ -24,7 +24,7 @@ from dfc.ir.types import TensorType
 from dfc.ir.verify import verify
 from dfc.ir.weights import TensorData
 from dfc.lang import syntax as s
-from dfc.rewrite.conditions import Facts
+from dfc.rewrite.deciding import Facts
 from dfc.rewrite.match import Attempt, Compiled, Match, Refusal
 from dfc.rewrite.pass_ import EXACT
 from dfc.rewrite.prove_build import Choices, Left, build_left

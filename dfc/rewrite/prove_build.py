@@ -22,9 +22,9 @@ from dfc.ir.weights import TensorData
 from dfc.lang import syntax as s
 from dfc.lang.wording import expression_text
 from dfc.ops.aten import AtenOp
-from dfc.rewrite.conditions import NEAR
 from dfc.rewrite.construct import _bound, overloads
-from dfc.rewrite.match import _COMMUTATIVE, signature
+from dfc.rewrite.deciding import NEAR
+from dfc.rewrite.patterns import COMMUTATIVE, signature
 from dfc.rewrite.prove_run import RunBuilder, element_count
 from dfc.rewrite.prove_sample import Case, Refused, Spec, Unbuildable
 from dfc.rewrite.rule import CONSTANTS, Rule, is_scoped
@@ -240,7 +240,7 @@ class _Writer:
         named = {k.name.name: self.value(k.value, f"{place}.{k.name.name}") for k in x.keywords}
         bare = x.name.name.removeprefix("aten.")
         values = len(given) > 1 and all(isinstance(v, Value) for v in given[:2])
-        if values and bare in _COMMUTATIVE and self.choices.take("swap", 2):
+        if values and bare in COMMUTATIVE and self.choices.take("swap", 2):
             given[:2] = given[1::-1]
         reasons: list[str] = []
         for bound in self.bindings(x.name.name if "." in bare else bare, given, named, place):

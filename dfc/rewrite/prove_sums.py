@@ -14,7 +14,7 @@ from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.interpret import interpret
 from dfc.ir.types import TensorType
 from dfc.ops.builder import Builder
-from dfc.rewrite.conditions import base_of
+from dfc.rewrite.deciding import base_of
 
 _SUMS = frozenset(
     """linear matmul mm bmm mv addmm baddbmm dot einsum conv1d conv2d conv3d convolution sum mean

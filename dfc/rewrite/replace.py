@@ -10,8 +10,8 @@ from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.op import OpRefused
 from dfc.ops.builder import Builder
-from dfc.rewrite.conditions import Facts
 from dfc.rewrite.construct import Construction, construct
+from dfc.rewrite.deciding import Facts
 from dfc.rewrite.match import Match
 
 

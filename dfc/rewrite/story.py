@@ -8,7 +8,7 @@ from typing import Any
 
 from dfc.errors import DfcError, did_you_mean
 from dfc.ir.graph import Graph, Node
-from dfc.rewrite.conditions import Facts
+from dfc.rewrite.deciding import Facts
 from dfc.rewrite.explain import Site, graphs_of, is_near, nameless, tried
 from dfc.rewrite.match import Compiled, Refusal
 from dfc.rewrite.pass_ import KEPT, Context, Decision, Pass, named
