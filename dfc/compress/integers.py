@@ -9,8 +9,9 @@ bit of all weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
+
+from dfc.compress.processor import Processor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,30 +81,12 @@ def encoded(w: Tensor, scale: Tensor) -> Codes:
     return Codes(codes.to(torch.int8), scale.float())
 
 
-# The processor
-
-
-@cache
-def has_dot_products() -> bool:
-    """Whether this machine multiplies 8-bit integers into 32 bits at once, or needs no care."""
-    import platform
-    from pathlib import Path
-
-    if platform.machine().lower() not in ("x86_64", "amd64", "i686"):
-        return True  # ARM's instructions do not saturate
-    try:
-        words = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return False  # the careful answer
-    return bool({"avx512_vnni", "avx_vnni", "avx512vnni"} & set(words))
-
-
-def weight_bits(asked: str, depthwise: bool) -> tuple[str, str]:
+def weight_bits(asked: str, depthwise: bool, device: Processor) -> tuple[str, str]:
     """Which codes to make for a layer, and why."""
     if asked != "auto":
         return asked, "as the step says"
-    if has_dot_products():
-        return "full", "this processor adds products of 8-bit integers in 32 bits"
+    if device.computes("i8"):
+        return "full", f"{device.words} adds products of 8-bit integers in 32 bits"
     if depthwise:
         return "full", "kernels for depthwise convolutions widen before they multiply"
-    return "pairs", "this processor adds pairs of products in 16 bits, which would saturate"
+    return "pairs", f"{device.words} adds pairs of products in 16 bits, which would saturate"

@@ -22,6 +22,7 @@ from dfc.compress.bias import (
 )
 from dfc.compress.calibrate import Batches, batches_of, observe
 from dfc.compress.integers import Codes, encoded, scales_of, weight_bits
+from dfc.compress.processor import processor_of
 from dfc.compress.ranges import RANGES, Histogram, Range
 from dfc.compress.region import Point, Region, find_region, reads_rounded, source_of
 from dfc.ir.graph import Graph, Node, Parameter, Value
@@ -189,7 +190,7 @@ def _store_weights(
     for node in layers:
         weight = node.inputs[1]
         assert isinstance(weight, Parameter) and weight.data is not None
-        bits, why = weight_bits(options.codes, is_depthwise(node))
+        bits, why = weight_bits(options.codes, is_depthwise(node), processor_of(ctx.target))
         if weight not in stored:
             w = weight.data.tensor()
             scale = _weight_scale(node, w, scales[node], bits, options.per == "channel")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dfc.ir.types import DTYPES, DType, TensorType
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from dfc.ir.graph import Value
@@ -65,6 +66,19 @@ def centred4(packed: Tensor, zero: Tensor | None, group: int, k: int) -> Tensor:
         return codes - OFFSET
     points = unpack4(zero)[..., : groups_of(k, group)].to(torch.int8)
     return codes - spread(points, group, k)
+
+
+def weight4(
+    packed: Tensor, scale: Tensor, zero: Tensor | None, group: int, k: int, dtype: torch.dtype
+) -> Tensor:
+    """Four-bit weights as floats [N, K]."""
+    codes = centred4(packed, zero, group, k)
+    return codes.to(dtype) * spread(scale.to(dtype), group, k)
+
+
+def weight8(weight: Tensor, scale: Tensor, group: int | None, dtype: torch.dtype) -> Tensor:
+    """Eight-bit weights as floats [N, K]."""
+    return weight.to(dtype) * spread(scale.to(dtype), group, weight.shape[1])
 
 
 def round_rows(x: Tensor, group: int | None) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,8 @@ from dfc.ops.codes import (
     dot_rows,
     groups_of,
     is_scale_of,
-    spread,
+    weight4,
+    weight8,
     write_cast,
     write_rounded_rows,
     write_spread,
@@ -115,12 +116,11 @@ class LinearW4(Op):
     ) -> Tensor:
         import torch.nn.functional as F
 
-        codes = centred4(packed, zero, self.group, x.shape[-1])
+        k = x.shape[-1]
         if self.activations == "int8":
-            y = dot_rows(x, codes, scale, self.group)
+            y = dot_rows(x, centred4(packed, zero, self.group, k), scale, self.group)
             return y if bias is None else y + bias
-        weight = codes.to(x.dtype) * spread(scale.to(x.dtype), self.group, x.shape[-1])
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight4(packed, scale, zero, self.group, k, x.dtype), bias)
 
     def decompose(
         self,
@@ -227,8 +227,7 @@ class LinearW8(Op):
         if self.activations == "int8":
             y = dot_rows(x, weight, scale, self.group)
             return y if bias is None else y + bias
-        wide = weight.to(x.dtype) * spread(scale.to(x.dtype), self.group, x.shape[-1])
-        return F.linear(x, wide, bias)
+        return F.linear(x, weight8(weight, scale, self.group, x.dtype), bias)
 
     def decompose(
         self, b: Builder, x: Value, weight: Value, scale: Value, bias: Value | None = None

@@ -9,20 +9,29 @@ from typing import TYPE_CHECKING
 from dfc.emit.kernels import KernelCall, Kernels
 from dfc.ir.graph import Node, Parameter, Value
 from dfc.ir.types import DTYPES
+from dfc.runtime.kernels.unpacked import UNPACKED, linear
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def kernels(device: str, *, traced: bool = False) -> Kernels:
-    """By op, what torch's engines may call on this device; nothing where kernels are not built.
+    """By op, what torch's engines may call on this device.
 
     `traced`: what torch.compile can see through, which costs more for each call.
     """
+    if device != "cpu":
+        return {}
+    return {**UNPACKED, **(_integer_kernels(traced) if _are_built() else {})}
+
+
+def _are_built() -> bool:
     from dfc.runtime.kernels.library import library
 
-    if device != "cpu" or library() is None:
-        return {}
+    return library() is not None
+
+
+def _integer_kernels(traced: bool) -> Kernels:
     from dfc.runtime.kernels.linear import register
 
     register()
@@ -55,7 +64,7 @@ def _has_bias(node: Node) -> bool:
 
 def _linear_w4(node: Node, traced: bool) -> KernelCall | None:
     if why_not(node):
-        return None
+        return linear(node)
     from dfc.runtime.kernels.linear import pack_w4
 
     _, packed, scale, zero, _ = node.inputs
@@ -67,7 +76,7 @@ def _linear_w4(node: Node, traced: bool) -> KernelCall | None:
 
 def _linear_w8(node: Node, traced: bool) -> KernelCall | None:
     if why_not(node):
-        return None
+        return linear(node)
     from dfc.runtime.kernels.linear import pack_w8
 
     _, weight, scale, _ = node.inputs
