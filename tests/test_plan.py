@@ -190,7 +190,7 @@ def test_a_target_names_known_devices_or_gives_their_figures() -> None:
     [
         ("device a : cuda(mem=80GB)", "device `a` has no `peak`"),
         ("device a : h1000", "did you mean `h100`"),
-        ("device a : h100(mem=0GB)", "does not fit"),
+        ("device a : h100(mem=0GB)", "impossible `mem`"),
         ("device a : cuda(mem=0GB, peak=1TFLOPS, bw=1GB/s)", "impossible `mem`"),
     ],
 )

@@ -14,6 +14,7 @@ import typer
 
 from dfc.cli.bench import bench as bench_
 from dfc.cli.bisect import bisect as bisect_
+from dfc.cli.calibrate import calibrate as calibrate_
 from dfc.cli.check import check as check_
 from dfc.cli.compile import compile as compile_
 from dfc.cli.diff import diff as diff_
@@ -41,6 +42,7 @@ for verb in (
     run_,
     bench_,
     plan_,
+    calibrate_,
     tune_,
     show_,
     select_,

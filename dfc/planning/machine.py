@@ -14,7 +14,13 @@ EFFICIENCY = 0.7  # of a peak that was not measured
 
 @dataclass(frozen=True)
 class Device:
-    """One device. `peaks` are flops a second by dtype; the nearest wider one stands in."""
+    """One device. `peaks` are flops a second by dtype; f32's stands in for one that is missing.
+
+    What a calibrated device also knows, by class of operator (`cost.work_of` names them): `rates`
+    in flops a second, f32; `launches` in seconds, where starting one takes longer or less long than
+    `launch`. `grain` is the side of a matrix with which half of the peak is reached. Up to `cache`
+    bytes of an operator move with `cache_bandwidth`.
+    """
 
     name: str
     kind: str
@@ -23,6 +29,11 @@ class Device:
     peaks: Mapping[str, float]
     launch: float = 0.0
     source: str = ""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    launches: Mapping[str, float] = field(default_factory=dict)
+    grain: float = 0.0
+    cache: float = 0.0
+    cache_bandwidth: float = float("inf")
 
     def peak(self, dtype: str) -> float:
         """Flops a second in a dtype, of f32 for a dtype without a peak of its own.
@@ -33,6 +44,21 @@ class Device:
         if not found:
             raise DfcError("N042", f"device `{self.name}` has no peak: write peak=1Tflops/s")
         return found
+
+    def rate(self, kind: str, dtype: str) -> float:
+        """Flops a second of a class of operators: its own, scaled as the peak is, or the peak."""
+        own = self.rates.get(kind)
+        peak = self.peak(dtype)
+        return own * peak / self.peak("f32") if own else peak
+
+    def launching(self, kind: str) -> float:
+        """Seconds to start an operator; views start nothing unless it was measured."""
+        return self.launches.get(kind, 0.0 if kind == "view" else self.launch)
+
+    def moving(self, size: float) -> float:
+        """Seconds to move so many bytes: what fits the cache is quicker."""
+        near = min(size, self.cache)
+        return near / self.cache_bandwidth + (size - near) / self.bandwidth
 
     @property
     def usable(self) -> float:

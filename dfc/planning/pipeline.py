@@ -197,10 +197,9 @@ def _limit(model: Modelled, machine: Machine, mine: Sequence[int], slot: int, lo
     for v in mine:
         for work in model.works[v]:
             if work.bytes:
-                computing = work.flops / device.peak(work.dtype)
-                moving = work.bytes / device.bandwidth
+                computing, moving = work.computing(device), work.moving(device)
                 spent["computing" if computing >= moving else "moving"] += max(computing, moving)
-                spent["launching"] += device.launch
+                spent["launching"] += work.launching(device)
     links = {"receiving": float(load.receive[slot]), "sending": float(load.send[slot])}
     kinds = spent if load.compute[slot] >= max(links.values()) else links
     return max(kinds, key=lambda k: kinds[k])

@@ -18,6 +18,10 @@ RATES = {
     "mem": "bytes", "bw": "bytes/s", "launch": "time",
     "peak": "flops/s", "peak_f16": "flops/s", "peak_bf16": "flops/s", "peak_i8": "flops/s",
     "peak_f64": "flops/s",
+    "rate_conv": "flops/s", "rate_attention": "flops/s", "rate_math": "flops/s",
+    "launch_view": "time", "launch_matmul": "time", "launch_conv": "time",
+    "launch_attention": "time", "launch_norm": "time",
+    "grain": "number", "cache": "bytes", "bw_cache": "bytes/s",
 }  # fmt: skip
 DEVICES: Mapping[str, Mapping[str, str]] = {
     "cpu": {"cores": "number", **RATES},

@@ -1,0 +1,144 @@
+"""`dfc calibrate`: measure this machine, and write what a plan needs to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dfc.cli.options import Force, Json
+
+if TYPE_CHECKING:
+    from dfc.runtime.calibrate.device import Measured
+    from dfc.runtime.calibrate.links import MeasuredLink
+
+
+def calibrate(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="Where the target is written.")
+    ] = Path("host.dfc"),
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads of the processor; default all.")
+    ] = None,
+    name: Annotated[str, typer.Option("--name", help="The target's name.")] = "host",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A quarter of the time, smaller sizes, less exact.")
+    ] = False,
+    gpus: Annotated[
+        bool, typer.Option("--gpus/--no-gpus", help="Measure the GPUs, where there are any.")
+    ] = True,
+    links: Annotated[
+        bool, typer.Option("--links/--no-links", help="Measure copies and messages.")
+    ] = True,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine, and write a target that `dfc plan -t` reads.
+
+    \b
+    Rates by dtype and class of operator, memory and cache bandwidth, the time to start an
+    operator, copies to and between GPUs, messages between processes. Everything is sampled in
+    turns; a value is the median, and one whose quartiles lie apart says so. A minute for each
+    device: let nothing else run meanwhile.
+
+    \b
+    Examples:
+      dfc calibrate
+      dfc calibrate -o lane.dfc --threads 1 --name lane
+      dfc calibrate --quick --no-links --json
+    """
+    from dfc.cli.outputs import require_writable, write_text
+    from dfc.cli.progress import Progress
+    from dfc.recipe.calibrated import require_word, target_text
+
+    require_writable(str(output), force)
+    require_word(name)
+    with Progress() as say:
+        say("loading PyTorch")
+        devices, found, notes = _measured(threads, quick, gpus, links, say)
+    text = target_text(name, devices, found, notes)
+    write_text(str(output), text, force)
+    if as_json:
+        from dfc.cli.tables import print_json
+
+        print_json(_data(str(output), devices, found))
+    else:
+        _show(str(output), devices, found)
+
+
+def _measured(
+    threads: int | None, quick: bool, gpus: bool, links: bool, say: Callable[[str], None]
+) -> tuple[list[Measured], list[MeasuredLink], list[str]]:
+    import torch
+
+    from dfc.planning.host import machine_text, this_machine
+    from dfc.runtime.calibrate.device import measure_device
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        note = f"measured by `dfc calibrate` on {machine_text(this_machine())}"
+        devices = [measure_device("cpu0", "cpu", quick=quick, say=say)]
+    finally:
+        torch.set_num_threads(before)
+    count = torch.cuda.device_count() if gpus and torch.cuda.is_available() else 0
+    notes = [note]
+    for i in range(count):
+        notes.append(f"gpu{i} is {torch.cuda.get_device_name(i)}")
+        devices.append(measure_device(f"gpu{i}", f"cuda:{i}", quick=quick, say=say))
+    return devices, _links(count, quick, say) if links else [], notes
+
+
+def _links(gpus: int, quick: bool, say: Callable[[str], None]) -> list[MeasuredLink]:
+    """Every direction between the host and GPUs, and the loopback of processes."""
+    from dfc.runtime.calibrate.links import copies, loopback
+
+    say("messages between two processes")
+    found = [loopback("cpu0", quick=quick)]
+    ends = [("cpu0", "cpu"), *((f"gpu{i}", f"cuda:{i}") for i in range(gpus))]
+    for source, a in ends:
+        for sink, b in ends:
+            if source != sink:
+                say(f"copies from {source} to {sink}")
+                kind = "pcie" if "cpu" in (a, b) else "peer"
+                found.append(copies(source, sink, a, b, kind, quick=quick))
+    return found
+
+
+def _data(path: str, devices: list[Measured], links: list[MeasuredLink]) -> dict[str, Any]:
+    return {
+        "target": path,
+        "devices": [
+            {"name": d.name, "kind": d.kind, **d.facts, "lacks": d.lacks,
+             "measured": {k: vars(r) for k, r in d.readings.items()}}
+            for d in devices
+        ],
+        "links": [
+            {"from": x.source, "to": x.sink, "kind": x.kind, "latency": vars(x.latency),
+             "bandwidth": vars(x.bandwidth)}
+            for x in links
+        ],
+    }  # fmt: skip
+
+
+def _show(path: str, devices: list[Measured], links: list[MeasuredLink]) -> None:
+    from dfc.cli.tables import print_table
+    from dfc.lang.units import amount_text
+    from dfc.recipe.targets import DEVICES, LINK
+
+    rows = [
+        [d.name, fact, amount_text(d.readings[fact].value, dimension),
+         f"{d.readings[fact].spread:.0%}"]
+        for d in devices for fact, dimension in DEVICES[d.kind].items() if fact in d.readings
+    ]  # fmt: skip
+    for x in links:
+        way = f"{x.source} to {x.sink}"
+        for fact, r in (("bw", x.bandwidth), ("latency", x.latency)):
+            rows.append([way, fact, amount_text(r.value, LINK[fact]), f"{r.spread:.0%}"])
+    print_table(["of", "fact", "measured", "spread"], rows, right=(2, 3))
+    for d in devices:
+        if d.lacks:
+            print(f"{d.name} has no kernels for {', '.join(d.lacks)}")
+    print(f"\nwrote {path}: plan with `dfc plan MODEL -t {path}`")

@@ -1,0 +1,197 @@
+"""Measuring a machine: facts from times, a target that reads back, links, the command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfc.cli import main
+from dfc.errors import DfcError
+from dfc.planning.cost import Work
+from dfc.planning.machine import Device
+from dfc.recipe.calibrated import fact_text, require_word, target_text
+from dfc.recipe.machines import machine_of
+from dfc.recipe.sources import plan_of
+from dfc.recipe.targets import RATES
+from dfc.runtime.calibrate.chains import Chain
+from dfc.runtime.calibrate.device import CPU, Measured, _chains, _readings
+from dfc.runtime.calibrate.links import MeasuredLink, loopback
+from dfc.runtime.calibrate.sampling import Reading, reading, sample_all
+
+FACTS = {"cores": 2.0, "mem": 24e9, "cache": 32e6}
+
+
+def test_a_reading_is_the_median_and_how_far_the_quartiles_are_apart() -> None:
+    found = reading([5.0, 1.0, 2.0, 4.0, 300.0])
+    assert (found.value, found.spread, found.samples) == (4.0, 0.75, 5)
+    assert found.per(8.0).value == 2.0 and found.per(8.0).spread == 0.75
+
+
+def test_samples_are_taken_in_turns_and_time_ends_them() -> None:
+    order: list[str] = []
+    runs = {name: lambda name=name: order.append(name) for name in "ab"}
+    found = sample_all(runs, rounds=50, seconds=0.0)
+    assert found["a"].samples == found["b"].samples == 3
+    turns = [x for x, before in zip(order, [None, *order], strict=False) if x != before]
+    assert turns == ["a", "b"] * 4  # a warm-up and three rounds
+
+
+def modelled_times(device: Device) -> dict[str, Reading]:
+    """The time of every chain on a device that is as the model says."""
+    times = {}
+    for fact, chain in _chains(CPU).items():
+        one = _work(fact, chain).seconds(device)
+        times[fact] = Reading(one * chain.operators, 0.01, 9)
+    return times
+
+
+def _work(fact: str, chain: Chain) -> Work:
+    """The work of one operator of a chain, counted by hand."""
+    if fact.startswith("launch"):
+        kind = fact.partition("_")[2] or "plain"
+        return Work(0.0, 0.0, 0.0, "f32", kind)
+    if chain.ops[0] in ("mm", "linear"):
+        n = float(chain.shape[0])
+        return Work(2 * n**3, 0.0, 0.0, chain.dtype, "matmul", (n, n, n))
+    if fact == "rate_attention":
+        _, heads, tokens, width = map(float, chain.shape)
+        flops = heads * tokens**2 * (4 * width + 12)
+        return Work(flops, 0.0, 0.0, "f32", "attention", (tokens, tokens, width))
+    size = 1.0
+    for d in chain.shape:
+        size *= d
+    if fact == "rate_conv":
+        return Work(2 * size * 64 * 9, 0.0, 0.0, "f32", "conv")
+    if fact == "rate_math":
+        return Work(8 * size, 0.0, 0.0, "f32", "math")
+    return Work(0.0, 8 * size, 4 * size, "f32")
+
+
+def test_facts_are_those_of_a_device_that_is_as_the_model_says() -> None:
+    launches = {k: 1e-6 * i for i, k in enumerate(
+        ("view", "matmul", "conv", "norm", "attention"), 1)}  # fmt: skip
+    device = Device(
+        "d", "cpu", 24e9, 11e9, {"f32": 80e9, "f16": 3e9, "bf16": 5e9, "f64": 40e9}, 4e-6,
+        rates={"conv": 60e9, "attention": 50e9, "math": 6e9}, launches=launches,
+        grain=12.0, cache=1e6, cache_bandwidth=90e9,
+    )  # fmt: skip
+    facts = _readings(modelled_times(device), CPU)
+    found = {k: r.value for k, r in facts.items()}
+    wanted: Mapping[str, float] = {
+        "peak": 80e9, "peak_f16": 3e9, "peak_bf16": 5e9, "peak_f64": 40e9, "grain": 12.0,
+        "rate_conv": 60e9, "rate_attention": 50e9, "rate_math": 6e9, "launch": 4e-6,
+        "bw_cache": 90e9, **{f"launch_{k}": v for k, v in launches.items()},
+    }  # fmt: skip
+    for fact, value in wanted.items():
+        assert found[fact] == pytest.approx(value, rel=1e-6), fact
+    assert found["bw"] == pytest.approx(11e9, rel=0.02)  # a part of it came from the cache
+
+
+def measured(name: str = "cpu0") -> Measured:
+    values = {
+        "time": 3.217e-6, "flops/s": 81.239e9, "bytes/s": 23.456e9, "bytes": 1e6, "number": 11.5,
+    }  # fmt: skip
+    readings = {f: Reading(values[d], 0.3, 9) for f, d in RATES.items() if f not in FACTS}
+    return Measured(name, "cpu", FACTS, readings)
+
+
+def test_a_target_says_what_was_measured_and_reads_back_equal() -> None:
+    link = MeasuredLink("a", "b", "loopback", Reading(6e-5, 0, 9), Reading(1.5e9, 0, 9))
+    text = target_text("here", [measured("a"), measured("b")], [link], ["on a machine"])
+    target = plan_of("O0", target=text).target
+    assert target is not None and "# on a machine" in text and "30% apart" in text
+    again = plan_of("O0", target=f"dfc 1\n{target}\n").target
+    assert again == target and again.devices == target.devices
+    machine = machine_of(target)
+    first = machine.devices[0]
+    assert first.bandwidth == pytest.approx(23.46e9) and first.launch == pytest.approx(3.217e-6)
+    assert first.rates["norm"] == first.rates["math"] and first.launches["conv"] == first.launch
+    assert machine.wire(0, 1).bandwidth == 1.5e9 and machine.wire(0, 1).latency == pytest.approx(
+        6e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "dimension", "text"),
+    [
+        (81.2394e9, "flops/s", "81.24GFLOPS"),
+        (3.2e-6, "time", "3.2us"),
+        (0.0, "time", "0ns"),
+        (999.99e6, "bytes/s", "1000MB/s"),
+        (31.166, "number", "31.17"),
+    ],
+)
+def test_facts_have_four_digits_and_a_unit(value: float, dimension: str, text: str) -> None:
+    assert fact_text(value, dimension) == text
+
+
+def test_a_name_that_no_target_has_is_refused_before_measuring() -> None:
+    require_word("lane_0")
+    with pytest.raises(DfcError, match=r"N049.*`two words`"):
+        require_word("two words")
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ("cache=32MB", "one of `cache` and `bw_cache`, not both"),
+        ("grain=4, launch_view=0us, bw_cache=0GB/s, cache=1MB", "impossible `bw_cache`: 0"),
+    ],
+)
+def test_facts_that_cannot_be(facts: str, message: str) -> None:
+    text = f"dfc 1\ntarget t {{ device a : cpu(mem=1GB, peak=1GFLOPS, bw=1GB/s, {facts}) }}\n"
+    target = plan_of("O0", target=text).target
+    assert target is not None
+    with pytest.raises(DfcError, match=rf"N045.*{message}"):
+        machine_of(target)
+
+
+def test_small_matrices_cached_bytes_and_classes_have_times_of_their_own() -> None:
+    device = Device(
+        "d", "cpu", 1e9, 1e9, {"f32": 1e9}, 5e-6, rates={"conv": 1e8},
+        launches={"view": 1e-6, "conv": 9e-6}, grain=10.0, cache=1e3, cache_bandwidth=1e10,
+    )  # fmt: skip
+    product = Work(2e3, 0.0, 0.0, "f32", "matmul", (10.0, 10.0, 10.0))
+    assert product.seconds(device) == pytest.approx(8 * 2e-6 + 5e-6)
+    assert Work(1e3, 0.0, 0.0, "f32", "conv").seconds(device) == pytest.approx(1e-5 + 9e-6)
+    assert Work(0.0, 0.0, 0.0, "f32", "view").seconds(device) == 1e-6
+    assert Work(0.0, 1e3, 1e3, "f32").seconds(device) == pytest.approx(1e-7 + 1e-6 + 5e-6)
+
+
+def test_two_processes_on_loopback_are_measured() -> None:
+    link = loopback("cpu0", quick=True)
+    assert link.latency.samples == 110 and 1e-6 < link.latency.value < 1
+    assert 1e6 < link.bandwidth.value < 1e12
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(tmp_path / "host.dfc")
+    arguments = ["calibrate", "-o", path, "--quick", "--no-links", "--threads", "1", "--no-gpus"]
+    assert main([*arguments, "--json"]) == 0
+    (device,) = json.loads(capsys.readouterr().out)["devices"]
+    assert device["measured"]["peak"]["value"] > 1e8 and device["cores"] == 1
+    target = plan_of("O0", target=Path(path)).target
+    assert target is not None
+    (found,) = machine_of(target).devices
+    assert found.peak("f32") == pytest.approx(device["measured"]["peak"]["value"], rel=1e-3)
+    assert set(found.launches) == {"view", "matmul", "conv", "attention", "norm"}
+    assert main(["check", path]) == 0 and main(["fmt", "--check", path]) == 0
+    before = Path(path).read_text()
+    assert main(arguments) == 2  # it is not overwritten, and nothing is measured
+    assert "--force" in capsys.readouterr().err and Path(path).read_text() == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_and_its_links(tmp_path: Path) -> None:
+    path = tmp_path / "host.dfc"
+    assert main(["calibrate", "-o", str(path), "--quick"]) == 0
+    target = plan_of("O0", target=path).target
+    assert target is not None
+    machine = machine_of(target)
+    assert machine.devices[1].kind == "cuda"
+    assert machine.devices[1].peak("f16") > machine.devices[0].peak("f32")
+    assert machine.wire(0, 1).bandwidth > 1e9 and machine.wire(1, 0).bandwidth > 1e9
