@@ -4,6 +4,7 @@ graph    = dfc.trace(model, args, kwargs, dynamic_shapes)
 compiled = dfc.compile(model, args, kwargs, dynamic_shapes)
 compiled(*args, **kwargs);  compiled.report;  compiled.save("m.dfcpkg");  compiled.export("m.onnx")
 dfc.load("m.dfcpkg");  dfc.parse(str(graph)) == graph
+dfc.plan(graph, "cluster.dfc").stages
 dfc.recipe("small").minimize("latency").apply("simplify")
 """
 
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dfc.errors import DfcError
 
 if TYPE_CHECKING:
-    from dfc.api import compile, load, parse, trace
+    from dfc.api import compile, load, parse, plan, trace
     from dfc.compiled import Compiled
     from dfc.explaining import explain
     from dfc.ir.graph import Graph
@@ -32,13 +33,14 @@ __version__ = "0.1.0"
 __all__ = [
     "CHANGES", "EXACT", "Compiled", "Context", "Data", "DfcError", "Graph", "Op", "Pass",
     "RequirementMissed", "Selector", "close", "compile", "engine", "explain", "load", "op",
-    "parse", "pass_", "recipe", "sensitivity", "trace",
+    "parse", "pass_", "plan", "recipe", "sensitivity", "trace",
 ]  # fmt: skip
 
 _HOMES = {
     "compile": "dfc.api",
     "load": "dfc.api",
     "parse": "dfc.api",
+    "plan": "dfc.api",
     "trace": "dfc.api",
     "Compiled": "dfc.compiled",
     "RequirementMissed": "dfc.recipe.requirements",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dfc.ops  # noqa: F401 - makes the ops known
 from dfc.compiled import Compiled, with_state_inputs
@@ -15,6 +15,10 @@ from dfc.planning.host import is_another, machine_text, this_machine
 from dfc.recipe.bench import ENGINE_RTOL, find_engine
 from dfc.recipe.quantities import weight_bytes
 from dfc.rewrite.pass_ import Pass
+
+if TYPE_CHECKING:
+    from dfc.planning.machine import Machine
+    from dfc.planning.pipeline import Plan
 
 Progress = Callable[[str], None]
 ELSEWHERE = (
@@ -128,7 +132,78 @@ def load(
     has_data = all(p.data is not None for p in package.graph.parameters.values())
     found = find_engine("eager" if name == "auto" else name)
     runner = found.build(with_state_inputs(package.graph), device) if has_data else None
-    return Compiled(package.graph, found, runner, report, package.probes, device, package.recipe)
+    return Compiled(
+        package.graph, found, runner, report, package.probes, device, package.recipe,
+        plan=package.plan,
+    )  # fmt: skip
 
 
-__all__ = ["ENGINE_RTOL", "Compiled", "compile", "load", "parse", "trace", "weight_bytes"]
+def plan(
+    model: Any,
+    target: Any = None,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    *,
+    devices: Sequence[str] = (),
+    max_stages: int | None = None,
+    microbatches: int = 8,
+    train: bool = False,
+    schedule: str = "auto",
+    sizes: Mapping[str, int] | None = None,
+    pins: Mapping[str, str] | None = None,
+    together: Sequence[str | Sequence[str]] = (),
+    measured: Callable[[Any], float | None] | None = None,
+    seconds: float = 15.0,
+) -> Plan:
+    """How a model would run as stages on several devices: nothing is run, no weights are needed.
+
+    `model` is a model with its arguments (torch.export's), or a graph. `target` is the path or text
+    of a target, a `Machine`, or None for this host; `devices` names those that may be used, all by
+    default, and `max_stages` says how many of them. `pins` gives selectors a device, as in
+    {"layers.0.**": "gpu0"}; each of `together` is selectors whose nodes share a stage. `sizes` are
+    those of one microbatch; `measured(node)` gives seconds in place of the model's, or None. Where
+    no exact method is quick enough, `seconds` bounds the search for a better bound.
+
+    Raises:  DfcError N040.. for what the target or the model lacks, N060 (status 6) when the model
+             does not fit, with what would make it fit.
+    """
+    from dfc.planning.limits import limits_of
+    from dfc.planning.model import Wish
+    from dfc.planning.partition import Effort
+    from dfc.planning.pipeline import plan as make
+
+    machine = _machine_of(target)
+    graph = model if isinstance(model, Graph) else trace(model, args or (), kwargs, dynamic_shapes)
+    return make(
+        graph, machine.only(devices) if devices else machine, sizes=sizes,
+        wish=Wish(microbatches=microbatches, trains=train), schedule=schedule,
+        effort=Effort(seconds=seconds), measured=measured or (lambda node: None),
+        limits=limits_of(graph, pins or {}, together), max_stages=max_stages,
+    )  # fmt: skip
+
+
+def _machine_of(target: Any) -> Machine:
+    """A target in any form as the planner's machine.
+
+    Raises:  DfcError N045 for a text without a target, or with several.
+    """
+    from dfc.planning.here import here
+    from dfc.planning.machine import Machine
+
+    if target is None:
+        return here()
+    if isinstance(target, Machine):
+        return target
+    if isinstance(target, (str, os.PathLike)):
+        from dfc.recipe.sources import plan_of
+
+        found = plan_of("O0", target=target).target
+        if found is None:
+            help = "write `target NAME { device gpu0 : h100 }`, one in the file"
+            raise DfcError("N045", "there is no target, or there are several", help=help)
+        target = found
+    return target.machine()  # type: ignore[no-any-return]
+
+
+__all__ = ["ENGINE_RTOL", "Compiled", "compile", "load", "parse", "plan", "trace", "weight_bytes"]

@@ -15,6 +15,7 @@ from dfc.report import Report
 
 if TYPE_CHECKING:
     from dfc.explaining import Explanation
+    from dfc.planning.pipeline import Plan
     from dfc.rewrite.probe import Probes
 
 
@@ -36,6 +37,7 @@ class Compiled:
         recipe: str = "",
         emits: Sequence[tuple[str, Mapping[str, Any]]] = (),
         passes: Sequence[Any] | None = None,
+        plan: Plan | None = None,
     ) -> None:
         self.graph = graph
         self.engine = engine
@@ -45,6 +47,7 @@ class Compiled:
         self.recipe = recipe  # resolved, as text
         self.emits = tuple(emits)
         self.passes = None if passes is None else tuple(passes)  # as applied; None: not known
+        self.plan = plan  # where `partition` was a step
         self._runner = runner
         self._state = self._initial_state()
         self._outputs = len(graph.outputs)
@@ -188,6 +191,7 @@ class Compiled:
         return explain(
             model, args, kwargs, dynamic_shapes,
             rule=rule, pass_=pass_, node=node, passes=self.passes, all=all,
+            target=self.recipe if self.plan is not None else None,
         )  # fmt: skip
 
     def __str__(self) -> str:

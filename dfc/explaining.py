@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,13 +50,15 @@ def explain(
     all: bool = False,
     progress: Say | None = None,
     data: Mapping[str, Any] | None = None,
+    target: Any = None,
 ) -> Explanation:
     """Why a rule matched or nearly did, what a pass did and left, or one node's whole story.
 
     `model` is a model with its arguments, or a graph. `passes` is what runs (default: the shipped
     passes, then `fuse`); a rule is tried on the graph as it reaches `fuse`, or the pass that
     `before` names. `node` is `%name`, a module path or an op. Without these: an overview. `data` is
-    what passes name, as for `dfc.compile`.
+    what passes name, as for `dfc.compile`; `target`, for those that plan for one, is a target, its
+    file or its text.
     Raises:  DfcError Q001, Q050, R008 for names that nothing has.
     """
     import dfc.api as api
@@ -69,12 +72,21 @@ def explain(
         model if isinstance(model, Graph) else api.trace(model, args or (), kwargs, dynamic_shapes)
     )
     chosen = [as_pass(p) for p in ((*DEFAULT, "fuse") if passes is None else passes)]
-    asked = _Asked(graph, chosen, before, all, say, data or {})
+    asked = _Asked(graph, chosen, before, all, say, data or {}, _aim(target))
     if rule is not None:
         return asked.rule(rule)
     if pass_ is not None:
         return asked.pass_(pass_)
     return asked.node(node) if node is not None else asked.overview()
+
+
+def _aim(target: Any) -> Any:
+    """A target from its text or file."""
+    if not isinstance(target, (str, os.PathLike)):
+        return target
+    from dfc.recipe.sources import plan_of
+
+    return plan_of("O0", target=target).target
 
 
 @dataclass
@@ -87,6 +99,12 @@ class _Asked:
     all: bool
     say: Say
     data: Mapping[str, Any]
+    target: object | None
+
+    def _run(self, passes: Sequence[Pass]) -> Run:
+        from dfc.rewrite.story import run_through
+
+        return run_through(self.graph, passes, self.say, self.data, self.target)
 
     # A rule
 
@@ -94,11 +112,10 @@ class _Asked:
         from dfc.rewrite.explain import explain_rule
         from dfc.rewrite.fixes import Fixes
         from dfc.rewrite.rulesets import all_sets, proved_rules, select_rules
-        from dfc.rewrite.story import run_through
 
         rules = select_rules([name])
         head = self._head(self.before or "fuse", must=self.before is not None)
-        run = run_through(self.graph, head, self.say, self.data)
+        run = self._run(head)
         proved = proved_rules((), self.say)
         found = Explanation()
         where = f"as it reaches `{self.before or 'fuse'}`, behind {run.names}"
@@ -139,7 +156,7 @@ class _Asked:
 
     def pass_(self, name: str) -> Explanation:
         from dfc.rewrite.pass_ import find_pass
-        from dfc.rewrite.story import grouped, run_through
+        from dfc.rewrite.story import grouped
 
         names = [p.name for p in self.passes]
         if name in names:
@@ -150,7 +167,7 @@ class _Asked:
                 self._head(self.before or "fuse", must=self.before is not None),
                 find_pass(name),
             )
-        run = run_through(self.graph, [*head, it], self.say, self.data)
+        run = self._run([*head, it])
         step = run.steps[-1]
         groups = grouped(step.decisions)
         behind = ", ".join(s.text for s in run.steps[:-1]) or "capture"
@@ -191,11 +208,10 @@ class _Asked:
             chosen_values,
             nearest_rules,
             node_named,
-            run_through,
             story_of,
         )
 
-        run = run_through(self.graph, self.passes, self.say, self.data)
+        run = self._run(self.passes)
         values = chosen_values(run, spec)
         stories = [story_of(run, v) for v in values]
         if len(stories) == 1:
@@ -227,10 +243,10 @@ class _Asked:
 
     def overview(self) -> Explanation:
         from dfc.rewrite.explain import explain_rule
-        from dfc.rewrite.story import grouped, run_through
+        from dfc.rewrite.story import grouped
 
         count = len(self.graph)
-        run = run_through(self.graph, self.passes, self.say, self.data)
+        run = self._run(self.passes)
         found = Explanation(data={"nodes_before": count, "nodes_after": len(run.graph)})
         found.lines.append(f"{count} -> {len(run.graph)} nodes")
         found.data["passes"] = []

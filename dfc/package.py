@@ -7,6 +7,7 @@
     probes.safetensors   probe inputs, the original's outputs and the witness's
     lock.json            versions, seed, engine, device
     report.json          what was done and why
+    plan.json            which device runs which stage and when, if it is partitioned
 
 It holds graphs and numbers, never code.
 """
@@ -37,8 +38,10 @@ if TYPE_CHECKING:
     import torch
 
     from dfc.compiled import Compiled
+    from dfc.planning.pipeline import Plan
 
 KIND = "package"
+PLAN = "plan.json"
 _SAFETENSORS = {
     "f64": "F64", "f32": "F32", "f16": "F16", "bf16": "BF16", "f8e4m3fn": "F8_E4M3",
     "f8e5m2": "F8_E5M2", "i64": "I64", "i32": "I32", "i16": "I16", "i8": "I8", "u8": "U8",
@@ -56,6 +59,7 @@ class Package:
     recipe: str
     probes: list[Any]
     lock: dict[str, Any]
+    plan: Plan | None = None
 
 
 def write_package(compiled: Compiled, path: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -78,6 +82,10 @@ def write_package(compiled: Compiled, path: str | os.PathLike[str], *, force: bo
         (temp / "report.json").write_text(compiled.report.to_json(), encoding="utf-8")
         (temp / "lock.json").write_text(_json(_lock(compiled)), encoding="utf-8")
         write_probes(temp / "probes.safetensors", compiled.probes)
+        if compiled.plan is not None:
+            from dfc.planning.planfile import to_text
+
+            (temp / PLAN).write_text(to_text(compiled.plan), encoding="utf-8")
         write_manifest(temp, KIND)
 
 
@@ -110,7 +118,17 @@ def _read(path: Path) -> Package:
     lock = json.loads((path / "lock.json").read_text(encoding="utf-8"))
     probes = read_probes(path / "probes.safetensors")
     recipe = (path / "recipe.dfc").read_text(encoding="utf-8")
-    return Package(graph, report, lock["engine"], recipe, probes, lock)
+    return Package(graph, report, lock["engine"], recipe, probes, lock, _read_plan(path, graph))
+
+
+def _read_plan(path: Path, graph: Graph) -> Plan | None:
+    """The plan, held against the graph; None for a package that is not partitioned."""
+    file = path / PLAN
+    if not file.exists():
+        return None
+    from dfc.planning.planfile import of_text
+
+    return of_text(file.read_text(encoding="utf-8"), graph, str(file))
 
 
 def attach_held(graph: Graph, path: Path) -> None:

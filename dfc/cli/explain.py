@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dfc.cli.options import Force, Json, Model, Use, load_used
+from dfc.cli.recipes import TargetFile
 
 if TYPE_CHECKING:
     from dfc.rewrite.pass_ import Pass
@@ -38,6 +39,7 @@ def explain(
         str | None,
         typer.Option("-r", "--recipe", metavar="FILE", help="Take the passes of a recipe."),
     ] = None,
+    target: TargetFile = None,
     before: Annotated[
         str | None,
         typer.Option(
@@ -93,6 +95,7 @@ def explain(
       dfc explain bert.py:build --rule fuse_attention
       dfc explain bert.py:build --pass fold_batch_norm
       dfc explain bert.py:build --node %softmax_3
+      dfc explain bert.py:build -r staged.dfc --pass partition
       dfc explain bert.py:build -r int8.dfc --sensitivity --data calib=data.py:calib -o int8.svg
     """  # fmt: skip
     load_used(use)
@@ -103,7 +106,7 @@ def explain(
 
     with Progress() as say:
         say("loading PyTorch")
-        chosen = _passes(passes, recipe)
+        chosen, aim = _passes(passes, recipe, target)
         from dfc.cli.recipes import named_data
         from dfc.cli.sources import open_source
         from dfc.explaining import explain as answer
@@ -112,7 +115,7 @@ def explain(
         source = open_source(model)
         found = answer(
             source.graph(), rule=rule, pass_=pass_, node=node, passes=chosen, before=before,
-            all=all_, progress=say, data=named_data(data),
+            all=all_, progress=say, data=named_data(data), target=aim,
         )  # fmt: skip
     if as_json:
         from dfc.cli.tables import print_json
@@ -162,18 +165,18 @@ def _sensitivity(
         write_plot(found, output, force)
 
 
-def _passes(steps: str | None, recipe: str | None) -> list[Pass] | None:
-    if steps is not None:
-        from dfc.cli.steps import parse_steps
+def _passes(
+    steps: str | None, recipe: str | None, target: str | None
+) -> tuple[list[Pass] | None, object | None]:
+    """What runs, and the target that it runs for: that of the recipe, or the one that is named."""
+    from dfc.recipe.sources import plan_of
 
-        return parse_steps(steps)
-    if recipe is None:
-        return None
-    from pathlib import Path
+    if recipe is not None and steps is None:
+        plan = plan_of(recipe, target=target)
+        return [step.build({}) for step in plan.passes()], plan.target
+    aim = plan_of("O0", target=target).target if target is not None else None
+    if steps is None:
+        return None, aim
+    from dfc.cli.steps import parse_steps
 
-    from dfc.cli.sources import read_text
-    from dfc.lang.source import Source
-    from dfc.recipe.resolve import resolve
-
-    plan = resolve(Source(read_text(Path(recipe)), recipe))
-    return [step.build({}) for step in plan.passes()]
+    return parse_steps(steps), aim

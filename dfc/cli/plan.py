@@ -12,16 +12,32 @@ from dfc.cli.options import Json, Model, Use, load_used
 from dfc.errors import DfcError
 
 if TYPE_CHECKING:
-    from dfc.ir.graph import Graph
-    from dfc.planning.machine import Machine
     from dfc.planning.pipeline import Plan
 
 
 def plan(
     model: Model,
     target: Annotated[
-        Path, typer.Option("-t", "--target", metavar="FILE", help="The devices and links.")
-    ],
+        Path | None,
+        typer.Option(
+            "-t", "--target", metavar="FILE", help="The devices and links; default: this host's."
+        ),
+    ] = None,
+    on: Annotated[
+        str,
+        typer.Option("--on", metavar="DEVICE,...", help="Only these; twice is two halves of it."),
+    ] = "",
+    max_stages: Annotated[
+        int | None, typer.Option("--max-stages", min=1, help="At most so many stages.")
+    ] = None,
+    pin: Annotated[
+        list[str] | None,
+        typer.Option("--pin", metavar="SELECTOR=DEVICE", help="Part of the model on one device."),
+    ] = None,
+    together: Annotated[
+        list[str] | None,
+        typer.Option("--together", metavar="SELECTOR", help="Part of the model in one stage."),
+    ] = None,
     size: Annotated[
         str, typer.Option("--size", metavar="NAME=N,...", help="Sizes of dynamic dimensions.")
     ] = "",
@@ -57,42 +73,44 @@ def plan(
     \b
     Examples:
       dfc plan llama.py:build -t two_gpus.dfc
+      dfc plan llama.py:build --on host,host --pin 'layers.0.**=host.0'
       dfc plan llama.py:build -t cluster.dfc --size B=4,S=2048 -m 32 --svg timeline.svg
       dfc plan llama.py:build -t cluster.dfc --train --schedule 1f1b --trace step.json --json
     """
+    from dfc.api import plan as make
     from dfc.cli.inputs import parse_sizes
     from dfc.cli.progress import Progress
     from dfc.cli.sources import open_source
-    from dfc.planning.model import Wish
-    from dfc.planning.pipeline import plan as make
 
     load_used(use)
-    machine = _machine(target)
+    wanted = _wanted(pin, together)
     with Progress() as say:
         say(f"reading {model}")
         graph = open_source(model).graph()
         sizes = parse_sizes(graph, size)
-        say(f"planning {len(graph)} nodes on {len(machine.devices)} devices")
-        wish = Wish(microbatches=microbatches, trains=train)
-        found = make(graph, machine, sizes=sizes, wish=wish, schedule=schedule)
+        say(f"planning {len(graph)} nodes")
+        found = make(
+            graph, target, devices=[d for d in on.split(",") if d], max_stages=max_stages,
+            microbatches=microbatches, train=train, schedule=schedule, sizes=sizes, **wanted,
+        )  # fmt: skip
     _write(found, svg, trace, force)
     if as_json:
         from dfc.cli.tables import print_json
 
         print_json(data_of(found))
     else:
-        _show(found, graph)
+        show_plan(found)
 
 
-def _machine(path: Path) -> Machine:
-    from dfc.recipe.machines import machine_of
-    from dfc.recipe.sources import plan_of
-
-    target = plan_of("O0", target=path).target
-    if target is None:
-        help = "write `target NAME { device gpu0 : h100 }`, one in the file"
-        raise DfcError("N045", f"{path} has no target, or several", help=help)
-    return machine_of(target)
+def _wanted(pin: list[str] | None, together: list[str] | None) -> dict[str, Any]:
+    pins = {}
+    for text in pin or ():
+        part, equals, device = text.rpartition("=")
+        if not equals or not part or not device:
+            help = "write --pin 'layers.0.**=gpu0'"
+            raise DfcError("N046", f"--pin {text} names no device", help=help)
+        pins[part] = device
+    return {"pins": pins, "together": together or ()}
 
 
 def _write(found: Plan, svg: Path | None, trace: Path | None, force: bool) -> None:
@@ -133,9 +151,11 @@ def data_of(found: Plan) -> dict[str, Any]:
     }
 
 
-def _show(found: Plan, graph: Graph) -> None:
+def show_plan(found: Plan) -> None:
+    """A plan as tables and sentences."""
     from dfc.cli.tables import bytes_text, print_table
     from dfc.lang.units import amount_text
+    from dfc.planning.wording import certificate
 
     def time(seconds: float) -> str:
         return amount_text(seconds, "time")
@@ -165,8 +185,7 @@ def _show(found: Plan, graph: Graph) -> None:
         f"{simulation.bubble:.1%} of it waiting; one microbatch every "
         f"{time(found.partition.bottleneck)}"
     )
-    gap = found.partition.gap
-    print(f"no partition is more than {gap:.1%} better" if gap > 1e-6 else "no partition is better")
+    print(certificate(found))
     for a, b, size, busy in found.links:
         print(f"{a} to {b}: {bytes_text(size)} a step, busy {busy:.0%} of it")
     for name, ratio in found.splits:

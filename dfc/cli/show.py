@@ -41,6 +41,9 @@ def show(
             "--resolved", help="The recipe, resolved: every step and option; engine and versions."
         ),
     ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Stages, devices and schedule of a partitioned package.")
+    ] = False,
     name: RecipeName = None,
     level: Level = None,
     target: TargetFile = None,
@@ -55,6 +58,7 @@ def show(
       dfc show encoder.py:build > encoder.dfc
       dfc show --resolved small.dfc --set q.limit=3
       dfc show --resolved -O2
+      dfc show --plan encoder.dfcpkg
     """
     from dfc.cli.progress import Progress
 
@@ -65,6 +69,9 @@ def show(
     if (name, level, target, settings or None) != (None, None, None, None):
         message = f"--name, -O, -t and --set are of recipes, and `{model}` is none"
         raise DfcError("D054", message)
+    if plan:
+        _show_plan(model, as_json)
+        return
     with Progress() as say:
         graph, decided = _read(model, say)
         say("printing")
@@ -86,6 +93,29 @@ def show(
         _print_resolved(data["resolved"])
     if "text" in data:
         _print_graph(data["text"])
+
+
+def _show_plan(model: str, as_json: bool) -> None:
+    """Print the plan of a package, as `dfc plan` prints one that it makes.
+
+    Raises:  DfcError D054 for what has no plan.
+    """
+    from dfc.cli.plan import data_of, show_plan
+    from dfc.cli.sources import is_package
+    from dfc.cli.tables import print_json
+
+    found = None
+    if is_package(model):
+        from dfc.package import read_package
+
+        found = read_package(Path(model)).plan
+    if found is None:
+        help = "`partition` in a recipe leaves one in the package; `dfc plan` makes one at once"
+        raise DfcError("D054", f"`{model}` holds no plan", help=help)
+    if as_json:
+        print_json({"model": model, "plan": data_of(found)})
+    else:
+        show_plan(found)
 
 
 def _is_recipe(model: str) -> bool:
@@ -137,6 +167,10 @@ def _read(model: str, say: Any) -> tuple[Graph, dict[str, Any]]:
         say(f"reading {model}")
         package = read_package(Path(model))
         decided = {"recipe": package.recipe, **package.lock, "proof": package.report.proof}
+        if package.plan is not None:
+            from dfc.planning.wording import summary
+
+            decided["plan"] = summary(package.plan)
         return package.graph, decided
     if Path(model).suffix == ".dfc":
         import dfc

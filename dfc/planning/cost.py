@@ -80,11 +80,14 @@ class Work:
 
 
 def default_sizes(graph: Graph, given: Sizes | None = None) -> dict[str, int]:
-    """A number for every symbol: the given ones, else 1 or the least that its range allows.
+    """A number for every symbol: the given ones, else 1 or the least that its range allows; for
+    a size that data decides, the most that it can be.
 
     Raises:  DfcError N040 for a size that the graph does not have.
     """
     sizes = {name: max(1, low) for name, (low, _) in graph.ranges.items()}
+    binds = (b for node in graph.walk() for b in node.binds)
+    sizes.update({b.symbol: max(1, b.low or 0) if b.high is None else b.high for b in binds})
     for name, value in (given or {}).items():
         if name not in sizes:
             have = ", ".join(sizes) or "none: its shapes are fixed"

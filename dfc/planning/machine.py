@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
+from math import isnan
+from typing import Any
 
-from dfc.errors import DfcError
+from dfc.errors import DfcError, Diagnostic, did_you_mean
 
 RESERVE = 0.1  # of a device's memory: allocators, fragments, the runtime itself
 EFFICIENCY = 0.7  # of a peak that was not measured
@@ -64,6 +68,13 @@ class Device:
     def usable(self) -> float:
         return self.memory * (1 - RESERVE)
 
+    def part(self, index: int, of: int) -> Device:
+        """One of several equal parts: as many of its cores, its memory and its bandwidth."""
+        return replace(
+            self, name=f"{self.name}.{index}", memory=self.memory / of,
+            bandwidth=self.bandwidth / of, peaks={k: v / of for k, v in self.peaks.items()},
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Wire:
@@ -81,6 +92,70 @@ class Machine:
     devices: tuple[Device, ...]
     wires: Mapping[tuple[int, int], Wire] = field(default_factory=dict)
 
+    def check(self) -> None:
+        """Raises:  DfcError N045 for no devices, two of a name, and every impossible number."""
+        found = [*self._wrong_devices(), *self._wrong_wires()]
+        if found:
+            raise DfcError.of([Diagnostic("N045", message) for message in found])
+
+    def _wrong_devices(self) -> Iterator[str]:
+        if not self.devices:
+            yield f"`{self.name}` has no devices"
+        for name, n in Counter(d.name for d in self.devices).items():
+            if n > 1:
+                yield f"{n} devices are called `{name}`"
+        for d in self.devices:
+            rates = {f"peak of {k}": v for k, v in d.peaks.items()}
+            for fact, value in ({"mem": d.memory, "bw": d.bandwidth} | rates).items():
+                if isnan(value) or value <= 0:
+                    yield f"device `{d.name}` has an impossible `{fact}`: {value:g}"
+            if not 0 <= d.launch < float("inf"):
+                yield f"device `{d.name}` has an impossible `launch`: {d.launch:g}"
+
+    def _wrong_wires(self) -> Iterator[str]:
+        for (a, b), wire in self.wires.items():
+            if not (0 <= a < len(self.devices) and 0 <= b < len(self.devices)):
+                yield f"there is a link from device {a} to {b} of {len(self.devices)}"
+                continue
+            ends = f"the link from `{self.devices[a].name}` to `{self.devices[b].name}`"
+            if a == b:
+                yield f"{ends} goes nowhere"
+            if isnan(wire.bandwidth) or wire.bandwidth <= 0:
+                yield f"{ends} has an impossible `bw`: {wire.bandwidth:g}"
+            if not 0 <= wire.latency < float("inf"):
+                yield f"{ends} has an impossible `latency`: {wire.latency:g}"
+
+    def only(self, names: Sequence[str]) -> Machine:
+        """The machine of these of its devices, in this order; one that is named n times is n equal
+        parts of it, which hand over without a copy.
+
+        Raises:  DfcError N046 for a name that no device has.
+        """
+        known = [d.name for d in self.devices]
+        for name in names:
+            if name not in known:
+                help = did_you_mean(name, known) or f"there are {', '.join(known)}"
+                raise DfcError("N046", f"`{self.name}` has no device `{name}`", help=help)
+        at = [known.index(name) for name in names]
+        return self.at(at)
+
+    def at(self, positions: Sequence[int]) -> Machine:
+        """The machine of the devices at these positions, in this order."""
+        times, seen = Counter(positions), Counter[int]()
+        devices: list[Device] = []
+        for i in positions:
+            devices.append(
+                self.devices[i].part(seen[i], times[i]) if times[i] > 1 else self.devices[i]
+            )
+            seen[i] += 1
+        wires = {}
+        for x, i in enumerate(positions):
+            for y, j in enumerate(positions):
+                wire = Wire() if i == j else self.way(i, j)
+                if x != y and wire is not None:
+                    wires[x, y] = wire
+        return Machine(self.name, tuple(devices), wires)
+
     def wire(self, source: int, target: int) -> Wire:
         """The wire from one device to another, or the quickest relay through others.
 
@@ -89,20 +164,31 @@ class Machine:
         """
         if source == target:
             return Wire()
-        found = self.wires.get((source, target)) or self._relay(source, target)
+        found = self.way(source, target)
         if found is None:
             a, b = self.devices[source].name, self.devices[target].name
             help = f"write `link {a} <-> {b} : pcie(bw=25GB/s, latency=10us)` in the target"
             raise DfcError("N043", f"there is no link from `{a}` to `{b}`", help=help)
         return found
 
-    def _relay(self, source: int, target: int) -> Wire | None:
+    def way(self, source: int, target: int) -> Wire | None:
+        """As `wire`, None when there is no way."""
+        return self.wires.get((source, target)) or self._relay(source, target)
+
+    @cached_property
+    def _ways(self) -> Any:
         import networkx
 
         ways = networkx.DiGraph()
         for (a, b), wire in self.wires.items():
             # A typical boundary tensor, a megabyte, decides which way is the quickest.
             ways.add_edge(a, b, seconds=wire.latency + 1e6 / wire.bandwidth)
+        return ways
+
+    def _relay(self, source: int, target: int) -> Wire | None:
+        import networkx
+
+        ways = self._ways
         if source not in ways or target not in ways or not networkx.has_path(ways, source, target):
             return None
         path = networkx.shortest_path(ways, source, target, weight="seconds")

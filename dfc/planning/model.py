@@ -6,15 +6,20 @@ that changes no partition's cost. Everything else is a group of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dfc.errors import DfcError, did_you_mean
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.planning.cost import Sizes, Work, bytes_of, work_of
 from dfc.planning.machine import Device, Machine
 from dfc.planning.problem import Problem, Slot, Tensor
+
+if TYPE_CHECKING:
+    from dfc.planning.problem import Floats
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,24 @@ class Wish:
     optimizer: float = 3.0  # bytes of gradient and optimizer state for each byte of weights
 
 
+def anywhere(node: Node, device: Device) -> str | None:
+    """Whether a device can run a node, by what the target says of the device alone."""
+    return None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a partition must respect besides memory and order.
+
+    `pins` give nodes the name of their device, `together` are nodes that share a stage; `supports`
+    says why a device cannot run a node, None when it can.
+    """
+
+    pins: Mapping[Node, str] = field(default_factory=dict)
+    together: tuple[tuple[Node, ...], ...] = ()
+    supports: Callable[[Node, Device], str | None] = anywhere
+
+
 @dataclass(frozen=True)
 class Modelled:
     """The problem, and which nodes each of its groups holds."""
@@ -33,8 +56,8 @@ class Modelled:
     problem: Problem
     groups: tuple[tuple[Node, ...], ...]
     works: tuple[tuple[Work, ...], ...]
-    inputs: float  # bytes of the graph's inputs
-    outputs: float
+    live: float  # the most bytes that are alive during one microbatch
+    pins: Mapping[int, int]  # the device that a group must be on
 
 
 def modelled(
@@ -43,10 +66,12 @@ def modelled(
     sizes: Sizes,
     wish: Wish = Wish(),
     measured: Callable[[Node], float | None] = lambda node: None,
+    limits: Limits = Limits(),
 ) -> Modelled:
     """The problem of a graph on the devices of a machine, in their order.
 
     `measured` gives the seconds of a node that was timed, in place of the model's.
+    Raises:  DfcError N047 for a node that no device can run, N048 for limits that contradict.
     """
     groups, group_of, root = _grouped(graph, sizes)
     works = tuple(tuple(work_of(n, sizes) for n in nodes) for nodes in groups)
@@ -54,20 +79,77 @@ def modelled(
         [_seconds(nodes, work, device, measured, wish.trains) for device in machine.devices]
         for nodes, work in zip(groups, works, strict=True)
     ]).reshape(len(groups), len(machine.devices))  # fmt: skip
+    time = _where_supported(groups, machine, time, limits)
     weights, tied = _weights(graph, group_of, len(groups), sizes, wish)
     tensors = _tensors(graph, group_of, root, sizes)
     kept = np.zeros(len(groups))
     if wish.trains:
         for t in tensors:
             kept[t.producer] += t.bytes
-    slots = _slots(machine, wish, _live_bytes(graph, sizes))
+    live = _live_bytes(graph, sizes)
+    pins, together = _pins(limits, group_of, machine), _together(limits, group_of)
     names = tuple(_name(nodes[0]) for nodes in groups)
-    problem = Problem(time, tensors, slots, weights, kept, tied=tied, names=names)
-    return Modelled(
-        problem, tuple(map(tuple, groups)), works,
-        sum(bytes_of(v, sizes) for v in graph.inputs),
-        sum(bytes_of(v, sizes) for v in graph.outputs),
+    problem = Problem(
+        time, tensors, _slots(machine, wish, live), weights, kept, pins, together, tied, names
+    )
+    return Modelled(problem, tuple(map(tuple, groups)), works, live, pins)
+
+
+def on_row(model: Modelled, machine: Machine, row: Sequence[int], wish: Wish) -> Modelled:
+    """The problem on some of the devices that it was made for, in another order.
+
+    Needs:   `machine` has the devices at the positions `row` of the one before.
+    Raises:  DfcError N048 when something is pinned to a device that is not among them.
+    """
+    missing = next((d for d in model.pins.values() if d not in row), None)
+    if missing is not None:
+        raise DfcError("N048", f"something is pinned to device {missing}, which is left out")
+    pins = {v: row.index(d) for v, d in model.pins.items()}
+    problem = replace(
+        model.problem, time=model.problem.time[:, list(row)],
+        slots=_slots(machine, wish, model.live), pins=pins,
     )  # fmt: skip
+    return replace(model, problem=problem, pins=pins)
+
+
+def _where_supported(
+    groups: Sequence[Sequence[Node]], machine: Machine, time: Floats, limits: Limits
+) -> Floats:
+    """Infinite times where a device cannot run a node."""
+    time = time.copy()
+    for g, nodes in enumerate(groups):
+        reasons: list[str] = []
+        for k, device in enumerate(machine.devices):
+            why = next(filter(None, (limits.supports(n, device) for n in nodes)), None)
+            if why is not None:
+                time[g, k] = np.inf
+                reasons.append(f"`{device.name}`: {why}")
+        if len(reasons) == len(machine.devices):
+            raise DfcError("N047", f"no device can run {_name(nodes[0])}", notes=tuple(reasons))
+    return time
+
+
+def _pins(
+    limits: Limits, group_of: Mapping[Node, int], machine: Machine
+) -> dict[int, int]:  # fmt: skip
+    names = [d.name for d in machine.devices]
+    found: dict[int, int] = {}
+    for node, name in limits.pins.items():
+        if name not in names:
+            help = did_you_mean(name, names) or f"there are {', '.join(names)}"
+            raise DfcError("N046", f"{_name(node)} is pinned to `{name}`, which is no device",
+                           help=help)  # fmt: skip
+        at = names.index(name)
+        other = found.setdefault(group_of[node], at)
+        if other != at:
+            message = f"{_name(node)} is pinned to `{name}`, and to `{names[other]}`"
+            raise DfcError("N048", message, help="views belong to what they look at")
+    return found
+
+
+def _together(limits: Limits, group_of: Mapping[Node, int]) -> tuple[tuple[int, ...], ...]:
+    groups = (tuple(sorted({group_of[n] for n in nodes})) for nodes in limits.together)
+    return tuple(group for group in groups if len(group) > 1)
 
 
 def _seconds(

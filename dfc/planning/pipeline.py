@@ -6,23 +6,26 @@ The partition is proposed by its bottleneck; the simulator decides what a step t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
+from dfc.planning.actions import Program
 from dfc.planning.auto import auto
 from dfc.planning.cost import Sizes, default_sizes
+from dfc.planning.devices import best_row
 from dfc.planning.machine import Machine
-from dfc.planning.model import Modelled, Wish, modelled
+from dfc.planning.model import Limits, Modelled, Wish, modelled
 from dfc.planning.partition import Effort, partition
 from dfc.planning.problem import Loads, Partition, Problem, loads, why_not
 from dfc.planning.schedules import schedule
 from dfc.planning.simulate import Costs, Link, Simulation, simulate
 
-INFERENCE, EFFORT = Wish(), Effort()
+INFERENCE, EFFORT, NOTHING = Wish(), Effort(), Limits()
 _MORE = 1.25  # how much more of a thing is tried when asked what to buy
 
 
@@ -44,7 +47,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages, their schedule, and what the simulator says of a step."""
+    """Stages, their schedule, and what the simulator says of a step.
+
+    `partition.stage` has the stage of each node of the graph, in its order. `modelled` is what was
+    solved, None for a plan that was read.
+    """
 
     name: str
     machine: Machine
@@ -52,12 +59,18 @@ class Plan:
     wish: Wish
     stages: tuple[Stage, ...]
     partition: Partition
-    modelled: Modelled
     costs: Costs
-    simulation: Simulation
+    program: Program
     links: tuple[tuple[str, str, float, float], ...]  # from, to, bytes a step, busy share
     splits: tuple[tuple[str, float], ...]  # other splits: how many times as long they take
     advice: tuple[tuple[str, float], ...]  # what 25 % more of a thing makes of the step time
+    graph: Graph = field(compare=False, repr=False)
+    modelled: Modelled | None = field(default=None, compare=False, repr=False)
+
+    @cached_property
+    def simulation(self) -> Simulation:
+        """One step, action by action, as the costs predict it."""
+        return simulate(self.program, self.costs)
 
     @property
     def step_seconds(self) -> float:
@@ -65,7 +78,7 @@ class Plan:
 
     @property
     def schedule(self) -> str:
-        return self.simulation.program.name
+        return self.program.name
 
 
 def plan(
@@ -77,27 +90,35 @@ def plan(
     schedule: str = "auto",
     effort: Effort = EFFORT,
     measured: Any = lambda node: None,
+    limits: Limits = NOTHING,
+    max_stages: int | None = None,
 ) -> Plan:
-    """Partition a graph over the devices of a machine and choose a schedule.
+    """Partition a graph over devices of a machine and choose a schedule.
 
+    Which devices are used, and in which order, is part of the choice.
     Needs:   no weights: shapes are enough.
     Raises:  DfcError N001, N002 for the schedule, N040.. for sizes and devices, N043 for a link
              that is missing, N060 (status 6) when it does not fit.
     """
+    machine.check()
     bound = default_sizes(graph, sizes)
-    model = modelled(graph, machine, bound, wish, measured)
-    found = _fitting(model.problem, machine, effort)
-    used = sorted(set(found.stage))
-    stage = [used.index(s) for s in found.stage]
-    costs = _costs(model, machine, used, stage, wish)
-    simulation = _scheduled(costs, len(used), wish, schedule, machine, used)
+    whole = modelled(graph, machine, bound, wish, measured, limits)
+    chosen = best_row(
+        whole, machine, wish, max_stages,
+        lambda model, row: _fitting(model.problem, row, effort),
+        lambda found: loads(found.model.problem, found.partition.stage).bottleneck,
+    )  # fmt: skip
+    machine, model, found = chosen.machine, chosen.model, chosen.partition
+    costs = _costs(model, machine, found.stage, wish)
+    simulation = _scheduled(costs, wish, schedule, machine)
     load = loads(model.problem, found.stage)
+    of_node = {n: s for nodes, s in zip(model.groups, found.stage, strict=True) for n in nodes}
     return Plan(
         graph.name, machine, bound, wish,
-        _stages(model, machine, used, stage, load, simulation, costs.all_edges()),
-        found, model, costs, simulation,
-        _links(costs, simulation, machine, used, wish),
-        _other_splits(model, machine, found), _advice(model, machine, found),
+        _stages(model, machine, found.stage, load, simulation, costs.all_edges()),
+        replace(found, stage=tuple(of_node[n] for n in graph.nodes)), costs, simulation.program,
+        _links(costs, simulation, machine, wish),
+        _other_splits(model, machine, found), _advice(model, machine, found), graph, model,
     )  # fmt: skip
 
 
@@ -119,15 +140,13 @@ def _fitting(problem: Problem, machine: Machine, effort: Effort) -> Partition:
         raise DfcError("N060", message, help=help + "`quantize` to fewer bits", status=6) from e
 
 
-def _costs(
-    model: Modelled, machine: Machine, used: Sequence[int], stage: Sequence[int], wish: Wish
-) -> Costs:
+def _costs(model: Modelled, machine: Machine, stage: Sequence[int], wish: Wish) -> Costs:
     problem = model.problem
-    seconds = np.zeros(len(used))
-    kept = np.zeros(len(used))
-    held = np.zeros(len(used))
+    seconds = np.zeros(problem.stages)
+    kept = np.zeros(problem.stages)
+    held = np.zeros(problem.stages)
     for v, s in enumerate(stage):
-        seconds[s] += problem.time[v][used[s]]
+        seconds[s] += problem.time[v][s]
         kept[s] += problem.activations[v]
         held[s] += problem.weights[v]
     for size, readers in problem.tied:
@@ -142,46 +161,43 @@ def _costs(
     links = {}
     for a, b, _ in edges:
         for x, y in ((a, b), (b, a)) if wish.trains else ((a, b),):
-            wire = machine.wire(used[x], used[y])
+            wire = machine.wire(x, y)
             links[x, y] = Link(wire.latency, 1 / wire.bandwidth)
     third = (seconds / 3).tolist()
     forward = third if wish.trains else seconds.tolist()
+    back = tuple(third) if wish.trains else ()
     return Costs(
-        forward, third if wish.trains else (), third if wish.trains else (),
-        links=links, edges=edges, activations=[round(x) for x in kept],
-        resident=[round(x) for x in held],
+        tuple(forward), back, back, links=links, edges=edges,
+        activations=tuple(round(x) for x in kept), resident=tuple(round(x) for x in held),
     )  # fmt: skip
 
 
-def _scheduled(
-    costs: Costs, ranks: int, wish: Wish, name: str, machine: Machine, used: Sequence[int]
-) -> Simulation:
+def _scheduled(costs: Costs, wish: Wish, name: str, machine: Machine) -> Simulation:
     """The schedule that was asked for, or the one with the shortest step that fits."""
-    m = wish.microbatches
+    m, ranks = wish.microbatches, len(machine.devices)
     if not wish.trains:
         wanted = "forward" if name == "auto" else name
         return simulate(schedule(wanted, ranks, m), costs)
     if name != "auto":
         return simulate(schedule(name, ranks, m), costs)
-    return auto(ranks, m, costs, [machine.devices[d].usable for d in used]).simulation
+    return auto(ranks, m, costs, [d.usable for d in machine.devices]).simulation
 
 
 def _stages(
-    model: Modelled, machine: Machine, used: Sequence[int], stage: Sequence[int],
-    load: Loads, simulation: Simulation, edges: Sequence[tuple[int, int, int]],
+    model: Modelled, machine: Machine, stage: Sequence[int], load: Loads, simulation: Simulation,
+    edges: Sequence[tuple[int, int, int]],
 ) -> tuple[Stage, ...]:  # fmt: skip
     found = []
-    for s, slot in enumerate(used):
+    for s, device in enumerate(machine.devices):
         mine = [v for v, x in enumerate(stage) if x == s]
         nodes = [n for v in mine for n in model.groups[v]]
-        device = machine.devices[slot]
-        live = device.usable - model.problem.slots[slot].memory
+        live = device.usable - model.problem.slots[s].memory
         sent = float(sum(size for a, _, size in edges if a == s))
         found.append(Stage(
-            s, device.name, len(nodes), _modules(nodes), float(load.compute[slot]),
+            s, device.name, len(nodes), _modules(nodes), float(load.compute[s]),
             float(sum(model.problem.weights[v] for v in mine)),
             simulation.peaks[s] + live, device.memory, sent,
-            _limit(model, machine, mine, slot, load),
+            _limit(model, machine, mine, s, load),
         ))  # fmt: skip
     return tuple(found)
 
@@ -206,14 +222,14 @@ def _limit(model: Modelled, machine: Machine, mine: Sequence[int], slot: int, lo
 
 
 def _links(
-    costs: Costs, simulation: Simulation, machine: Machine, used: Sequence[int], wish: Wish
+    costs: Costs, simulation: Simulation, machine: Machine, wish: Wish
 ) -> tuple[tuple[str, str, float, float], ...]:
     found: dict[tuple[int, int], float] = {}
     for a, b, size in costs.all_edges():
         for pair in ((a, b), (b, a)) if wish.trains else ((a, b),):
             found[pair] = found.get(pair, 0.0) + size * wish.microbatches
     span = float(simulation.makespan) or 1.0
-    names = [machine.devices[d].name for d in used]
+    names = [d.name for d in machine.devices]
     return tuple(
         (names[a], names[b], size, size * float(costs.link_of(a, b).per_byte) / span)
         for (a, b), size in sorted(found.items())
@@ -281,9 +297,4 @@ def _advice(model: Modelled, machine: Machine, found: Partition) -> tuple[tuple[
 
 def stage_of(found: Plan) -> dict[Node, int]:
     """The stage of each node of the graph that was planned."""
-    used = sorted(set(found.partition.stage))
-    return {
-        node: used.index(s)
-        for nodes, s in zip(found.modelled.groups, found.partition.stage, strict=True)
-        for node in nodes
-    }
+    return dict(zip(found.graph.nodes, found.partition.stage, strict=True))

@@ -16,7 +16,7 @@ from dfc.planning.host import this_machine
 from dfc.recipe import probing
 from dfc.recipe.bench import Bench
 from dfc.recipe.choose import Choice, choose, own_error
-from dfc.recipe.execute import Executor
+from dfc.recipe.execute import Executor, Outcome
 from dfc.recipe.holes import fill
 from dfc.recipe.metrics import bind
 from dfc.recipe.plan import BASELINE, Plan, VerifyStep
@@ -83,6 +83,7 @@ class Compilation:
             list(probes.ready()) if probes else [], self.device, str(plan),
             [(e.format, e.options) for e in outcome.emits],
             outcome.passes if choice.graph is outcome.graph else (),
+            _plan_of(outcome, choice),
         )  # fmt: skip
         self._settle(compiled, meter, choice, outcome.versions)
         return compiled
@@ -176,6 +177,19 @@ class Compilation:
         report.requirements = requirement_reports(self.plan, meter, versions)
         if report.missed:
             raise RequirementMissed(report.missed, compiled)
+
+
+def _plan_of(outcome: Outcome, choice: Choice) -> Any:
+    """What `partition` left, as a plan of the graph that was chosen.
+
+    Raises:  DfcError D062 where a later step has made nodes without a stage.
+    """
+    from dfc.planning.planfile import planned
+
+    stands = any(p.name == "partition" for p in outcome.passes)  # it was not taken back
+    if not stands or not len(choice.graph) or choice.graph is not outcome.graph:
+        return None
+    return planned(outcome.products["plan"], choice.graph)
 
 
 def _name(model: Any) -> str:

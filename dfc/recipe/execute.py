@@ -87,7 +87,7 @@ class Executor:
     say: Callable[[str], None] = lambda what: None
     # Steps that were run, by the graph that they ran on and what else decides their result: a
     # search runs the same first steps again and again.
-    _memo: list[tuple[Graph, tuple[object, ...], PassOutcome]] = field(default_factory=list)
+    _memo: list[tuple[Graph, tuple[object, ...], PassOutcome, Any]] = field(default_factory=list)
 
     def run(self, plan: Plan, chosen: Mapping[str, Any] | None = None) -> Outcome:
         """Carry out a plan with its holes filled.
@@ -125,16 +125,19 @@ class Executor:
     ) -> PassOutcome:
         """One pass, or what it did when it ran on the same graph before."""
         key = (str(p), mode, numerics, *allowed.items())
-        for i, (known, its_key, outcome) in enumerate(self._memo):
+        for i, (known, its_key, outcome, plan) in enumerate(self._memo):
             if known is graph and its_key == key:
                 self._memo.append(self._memo.pop(i))
+                if plan is not None:
+                    context.products["plan"] = plan
                 return outcome
         found = run_passes(
             graph, [p], probes=self.probes, mode=mode, strict=self.strict,
             print_after=self.show, ctx=context, numerics=numerics, on_fault=self.on_fault,
             say=self.say, **allowed,
         )  # fmt: skip
-        self._memo = [*self._memo[-_REMEMBERED:], (graph, key, found)]
+        plan = context.products.get("plan")
+        self._memo = [*self._memo[-_REMEMBERED:], (graph, key, found, plan)]
         return found
 
 

@@ -10,13 +10,16 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dfc.errors import Span
 from dfc.lang import syntax as s
 from dfc.lang.units import Amount, amount_text
 from dfc.lang.wording import expression_text
 from dfc.rewrite.pass_ import Pass, find_pass
+
+if TYPE_CHECKING:
+    from dfc.planning.machine import Machine
 
 BASELINE, BEFORE = "baseline", "before"
 # What is measured, and in which dimension.
@@ -301,6 +304,15 @@ class Target:
     name: str
     devices: tuple[Device, ...]
     links: tuple[Link, ...] = ()
+
+    def machine(self) -> Machine:
+        """The target as the planner sees it.
+
+        Raises:  DfcError N045 for a device that lacks what a plan needs.
+        """
+        from dfc.recipe.machines import machine_of
+
+        return machine_of(self)
 
     def __str__(self) -> str:
         return f"target {self.name} {_block((*self.devices, *self.links))}"

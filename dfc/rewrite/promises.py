@@ -18,9 +18,9 @@ from dfc.rewrite.cache import run_cached
 from dfc.rewrite.pass_ import CHANGES, Context, Numerics, Pass, close
 from dfc.rewrite.verdicts import PassReport
 
-# What a user can put right: a name that nothing has, a rule that cannot be read, a file.
-# K040, which is not in these families: code of the user's own that raised.
-_USERS = ("Q", "R", "D", "P")
+# What a user can put right: a name that nothing has, a rule that cannot be read, a file, a target
+# that a model does not fit. K040, in none of these families: code of the user's own that raised.
+_USERS = ("Q", "R", "D", "P", "N")
 # What makes a pass wrong where results are proved: it is undone, and not an error.
 FAULTS = ("V031", "V032", "V034")
 

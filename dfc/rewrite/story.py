@@ -45,6 +45,7 @@ def run_through(
     passes: Sequence[Pass],
     say: Callable[[str], None] = lambda what: None,
     data: Mapping[str, Any] | None = None,
+    target: object | None = None,
 ) -> Run:
     """Run passes on a copy of a graph, and ask each for its reasons. Nothing is proved here."""
     from dfc.passes.fuse import Journal
@@ -55,7 +56,7 @@ def run_through(
     before = _values(copy)
     for p in passes:
         say(f"running {p}")
-        ctx = Context(decisions=[], data=data or {}, products=products)
+        ctx = Context(target=target, decisions=[], data=data or {}, products=products)
         changes = p.run(copy, ctx)
         decisions = [*(ctx.decisions or ()), *_fused(ctx)]
         products = {k: v for k, v in ctx.products.items() if not isinstance(v, Journal)}

@@ -1,0 +1,50 @@
+"""Selectors as the limits of a partition: what is pinned where, and what stays together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph, Node
+from dfc.lang.selectors import Selector, parse_selector
+from dfc.planning.model import Limits
+
+Part = str | Selector  # a module path, the text of a selector, or one
+
+
+def limits_of(
+    graph: Graph, pins: Mapping[str, str], together: Sequence[Part | Sequence[Part]] = ()
+) -> Limits:
+    """The limits that selectors stand for; each of `together` is one of them or several.
+
+    Raises:  DfcError Q020, Q021 for a selector that is none, or that finds nothing; N048 for a node
+             that is pinned to two devices.
+    """
+    found: dict[Node, str] = {}
+    for part, device in pins.items():
+        pin(found, selector(part).nodes(graph), device)
+    groups = [
+        [n for part in ([x] if isinstance(x, (str, Selector)) else x)
+         for n in selector(part).nodes(graph)]
+        for x in together
+    ]  # fmt: skip
+    return Limits(found, tuple(tuple(dict.fromkeys(nodes)) for nodes in groups))
+
+
+def pin(found: dict[Node, str], nodes: Sequence[Node], device: str) -> None:
+    """Add pins to those that there are.
+
+    Raises:  DfcError N048.
+    """
+    for node in nodes:
+        other = found.setdefault(node, device)
+        if other != device:
+            raise DfcError("N048", f"{node!r} is pinned to `{other}` and to `{device}`")
+
+
+def selector(part: Part) -> Selector:
+    """A selector from its text; a plain module path needs no quotes of its own."""
+    if isinstance(part, Selector):
+        return part
+    plain = all(c.isalnum() or c in "._*" for c in part)
+    return parse_selector(f'"{part}"' if plain else part)
