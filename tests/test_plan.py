@@ -224,7 +224,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], tower: 
     assert "--force" in capsys.readouterr().err
     assert main(["plan", model, "-t", target, "--size", "B=64", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["schedule"] == "forward" and data["stages"][0]["device"] == "gpu0"
+    assert data["schedule"] == "forward" and data["stages"][0]["device"] == "gpu1"
     tiny = tmp_path / "tiny.dfc"
     tiny.write_text("dfc 1\ntarget t { device a : cuda(mem=10KB, peak=1TFLOPS, bw=1TB/s) }\n")
     assert main(["plan", model, "-t", str(tiny)]) == 6

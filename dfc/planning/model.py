@@ -196,12 +196,12 @@ def _grouped(
 
 
 def _viewed(node: Node, sizes: Sizes) -> Value | None:
-    """What a view shows, if it shows all of it."""
+    """What a view shows, if it shows all of it and waits for nothing else."""
     work = work_of(node, sizes)
     if work.flops or work.bytes or len(node.results) != 1 or not node.inputs:
         return None
     source = node.inputs[0]
-    if not isinstance(source, Value):
+    if not isinstance(source, Value) or any(v is not source for v in node.operands):
         return None
     return source if bytes_of(node.results[0], sizes) == bytes_of(source, sizes) else None
 
