@@ -51,17 +51,17 @@ def run(graph: Graph, x: torch.Tensor, folder: Path, **options: Any) -> tuple[An
     return torch.from_numpy(found), Counter(n.op_type for n in kernels)
 
 
-def operands(k: int, group: int | None, low: int, high: int) -> tuple[Any, Any, Any]:
+def operands(k: int, group: int | None, low: int, high: int, n: int = 6) -> tuple[Any, Any, Any]:
     """Activations that are codes already, extreme weights, scales that are powers of two."""
     generator = torch.Generator().manual_seed(k)
     x = torch.randint(-127, 128, (5, k), generator=generator).float()
     x[:, :: group or k] = 127
     x[0], x[1] = 127, -127
-    weight = torch.randint(low, high + 1, (6, k), generator=generator, dtype=torch.int8)
+    weight = torch.randint(low, high + 1, (n, k), generator=generator, dtype=torch.int8)
     weight[0], weight[1] = high, low
     groups = -(-k // group) if group else 1
     # of two sizes: the sums of float32 that follow stay below 2**24, so that they are exact
-    scale = 2.0 ** torch.randint(-1, 1, (6, groups), generator=generator)
+    scale = 2.0 ** torch.randint(-1, 1, (n, groups), generator=generator)
     return x, weight, scale if group else scale[:, 0]
 
 
@@ -107,6 +107,46 @@ def test_groups_are_multiplied_as_whole_numbers_by_one_kernel(
     found, kernels = run(graph, x, tmp_path, contrib=True)
     assert kernels == {"MatMulNBits": 1}
     assert torch.equal(found, interpret(graph, [x])[0])
+
+
+@pytest.mark.parametrize("group", [16, 32, 128])
+@pytest.mark.parametrize("n, k", [(6, 256), (7, 201)])
+@pytest.mark.parametrize("bits, zeros", [(8, False), (4, False), (4, True)])
+def test_groups_in_standard_onnx_become_the_same_kernel(
+    bits: int, n: int, k: int, group: int, zeros: bool, tmp_path: Path
+) -> None:
+    """Blocked DequantizeLinear of opset 21, without ONNX Runtime's own ops in the file."""
+    x, weight, scale = operands(k, group, *((-128, 127) if bits == 8 else (-8, 7)), n=n)
+    tensors: list[torch.Tensor | None] = [weight, scale]
+    if bits == 4:
+        more = scale.shape[1] * group - k
+        codes = torch.nn.functional.pad(weight + 8, (0, more), value=8).to(torch.uint8)
+        points = torch.arange(n)[:, None] + torch.arange(scale.shape[1]) + 4
+        zero = pack4((points % 16).to(torch.uint8)) if zeros else None
+        tensors = [pack4(codes), scale, zero]
+    tensors.append(torch.arange(n).float())
+    graph = layer(f"dfc.linear_w{bits}", x, tensors, group=group, activations="int8")
+    model = ir.serde.serialize_model(build_onnx(graph, opset=21))
+    onnx.checker.check_model(model, full_check=True)
+    assert {o.domain for o in model.opset_import} == {""}
+    types = {t.name: t.data_type for t in model.graph.initializer}
+    four = onnx.TensorProto.UINT4 if zeros else onnx.TensorProto.INT4
+    assert types["w0.columns"] == (onnx.TensorProto.INT8 if bits == 8 else four)
+    found, kernels = run(graph, x, tmp_path)
+    assert kernels["MatMulNBits"] == 1 and not {"DequantizeLinear", "MatMul"} & set(kernels)
+    assert torch.equal(found, interpret(graph, [x])[0])
+
+
+def test_a_table_that_is_a_layers_weight_too_is_written_once() -> None:
+    graph = Graph("tied")
+    b = Builder(graph)
+    ids = graph.add_input("ids", TensorType.of(torch.zeros(3, dtype=torch.int64)))
+    table = graph.add_constant("table", torch.randint(-128, 128, (50, 64), dtype=torch.int8))
+    scale = graph.add_constant("scale", torch.rand(50, 2))
+    rows = b("dfc.embedding_w8", ids, table, scale, group=32)
+    graph.set_outputs([b("dfc.linear_w8", rows, table, scale, group=32, activations="int8")])
+    held = build_onnx(graph, opset=21).graph.initializers.values()
+    assert sum(v.const_value.nbytes for v in held if v.const_value) < 1.2 * 50 * 64 + 50 * 2 * 4
 
 
 def test_half_precision_scales_are_widened_when_written(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from dfc.emit.onnx_builder import (
     Val,
     onnx_dtype,
 )
+from dfc.emit.onnx_ops.blocked import FIRST_OPSET
 from dfc.emit.onnx_sizes import Sizes
 from dfc.emit.onnx_torchlib import model_functions, symbolic_value, translate
 from dfc.errors import DfcError
@@ -120,6 +121,16 @@ def export_onnx(graph: Graph, path: str | os.PathLike[str], **options: Any) -> W
     from dfc.emit.onnx_export import export_onnx as export
 
     return export(graph, path, **options)
+
+
+def file_opset(graph: Graph) -> int:
+    """The opset of files that name none: 21 where weights lie in groups, which is its first."""
+    grouped = any(
+        n.attributes.get("group") and n.attributes.get("activations") == "int8"
+        for n in graph.walk()
+        if n.op.startswith("dfc.linear_w")
+    )
+    return max(OPSET, FIRST_OPSET) if grouped else OPSET
 
 
 def ir_version(opset: int) -> int:

@@ -51,16 +51,17 @@ def export_onnx(
 
     Needs:   probes are (flat inputs, expected flat outputs), as `interpret` takes and gives them,
              or objects with `inputs`, `original` and `witness`.
-    Ensures: the file has standard operators only, of opset 20 unless another is asked for; with
-             `contrib` it may have ONNX Runtime's own, and is of the opset that is fastest there.
+    Ensures: the file has standard operators only, of opset 20 unless another is asked for, or of
+             21 for weights in groups; with `contrib` it may have ONNX Runtime's own, and is of the
+             opset that is fastest there.
     Raises:  DfcError X001 for an op without a translation, X002 for a model that is invalid or
              fails to run, X003 (status 4) for a result that differs, D010.. for the file itself.
     """
-    from dfc.emit.onnx import ENGINE_OPSET, OPSET, build_onnx
+    from dfc.emit.onnx import ENGINE_OPSET, build_onnx, file_opset
     from dfc.publish import publish_file
 
     target = Path(path).absolute()
-    usual = ENGINE_OPSET if contrib else OPSET
+    usual = ENGINE_OPSET if contrib else file_opset(graph)
     model = build_onnx(graph, opset=opset or usual, contrib=contrib, name=name)
     _check(model, target)
     size = sum(_nbytes(v) for v in model.graph.initializers.values())

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from dfc.emit.onnx_builder import ONNX_DTYPES, Builder, Call, D, NoTranslation, Val
+from dfc.emit.onnx_ops.blocked import BLOCKS, blocked_linear
 from dfc.emit.onnx_ops.registry import translates
 from dfc.ops.codes import OFFSET, groups_of
 
-_BLOCKS = (16, 32, 64, 128, 256)  # block sizes that MatMulNBits takes
 _MIDDLE = 128  # what int8 codes are shifted by to be bytes
 
 
@@ -69,9 +69,15 @@ def _placed(
 @translates("dfc.linear_w4")
 def linear_w4(
     b: Builder, x: Val, packed: Val, scale: Val, zero: Val | None, bias: Val | None, group: int,
-    activations: str,
+    activations: str, call: Call,
 ) -> Val:  # fmt: skip
-    """MatMulNBits; the decomposition is unpacked when loading."""
+    """MatMulNBits, or in standard ops what becomes it; the decomposition is unpacked when loading.
+
+    Why:  with float activations no standard form is both small and fast in ONNX Runtime: it
+          unpacks codes in a DequantizeLinear at every call, and would round the rows to int8.
+    """
+    if activations == "int8" and not b.root.contrib:
+        return blocked_linear(b, call, x, packed, scale, zero, bias, 4, group)
     n, groups = b.type(scale).shape
     if activations == "int8":
         blocks = _blocks4(b, packed, group)
@@ -116,7 +122,7 @@ def _matmul_nbits(
     group: int, activations: str,
 ) -> Val:  # fmt: skip
     n, k = b.dim(scale, 0), b.dim(x, -1)
-    if not b.root.contrib or x.dtype != D.FLOAT or b.rank(x) < 2 or group not in _BLOCKS:
+    if not b.root.contrib or x.dtype != D.FLOAT or b.rank(x) < 2 or group not in BLOCKS:
         raise NoTranslation("")
     if not isinstance(n, int) or not isinstance(k, int):
         raise NoTranslation("")
@@ -131,9 +137,11 @@ def _matmul_nbits(
 @translates("dfc.linear_w8")
 def linear_w8(
     b: Builder, x: Val, weight: Val, scale: Val, bias: Val | None, group: int | None,
-    activations: str,
+    activations: str, call: Call,
 ) -> Val:  # fmt: skip
     """MatMulNBits for groups, whole-number products for int8 rows; else the decomposition."""
+    if group is not None and activations == "int8" and not b.root.contrib:
+        return blocked_linear(b, call, x, weight, scale, None, bias, 8, group)
     if group is not None:
         return _groups_w8(b, x, weight, scale, bias, group, activations)
     if activations == "int8":
@@ -232,7 +240,8 @@ def embedding_w8(
     target = ONNX_DTYPES[dtype]
     if not isinstance(width, int) or (group is not None and width % group):
         raise NoTranslation("")
-    blocks = _blocks8(b, table, group) if group and _is_tied(call, "dfc.linear_w8") else None
+    tied = b.root.contrib and _is_tied(call, "dfc.linear_w8")
+    blocks = _blocks8(b, table, group) if group and tied else None
     if blocks is None:
         rows = b.cast(b.op("Gather", table, x, axis=0), target)
     else:
