@@ -173,6 +173,12 @@ ATTACKS["metrics"] = (
 ATTACKS["data"] = (
     "dfc 1\ndata " + ",".join(f"d{i}" for i in range(45000)) + "\nrecipe r { fuse using d1 }"
 )
+ATTACKS["datamany"] = (
+    "dfc 1\ndata "
+    + ",".join(f"d{i}" for i in range(40000))
+    + "\n"
+    + "".join(f"recipe r{i} {{ }}\n" for i in range(3000))
+)
 ATTACKS["dupdata"] = "dfc 1\ndata " + ",".join(["d"] * 45000)
 ATTACKS["imports"] = "dfc 1\n" + 'import "a.dfc"\n' * 40000
 ATTACKS["importlong"] = 'dfc 1\nimport "' + "a" * 60000 + '.dfc"\n'

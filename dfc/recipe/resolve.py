@@ -11,7 +11,7 @@ Q019  data that is not used: a warning
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -78,9 +78,9 @@ def _resolve(
     try:
         names = _names(source, target, problems)
         chosen = _chosen(names, name)
-        _plans(names, {})  # the others are checked as well
+        _plans(names)  # the others are checked as well
         if chosen is not None:
-            found = _plan(Resolver(names), *chosen, settings or {})
+            (found,) = _made(names, [chosen], settings or {})
     except Enough:
         pass
     return found, names
@@ -105,7 +105,7 @@ def check_source(
     warnings: list[Diagnostic] = []
     try:
         names = _names(source, None, problems)
-        plans = _plans(names, {})
+        plans = _plans(names)
         warnings = names.unused_data()
         if graph is not None and not problems.found:
             for plan in plans:
@@ -142,31 +142,38 @@ def _names(source: Source, target: Source | None, problems: Problems) -> Names:
     return Names(main, problems, extra)
 
 
-def _plans(names: Names, settings: Mapping[str, str]) -> list[p.Plan]:
-    """The plans of every recipe that is not shipped; all targets and metrics are checked."""
+def _plans(names: Names) -> list[p.Plan]:
+    """The plans of every recipe that is not shipped; all targets are checked."""
     for t, where in names.targets.values():
         made_target(t, where, names.problems)
-    for m, where in names.metrics.values():
-        names.metric(m, where)
-    resolver = Resolver(names)
     own = [(e, f.source) for f in names.own for e in f.document.entries if isinstance(e, s.Recipe)]
-    return [_plan(resolver, e, where, settings) for e, where in own]
+    return _made(names, own, {})
+
+
+def _made(
+    names: Names, recipes: Sequence[tuple[s.Recipe, Source]], settings: Mapping[str, str]
+) -> list[p.Plan]:
+    """Plans of recipes. What the file declares is looked at once, however many recipes it has."""
+    resolver = Resolver(names)
+    metrics = tuple(names.metric(m, where) for m, where in names.metrics.values())
+    bare = [_plan(resolver, e, where, settings) for e, where in recipes]
+    data = tuple(names.data)
+    warnings = tuple(f"{d.span}: {d.message}" for d in names.unused_data())
+    return [replace(x, data=data, metrics=metrics, warnings=warnings) for x in bare]
 
 
 def _plan(
     resolver: Resolver, recipe: s.Recipe, source: Source, settings: Mapping[str, str]
 ) -> p.Plan:
+    """The plan of one recipe, without what the whole file declares."""
     names = resolver.names
     names.target = target_of(recipe, source, names)
     steps, scope = resolver.recipe(recipe, source)
     steps = apply_settings(steps, settings, names)
     check_order(steps, names.problems)
     check_needs(p.passes_of(steps), names.target, names.problems)
-    metrics = tuple(names.metric(m, src) for m, src in names.metrics.values())
-    warnings = tuple(f"{d.span}: {d.message}" for d in names.unused_data())
     return p.Plan(
         recipe.name.name, steps, tuple(scope.goals), tuple(scope.requirements), names.target,
-        tuple(names.data), metrics, warnings,
     )  # fmt: skip
 
 
