@@ -44,6 +44,7 @@ LATE = {
 # Members of one layer that may know each other.
 PAIRS = {
     ("emit", "planning"),  # the protocol of what runs
+    ("capture", "emit"),  # gradients are captured of what is emitted
     *product(("package", "compiled", "report", "report_page"), repeat=2),
 }
 

@@ -17,7 +17,7 @@ from torch import fx
 from dfc.emit.kernels import KernelCall, Kernels
 from dfc.errors import DfcError
 from dfc.ir.expr import FUNCTIONS, Call, Expr, Scalar
-from dfc.ir.graph import Graph, Input, Node, Parameter, Value
+from dfc.ir.graph import Graph, Input, Loc, Node, Parameter, Value
 from dfc.ir.op import DeclaredOp
 from dfc.ir.types import DType, ScalarType, TensorType
 from dfc.ops.aten import AtenOp
@@ -74,12 +74,25 @@ class _Emitter:
             if p.use_count:
                 self.parameter(i, p)
         for node in self.graph.nodes:
+            last = next(iter(reversed(self.fx.nodes)), None)
             self.node(node)
+            if node.loc is not None:
+                self.locate(node.loc, last)
         self.fx.output(tuple(self.env[v] for v in self.graph.result.operands))
         self.drop_unread()
         module = fx.GraphModule(self.root, self.fx, class_name="DfcGraph")
         module.eval()
         return module
+
+    def locate(self, loc: Loc, last: fx.Node | None) -> None:
+        """Note on all nodes after `last` where they come from, in the words of torch.export."""
+        for node in reversed(self.fx.nodes):
+            if node is last:
+                return
+            if loc.file:
+                node.meta["stack_trace"] = f'  File "{loc.file}", line {loc.line}, in forward'
+            if loc.module:
+                node.meta["nn_module_stack"] = {loc.module: (loc.module, "")}
 
     def parameter(self, i: int, p: Parameter) -> None:
         if p.data is None:

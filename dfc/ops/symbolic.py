@@ -86,6 +86,11 @@ class SymbolTable:
         self._by_name[name] = self.env.create_symintnode(made, hint=size, source=source)
         self._names[made] = symbol(name)
 
+    @property
+    def known(self) -> Mapping[Any, Scalar]:
+        """torch's symbols, by our names."""
+        return self._names
+
     def concrete(self, size: Scalar) -> Any:
         return evaluate(size, self._by_name)
 

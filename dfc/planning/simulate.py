@@ -180,6 +180,16 @@ def peaks(program: Program, costs: Costs) -> tuple[int, ...]:
     return tuple(found)
 
 
+def in_flight(program: Program) -> tuple[int, ...]:
+    """The most microbatches that each stage keeps activations of, from F until W or B."""
+    n = program.stages
+    found = []
+    for stage, rank in enumerate(program.placement):
+        one = [int(s == stage) for s in range(n)]
+        found.append(peaks(program, Costs(forward=[1] * n, activations=one))[rank])
+    return tuple(found)
+
+
 def _waits(program: Program, tasks: Tasks, stuck: Sequence[int]) -> str:
     told = [f"{tasks.name(a)} waits for {tasks.name(b)}" for a, b in tasks.blocked(stuck)[:4]]
     return "; ".join(told)

@@ -1,0 +1,87 @@
+"""A loss after a graph: one more node or a few, which belong to the last stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from dfc.capture.convert import Converter, Names
+from dfc.errors import DfcError
+from dfc.ir import tree
+from dfc.ir.graph import Argument, Graph, Node, Value
+from dfc.ir.tree import LEAF
+from dfc.ir.types import TensorType
+from dfc.ops.symbolic import SymbolTable
+
+
+def with_loss(graph: Graph, loss: Callable[..., Any], targets: Sequence[TensorType]) -> Graph:
+    """A copy that returns `loss(outputs, *targets)`: its nodes are the graph's, then the loss's.
+
+    The targets become arguments `target`, `target_1`, ... after the model's own.
+    Raises:  DfcError N074 for a loss that is not one float, or that reads tensors of its own.
+    """
+    copy = graph.copy()
+    extra = [copy.add_input(copy.fresh_name("target"), t) for t in targets]
+    copy.arguments = (*copy.arguments, *(Argument(v.name, LEAF) for v in extra))
+    outputs = list(copy.outputs)
+    table = SymbolTable(copy.ranges)
+    traced = _traced(loss, graph.output_tree, len(outputs), [*outputs, *extra], table)
+    names = Names()
+    names.known.update(table.known)
+    converter = Converter(copy, traced, names)
+    holders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    converter.env.update(zip(holders, (*outputs, *extra), strict=True))
+    nodes = list(traced.graph.nodes)
+    converter.convert(nodes)
+    made = converter.single(nodes[-1].args[0])
+    assert made is not None
+    copy.set_outputs([made])
+    return copy
+
+
+def _traced(
+    loss: Callable[..., Any], structure: tree.Tree, count: int, values: Sequence[Value],
+    table: SymbolTable,
+) -> fx.GraphModule:  # fmt: skip
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def run(*leaves: Any) -> Any:
+        built = tree.build(structure, iter(leaves[:count]), {})
+        found = loss(built, *leaves[count:])
+        if not isinstance(found, torch.Tensor) or found.dim() or not found.is_floating_point():
+            what = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+            raise DfcError("N074", f"the loss must be one float tensor without dimensions, got "
+                           f"{what}", help="take its mean")  # fmt: skip
+        return found
+
+    mode = FakeTensorMode(shape_env=table.env, allow_non_fake_inputs=True)
+    with mode, torch.no_grad():
+        fakes = [
+            torch.empty([table.concrete(s) for s in v.tensor_type.shape],
+                        dtype=v.tensor_type.dtype.to_torch())
+            for v in values
+        ]  # fmt: skip
+        return make_fx(run)(*fakes)
+
+
+def loss_of(graph: Graph) -> Value:
+    """The output that is the loss: the only one that is a float without dimensions.
+
+    Raises:  DfcError N074 when there is none, or more than one.
+    """
+    found = [
+        v for v in graph.outputs
+        if isinstance(v.type, TensorType) and not v.type.shape and v.type.dtype.is_float
+        and isinstance(v.node, Node)
+    ]  # fmt: skip
+    if len(found) != 1:
+        said = "no output" if not found else f"{len(found)} outputs"
+        raise DfcError(
+            "N074", f"{said} of the model could be the loss: one float without dimensions",
+            help="give `loss=` a function of the model's outputs and the targets", status=2,
+        )  # fmt: skip
+    return found[0]

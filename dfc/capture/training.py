@@ -1,0 +1,217 @@
+"""A graph with its gradients: one joint graph of forward and backward nodes.
+
+AOTAutograd differentiates the graph as PyTorch would, below the dispatcher, so that what comes out
+is ATen again. Backward nodes keep the Python line and the module path of the forward node whose
+gradient they compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from dfc.capture.convert import Converter, Names
+from dfc.emit.fx import to_fx
+from dfc.errors import DfcError
+from dfc.ir.graph import Argument, Graph, Loc, Parameter, Value
+from dfc.ir.tree import LEAF, Seq
+from dfc.ir.types import TensorType
+from dfc.ops.symbolic import SymbolTable, identifier
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Forward and backward of one graph; all values are those of `graph`.
+
+    Inputs are the forward graph's inputs, the weights, then a tangent for each output that has one:
+    the derivative of the loss by it. Outputs are the forward graph's, then the gradients that are
+    not None.
+    """
+
+    graph: Graph
+    inputs: tuple[Value, ...]
+    weights: Mapping[str, Value]
+    outputs: tuple[Value, ...]
+    tangents: tuple[Value | None, ...]  # of each output
+    input_gradients: tuple[Value | None, ...]  # of each input
+    weight_gradients: Mapping[str, Value]
+
+
+def joint_graph(
+    graph: Graph, weights: Sequence[str], inputs: Sequence[bool], outputs: Sequence[bool]
+) -> Joint:
+    """Differentiate a graph by the inputs that are wanted and by the weights.
+
+    `outputs` says which outputs the loss depends on; the others are not differentiated.
+    Needs:   no weights' data; the other parameters keep theirs.
+    Raises:  DfcError N070 for an operator that PyTorch cannot differentiate, N071 for one that
+             draws random numbers.
+    """
+    refuse_random(graph)
+    lifted, parameters = _lifted(graph)
+    table = SymbolTable(lifted.ranges)
+    wanted = [w and _is_float(v) for v, w in zip(graph.inputs, inputs, strict=True)]
+    wanted += [p.name in set(weights) for p in parameters]
+    fakes = _fakes(lifted, table, wanted)
+    traced = _traced(to_fx(lifted), fakes, list(outputs))
+    return _converted(traced, graph, parameters, table, set(weights))
+
+
+def differentiable(graph: Graph, weights: Sequence[str], inputs: Sequence[bool]) -> list[bool]:
+    """Which outputs depend, by derivatives, on the weights or on the inputs that are marked."""
+    lifted, parameters = _lifted(graph)
+    wanted = [w and _is_float(v) for v, w in zip(graph.inputs, inputs, strict=True)]
+    wanted += [p.name in set(weights) for p in parameters]
+    with torch.enable_grad():
+        found = to_fx(lifted)(*_fakes(lifted, SymbolTable(lifted.ranges), wanted))
+    return [isinstance(x, torch.Tensor) and x.requires_grad for x in found]
+
+
+def refuse_random(graph: Graph) -> None:
+    """Refuse operators that draw from PyTorch's stream: cutting the graph would change it.
+
+    Raises:  DfcError N071.
+    """
+    for node in graph.walk():
+        if getattr(node.info, "_random", False) and not node.pure:
+            raise DfcError(
+                "N071", f"`{node.op}` ({node.loc or 'unknown place'}) draws random numbers, which "
+                "a partitioned model would draw in another order",
+                help="dropout is the one such operator that can be trained in stages",
+            )  # fmt: skip
+
+
+def _lifted(graph: Graph) -> tuple[Graph, list[Parameter]]:
+    """A copy whose parameters are inputs, after its own."""
+    copy, twin = graph.copy_with_map()
+    read = [p for p in graph.parameters.values() if p.use_count]
+    for p in read:
+        held = twin[p]
+        made = copy.add_input(copy.fresh_name(identifier(f"w_{p.name}")), p.type)
+        copy.replace_uses(held, made)
+    for p in list(copy.parameters.values()):
+        copy.drop_parameter(p.name)
+    return copy, read
+
+
+def _is_float(value: Value) -> bool:
+    return isinstance(value.type, TensorType) and value.type.dtype.is_float
+
+
+def _fakes(graph: Graph, table: SymbolTable, wanted: Sequence[bool]) -> list[Any]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    found = []
+    with FakeTensorMode(shape_env=table.env, allow_non_fake_inputs=True):
+        for v, grad in zip(graph.inputs, wanted, strict=True):
+            if not isinstance(v.type, TensorType):
+                raise DfcError("N070", f"the input %{v.name} is a number: a partitioned model is "
+                               "trained on tensors alone")  # fmt: skip
+            shape = [table.concrete(s) for s in v.type.shape]
+            found.append(torch.empty(shape, dtype=v.type.dtype.to_torch(), requires_grad=grad))
+    return found
+
+
+@torch.library.custom_op("dfc::boundary", mutates_args=())
+def _boundary(x: torch.Tensor) -> torch.Tensor:
+    """The identity, opaque while tracing: what a stage returns may be a view of what it took."""
+    return x.clone()
+
+
+@_boundary.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+_boundary.register_autograd(lambda ctx, gradient: torch.ops.dfc.boundary(gradient))
+
+
+def _traced(module: fx.GraphModule, fakes: list[Any], outputs: list[bool]) -> fx.GraphModule:
+    from torch._functorch.aot_autograd import aot_export_joint_simple
+
+    def forward(*leaves: Any) -> list[Any]:
+        results = fx.Interpreter(module).run(*leaves)
+        kept = [x if o else x.detach() for x, o in zip(results, outputs, strict=True)]
+        return [torch.ops.dfc.boundary(x) for x in kept]
+
+    try:
+        with torch.enable_grad(), fx.traceback.preserve_node_meta():
+            traced = aot_export_joint_simple(forward, tuple(fakes), trace_joint=True)
+    except (RuntimeError, NotImplementedError) as e:
+        raise DfcError("N070", f"PyTorch cannot differentiate the graph: {e}") from e
+    assert isinstance(traced, fx.GraphModule)
+    return traced
+
+
+def _converted(
+    traced: fx.GraphModule, forward: Graph, parameters: Sequence[Parameter], table: SymbolTable,
+    weights: set[str],
+) -> Joint:  # fmt: skip
+    _drop_copies(traced.graph)
+    graph, names = Graph(f"{forward.name}_joint"), Names()
+    graph.ranges, graph.requires = dict(forward.ranges), forward.requires
+    names.known.update(table.known)
+    converter = _Joining(graph, traced, names)
+    nodes = list(traced.graph.nodes)
+    holders = [n for n in nodes if n.op == "placeholder"]
+    count = len(forward.inputs)
+    for holder, v in zip(holders, forward.inputs, strict=False):
+        converter.env[holder] = graph.add_input(v.name, v.type)
+    named: dict[str, Value] = {}
+    for holder, p in zip(holders[count:], parameters, strict=False):
+        if p.name in weights:
+            name = graph.fresh_name(identifier(f"w_{p.name}"))
+            named[p.name] = converter.env[holder] = graph.add_input(name, p.type)
+        else:
+            converter.env[holder] = graph.add_parameter(
+                p.name, p.tensor_type, p.kind, p.data, p.aliases)  # fmt: skip
+    tangents: list[Value | None] = [None] * len(forward.outputs)
+    for holder in holders[count + len(parameters) :]:
+        type = names.type_of(holder.meta["val"])
+        made = graph.add_input(graph.fresh_name("tangent"), type)
+        tangents[holder.meta["desc"].output.idx] = converter.env[holder] = made
+    converter.convert(nodes)
+    graph.arguments = tuple(Argument(v.name, LEAF) for v in graph.inputs)
+    leaves: Any = nodes[-1].args[0]
+    found = [None if x is None else converter.single(x) for x in leaves]
+    results = [v for v in found if v is not None]
+    graph.set_outputs(results, Seq("tuple", (LEAF,) * len(results)))
+    n = len(forward.outputs)
+    gradients = found[n:] or [None] * (count + len(parameters))  # nothing was differentiated
+    by_weight = zip((p.name for p in parameters), gradients[count:], strict=True)
+    return Joint(
+        graph, graph.inputs[:count], named, tuple(v for v in found[:n] if v is not None),
+        tuple(tangents), tuple(gradients[:count]),
+        {name: g for name, g in by_weight if g is not None},
+    )  # fmt: skip
+
+
+def _drop_copies(graph: fx.Graph) -> None:
+    """Let users of a copy read what was copied, since values know no memory; likewise of `t(t(x))`.
+
+    Why:  a transposed weight would be kept from the forward pass on, to be transposed again.
+    """
+    aten = torch.ops.aten
+    for node in list(graph.nodes):
+        source: Any = node.args[0] if node.args else None
+        if node.target in (aten.clone.default, torch.ops.dfc.boundary.default):
+            node.replace_all_uses_with(source)
+        elif node.target is aten.t.default and source.target is aten.t.default:
+            node.replace_all_uses_with(source.args[0])
+    graph.eliminate_dead_code()
+
+
+class _Joining(Converter):
+    """Reads the joint graph: backward nodes have the place of their forward node."""
+
+    def location(self, node: fx.Node) -> Loc | None:
+        loc = super().location(node)
+        stack = node.meta.get("fwd_nn_module_stack")
+        if not stack:
+            return loc
+        path = list(stack.values())[-1][0]
+        return Loc(loc.file, loc.line, path) if loc else Loc(module=path)

@@ -1,0 +1,133 @@
+"""A joint graph cut into what a schedule's actions run: F, I, W, and B for I and W at once.
+
+F makes the outputs, and what the backward pass reads of it. I makes the gradients by the inputs: an
+earlier stage waits for them. W makes the weights' gradients, for which nobody waits; what it reads
+of I is kept until then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from dfc.ir.graph import Graph, Node, Value
+from dfc.ir.slice import slice_graph
+from dfc.ir.tree import LEAF, Seq
+
+
+class Differentiated(Protocol):
+    """What is needed of a joint graph: its gradients, and its values by their roles."""
+
+    @property
+    def graph(self) -> Graph: ...
+    @property
+    def weights(self) -> Mapping[str, Value]: ...
+    @property
+    def outputs(self) -> tuple[Value, ...]: ...
+    @property
+    def input_gradients(self) -> tuple[Value | None, ...]: ...
+    @property
+    def weight_gradients(self) -> Mapping[str, Value]: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the joint graph: its inputs and outputs stand for those values of the whole."""
+
+    graph: Graph
+    takes: tuple[Value, ...]
+    gives: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The parts of one stage, by the letters of the schedules' actions, and the gradients.
+
+    All values are those of the joint graph.
+    """
+
+    forward: Part
+    inputs: Part
+    weights: Part
+    both: Part
+    input_gradients: tuple[Value | None, ...]
+    weight_gradients: Mapping[str, Value]
+
+    @property
+    def saved(self) -> frozenset[Value]:
+        """What is kept from F on."""
+        return self.kept_for_weights | frozenset(self.inputs.takes)
+
+    @property
+    def kept_for_weights(self) -> frozenset[Value]:
+        """What is kept from I on."""
+        return frozenset(self.weights.takes)
+
+
+def cut(joint: Differentiated) -> Cut:
+    """Cut a joint graph.
+
+    Ensures: F reads no tangent; each node is in one of F, I and W, and those of I and W are in B.
+    """
+    moved = split_masked(joint.graph)
+    by_input = tuple(v and moved.get(v, v) for v in joint.input_gradients)
+    by_weight = {name: moved.get(v, v) for name, v in joint.weight_gradients.items()}
+    forward = _needed(joint.outputs, ())
+    inputs = _needed((v for v in by_input if v), forward)
+    weights = _needed(by_weight.values(), forward | inputs)
+    return Cut(
+        _part(joint.graph, forward, "F"), _part(joint.graph, inputs, "I"),
+        _part(joint.graph, weights, "W"), _part(joint.graph, inputs | weights, "B"),
+        by_input, by_weight,
+    )  # fmt: skip
+
+
+def _needed(values: Iterable[Value], known: Iterable[Node]) -> frozenset[Node]:
+    """The nodes that make these values, without those that are known."""
+    found, done = set(), set(known)
+    todo = [v.node for v in values if v.node is not None]
+    while todo:
+        node = todo.pop()
+        if node in done:
+            continue
+        done.add(node)
+        found.add(node)
+        todo += [v.node for v in node.operands if v.node is not None]
+    return frozenset(found)
+
+
+def _part(graph: Graph, nodes: frozenset[Node], letter: str) -> Part:
+    part, takes = slice_graph(graph, nodes)
+    part.name = f"{graph.name.removesuffix('_joint')}_{letter}"
+    inner = [r for n in part.nodes for r in n.results]
+    outer = [r for n in graph.nodes if n in nodes for r in n.results]
+    twin = dict(zip(outer, inner, strict=True))
+    gives = [r for r in outer if any(u not in nodes for u in r.users)]
+    part.set_outputs([twin[r] for r in gives], Seq("tuple", (LEAF,) * len(gives)))
+    return Part(part, tuple(takes), tuple(gives))
+
+
+def split_masked(graph: Graph) -> dict[Value, Value]:
+    """A backward operator that makes several gradients at once becomes one operator for each group.
+
+    `convolution_backward` and the norms take a mask of what is wanted. The gradient of the input
+    and those of the weights are wanted at different times. Returns what stands for what.
+    """
+    moved: dict[Value, Value] = {}
+    for node in list(graph.nodes):
+        mask = node.attributes.get("output_mask")
+        if mask is None or len(mask) < 2 or not mask[0] or not any(mask[1:]):
+            continue
+        types = [r.type for r in node.results]
+        for wanted in ((True, *[False] * (len(mask) - 1)), (False, *mask[1:])):
+            made = graph.add(
+                node.op, node.inputs, {**node.attributes, "output_mask": wanted}, types=types,
+                names=[r.name for r in node.results], before=node, loc=node.loc,
+            )  # fmt: skip
+            for old, new, ours in zip(node.results, made.results, wanted, strict=True):
+                if ours:
+                    moved[old] = new
+                    graph.replace_uses(old, new)
+        graph.erase(node)
+    return moved

@@ -1,0 +1,97 @@
+"""The stages of a graph with their gradients, and what goes from stage to stage in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dfc.capture.training import Joint, differentiable, joint_graph
+from dfc.errors import DfcError
+from dfc.ir.graph import Value
+from dfc.planning.backward import Cut, cut
+from dfc.planning.stages import HOST, StageGraph
+from dfc.runtime.pipeline.routes import Edge
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The name under which the derivative of the loss by a value travels.
+
+    A value that several stages read has one for each: whoever made the value adds them up. `reader`
+    is HOST for the loss itself, whose derivative is what a microbatch counts for.
+    """
+
+    value: Value
+    reader: int
+
+
+@dataclass(frozen=True)
+class Differentiated:
+    """One stage: its graph, its joint graph, and the parts of that which actions run."""
+
+    number: int
+    stage: StageGraph
+    joint: Joint
+    cut: Cut
+
+    def gradients(self) -> list[Gradient]:
+        """What goes back to earlier stages, in the order of what the stage takes."""
+        pairs = zip(self.stage.takes, self.cut.input_gradients, strict=True)
+        return [Gradient(v, self.number) for v, g in pairs if g is not None]
+
+
+def differentiated(
+    stages: Sequence[StageGraph], weights: Sequence[str], loss: Value
+) -> list[Differentiated]:
+    """Differentiate every stage, from the last to the first.
+
+    Needs:   `loss` is what a stage gives.
+    Raises:  DfcError N072 for a loss that no weight changes, N070 and N071 as `joint_graph`.
+    """
+    depends: set[Value] = set()  # on a weight, by derivatives
+    for stage in stages:
+        found = differentiable(stage.graph, weights, [v in depends for v in stage.takes])
+        depends |= {v for v, d in zip(stage.gives, found, strict=True) if d}
+    if loss not in depends:
+        raise DfcError("N072", f"the loss %{loss.name} does not depend on any weight", status=2)
+    wanted, made = {loss}, []
+    for number in reversed(range(len(stages))):
+        stage = stages[number]
+        outputs = [v in wanted and v in depends for v in stage.gives]
+        joint = joint_graph(stage.graph, weights, [v in depends for v in stage.takes], outputs)
+        made.append(Differentiated(number, stage, joint, cut(joint)))
+        wanted |= {g.value for g in made[-1].gradients()}
+    return made[::-1]
+
+
+def edges_of(stages: Sequence[Differentiated], loss: Value) -> list[Edge]:
+    """What goes between stages, and between them and the caller."""
+    last = next(s.number for s in stages if loss in s.stage.gives)
+    found = [
+        Edge(HOST, last, (Gradient(loss, HOST),), backward=True),
+        Edge(last, HOST, (loss,)),
+    ]
+    for s in stages:
+        forward: dict[int, list[Any]] = {}
+        backward: dict[int, list[Any]] = {}
+        for v, source in zip(s.stage.takes, s.stage.sources, strict=True):
+            forward.setdefault(source, []).append(v)
+        home = dict(zip(s.stage.takes, s.stage.sources, strict=True))
+        for g in s.gradients():
+            backward.setdefault(home[g.value], []).append(g)
+        found += [Edge(source, s.number, tuple(v)) for source, v in sorted(forward.items())]
+        found += [
+            Edge(s.number, source, tuple(v), backward=True)
+            for source, v in sorted(backward.items())
+        ]
+    return found
+
+
+def readers_of(stages: Sequence[Differentiated]) -> Mapping[Value, tuple[Gradient, ...]]:
+    """The gradients of each value that is handed on, the last reader's first, as autograd adds."""
+    found: dict[Value, list[Gradient]] = {}
+    for s in reversed(stages):
+        for g in s.gradients():
+            found.setdefault(g.value, []).append(g)
+    return {v: tuple(g) for v, g in found.items()}

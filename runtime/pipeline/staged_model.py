@@ -1,0 +1,76 @@
+"""A model to be trained in stages: its loss, its stages with their gradients, their edges.
+
+This is all that depends on the model and on how it is cut, and nothing of how it is run: trainers
+in one process and in several take the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dfc.capture.loss import loss_of, with_loss
+from dfc.emit.trainable import trainable
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph, Node
+from dfc.ir.types import TensorType
+from dfc.planning.stages import split
+from dfc.runtime.pipeline.differentiated import differentiated, edges_of, readers_of
+from dfc.runtime.pipeline.dropout import masked
+
+if TYPE_CHECKING:
+    import torch
+
+
+class StagedModel:
+    """A differentiated model.
+
+    `graph` is called like the model, targets last; `inputs` says which value of the stages stands
+    for which of its inputs; `masks` are inputs of the stages alone.
+    Raises:  DfcError N050 for stages that are not convex or numbered, N07x for what cannot be
+             trained.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        stage_of: Mapping[Node, int],
+        loss: Callable[..., Any] | None = None,
+        targets: Sequence[TensorType] = (),
+    ) -> None:
+        self.graph = with_loss(graph, loss, targets) if loss else graph
+        inner = self.graph.copy()
+        _write_stages(graph, inner, stage_of)
+        self.masks = masked(inner)
+        self.inputs = dict(zip(self.graph.inputs, inner.inputs, strict=False))
+        self.loss = loss_of(inner)
+        self._trainable = {p.name: p for p in trainable(inner)}
+        stages = split(inner, {n: n.stage for n in inner.nodes if n.stage is not None})
+        self.parts = differentiated(stages, list(self._trainable), self.loss)
+        self.edges = edges_of(self.parts, self.loss)
+        self.readers = readers_of(self.parts)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights that are trained, as the graph has them.
+
+        Raises:  DfcError K021 for a model without numbers.
+        """
+        found = {}
+        for name, p in self._trainable.items():
+            if p.data is None:
+                raise DfcError(
+                    "K021", f"the parameter !{name} has no data: the model was traced on the meta "
+                    "device", help="load weights before training",
+                )  # fmt: skip
+            found[name] = p.data.tensor()
+        return found
+
+
+def _write_stages(original: Graph, graph: Graph, stage_of: Mapping[Node, int]) -> None:
+    """Write the stages of a graph's nodes on those of a copy, and the last on what follows them."""
+    last = max(stage_of.values(), default=0)
+    nodes = list(graph.nodes)
+    for node, copy in zip(original.nodes, nodes, strict=False):
+        graph.set_stage(copy, stage_of.get(node))
+    for copy in nodes[len(original) :]:
+        graph.set_stage(copy, last)

@@ -1,0 +1,155 @@
+"""One stage in training: runs F, I, W and B, keeps what they need of each other, adds gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph, Value
+from dfc.planning.actions import Action, Kind
+from dfc.planning.backward import Part
+from dfc.planning.engine import Runner
+from dfc.planning.stages import HOST
+from dfc.runtime.pipeline.differentiated import Differentiated, Gradient
+
+if TYPE_CHECKING:
+    import torch
+
+Build = Callable[[Graph], Runner]
+
+
+class TrainedStage:
+    """The actions of one stage.
+
+    Needs:   all actions of a stage come from one thread, those of a microbatch as F, I, W or F, B.
+    Keeps:   what I and W read, from F until W; `most` says how many microbatches at once.
+    Ensures: weights' gradients are added in the order in which W (or B) runs.
+    """
+
+    def __init__(
+        self,
+        stage: Differentiated,
+        weights: Mapping[str, torch.Tensor],
+        readers: Mapping[Value, Sequence[Gradient]],
+        build: Build,
+        kinds: Collection[Kind],
+    ) -> None:
+        joint = stage.joint
+        self.stage = stage
+        self._runs = {k: _Run(p, build) for k, p in _parts(stage, kinds).items()}
+        self._weights = {joint.weights[name]: weights[name] for name in joint.weights}
+        self._home = {name: joint.weights[name] for name in stage.cut.weight_gradients}
+        self._given = list(zip(stage.stage.gives, joint.outputs, strict=True))
+        self._tangents = [
+            (t, readers.get(v) or (Gradient(v, HOST),))
+            for v, t in zip(stage.stage.gives, joint.tangents, strict=True)
+            if t is not None
+        ]
+        self._returned = [
+            (Gradient(v, stage.number), g)
+            for v, g in zip(stage.stage.takes, stage.cut.input_gradients, strict=True)
+            if g is not None
+        ]
+        self._alive: dict[int, dict[Value, Any]] = {}
+        self.most = 0
+        self.limit = 0
+        self.saved_bytes = 0
+        self.gradients: dict[str, torch.Tensor] = {}
+        self._fresh: set[str] = set()
+
+    def start(self, limit: int) -> None:
+        """Begin a step that keeps at most `limit` microbatches at once.
+
+        What a failed step left is forgotten, and so are the gradients of the last.
+        """
+        self.limit = limit
+        self._alive.clear()
+        self._fresh.clear()
+        self.most = 0
+
+    def run(self, action: Action, values: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Carry out an action; values and results are named as the edges name them."""
+        b = action.microbatch
+        if action.kind == Kind.F:
+            return self._forward(b, values)
+        known = self._alive.pop(b) if action.kind != Kind.I else self._alive[b]
+        if action.kind != Kind.W:
+            known.update((t, _sum([values[r] for r in names])) for t, names in self._tangents)
+        self._runs[action.kind](known, self._weights)
+        found = {}
+        if action.kind != Kind.W:
+            found = {name: known[g] for name, g in self._returned}
+        if action.kind == Kind.I:
+            self._keep(b, known, self.stage.cut.kept_for_weights)
+        else:
+            self._accumulate(known)
+        return found
+
+    def _forward(self, b: int, values: Mapping[Any, Any]) -> dict[Any, Any]:
+        joint = self.stage.joint
+        known = dict(zip(joint.inputs, (values[v] for v in self.stage.stage.takes), strict=True))
+        self._runs[Kind.F](known, self._weights)
+        found = {v: known[out] for v, out in self._given}
+        self._keep(b, known, self.stage.cut.saved)
+        self.most = max(self.most, len(self._alive))
+        if len(self._alive) > self.limit:
+            raise DfcError("K055", f"stage {self.stage.number} keeps {len(self._alive)} "
+                           f"microbatches, the program has {self.limit} at most")  # fmt: skip
+        if not self.saved_bytes:
+            self.saved_bytes = _bytes(self._alive[b].values(), values.values())
+        return found
+
+    def _keep(self, b: int, known: Mapping[Value, Any], names: Collection[Value]) -> None:
+        self._alive[b] = {v: x for v, x in known.items() if v in names}
+
+    def _accumulate(self, known: Mapping[Value, Any]) -> None:
+        for name, value in self.stage.cut.weight_gradients.items():
+            gradient = known[value]
+            if name in self._fresh:
+                self.gradients[name].add_(gradient)
+                continue
+            self._fresh.add(name)
+            if name not in self.gradients:
+                self.gradients[name] = self._weights[self._home[name]].new_empty(gradient.shape)
+            self.gradients[name].copy_(gradient)
+
+
+class _Run:
+    """A part as a function that reads values and adds those that it makes."""
+
+    def __init__(self, part: Part, build: Build) -> None:
+        self.part = part
+        self.runner = build(part.graph) if part.gives else None
+
+    def __call__(self, known: dict[Value, Any], weights: Mapping[Value, Any]) -> None:
+        if self.runner is None:
+            return
+        inputs = [known[v] if v in known else weights[v] for v in self.part.takes]
+        known.update(zip(self.part.gives, self.runner(inputs), strict=True))
+
+
+def _parts(stage: Differentiated, kinds: Collection[Kind]) -> dict[Kind, Part]:
+    c = stage.cut
+    table = {Kind.F: c.forward, Kind.I: c.inputs, Kind.W: c.weights, Kind.B: c.both}
+    return {k: table[k] for k in kinds}
+
+
+def _sum(parts: Sequence[Any]) -> Any:
+    """The first reader's gradient and the others', in order."""
+    total = parts[0]
+    for x in parts[1:]:
+        total = total + x
+    return total
+
+
+def _bytes(values: Collection[Any], given: Collection[Any]) -> int:
+    """The memory of the values, each storage once, without what others hold as well."""
+    sizes = {
+        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+        for x in values if hasattr(x, "untyped_storage")
+    }  # fmt: skip
+    for x in given:
+        if hasattr(x, "untyped_storage"):
+            sizes.pop(x.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())

@@ -1,0 +1,283 @@
+"""Training of a partitioned model in one process: any program of the schedules, thread by rank.
+
+    with Trainer(graph, stage_of, schedule="zb1p", microbatches=8,
+                 optimizer=lambda params: torch.optim.AdamW(params, 1e-3)) as trainer:
+        for x, target in batches:
+            loss = trainer.step(x, target)
+
+Each stage is differentiated by itself. Gradients are those of one process with the same
+microbatches: within a stage they are added in the order of the program, over the stages of a tied
+weight in the order of stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from dfc.calling import flat_inputs
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph, Node, Value
+from dfc.ir.interpret import bind_inputs
+from dfc.ir.types import TensorType
+from dfc.planning.actions import Action, Kind, Program
+from dfc.planning.engine import Engine
+from dfc.planning.schedules import schedule
+from dfc.planning.simulate import Costs
+from dfc.planning.stages import HOST
+from dfc.runtime.engines import find_engine
+from dfc.runtime.pipeline.differentiated import Gradient
+from dfc.runtime.pipeline.dropout import Mask
+from dfc.runtime.pipeline.lanes import Lanes, Step
+from dfc.runtime.pipeline.local import thread_shares
+from dfc.runtime.pipeline.microbatches import batch_dim, batch_of, cut
+from dfc.runtime.pipeline.programs import Programs
+from dfc.runtime.pipeline.sequential import Sequential
+from dfc.runtime.pipeline.staged_model import StagedModel
+from dfc.runtime.pipeline.trained import TrainedStage
+from dfc.runtime.pipeline.training_report import TrainingReport
+from dfc.runtime.pipeline.training_state import optimizer_state, restore, slots_of
+
+if TYPE_CHECKING:
+    import torch
+
+    MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+
+
+class Trainer:
+    """A partitioned model with its optimizers; `step` takes a whole batch.
+
+    `graph` may be a `StagedModel`, which several trainers can share: then it has stages and loss.
+    `loss` is a function of the model's outputs and of the targets, whose types are `targets`;
+    without it the model returns the loss. With `reduction="mean"` a microbatch counts for its part
+    of the batch's items, with "sum" it counts whole. `schedule` is a name, a program, or "auto":
+    the best for the stages' times, measured in the first step. `chunks` is how many stages a rank
+    has in schedules that allow any number.
+    Needs:   convex stages, a graph that writes to no state.
+    Ensures: dropout is drawn by counters (`seed`, step, operator, microbatch): masks do not depend
+             on stages or schedule. Other random operators are refused.
+    Raises:  DfcError N050 for stages, N07x for what cannot be trained, N001.. for schedules.
+    """
+
+    def __init__(
+        self,
+        graph: Graph | StagedModel,
+        stage_of: Mapping[Node, int] | None = None,
+        *,
+        optimizer: MakeOptimizer,
+        schedule: str | Program = "1f1b",
+        microbatches: int = 8,
+        loss: Callable[..., Any] | None = None,
+        targets: Sequence[TensorType] = (),
+        reduction: str = "mean",
+        chunks: int = 2,
+        batch: str | None = None,
+        engine: str = "eager",
+        threads: int | None = None,
+        seed: int = 0,
+        sequential: bool = False,
+    ) -> None:
+        import torch
+
+        if reduction not in ("mean", "sum"):
+            raise DfcError("N073", f"reduction is `mean` or `sum`, not `{reduction}`", status=2)
+        self.model = model = _model(graph, stage_of, loss, targets)
+        self.reduction, self.microbatches, self.seed = reduction, microbatches, seed
+        self.programs = Programs(schedule, len(model.parts), microbatches, chunks)
+        self.batch = batch or batch_of(model.graph)
+        self._dims = {v: batch_dim(v, self.batch) for v in model.graph.inputs}
+        self.parameters = {n: torch.nn.Parameter(x.clone()) for n, x in model.weights().items()}
+        placement = self.programs.placement
+        each = _shares(threads or torch.get_num_threads(), placement)
+        self.trained = self._trained(find_engine(engine), each)
+        self.optimizers = [optimizer(owned) if owned else None for owned in self._owned()]
+        self._way: Sequential | Lanes = (
+            Sequential(model.edges, self._run)
+            if sequential
+            else Lanes(model.edges, self._run, each)
+        )
+        self.steps = 0
+        self.last: tuple[Program, Step] | None = None
+
+    def _trained(self, engine: Engine, threads: Sequence[int]) -> list[TrainedStage]:
+        weights = {name: p.detach() for name, p in self.parameters.items()}
+        found = []
+        for part, rank in zip(self.model.parts, self.programs.placement, strict=True):
+            build = partial(engine.build, device="cpu", threads=threads[rank])
+            kinds = self.programs.kinds
+            found.append(TrainedStage(part, weights, self.model.readers, build, kinds))
+        return found
+
+    def measure(self, given: Sequence[Mapping[Any, Any]], repeats: int = 2) -> Costs:
+        """What F, I and W of each stage take here, and the bytes that each keeps."""
+        n = len(self.model.parts)
+        times: dict[tuple[Kind, int], list[float]] = {}
+        program = schedule("zb1p", n, len(given))
+        for repeat in range(1 + repeats):
+            step = self._compute(program, given)
+            for span in step.spans if repeat else ():
+                key = span.action.kind, span.action.stage
+                times.setdefault(key, []).append(span.end - span.start)
+        f, i, w = ([median(times[kind, s]) for s in range(n)] for kind in (Kind.F, Kind.I, Kind.W))
+        pairs = {(e.source, e.target, 0) for e in self.model.edges if not e.backward}
+        edges = sorted(e for e in pairs if HOST not in e)
+        saved = [t.saved_bytes for t in self.trained]
+        return Costs(f, i, w, edges=edges, activations=saved)
+
+    # a step
+
+    def step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One optimizer step on a batch; the loss before it.
+
+        Raises:  DfcError K010.. for arguments that do not fit, K050 for a stage that fails.
+        """
+        loss = self.backward(*args, **kwargs)
+        for optimizer in self.optimizers:
+            if optimizer is not None:
+                optimizer.step()
+        self.steps += 1
+        return loss
+
+    def backward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The loss of a batch, with every parameter's `grad`, and no optimizer step."""
+        inputs = dict(
+            zip(self.model.graph.inputs, flat_inputs(self.model.graph, args, kwargs), strict=True)
+        )
+        given = self._given(cut(inputs, self._dims, self.microbatches))
+        program = self.programs.of(len(given), lambda: self.measure(given))
+        self.last = program, self._compute(program, given)
+        self._gather()
+        shares = [g[Gradient(self.model.loss, HOST)] for g in given]
+        found = [r[self.model.loss] for r in self.last[1].results]
+        total: torch.Tensor = found[0] * shares[0]
+        for x, share in zip(found[1:], shares[1:], strict=True):
+            total = total + x * share
+        return total
+
+    def _compute(self, program: Program, given: Sequence[Mapping[Any, Any]]) -> Step:
+        for stage, limit in zip(self.trained, self.programs.limits(program), strict=True):
+            stage.start(limit)
+        return self._way.step(program, given)
+
+    def _run(self, action: Action, values: Mapping[Any, Any]) -> dict[Any, Any]:
+        return self.trained[action.stage].run(action, values)
+
+    def _given(self, parts: Sequence[Mapping[Value, Any]]) -> list[dict[Any, Any]]:
+        """The host's values of each microbatch: inputs, masks when asked for, its share."""
+        import torch
+
+        dtype = self.model.loss.tensor_type.dtype.to_torch()
+        counts = [_items(part, self._dims) for part in parts]
+        whole = sum(counts) if self.reduction == "mean" else 1
+        found: list[dict[Any, Any]] = []
+        for b, (part, count) in enumerate(zip(parts, counts, strict=True)):
+            share = count / whole if self.reduction == "mean" else 1.0
+            sizes = bind_inputs(self.model.graph, list(part.values())) if self.model.masks else {}
+            values = _Given(self, b, sizes)
+            values.update((self.model.inputs[v], x) for v, x in part.items())
+            values[Gradient(self.model.loss, HOST)] = torch.tensor(share, dtype=dtype)
+            found.append(values)
+        return found
+
+    def draw(self, mask: Mask, microbatch: int, sizes: Mapping[str, int]) -> torch.Tensor:
+        """The mask of a dropout in the step that comes or is under way."""
+        return mask.draw(self.seed, self.steps, microbatch, sizes)
+
+    def _gather(self) -> None:
+        """The gradient of each parameter; a tied weight's is the sum over its stages, in order."""
+        for name, parameter in self.parameters.items():
+            held = [t.gradients[name] for t in self.trained if name in t.gradients]
+            total = held[0] if held else None
+            for other in held[1:]:
+                total = total.add_(other)  # type: ignore[union-attr]
+            parameter.grad = total
+
+    def _owned(self) -> list[list[torch.nn.Parameter]]:
+        """The parameters of each stage's optimizer: a tied one belongs to its first stage."""
+        seen: set[str] = set()
+        found: list[list[torch.nn.Parameter]] = []
+        for t in self.trained:
+            names = [n for n in t.stage.cut.weight_gradients if n not in seen]
+            seen.update(names)
+            found.append([self.parameters[n] for n in names])
+        return found
+
+    # what was made
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimizer slots and options by the parameters' names, however it was cut."""
+        weights = {name: p.detach().clone() for name, p in self.parameters.items()}
+        return {
+            "weights": weights,
+            "step": self.steps,
+            **optimizer_state(self._named_slots(), self.parameters),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, made by stages like these or others.
+
+        Raises:  DfcError N075 (exit status 2) for parameters that are missing or of another shape.
+        """
+        restore(self.parameters, self._named_slots(), state)
+        self.steps = int(state["step"])
+
+    def _named_slots(self) -> Iterable[tuple[str, Any, Any]]:
+        return slots_of(self.parameters, [o for o in self.optimizers if o is not None])
+
+    def report(self) -> TrainingReport:
+        """What the last step took and kept, beside what was predicted.
+
+        Raises:  DfcError N052 before the first step.
+        """
+        if self.last is None:
+            raise DfcError("N052", "the trainer has not taken a step yet")
+        program, step = self.last
+        return TrainingReport(
+            program, step, self.programs.limits(program), tuple(t.most for t in self.trained),
+            tuple(t.saved_bytes for t in self.trained),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """End the ranks' threads."""
+        self._way.close()
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class _Given(dict[Any, Any]):
+    """A microbatch's values; masks are drawn where they are used, and not kept."""
+
+    def __init__(self, trainer: Trainer, microbatch: int, sizes: Mapping[str, int]) -> None:
+        super().__init__()
+        self.trainer, self.microbatch, self.sizes = trainer, microbatch, sizes
+
+    def __missing__(self, value: Value) -> Any:
+        mask = self.trainer.model.masks[value]
+        return self.trainer.draw(mask, self.microbatch, self.sizes)
+
+
+def _items(part: Mapping[Value, Any], dims: Mapping[Value, int | None]) -> int:
+    return next((x.shape[dims[v]] for v, x in part.items() if dims[v] is not None), 1)
+
+
+def _model(
+    graph: Graph | StagedModel, stage_of: Mapping[Node, int] | None,
+    loss: Callable[..., Any] | None, targets: Sequence[TensorType],
+) -> StagedModel:  # fmt: skip
+    if isinstance(graph, StagedModel):
+        if stage_of is not None or loss is not None:
+            raise DfcError("N073", "a staged model has its stages and its loss", status=2)
+        return graph
+    if stage_of is None:
+        raise DfcError("N073", "`stage_of` is missing: the stage of each node", status=2)
+    return StagedModel(graph, stage_of, loss, targets)
+
+
+def _shares(threads: int, placement: Sequence[int]) -> list[int]:
+    return thread_shares(threads, [placement.count(r) for r in range(1 + max(placement))])

@@ -1,0 +1,74 @@
+"""What training has made, by the parameters' names alone: it can go on with other stages.
+
+A tied weight is there once. A slot is what an optimizer keeps for a parameter, options are those of
+its group (`lr`, `betas`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dfc.errors import DfcError
+
+if TYPE_CHECKING:
+    import torch
+
+Slots = tuple[str, Any, Any]  # a parameter's name, its optimizer, its group there
+
+
+def slots_of(
+    parameters: Mapping[str, torch.nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]
+) -> Iterator[Slots]:
+    """Every parameter that is optimized, with its optimizer and group."""
+    names = {id(p): name for name, p in parameters.items()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                yield names[id(p)], optimizer, group
+
+
+def optimizer_state(slots: Iterable[Slots], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """`slots` and `options` of each parameter."""
+    state: dict[str, Any] = {"slots": {}, "options": {}}
+    for name, optimizer, group in slots:
+        held = optimizer.state.get(parameters[name], {})
+        state["slots"][name] = {k: _copy(v) for k, v in held.items()}
+        state["options"][name] = {k: v for k, v in group.items() if k != "params"}
+    return state
+
+
+def restore(
+    parameters: Mapping[str, torch.nn.Parameter], slots: Iterable[Slots], state: Mapping[str, Any]
+) -> None:
+    """Write a state into parameters and optimizers.
+
+    Raises:  DfcError N075 (exit status 2) before anything is written.
+    """
+    import torch
+
+    weights = state["weights"]
+    _refuse(parameters, weights)
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(weights[name])
+    for name, optimizer, group in slots:
+        held = state["slots"].get(name, {})
+        optimizer.state[parameters[name]] = {k: _copy(v) for k, v in held.items()}
+        group.update(state["options"].get(name, {}))
+
+
+def _refuse(parameters: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
+    missing = sorted(set(parameters) - set(weights))
+    extra = sorted(set(weights) - set(parameters))
+    if missing or extra:
+        said = f"lacks `{missing[0]}`" if missing else f"has `{extra[0]}`, which the model lacks"
+        raise DfcError("N075", f"the state {said}: it is another model's", status=2)
+    for name, p in parameters.items():
+        if p.shape != weights[name].shape:
+            raise DfcError("N075", f"`{name}` is {list(p.shape)} here and "
+                           f"{list(weights[name].shape)} in the state", status=2)  # fmt: skip
+
+
+def _copy(x: Any) -> Any:
+    return x.clone() if hasattr(x, "clone") else x
