@@ -42,7 +42,7 @@ def write_weights(layers: int, path: Path) -> int:
     import torch
 
     from dfc.ir.types import TensorType
-    from dfc.package import write_safetensors
+    from dfc.ir.weights import write_safetensors
 
     model = build(layers)
     names = {n: p for n, p in model.named_parameters()}

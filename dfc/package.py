@@ -17,8 +17,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import struct
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +25,7 @@ from dfc.errors import DfcError
 from dfc.ir.graph import Graph, HashOnly
 from dfc.ir.types import DTYPES, TensorType, dtype_of
 from dfc.ir.verify import verify
-from dfc.ir.weights import SafetensorsData, tensor_sha256
+from dfc.ir.weights import SAFETENSORS, SafetensorsData, tensor_sha256, write_safetensors
 from dfc.lang.graph_parser import parse_graph
 from dfc.manifest import check_manifest, write_manifest
 from dfc.planning.host import machine_text
@@ -42,11 +40,6 @@ if TYPE_CHECKING:
 
 KIND = "package"
 PLAN = "plan.json"
-_SAFETENSORS = {
-    "f64": "F64", "f32": "F32", "f16": "F16", "bf16": "BF16", "f8e4m3fn": "F8_E4M3",
-    "f8e5m2": "F8_E5M2", "i64": "I64", "i32": "I32", "i16": "I16", "i8": "I8", "u8": "U8",
-    "u16": "U16", "u32": "U32", "u64": "U64", "bool": "BOOL", "c64": "C64",
-}  # fmt: skip
 
 
 @dataclass
@@ -144,7 +137,7 @@ def attach_held(graph: Graph, path: Path) -> None:
                 raise DfcError("D041", f"{path}: the weights lack !{name}")
             found = held[name]
             assert isinstance(p.type, TensorType)
-            expected = _SAFETENSORS[p.type.dtype.name], list(p.type.shape)
+            expected = SAFETENSORS[p.type.dtype.name], list(p.type.shape)
             if (found.get_dtype(), list(found.get_shape())) != expected:
                 raise DfcError(
                     "D041",
@@ -175,7 +168,7 @@ def attach_weights(graph: Graph, path: Path) -> None:
             raise DfcError("D041", f"{path}: the weights lack !{p.name}")
         assert isinstance(p.type, TensorType)
         dtype, shape = held[key]
-        if (dtype, list(shape)) != (_SAFETENSORS.get(p.type.dtype.name), list(p.type.shape)):
+        if (dtype, list(shape)) != (SAFETENSORS.get(p.type.dtype.name), list(p.type.shape)):
             raise DfcError("D041", f"{path}: !{key} is {dtype}{shape}, the graph says {p.type}")
         p.data = SafetensorsData(path, key)
 
@@ -193,37 +186,6 @@ def check_weights(graph: Graph) -> None:
 def _bytes(t: object) -> int:
     assert isinstance(t, TensorType)
     return int(t.numel) * t.dtype.itemsize  # type: ignore[arg-type]
-
-
-def write_safetensors(
-    path: Path,
-    types: Mapping[str, TensorType],
-    tensors: Iterator[torch.Tensor],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write tensors one at a time: the library's own writer copies all of them first."""
-    import torch
-
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for name, t in types.items():
-        if t.dtype.name not in _SAFETENSORS:
-            raise DfcError("D043", f"!{name}: a package cannot hold {t.dtype} yet", status=3)
-        end = offset + _bytes(t)
-        header[name] = {
-            "dtype": _SAFETENSORS[t.dtype.name],
-            "shape": list(t.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        for x in tensors:
-            flat = x.detach().resolve_conj().resolve_neg().contiguous().cpu().reshape(-1)
-            if flat.numel():
-                f.write(flat.view(torch.uint8).numpy().data)
 
 
 def _json(value: object) -> str:

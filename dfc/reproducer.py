@@ -28,10 +28,11 @@ from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.ir.types import TensorType
 from dfc.ir.verify import verify
+from dfc.ir.weights import write_safetensors
 from dfc.lang.graph_parser import parse_graph
 from dfc.lang.source import Source
 from dfc.manifest import check_manifest, read_file, write_manifest
-from dfc.package import attach_held, read_probes, write_probes, write_safetensors
+from dfc.package import attach_held, read_probes, write_probes
 from dfc.publish import publish_folder
 from dfc.recipe.plan import PassStep, Plan, VerifyStep
 from dfc.rewrite.pass_ import EXACT, Numerics, Pass, close

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import struct
 import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dfc.errors import DfcError
 from dfc.ir.graph import ParameterData
+from dfc.ir.types import TensorType
 
 if TYPE_CHECKING:
     import torch
+
+SAFETENSORS = {
+    "f64": "F64", "f32": "F32", "f16": "F16", "bf16": "BF16", "f8e4m3fn": "F8_E4M3",
+    "f8e5m2": "F8_E5M2", "i64": "I64", "i32": "I32", "i16": "I16", "i8": "I8", "u8": "U8",
+    "u16": "U16", "u32": "U32", "u64": "U64", "bool": "BOOL", "c64": "C64",
+}  # fmt: skip
 
 
 class TensorData(ParameterData):
@@ -86,3 +96,34 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
     if flat.numel():
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def write_safetensors(
+    path: Path,
+    types: Mapping[str, TensorType],
+    tensors: Iterator[torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors one at a time: the library's own writer copies all of them first."""
+    import torch
+
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, t in types.items():
+        if t.dtype.name not in SAFETENSORS:
+            raise DfcError("D043", f"!{name}: a package cannot hold {t.dtype} yet", status=3)
+        end = offset + int(t.nbytes)  # type: ignore[arg-type]
+        header[name] = {
+            "dtype": SAFETENSORS[t.dtype.name],
+            "shape": list(t.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for x in tensors:
+            flat = x.detach().resolve_conj().resolve_neg().contiguous().cpu().reshape(-1)
+            if flat.numel():
+                f.write(flat.view(torch.uint8).numpy().data)

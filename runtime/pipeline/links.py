@@ -1,0 +1,280 @@
+"""Directed links between processes over gloo, and the messages of a step on them.
+
+Each link is a process group of two with a store prefix of its own: messages of one link never mix
+with another's, a link is made anew without the processes that it does not concern, and nothing is
+asked of the order in which a backend delivers: both ends post in the order of the sender's program,
+and each message has its place in that order for a tag besides.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from dfc.planning.stages import HOST
+from dfc.runtime.pipeline.messages import Layout
+from dfc.runtime.pipeline.routes import Key, Routes
+
+if TYPE_CHECKING:
+    import torch
+
+Pair = tuple[int, int]  # from and to: ranks, or HOST
+_AHEAD = 2  # messages of a link for which room is made before they are asked for
+_HOST_SLOTS = 4  # of edges from and to the host, whose values are all there
+FOREVER = 1e6  # seconds; somebody else watches
+
+
+@dataclass
+class Doing:
+    """What a member does at the moment, for whoever watches it: F(1,4), RECV(e7, mb4)."""
+
+    what: str = "idle"
+    number: int = 0  # the stage, or the edge
+    microbatch: int = 0
+    count: int = 0  # how often it changed
+
+    def set(self, what: str, number: int = 0, microbatch: int = 0) -> None:
+        self.what, self.number, self.microbatch = what, number, microbatch
+        self.count += 1
+
+    def __str__(self) -> str:
+        if self.what in ("RECV", "SEND"):
+            return f"{self.what}(e{self.number}, mb{self.microbatch})"
+        if self.what in ("F", "I", "W", "B"):
+            return f"{self.what}({self.number},{self.microbatch})"
+        return self.what
+
+
+class Abandoned(Exception):
+    """The step is given up: whoever watches has said so."""
+
+
+class LinkLost(Exception):
+    """A message that did not come, or could not be sent."""
+
+    def __init__(self, edge: int, microbatch: int, peer: int, receiving: bool, why: str) -> None:
+        what = "RECV" if receiving else "SEND"
+        super().__init__(f"{what}(e{edge}, mb{microbatch}): {why}")
+        self.edge, self.microbatch, self.peer, self.receiving = edge, microbatch, peer, receiving
+
+
+def member(stage: int, placement: Sequence[int]) -> int:
+    """The rank of a stage; the host is its own."""
+    return HOST if stage == HOST else placement[stage]
+
+
+def pairs_of(edges: Sequence[Any], placement: Sequence[int]) -> list[Pair]:
+    """The links that the edges need, in the order in which every member makes them."""
+    found = {(member(e.source, placement), member(e.target, placement)) for e in edges}
+    return sorted((a, b) for a, b in found if a != b)
+
+
+def orders(routes: Routes, microbatches: Sequence[int]) -> dict[Pair, list[Key]]:
+    """The messages of each link, in the order of the sender's program."""
+    edges, placement = routes.edges, routes.program.placement
+    found: dict[Pair, list[Key]] = {}
+    for b in microbatches:
+        for e, edge in enumerate(edges):
+            if edge.source == HOST:
+                found.setdefault((HOST, member(edge.target, placement)), []).append((e, b))
+    some = set(microbatches)
+    for rank, tasks in enumerate(routes.ranks):
+        for task in tasks:
+            if task.action.microbatch in some:
+                for e in task.gives:
+                    to = member(edges[e].target, placement)
+                    if to != rank:
+                        found.setdefault((rank, to), []).append((e, task.action.microbatch))
+    return found
+
+
+class Links:
+    """The links of one member. They end with the object: whoever waits at the other end is told.
+
+    Needs:   every member makes those it has part in, of the same pairs under the same name.
+    Raises:  RuntimeError when the other end does not come in time.
+    """
+
+    def __init__(
+        self, me: int, pairs: Sequence[Pair], store: Any, name: str, device: Any, seconds: float
+    ) -> None:
+        import torch.distributed as dist
+
+        self.me = me
+        self.groups: dict[Pair, Any] = {}
+        for a, b in pairs:
+            if me in (a, b):
+                options = dist.ProcessGroupGloo._Options()
+                options._devices, options._threads = [device], 1
+                options._timeout = timedelta(seconds=seconds)
+                prefix = dist.PrefixStore(f"{name}/{a}>{b}", store)
+                self.groups[a, b] = dist.ProcessGroupGloo(prefix, int(me == b), 2, options)
+
+    def post(self, pair: Pair, block: torch.Tensor, tag: int) -> Any:
+        """Begin to send or to receive a block; what is returned is waited for."""
+        group = self.groups[pair]
+        if pair[0] == self.me:
+            return group.send([block], 1, tag)
+        return group.recv([block], 0, tag)
+
+    def close(self) -> None:
+        self.groups.clear()
+
+
+def gloo_device(address: str = "127.0.0.1") -> Any:
+    """One thread and one address for all links of a process."""
+    import torch.distributed as dist
+
+    return dist.ProcessGroupGloo.create_device(hostname=address)
+
+
+@dataclass
+class _Incoming:
+    """One link's messages, those with room in memory, and how many were asked for."""
+
+    order: list[Key]
+    place: dict[Key, int]
+    posted: int = 0
+    waiting: dict[Key, tuple[Any, Any]] = field(default_factory=dict)
+
+
+class Traffic:
+    """The messages of one member in one step.
+
+    `sizes[b]` are those of microbatch b; `types` those of each edge that the member has part in.
+    A sender that is as far ahead as an edge has slots waits for the oldest message.
+    """
+
+    def __init__(
+        self,
+        links: Links,
+        routes: Routes,
+        microbatches: Sequence[int],
+        types: Mapping[int, Sequence[Any]],
+        sizes: Sequence[Mapping[str, Any]],
+        doing: Doing,
+        seconds: float = FOREVER,
+    ) -> None:
+        self.links, self.routes, self.doing = links, routes, doing
+        self.types, self.sizes = types, sizes
+        self.timeout = timedelta(seconds=seconds)
+        self.abandoned = False
+        self.sent: dict[int, int] = {}
+        self._layouts: dict[tuple[int, int], Layout] = {}
+        self._under_way: dict[int, deque[tuple[int, Any, Any]]] = {}
+        self._tags: dict[tuple[Pair, Key], int] = {}
+        self._incoming: dict[Pair, _Incoming] = {}
+        for pair, order in orders(routes, microbatches).items():
+            place = {key: i for i, key in enumerate(order)}
+            if pair[1] == links.me:
+                self._incoming[pair] = _Incoming(order, place)
+            elif pair[0] == links.me:
+                self._tags.update(((pair, key), i) for key, i in place.items())
+
+    def send(self, edge: int, microbatch: int, values: Sequence[Any]) -> None:
+        """Hand values to the link; they may be used further, the message has a copy.
+
+        Raises:  LinkLost, Abandoned.
+        """
+        self._go_on()
+        pair = self._pair(edge)
+        layout = self._layout(edge, microbatch)
+        block = layout.pack(values)
+        tag = 2 * self._tags[pair, (edge, microbatch)]
+        slots = self.routes.slots[edge] or _HOST_SLOTS
+        under_way = self._under_way.setdefault(edge, deque())
+        self.doing.set("SEND", edge, microbatch)
+        try:
+            if layout.nbytes is None:
+                length = _length(block.nbytes)
+                under_way.append((microbatch, self.links.post(pair, length, tag + 1), length))
+            under_way.append((microbatch, self.links.post(pair, block, tag), block))
+            while len(under_way) > slots:
+                under_way[0][1].wait(self.timeout)
+                under_way.popleft()
+        except (RuntimeError, KeyError) as e:
+            raise LinkLost(edge, microbatch, pair[1], False, str(e)) from e
+        self.sent[edge] = self.sent.get(edge, 0) + block.nbytes
+
+    def receive(self, edge: int, microbatch: int) -> list[Any]:
+        """The values of a message.
+
+        Raises:  LinkLost, Abandoned.
+        """
+        self._go_on()
+        pair = self._pair(edge)
+        incoming = self._incoming[pair]
+        key = edge, microbatch
+        self.doing.set("RECV", edge, microbatch)
+        try:
+            while incoming.posted <= incoming.place[key]:
+                self._post_next(pair, incoming)
+            work, block = incoming.waiting.pop(key)
+            work.wait(self.timeout)
+            self._post_ahead(pair, incoming, incoming.place[key] + _AHEAD)
+        except (RuntimeError, KeyError) as e:
+            raise LinkLost(edge, microbatch, pair[0], True, str(e)) from e
+        return self._layout(edge, microbatch).unpack(block)
+
+    def finish(self) -> None:
+        """Wait until everything sent has arrived.
+
+        Raises:  LinkLost.
+        """
+        for edge, under_way in self._under_way.items():
+            while under_way:
+                microbatch, work, _ = under_way[0]
+                self.doing.set("SEND", edge, microbatch)
+                try:
+                    work.wait(self.timeout)
+                except RuntimeError as e:
+                    raise LinkLost(edge, microbatch, self._pair(edge)[1], False, str(e)) from e
+                under_way.popleft()
+
+    def _go_on(self) -> None:
+        if self.abandoned:
+            raise Abandoned
+
+    def _post_ahead(self, pair: Pair, incoming: _Incoming, until: int) -> None:
+        """Room for messages that will come, while their lengths are known."""
+        while incoming.posted < min(until, len(incoming.order)):
+            edge, b = incoming.order[incoming.posted]
+            if self._layout(edge, b).nbytes is None:
+                return
+            self._post_next(pair, incoming)
+
+    def _post_next(self, pair: Pair, incoming: _Incoming) -> None:
+        import torch
+
+        edge, b = key = incoming.order[incoming.posted]
+        nbytes = self._layout(edge, b).nbytes
+        tag = 2 * incoming.posted
+        if nbytes is None:
+            length = _length(0)
+            self.links.post(pair, length, tag + 1).wait(self.timeout)
+            nbytes = int(length)
+        block = torch.empty(max(nbytes, 8), dtype=torch.uint8)
+        incoming.waiting[key] = self.links.post(pair, block, tag), block
+        incoming.posted += 1
+
+    def _pair(self, edge: int) -> Pair:
+        placement = self.routes.program.placement
+        e = self.routes.edges[edge]
+        return member(e.source, placement), member(e.target, placement)
+
+    def _layout(self, edge: int, microbatch: int) -> Layout:
+        sizes = self.sizes[microbatch]
+        key = edge, id(sizes)
+        found = self._layouts.get(key)
+        if found is None:
+            found = self._layouts[key] = Layout(self.types[edge], sizes)
+        return found
+
+
+def _length(n: int) -> torch.Tensor:
+    import torch
+
+    return torch.tensor([n], dtype=torch.int64)

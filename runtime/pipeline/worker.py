@@ -1,0 +1,184 @@
+"""A process that is one rank: it connects to its host, loads its stages, and does as it is told.
+
+    python -m dfc.runtime.pipeline.worker FOLDER RANK BORN HOST PORT
+
+The key of the control channel is in DFC_RANK_KEY. The process ends with its host, whatever it is
+doing. What it is told and what it answers:
+
+    link(name, store)                      linked, unlinked(why)
+    program(text, name)
+    step(number, microbatches, sizes)      done(spans, sent), failed(error), broken(doing)
+    abandon                                abandoned
+    end
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from dfc.errors import DfcError
+from dfc.runtime.pipeline.control import BEAT, Channel, Message, knock
+
+LINKING = 20.0  # seconds for both ends of a link to come
+
+
+class Worker:
+    """One rank's process: commands come on a thread of their own, so that it is never deaf."""
+
+    def __init__(self, folder: Path, rank: int, channel: Channel) -> None:
+        from dfc.runtime.pipeline.links import Doing
+
+        self.folder, self.rank, self.channel = folder, rank, channel
+        self.doing = Doing("load")
+        self.commands: SimpleQueue[Message] = SimpleQueue()
+        self.traffic: Any = None
+        self.links: Any = None
+        self.routes: Any = None
+
+    def serve(self) -> None:
+        """Until the host says so, or is gone."""
+        threading.Thread(target=self._listen, name="dfc-control", daemon=True).start()
+        if not self._load():
+            return
+        while True:
+            command = self.commands.get()
+            match command["do"]:
+                case "link":
+                    self._link(command)
+                case "program":
+                    self._program(command)
+                case "step":
+                    self._step(command)
+                case "abandon":
+                    self._drop()
+                    self._tell("abandoned")
+                case _:
+                    return
+
+    def _listen(self) -> None:
+        """Commands to the queue, and a sign of life several times a second."""
+        due = time.monotonic()
+        while True:
+            if self.channel.has_message(max(0.0, due - time.monotonic())):
+                command = self.channel.receive()
+                if command is None:
+                    os._exit(3)  # the host is gone: nobody wants what this process does
+                if command["do"] == "abandon" and self.traffic is not None:
+                    self.traffic.abandoned = True
+                self.commands.put(command)
+            if time.monotonic() >= due:
+                self._tell("alive")
+                due = time.monotonic() + BEAT
+
+    def _tell(self, did: str, **more: Any) -> None:
+        doing = self.doing
+        self.channel.send(
+            {"did": did, "what": doing.what, "doing": str(doing), "count": doing.count, **more}
+        )
+
+    def _load(self) -> bool:
+        import torch
+
+        from dfc.runtime.pipeline.folder import Stages, read_assembly, read_stage, stages_of
+        from dfc.runtime.pipeline.links import gloo_device
+
+        began = time.perf_counter()
+        try:
+            self.made = made = read_assembly(self.folder)
+            torch.set_num_threads(made.threads[self.rank])
+            self.edges = made.routed()
+            graphs = {s: read_stage(self.folder, made, s) for s in stages_of(made, self.rank)}
+            self.stages = Stages(made, graphs, self.rank)
+        except DfcError as e:
+            self._tell("failed", number=0, **_error(e))
+            return False
+        self.types = self.stages.types(self.edges)
+        self.device = gloo_device()
+        self.doing.set("idle")
+        self._tell("loaded", seconds=time.perf_counter() - began, digest=made.digest)
+        return True
+
+    def _link(self, command: Message) -> None:
+        import torch.distributed as dist
+
+        from dfc.runtime.pipeline.links import Links, pairs_of
+
+        self.doing.set("link")
+        try:
+            host, port = command["store"]
+            wait = timedelta(seconds=LINKING)
+            self.store = dist.TCPStore(host, port, is_master=False, timeout=wait)
+            pairs = pairs_of(self.edges, self.made.placement)
+            self.links = Links(
+                self.rank, pairs, self.store, command["name"], self.device, LINKING
+            )
+        except RuntimeError as e:
+            self._tell("unlinked", name=command["name"], why=str(e))
+        else:
+            self._tell("linked", name=command["name"])
+        self.doing.set("idle")
+
+    def _program(self, command: Message) -> None:
+        from dfc.planning.actions import parse_program
+        from dfc.runtime.pipeline.routes import routes
+
+        self.routes = routes(parse_program(command["text"], command["name"]), self.edges)
+
+    def _step(self, command: Message) -> None:
+        from dfc.runtime.pipeline.links import Abandoned, LinkLost, Traffic
+        from dfc.runtime.pipeline.rank import run_rank
+
+        number, microbatches = command["number"], command["microbatches"]
+        sizes = [command["sizes"][i] for i in command["size_of"]]
+        self.traffic = Traffic(
+            self.links, self.routes, microbatches, self.types, sizes, self.doing
+        )  # fmt: skip
+        try:
+            done = run_rank(
+                self.rank, self.routes, self.stages.run, self.traffic, microbatches, self.doing
+            )
+        except DfcError as e:
+            self._drop()
+            self._tell("failed", number=number, **_error(e))
+        except LinkLost as e:
+            self._drop()
+            self._tell("broken", number=number, peer=e.peer, why=str(e))
+        except Abandoned:
+            self._drop()
+        else:
+            self.traffic = None
+            spans = [[int(a.kind), a.stage, a.microbatch, s, e] for a, s, e in done.spans]
+            self._tell("done", number=number, spans=spans, sent=sorted(done.sent.items()))
+
+    def _drop(self) -> None:
+        """Let the links go: whoever waits at the other end of one is told by that."""
+        if self.links is not None:
+            self.links.close()
+        self.links = self.traffic = None
+
+
+def _error(e: DfcError) -> dict[str, Any]:
+    first = e.diagnostics[0]
+    return {"code": e.code, "message": e.message, "help": first.help, "status": e.status}
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the host decides what an interrupt means
+    folder, rank, born, host, port = sys.argv[1:6]
+    key = bytes.fromhex(os.environ.pop("DFC_RANK_KEY"))
+    channel = knock((host, int(port)), key)
+    channel.send({"did": "hello", "rank": int(rank), "born": int(born), "pid": os.getpid()})
+    Worker(Path(folder), int(rank), channel).serve()
+    os._exit(0)  # threads of libraries are not waited for
+
+
+if __name__ == "__main__":
+    main()
