@@ -68,7 +68,9 @@ class Door:
     The address is of this machine alone, unless another is asked for.
     """
 
-    def __init__(self, welcome: Callable[[Channel, Message], None], host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, welcome: Callable[[Channel, Message], None], host: str = "127.0.0.1"
+    ) -> None:
         self.key = secrets.token_bytes(32)
         self._welcome = welcome
         self._listener = Listener((host, 0), backlog=128)
@@ -78,7 +80,7 @@ class Door:
 
     @property
     def address(self) -> tuple[str, int]:
-        host, port = self._listener.address  # type: ignore[misc]
+        host, port = self._listener.address
         return str(host), int(port)
 
     def close(self) -> None:

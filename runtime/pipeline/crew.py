@@ -7,11 +7,12 @@ or when an action takes much longer than predicted.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty, Queue
-from typing import Any, Protocol
+from typing import Protocol
 
 from dfc.errors import DfcError
 from dfc.planning.actions import Kind
@@ -87,16 +88,18 @@ class Crew:
         self.ranks = ranks
         self.expected: dict[tuple[Kind, int], float] = {}  # seconds of an action of a stage
         self._born = 0
+        self._starting = threading.Lock()  # nobody is welcomed before it is a member
         self._events: Queue[tuple[int, int, Message | None]] = Queue()
         self._looked = time.monotonic()
         self.door = Door(self._welcome, address)
 
     def start(self, rank: int) -> None:
         """Start a rank's process; it is one of the members from now on."""
-        self._born += 1
-        handle = self.launcher.start(rank, self._born, self.door)
-        now = time.monotonic()
-        self.members[rank] = Member(rank, self._born, handle, now, heard=now, changed=now)
+        with self._starting:
+            self._born += 1
+            handle = self.launcher.start(rank, self._born, self.door)
+            now = time.monotonic()
+            self.members[rank] = Member(rank, self._born, handle, now, heard=now, changed=now)
 
     def tell(self, message: Message, ranks: Sequence[int] | None = None) -> None:
         """Send a command; who is gone is found otherwise."""
@@ -130,7 +133,7 @@ class Crew:
             self.look()
 
     def _heard(self, rank: int, born: int, message: Message | None) -> tuple[int, Message] | None:
-        """What is more than a sign of life."""
+        """An event of a process that is still a member."""
         if born == 0:
             assert message is not None
             return rank, message
@@ -140,9 +143,6 @@ class Crew:
         if message is None:
             member.handle.kill()  # its connection is closed: the rest follows
             raise RankLost({rank: member.handle.story()})
-        member.hear(message, time.monotonic())
-        if message["did"] == "alive":
-            return None
         if message["did"] == "loaded":
             member.loaded = True
         return rank, message
@@ -188,9 +188,9 @@ class Crew:
         """Whether any rank computes."""
         return any(m.what in Kind.__members__ for m in self.members.values())
 
-    def quiet(self) -> float:
-        """For how many seconds no rank has begun with anything."""
-        return time.monotonic() - max(m.changed for m in self.members.values())
+    def quiet(self, since: float) -> float:
+        """For how many seconds no rank has begun with anything, since a time of the same clock."""
+        return time.monotonic() - max(since, *(m.changed for m in self.members.values()))
 
     def bury(self, rank: int) -> None:
         """End a rank's process and forget it."""
@@ -210,14 +210,18 @@ class Crew:
     def _welcome(self, channel: Channel, hello: Message) -> None:
         """Called by the door, on a thread that then reads what the rank sends."""
         rank, born = hello["rank"], hello["born"]
-        member = self.members.get(rank)
+        with self._starting:
+            member = self.members.get(rank)
         if member is None or member.born != born:
             channel.close()
             return
         member.channel, member.pid, member.heard = channel, hello["pid"], time.monotonic()
         while True:
             message = channel.receive()
-            self._events.put((rank, born, message))
+            if message is not None:
+                member.hear(message, time.monotonic())
+            if message is None or message["did"] != "alive":
+                self._events.put((rank, born, message))
             if message is None:
                 return
 

@@ -9,7 +9,7 @@ and each message has its place in that order for a tag besides.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -101,17 +101,17 @@ class Links:
     def __init__(
         self, me: int, pairs: Sequence[Pair], store: Any, name: str, device: Any, seconds: float
     ) -> None:
-        import torch.distributed as dist
+        from torch.distributed import PrefixStore, ProcessGroupGloo  # type: ignore[attr-defined]
 
         self.me = me
         self.groups: dict[Pair, Any] = {}
         for a, b in pairs:
             if me in (a, b):
-                options = dist.ProcessGroupGloo._Options()
+                options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
                 options._devices, options._threads = [device], 1
                 options._timeout = timedelta(seconds=seconds)
-                prefix = dist.PrefixStore(f"{name}/{a}>{b}", store)
-                self.groups[a, b] = dist.ProcessGroupGloo(prefix, int(me == b), 2, options)
+                prefix = PrefixStore(f"{name}/{a}>{b}", store)
+                self.groups[a, b] = ProcessGroupGloo(prefix, int(me == b), 2, options)
 
     def post(self, pair: Pair, block: torch.Tensor, tag: int) -> Any:
         """Begin to send or to receive a block; what is returned is waited for."""
@@ -219,12 +219,13 @@ class Traffic:
             raise LinkLost(edge, microbatch, pair[0], True, str(e)) from e
         return self._layout(edge, microbatch).unpack(block)
 
-    def finish(self) -> None:
-        """Wait until everything sent has arrived.
+    def finish(self, edges: Collection[int] | None = None) -> None:
+        """Wait until everything sent along these edges, or all, has arrived.
 
         Raises:  LinkLost.
         """
-        for edge, under_way in self._under_way.items():
+        for edge in list(self._under_way) if edges is None else edges:
+            under_way = self._under_way.get(edge, deque())
             while under_way:
                 microbatch, work, _ = under_way[0]
                 self.doing.set("SEND", edge, microbatch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from dfc.calling import build_outputs, flat_inputs, own_outputs
 from dfc.errors import DfcError
@@ -53,6 +53,18 @@ def thread_shares(total: int, loads: Sequence[float]) -> list[int]:
     return shares
 
 
+class Runs(Protocol):
+    """What runs a pipeline's programs, wherever its ranks are."""
+
+    def step(self, program: Program, given: Sequence[Values]) -> Step:
+        """Run a program; `given` holds the host's values for each microbatch."""
+        ...
+
+    def close(self) -> None:
+        """End the ranks."""
+        ...
+
+
 class Pipeline:
     """Stages of one graph on threads of this process; called like the model, with whole batches.
 
@@ -85,13 +97,17 @@ class Pipeline:
         self._dims = {v: batch_dim(v, self.batch) for v in graph.inputs}
         self._program = program or (lambda m: forward_program(self.placement, m))
         self._programs: dict[int, Program] = {}
+        self.edges = stage_edges(self.stages, graph.outputs)
+        self._lanes = self._start()
+        self.last: tuple[Program, Step] | None = None
+
+    def _start(self) -> Runs:
+        """What runs programs: here threads of this process."""
         runners = [
             find_engine(name).build(s.graph, "cpu", self.threads[self.placement[i]])
             for i, (s, name) in enumerate(zip(self.stages, self.engines, strict=True))
         ]
-        self.edges = stage_edges(self.stages, graph.outputs)
-        self._lanes = Lanes(self.edges, stage_runner(self.stages, runners), self.threads)
-        self.last: tuple[Program, Step] | None = None
+        return Lanes(self.edges, stage_runner(self.stages, runners), self.threads)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run a batch in microbatches, whose sizes differ by one item at most.
@@ -144,7 +160,7 @@ class Pipeline:
         return report_of(*self.last)
 
     def close(self) -> None:
-        """End the ranks' threads."""
+        """End the ranks."""
         self._lanes.close()
 
     def __enter__(self) -> Pipeline:

@@ -41,6 +41,7 @@ class Worker:
         self.commands: SimpleQueue[Message] = SimpleQueue()
         self.traffic: Any = None
         self.links: Any = None
+        self.store: Any = None
         self.routes: Any = None
 
     def serve(self) -> None:
@@ -107,19 +108,18 @@ class Worker:
         return True
 
     def _link(self, command: Message) -> None:
-        import torch.distributed as dist
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         from dfc.runtime.pipeline.links import Links, pairs_of
 
         self.doing.set("link")
         try:
             host, port = command["store"]
-            wait = timedelta(seconds=LINKING)
-            self.store = dist.TCPStore(host, port, is_master=False, timeout=wait)
+            if self.store is None:
+                wait = timedelta(seconds=LINKING)
+                self.store = TCPStore(host, port, is_master=False, timeout=wait)
             pairs = pairs_of(self.edges, self.made.placement)
-            self.links = Links(
-                self.rank, pairs, self.store, command["name"], self.device, LINKING
-            )
+            self.links = Links(self.rank, pairs, self.store, command["name"], self.device, LINKING)
         except RuntimeError as e:
             self._tell("unlinked", name=command["name"], why=str(e))
         else:

@@ -1,0 +1,387 @@
+"""The host's side of a pipeline in processes: it gives inputs, takes results, and mends losses.
+
+A rank that is lost is started again, links are made anew, and the microbatches whose results have
+not come are run again from their inputs, which the host keeps: every stage is a function of what it
+takes, so that they come out the same. A result is taken once.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from statistics import median
+from typing import Any
+
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph
+from dfc.ir.interpret import bind_inputs
+from dfc.planning.actions import Action, Kind, Program
+from dfc.planning.stages import HOST
+from dfc.runtime.pipeline.control import Message
+from dfc.runtime.pipeline.crew import AT_LEAST, LATE, Crew, RankLost, lost_error
+from dfc.runtime.pipeline.lanes import Span, Step, Values
+from dfc.runtime.pipeline.links import (
+    Abandoned,
+    Doing,
+    LinkLost,
+    Links,
+    Traffic,
+    gloo_device,
+    orders,
+    pairs_of,
+)
+from dfc.runtime.pipeline.routes import Edge, Routes, routes
+from dfc.runtime.pipeline.worker import LINKING
+
+FRUITLESS = 3  # times that ranks may be lost without any result between
+
+
+@dataclass
+class _Attempt:
+    """A step, or what is left of it, under way."""
+
+    number: int
+    routes: Routes
+    given: Sequence[Values]
+    microbatches: list[int]
+    results: list[dict[Hashable, Any]]
+    began: float
+    late: float = 0.0  # seconds from the step's begin to this attempt's
+    spans: list[Span] = field(default_factory=list)
+    sent: dict[int, int] = field(default_factory=dict)
+
+
+class ProcessLanes:
+    """Runs programs as `Lanes` does, by the processes of a crew.
+
+    Needs:   edges whose values go by number, the same in every process.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        edges: Sequence[Edge],
+        numbers: Mapping[Hashable, int],
+        placement: Sequence[int],
+        crew: Crew,
+    ) -> None:
+        self.graph, self.edges, self.crew = graph, tuple(edges), crew
+        self.placement = tuple(placement)
+        self.restarts = FRUITLESS
+        self.incidents: list[str] = []
+        self._values: dict[Hashable, Any] = {n: v for v, n in numbers.items()}
+        self._pairs = pairs_of(self.edges, self.placement)
+        self._types = {
+            i: [self._values[n].type for n in e.values] for i, e in enumerate(self.edges)
+        }
+        self._device = gloo_device()
+        self._store = _store()
+        self._links: Links | None = None
+        self._linked = 0  # how often links were made
+        self._steps = 0
+        self._routes: dict[int, tuple[Program, Routes]] = {}
+        self._told: Program | None = None  # the program that the ranks know
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def step(self, program: Program, given: Sequence[Values]) -> Step:
+        """Run a program; `given` holds the host's values for each microbatch.
+
+        Raises:  DfcError K050 for an action that fails, K051 once closed, K055 for a rank that is
+                 lost for good, N054 for a program that is not of these ranks.
+        """
+        with self._lock:
+            if self._closed:
+                raise DfcError("K051", "the pipeline is closed")
+            found = self._routes_of(program, len(given))
+            began = time.perf_counter()
+            results: list[dict[Hashable, Any]] = [{} for _ in given]
+            spans: list[Span] = []
+            left, fruitless = list(range(len(given))), 0
+            while True:
+                attempt = _Attempt(0, found, given, left, results, began)
+                try:
+                    self._run(attempt)
+                    break
+                except RankLost as lost:
+                    spans += attempt.spans
+                    still = [b for b in left if not self._complete(attempt, b)]
+                    fruitless = fruitless + 1 if len(still) == len(left) else 0
+                    self._mourn(lost, raises=fruitless > self.restarts or not self.restarts)
+                    left = still
+                    for b in left:
+                        results[b].clear()
+                    if not left:
+                        break
+            seconds = time.perf_counter() - began
+            self._learn(attempt)
+            sent = {e: attempt.sent.get(i, 0) for i, e in enumerate(self.edges)}
+            named = [{self._values[k]: x for k, x in r.items()} for r in results]
+            return Step(named, spans + attempt.spans, seconds, sent)
+
+    def close(self) -> None:
+        """End the processes. They have nothing to lose."""
+        self._closed = True
+        self.crew.close()
+        self._links = None
+
+    def ready(self) -> None:
+        """Every rank there, loaded and linked.
+
+        Raises:  DfcError K055, K056.
+        """
+        tries = 0
+        while True:
+            try:
+                for rank in range(self.crew.ranks):
+                    if rank not in self.crew.members:
+                        self.crew.start(rank)
+                self._await(lambda: all(m.loaded for m in self.crew.members.values()), {})
+                if self._links is None:
+                    self._link()
+                return
+            except RankLost as lost:
+                tries += 1
+                self._mourn(lost, raises=tries > self.restarts)
+
+    def _routes_of(self, program: Program, given: int) -> Routes:
+        if program.placement != self.placement or program.microbatches != given:
+            raise DfcError(
+                "N054",
+                f"the program is for stages on ranks {list(program.placement)} and "
+                f"{program.microbatches} microbatches, there are {list(self.placement)} and "
+                f"{given}",
+            )
+        found = self._routes.get(id(program))
+        if found is None:
+            found = self._routes[id(program)] = program, routes(program, self.edges)
+        return found[1]
+
+    def _link(self) -> None:
+        """New links between all members."""
+        self._linked += 1
+        name = f"links{self._linked}"
+        self._told = None
+        self.crew.tell({"do": "link", "name": name, "store": list(self._store[1])})
+        made: list[Links] = []
+
+        def mine() -> None:
+            try:
+                made.append(
+                    Links(HOST, self._pairs, self._store[0], name, self._device, LINKING)
+                )  # fmt: skip
+                self.crew.put(HOST, {"did": "linked", "name": name})
+            except RuntimeError as e:
+                self.crew.put(HOST, {"did": "unlinked", "name": name, "why": str(e)})
+
+        threading.Thread(target=mine, name="dfc-link", daemon=True).start()
+        linked: set[int] = set()
+
+        def hear(source: int, message: Message) -> None:
+            if message.get("name") == name:
+                if message["did"] == "unlinked":
+                    why = f"its links cannot be made: {message['why']}"
+                    raise RankLost({source: why} if source != HOST else {})
+                linked.add(source)
+
+        everybody = {HOST, *range(self.crew.ranks)}
+        self._await(lambda: linked == everybody, {"linked": hear, "unlinked": hear})
+        self._links = made[0]
+
+    def _await(
+        self, ready: Callable[[], bool], heard: Mapping[str, Callable[[int, Message], None]]
+    ) -> None:
+        """Listen until something is so.
+
+        Raises:  RankLost; DfcError of a rank that says that it cannot.
+        """
+        while not ready():
+            found = self.crew.next(1.0)
+            if found is None:
+                continue
+            source, message = found
+            if message["did"] == "failed":
+                raise DfcError(
+                    message["code"], message["message"], help=message["help"],
+                    status=message["status"],
+                )  # fmt: skip
+            hear = heard.get(message["did"])
+            if hear is not None:
+                hear(source, message)
+
+    def _run(self, attempt: _Attempt) -> None:
+        """Run what is left of a step.
+
+        Raises:  RankLost; DfcError K050.
+        """
+        self.ready()
+        assert self._links is not None
+        self._steps += 1
+        attempt.number = self._steps
+        program = attempt.routes.program
+        if self._told is not program:
+            self.crew.tell({"do": "program", "text": str(program), "name": program.name})
+            self._told = program
+        sizes = [bind_inputs(self.graph, [g[v] for v in self.graph.inputs]) for g in attempt.given]
+        distinct = list({str(s): s for s in sizes}.values())
+        size_of = [distinct.index(s) for s in sizes]
+        attempt.late = time.perf_counter() - attempt.began
+        self.crew.tell({
+            "do": "step", "number": attempt.number, "microbatches": attempt.microbatches,
+            "sizes": distinct, "size_of": size_of,
+        })  # fmt: skip
+        traffic = Traffic(
+            self._links, attempt.routes, attempt.microbatches, self._types,
+            [distinct[i] for i in size_of], Doing(),
+        )  # fmt: skip
+        self._carry(attempt, traffic)
+        try:
+            self._collect(attempt)
+        except (RankLost, DfcError):
+            traffic.abandoned = True
+            raise
+        except BaseException:  # the caller is interrupted: what runs is told to stop
+            traffic.abandoned = True
+            self._links = None
+            self.crew.tell({"do": "abandon"})
+            raise
+        attempt.sent.update(traffic.sent)
+
+    def _carry(self, attempt: _Attempt, traffic: Traffic) -> None:
+        """A thread for each link between the host and a rank."""
+        for pair, order in orders(attempt.routes, attempt.microbatches).items():
+            if HOST in pair:
+                threading.Thread(
+                    target=self._carry_link, args=(attempt, traffic, pair[0] == HOST, order),
+                    name="dfc-host-link", daemon=True,
+                ).start()  # fmt: skip
+
+    def _carry_link(
+        self, attempt: _Attempt, traffic: Traffic, sends: bool, order: list[tuple[int, int]]
+    ) -> None:
+        number = attempt.number
+        try:
+            for e, b in order:
+                edge = self.edges[e]
+                if sends:
+                    given = attempt.given[b]
+                    traffic.send(e, b, [given[self._values[n]] for n in edge.values])
+                else:
+                    found = dict(zip(edge.values, traffic.receive(e, b), strict=True))
+                    self.crew.put(
+                        HOST, {"did": "result", "number": number, "microbatch": b, "values": found}
+                    )
+            if sends:
+                traffic.finish({e for e, _ in order})
+        except (LinkLost, Abandoned) as e:
+            self.crew.put(HOST, {"did": "broken", "number": number, "why": str(e)})
+
+    def _collect(self, attempt: _Attempt) -> None:
+        """Results and times, until all are there."""
+        began = time.monotonic()
+        done: set[int] = set()
+        broken_since: float | None = None
+        left = {b for b in attempt.microbatches if not self._complete(attempt, b)}
+        while left or len(done) < self.crew.ranks:
+            found = self.crew.next(0.2)
+            if found is not None and found[1].get("number") in (attempt.number, None):
+                source, message = found
+                match message["did"]:
+                    case "result":
+                        b = message["microbatch"]
+                        attempt.results[b].update(message["values"])
+                        if self._complete(attempt, b):
+                            left.discard(b)
+                    case "done":
+                        done.add(source)
+                        self._note(attempt, source, message)
+                    case "failed":
+                        self._give_up({})
+                        raise DfcError(message["code"], message["message"], help=message["help"])
+                    case "broken":
+                        broken_since = broken_since or time.monotonic()
+            if broken_since is not None and time.monotonic() - broken_since > AT_LEAST:
+                raise RankLost({})  # a link broke, though everybody is there
+            if not self.crew.busy() and self.crew.quiet(began) > self._patience():
+                raise RankLost({})
+
+    def _patience(self) -> float:
+        """For how long everybody may wait for somebody else."""
+        return max(2 * AT_LEAST, LATE * max(self.crew.expected.values(), default=0.0))
+
+    def _note(self, attempt: _Attempt, rank: int, message: Message) -> None:
+        for kind, stage, b, start, end in message["spans"]:
+            action = Action(Kind(kind), stage, b)
+            attempt.spans.append(Span(action, rank, start + attempt.late, end + attempt.late))
+        attempt.sent.update({int(e): n for e, n in message["sent"]})
+
+    def _complete(self, attempt: _Attempt, microbatch: int) -> bool:
+        """Whether every result of a microbatch has come."""
+        result = attempt.results[microbatch]
+        return all(n in result for e in self.edges if e.target == HOST for n in e.values)
+
+    def _learn(self, attempt: _Attempt) -> None:
+        """What actions take, for the deadlines of the next step."""
+        times: dict[tuple[Kind, int], list[float]] = {}
+        for s in attempt.spans:
+            times.setdefault((s.action.kind, s.action.stage), []).append(s.end - s.start)
+        self.crew.expected.update({k: median(t) for k, t in times.items()})
+
+    def _mourn(self, lost: RankLost, raises: bool) -> None:
+        """End lost ranks, let all others give up, and tell what happened.
+
+        Raises:  DfcError K055.
+        """
+        if self._closed:
+            raise DfcError("K051", "the pipeline is closed")
+        waiting = self._give_up(lost.reasons)
+        error = lost_error(lost.reasons, waiting)
+        self.incidents.append(error.message)
+        if raises:
+            raise error
+
+    def _give_up(self, lost: Mapping[int, str]) -> list[str]:
+        """Every rank gives up the step, or is ended. What each of them waited for."""
+        for rank in lost:
+            self.crew.bury(rank)
+        self._links = None
+        asked = {r: m for r, m in self.crew.members.items() if m.loaded}
+        self.crew.tell({"do": "abandon"}, list(asked))
+        until = time.monotonic() + self._patience()
+        while asked and time.monotonic() < until:
+            try:
+                found = self.crew.next(0.2)
+            except RankLost as more:
+                for rank in more.reasons:
+                    self.crew.bury(rank)
+                    asked.pop(rank, None)
+                continue
+            if found is not None and found[1]["did"] == "abandoned":
+                asked.pop(found[0], None)
+        for rank in asked:
+            self.crew.bury(rank)  # deaf: it is started again
+        return [
+            f"rank {m.rank} waits in {m.doing}"
+            for m in self.crew.members.values()
+            if m.what in ("RECV", "SEND")
+        ]
+
+
+def _store() -> tuple[Any, tuple[str, int]]:
+    """A store of this machine alone, for links to be made, and its address."""
+    import socket
+
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(128)
+        port = listener.getsockname()[1]
+        store = TCPStore(
+            "127.0.0.1", port, is_master=True, wait_for_workers=False,
+            timeout=timedelta(seconds=LINKING), master_listen_fd=listener.detach(),
+        )  # fmt: skip
+    return store, ("127.0.0.1", port)

@@ -1,0 +1,80 @@
+"""A graph as a pipeline in several processes, called like the one in threads.
+
+    with Processes(graph, stage_of, microbatches=8) as pipeline:
+        results = pipeline(*inputs)
+
+Each rank is a process that has its own stages alone. Nothing is pickled: a rank reads its graphs as
+text and maps its weights from their files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dfc.ir.graph import Graph
+from dfc.planning.actions import Kind
+from dfc.runtime.pipeline.crew import Crew, Launcher
+from dfc.runtime.pipeline.folder import assembly, write_assembly
+from dfc.runtime.pipeline.host import FRUITLESS, ProcessLanes
+from dfc.runtime.pipeline.local import Pipeline, Runs
+from dfc.runtime.pipeline.spawn import Spawner, private_folder
+
+
+class Processes(Pipeline):
+    """Stages of one graph in processes of this machine; called like the model.
+
+    `restarts` is how often ranks may be lost in a call without any new result; 0 raises at the
+    first. `expected` are the seconds of a microbatch at each stage, for the deadlines of the first
+    call; later ones take what was measured. `incidents` tells of every loss that was mended.
+    Needs:   a graph with a dynamic batch dimension, unless every call is one microbatch.
+    Ensures: results equal those of the stages run one after another on the same microbatches; all
+             processes end with the pipeline, or with this process.
+    Raises:  DfcError K055 for a rank that is lost for good, K056 for one that does not start.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        stage_of: Mapping[Any, int],
+        *,
+        restarts: int = FRUITLESS,
+        expected: Sequence[float] = (),
+        launcher: Callable[[Path, list[int]], Launcher] = Spawner,
+        address: str = "127.0.0.1",
+        **options: Any,
+    ) -> None:
+        self.restarts, self._launcher, self._address = restarts, launcher, address
+        self._expected = {(Kind.F, s): t for s, t in enumerate(expected)}
+        super().__init__(graph, stage_of, **options)
+
+    def _start(self) -> Runs:
+        self._folder = private_folder()
+        folder = Path(self._folder.name)
+        made, numbers = assembly(
+            self.stages, self.edges, self.placement, self.engines, self.threads
+        )  # fmt: skip
+        write_assembly(folder, made, self.stages)
+        crew = Crew(len(self.threads), self._launcher(folder, self.threads), self._address)
+        crew.expected = dict(self._expected)
+        lanes = self._ranks = ProcessLanes(self.graph, made.routed(), numbers, made.placement, crew)
+        lanes.restarts = self.restarts
+        try:
+            lanes.ready()
+        except BaseException:
+            self._end()
+            raise
+        return lanes
+
+    @property
+    def incidents(self) -> list[str]:
+        return self._ranks.incidents
+
+    def close(self) -> None:
+        """End the ranks' processes."""
+        self._end()
+
+    def _end(self) -> None:
+        self._ranks.close()
+        self._folder.cleanup()

@@ -1,0 +1,321 @@
+"""Pipelines in processes: equal to the model, mended when a rank is lost, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing import AuthenticationError
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dfc
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph
+from dfc.ir.types import NONE, ScalarType, TensorType
+from dfc.planning.stages import split
+from dfc.runtime.pipeline.control import Channel, Door, knock
+from dfc.runtime.pipeline.folder import assembly, read_assembly, write_assembly
+from dfc.runtime.pipeline.messages import Layout
+from dfc.runtime.pipeline.processes import Processes
+from dfc.runtime.pipeline.routes import stage_edges
+from tests.test_pipeline import captured, leaves, one_by_one, stages
+
+B = torch.export.Dim("B", min=1, max=64)
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def equal(pipeline: Processes, args: Sequence[Any]) -> None:
+    """The pipeline's results are those of its microbatches one after another, to the bit."""
+    found = leaves(pipeline(*args))
+    for f, x in zip(found, one_by_one(pipeline.graph, pipeline, list(args)), strict=True):
+        assert torch.equal(f, x)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not waited for does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"
+
+
+def gone(pids: Sequence[int], seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while any(alive(p) for p in pids):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def pids(pipeline: Processes) -> list[int]:
+    return [m.pid for _, m in sorted(pipeline._ranks.crew.members.items())]
+
+
+def during(pipeline: Processes, rank: int, signal_: int) -> tuple[threading.Thread, list[float]]:
+    """Send a signal to a rank in the middle of the next step; when it was sent."""
+    sent: list[float] = []
+    step = pipeline._ranks._steps
+
+    def wait() -> None:
+        until = time.monotonic() + 30
+        while pipeline._ranks._steps == step and time.monotonic() < until:
+            time.sleep(0.001)
+        time.sleep(0.1)
+        sent.append(time.monotonic())
+        os.kill(pipeline._ranks.crew.members[rank].pid, signal_)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread, sent
+
+
+def test_values_keep_their_bits_and_their_layout() -> None:
+    values = [
+        torch.randn(3, 4).T, torch.randn(3, 1, 5).expand(3, 7, 5), 3.25, True, -7, None,
+        torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), torch.empty(0, 3),
+        torch.tensor(2.5), torch.randn(5, 2, dtype=torch.complex64).conj(),
+        torch.randn(6, 4)[:, ::2], torch.randn(4).bfloat16(),
+    ]  # fmt: skip
+    types = [
+        TensorType.of(x) if isinstance(x, torch.Tensor)
+        else NONE if x is None else ScalarType(type(x).__name__)
+        for x in values
+    ]  # fmt: skip
+    layout = Layout(types, {})
+    block = layout.pack(values)
+    assert block.nbytes == layout.nbytes
+    for x, y in zip(values, layout.unpack(block), strict=True):
+        if isinstance(x, torch.Tensor):
+            assert torch.equal(x, y) and x.dtype == y.dtype
+            if x.numel() == x.untyped_storage().nbytes() // x.dtype.itemsize:
+                assert x.stride() == y.stride()
+        else:
+            assert x == y and type(x) is type(y)
+
+
+def test_who_does_not_know_the_key_is_sent_away() -> None:
+    met: list[dict[str, Any]] = []
+    came = threading.Event()
+
+    def welcome(channel: Channel, hello: dict[str, Any]) -> None:
+        met.append(hello)
+        came.set()
+        channel.send({"do": "end"})
+
+    door = Door(welcome, "127.0.0.1")
+    try:
+        assert door.address[0] == "127.0.0.1"
+        with pytest.raises((AuthenticationError, EOFError, OSError)):
+            knock(door.address, b"guessed" * 4)
+        mine = knock(door.address, door.key)
+        assert mine.send({"did": "hello", "rank": 3})
+        assert came.wait(5) and met == [{"did": "hello", "rank": 3}]
+        assert mine.receive() == {"do": "end"}
+        mine.close()
+    finally:
+        door.close()
+
+
+def test_a_rank_with_other_versions_says_so(tmp_path: Path) -> None:
+    _, _, graph = captured("chain")
+    parts = split(graph, stages(graph, 2))
+    made, _ = assembly(parts, stage_edges(parts, graph.outputs), [0, 1], ["eager"] * 2, [1, 1])
+    write_assembly(tmp_path, made, parts)
+    assert read_assembly(tmp_path).digest == made.digest
+    data = json.loads((tmp_path / "pipeline.json").read_text())
+    data["versions"]["torch"] = "1.0"
+    (tmp_path / "pipeline.json").write_text(json.dumps(data))
+    with pytest.raises(DfcError, match=r"N055.*made with torch 1\.0, this rank has"):
+        read_assembly(tmp_path)
+
+
+def test_tied_weights_skips_and_several_stages_a_rank() -> None:
+    """Three stages on two ranks; inputs to all of them, any batch, an uneven last microbatch."""
+    _, args, graph = captured("tied")
+    placed = stages(graph, 3)
+    with Processes(graph, placed, placement=[0, 1, 0], microbatches=4, threads=2) as pipeline:
+        for size in (6, 7, 1, 3):
+            equal(pipeline, (torch.randint(40, (size, 5)), args[1]))
+        report = pipeline.report()
+        assert len(report.busy) == 2 and report.predicted <= report.seconds
+        assert [report.bytes[0, 1] > 0, report.bytes[1, 2] > 0] == [True, True]
+        assert not report.bytes.get((0, 2))  # of one rank
+        events = report.trace(["rank 0", "rank 1"])["traceEvents"]
+        assert sum(e["ph"] == "X" and e["pid"] == 0 for e in events) == 3 * 3
+        # A stage that fails is named, and the pipeline goes on.
+        with pytest.raises(DfcError, match=r"K050.*stage 0 failed on microbatch 2: .*out of range"):
+            pipeline(torch.tensor([[1] * 5] * 2 + [[77] * 5]), args[1])
+        equal(pipeline, args)
+        assert not pipeline.incidents
+        ranks = pids(pipeline)
+    assert gone(ranks, 2)
+    with pytest.raises(DfcError, match="K051"):
+        pipeline(*args)
+
+
+class Heavy(nn.Module):
+    """Long enough to be killed in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(512, 512) for _ in range(8))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x, x.sum(-1)
+
+
+def heavy() -> tuple[Graph, tuple[torch.Tensor]]:
+    torch.manual_seed(0)
+    args = (torch.randn(64, 40, 512),)
+    return dfc.trace(Heavy().eval(), args, dynamic_shapes=({0: B},)), args
+
+
+@pytest.fixture(scope="module")
+def heavies() -> Iterator[tuple[Processes, tuple[torch.Tensor]]]:
+    graph, args = heavy()
+    with Processes(graph, stages(graph, 2), microbatches=16, threads=2) as pipeline:
+        pipeline(*args)
+        yield pipeline, args
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_named_restarted_and_nothing_is_lost(
+    heavies: tuple[Processes, tuple[torch.Tensor]], rank: int
+) -> None:
+    pipeline, args = heavies
+    before, known = pids(pipeline), len(pipeline.incidents)
+    thread, _ = during(pipeline, rank, signal.SIGKILL)
+    equal(pipeline, args)
+    thread.join()
+    after = pids(pipeline)
+    assert [a == b for a, b in zip(before, after, strict=True)] == [rank != 0, rank != 1]
+    told = pipeline.incidents[known]
+    assert f"rank {rank} lost" in told and "SIGKILL" in told
+
+
+def test_a_rank_that_hangs_is_noticed_in_five_seconds(
+    heavies: tuple[Processes, tuple[torch.Tensor]],
+) -> None:
+    pipeline, args = heavies
+    stuck, known = pids(pipeline)[1], len(pipeline.incidents)
+    thread, sent = during(pipeline, 1, signal.SIGSTOP)
+    noticed: list[float] = []
+
+    def watch() -> None:
+        while len(pipeline.incidents) == known:
+            time.sleep(0.01)
+        noticed.append(time.monotonic())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    equal(pipeline, args)
+    thread.join()
+    watcher.join(timeout=5)
+    assert gone([stuck], 2)
+    assert "rank 1 lost while rank 0 waits in SEND(e1, mb" in pipeline.incidents[known]
+    assert noticed[0] - sent[0] < 5
+
+
+def test_without_restarts_the_loss_is_raised_in_two_seconds(
+    heavies: tuple[Processes, tuple[torch.Tensor]],
+) -> None:
+    pipeline, args = heavies
+    pipeline._ranks.restarts = 0
+    try:
+        thread, sent = during(pipeline, 0, signal.SIGKILL)
+        with pytest.raises(DfcError, match=r"rank 0 lost.*: killed by SIGKILL") as caught:
+            pipeline(*args)
+        assert time.monotonic() - sent[0] < 2
+        assert caught.value.code == "K055" and caught.value.status == 8
+        thread.join()
+    finally:
+        pipeline._ranks.restarts = 3
+    equal(pipeline, args)
+
+
+_HOST = """
+import os, sys, threading, time
+sys.path.insert(0, {root!r})
+from tests.test_processes import Processes, heavy, pids, stages
+graph, args = heavy()
+with Processes(graph, stages(graph, 2), microbatches=16, threads=2) as pipeline:
+    print(*pids(pipeline), flush=True)
+    while True:
+        pipeline(*args)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupt_and_the_hosts_death_end_everything(how: int) -> None:
+    host = subprocess.Popen(
+        [sys.executable, "-c", _HOST.format(root=str(ROOT))], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert host.stdout is not None
+        ranks = [int(p) for p in host.stdout.readline().split()]
+        assert len(ranks) == 2 and all(alive(p) for p in ranks)
+        time.sleep(0.5)
+        os.killpg(host.pid, how) if how == signal.SIGINT else host.kill()
+        assert gone(ranks, 2)
+        host.wait(timeout=30)  # what PyTorch takes to end
+        assert host.returncode == -how
+    finally:
+        host.kill()
+        host.communicate(timeout=10)
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_lose_nothing_and_double_nothing() -> None:
+    """Ranks are killed whatever they do, while they load and make their links too."""
+    import random
+
+    graph, args = heavy()
+    choose, ended, killed = random.Random(0), threading.Event(), [0]
+    with Processes(graph, stages(graph, 2), microbatches=16, threads=2, restarts=50) as pipeline:
+        expected = one_by_one(graph, pipeline, list(args))
+        crew = pipeline._ranks.crew
+
+        def kill() -> None:
+            while killed[0] < 100 and not ended.is_set():
+                time.sleep(choose.uniform(0.5, 4.0))
+                member = crew.members.get(choose.randrange(2))
+                if member is not None and member.pid and alive(member.pid):
+                    os.kill(member.pid, signal.SIGKILL)
+                    killed[0] += 1
+
+        thread = threading.Thread(target=kill)
+        thread.start()
+        try:
+            while killed[0] < 100:
+                for f, x in zip(leaves(pipeline(*args)), expected, strict=True):
+                    assert torch.equal(f, x)
+        finally:
+            ended.set()
+            thread.join()
+        equal(pipeline, args)
+        assert len(pipeline.incidents) >= 50  # two kills may be one loss
+
+
+@pytest.mark.slow
+def test_a_thousand_steps_of_skips_end() -> None:
+    _, args, graph = captured("unet")
+    with Processes(graph, stages(graph, 3), microbatches=6, threads=3) as pipeline:
+        first = pipeline(*args)
+        for _ in range(1000):
+            assert torch.equal(pipeline(*args), first)
+        assert not pipeline.incidents
