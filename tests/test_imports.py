@@ -211,6 +211,7 @@ BROAD = {
     "dfc/rewrite/promises.py": 1,  # a pass is anybody's code: what it raises is told with its line
     "dfc/registry.py": 1,  # what happens when another package is imported
     "dfc/rewrite/custom.py": 1,  # the user's own pass
+    "runtime/pipeline/rank.py": 1,  # whatever a kernel raises is told with its action
 }
 
 

@@ -243,7 +243,7 @@ class ProcessLanes:
         except (RankLost, DfcError):
             traffic.abandoned = True
             raise
-        except BaseException:  # the caller is interrupted: what runs is told to stop
+        except KeyboardInterrupt:  # the ranks are told to stop what they do
             traffic.abandoned = True
             self._links = None
             self.crew.tell({"do": "abandon"})

@@ -10,6 +10,7 @@ text and maps its weights from their files.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,10 @@ class Processes(Pipeline):
         crew.expected = dict(self._expected)
         lanes = self._ranks = ProcessLanes(self.graph, made.routed(), numbers, made.placement, crew)
         lanes.restarts = self.restarts
-        try:
+        with ExitStack() as failing:
+            failing.callback(self._end)
             lanes.ready()
-        except BaseException:
-            self._end()
-            raise
+            failing.pop_all()
         return lanes
 
     @property
