@@ -47,11 +47,12 @@ bench: assets ## run every benchmark
 	  echo "== $$script"; $(BIN)/python "$$script"; \
 	done
 
-bench-peers: venv ## time other tools on the same rules, graphs and models (TVM in .venv-peers)
+bench-peers: venv ## time other tools on the same rules and models (TVM and NNCF in .venv-peers)
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --disable-pip-version-check -q apache-tvm==0.27.0
+	.venv-peers/bin/python -m pip install --disable-pip-version-check -q apache-tvm==0.27.0 nncf==3.4.0 openvino==2026.4.1
 	$(BIN)/python benchmarks/rules.py --peers
 	$(BIN)/python benchmarks/engines.py
+	$(BIN)/python benchmarks/engines_int8.py
 
 clean: ## remove what was built or cached; .venv and .assets stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov

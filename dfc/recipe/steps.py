@@ -196,7 +196,7 @@ class Resolver:
         """`apply rules(a, b)` is the pass fuse."""
         words = [a for a in o.arguments if isinstance(a, (s.Word, s.Text))]
         for a in o.arguments:
-            if a not in words:
+            if not isinstance(a, (s.Word, s.Text)):
                 message = f"`{expression_text(a)}` is no rule set"
                 self.problems.say(scope.source, "Q013", message, a.at)
         operands = tuple(a if isinstance(a, s.Word) else s.Word(a.at, a.value) for a in words)
