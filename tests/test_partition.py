@@ -58,8 +58,8 @@ def agree(problem: Problem, found: Partition | None, best: Partition | None) -> 
     assert (found is None) == (best is None)
     if found is not None and best is not None:
         assert why_not(problem, found.stage) is None
-        assert found.bottleneck == pytest.approx(loads(problem, found.stage).bottleneck)
-        assert found.bottleneck == pytest.approx(best.bottleneck, rel=1e-9)
+        assert found.value == pytest.approx(loads(problem, found.stage).bottleneck)
+        assert found.value == pytest.approx(best.value, rel=1e-9)
 
 
 SHAPES = [
@@ -80,7 +80,7 @@ def test_ideals_and_milp_find_what_brute_force_finds(shape: dict[str, Any], seed
     found, bound = solve_milp(problem, 20.0, gap=0.0)
     agree(problem, found, best)
     if best is not None:
-        assert bound <= best.bottleneck * (1 + 1e-6)
+        assert bound <= best.value * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -115,16 +115,16 @@ def test_orders_are_topological_and_cutting_them_is_allowed() -> None:
 def test_what_must_not_matter_does_not(seed: int) -> None:
     rng = random.Random(seed)
     problem = made(rng, 8, 3, links=True)
-    best = partition(problem).bottleneck
+    best = partition(problem).value
     scaled = replace(problem, time=problem.time * 4, tensors=tuple(
         replace(t, bytes=t.bytes * 4) for t in problem.tensors))  # fmt: skip
-    assert partition(scaled).bottleneck == pytest.approx(4 * best)
+    assert partition(scaled).value == pytest.approx(4 * best)
     more = problem.with_stages([*problem.slots, Slot()])
-    assert partition(more).bottleneck <= best + 1e-9
+    assert partition(more).value <= best + 1e-9
     faster = problem.with_stages([replace(s, receive=s.receive * 2) for s in problem.slots])
-    assert partition(faster).bottleneck <= best + 1e-9
+    assert partition(faster).value <= best + 1e-9
     pinned = replace(problem, pins={0: 0, problem.n - 1: 2})
-    assert partition(pinned).bottleneck >= best - 1e-9
+    assert partition(pinned).value >= best - 1e-9
 
 
 def residual(rng: random.Random, n: int) -> Problem:
@@ -157,7 +157,7 @@ def test_wide_branches_say_how_far_they_may_be_from_the_best() -> None:
     problem = Problem(time, tuple(tensors), slots, np.ones(n), np.zeros(n))
     found = partition(problem, Effort(seconds=3.0, gap=0.05))
     assert why_not(problem, found.stage) is None and 0 <= found.gap <= 0.25
-    assert found.bottleneck >= found.bound > 0
+    assert found.value >= found.bound > 0
 
 
 def test_it_is_never_worse_than_splits_by_count_or_by_weight() -> None:
@@ -165,7 +165,7 @@ def test_it_is_never_worse_than_splits_by_count_or_by_weight() -> None:
     for seed in range(6):
         problem = residual(rng, 30 + seed)
         roomy = problem.with_stages([replace(s, memory=INFINITE) for s in problem.slots])
-        best = partition(roomy).bottleneck
+        best = partition(roomy).value
         for by in (np.ones(problem.n), problem.weights, problem.time[:, 0]):
             share = np.minimum((np.cumsum(by) - by) / by.sum() * 8, 7).astype(int)
             assert best <= loads(roomy, tuple(share.tolist())).bottleneck + 1e-9

@@ -1,17 +1,20 @@
 """Cutting a long chain into stages: the bottleneck is searched, each try is a walk of vectors.
 
 A chain can be cut with bottleneck T if and only if stages, each as long as T and the memory allow,
-reach its end; what crosses a cut bounds where cuts may lie.
+reach its end; what crosses a cut bounds where cuts may lie. Latency adds up instead: the best way
+to each cut is the least of a window that moves on with it.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dfc.planning.ideals import lower_bound
-from dfc.planning.problem import Partition, Problem, loads
+from dfc.planning.problem import Partition, Problem, value_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,9 +34,11 @@ def cut_chain(problem: Problem) -> Partition | None:
     """The best cuts of a chain, None when its memory does not allow any.
 
     Needs:  `is_chain`.
-    Cost:   O(n K) for each of 60 halvings, in vectors of n.
+    Cost:   O(n K) for each of 60 halvings, in vectors of n; once for latency.
     """
-    chain = _Chain(problem)
+    if problem.objective == "latency":
+        return _made(problem, _Chain(problem).quickest(), 0.0)
+    chain = _Chain(problem if problem.objective == "throughput" else _of_bytes(problem))
     low, high = lower_bound(problem), chain.most()
     ends = chain.cuts(high)
     if ends is None:
@@ -50,9 +55,27 @@ def cut_chain(problem: Problem) -> Partition | None:
             ends, best = tried, chain.bottleneck(tried)
         else:
             break  # as near as doubles come
-    stage = np.repeat(np.arange(problem.stages), np.diff(ends, prepend=0))
-    found = loads(problem, stage.tolist()).bottleneck
-    return Partition(tuple(stage.tolist()), found, min(low, found), "chain")
+    return _made(problem, ends, low)
+
+
+def _made(problem: Problem, ends: list[int] | None, bound: float) -> Partition | None:
+    """The partition whose stages end there; without a bound it is the best."""
+    if ends is None:
+        return None
+    stage = np.repeat(np.arange(problem.stages), np.diff(ends, prepend=0)).tolist()
+    found = value_of(problem, stage)
+    return Partition(tuple(stage), found, min(bound, found) if bound else found, "chain")
+
+
+def _of_bytes(problem: Problem) -> Problem:
+    """A problem whose bottleneck is the largest stage's bytes."""
+    columns = []
+    for slot in problem.slots:
+        held = problem.weights + slot.in_flight * problem.activations
+        columns.append(np.where(np.isfinite(problem.time[:, slot.kind]), held, np.inf))
+    free = {"receive": np.inf, "send": np.inf}
+    slots = tuple(replace(slot, kind=s, **free) for s, slot in enumerate(problem.slots))
+    return replace(problem, time=np.stack(columns, axis=1), slots=slots)
 
 
 class _Chain:
@@ -108,21 +131,68 @@ class _Chain:
         first = self._first_start(s, limit)
         positions = np.arange(self.n + 1)
         last = np.maximum.accumulate(np.where(able, positions, -1))
+        if not self.problem.idle:
+            last = np.concatenate([[-1], last[:-1]])
         # The last start before i that can be: of those from first[i] on, if there is any.
         ends = (last >= first) & (self.crossing <= limit * slot.send)
         source = last.copy()
-        source[starts] = positions[starts]  # an empty stage
-        return ends | starts, source
+        if self.problem.idle:
+            source[starts] = positions[starts]  # an empty stage
+            ends = ends | starts
+        return ends, source
+
+    def quickest(self) -> list[int] | None:
+        """Where the stages end through which one microbatch comes soonest."""
+        best = np.full(self.n + 1, np.inf)
+        best[0] = 0.0
+        came: list[Ints] = []
+        for s, slot in enumerate(self.problem.slots):
+            work = self.time[slot.kind]
+            arrives = self.crossing / slot.receive + slot.latency
+            arrives[0] = 0.0  # the graph's inputs are there
+            least, source = _window(best + arrives - work, self._first_start(s, np.inf))
+            stays = (best <= least + work) & self.problem.idle
+            best = np.where(stays, best, least + work)
+            came.append(np.where(stays, np.arange(self.n + 1), source))
+        if not np.isfinite(best[self.n]):
+            return None
+        ends_at = [self.n]
+        for s in range(self.problem.stages - 1, 0, -1):
+            ends_at.append(int(came[s][ends_at[-1]]))
+        return ends_at[::-1]
 
     def _first_start(self, s: int, limit: float) -> Ints:
         """For each end, the earliest start from which work and memory fit."""
         slot = self.problem.slots[s]
         held = self.weights + slot.in_flight * self.kept
-        first = np.searchsorted(self.time[slot.kind], self.time[slot.kind] - limit * (1 + 1e-12))
+        work = self.time[slot.kind]
+        first = np.zeros(self.n + 1, dtype=np.int64)
+        if np.isfinite(limit):
+            first = np.searchsorted(work, work - limit * (1 + 1e-12))
         if np.isfinite(slot.memory):
             first = np.maximum(first, np.searchsorted(held, held - slot.memory * (1 + 1e-12)))
         cannot = self.cannot[slot.kind]
         return np.maximum(first, np.searchsorted(cannot, cannot, side="left"))
+
+
+def _window(values: NDArray[np.float64], first: Ints) -> tuple[NDArray[np.float64], Ints]:
+    """For each i the least of values[first[i]:i], and where it is.
+
+    Needs:  `first` never falls.
+    """
+    least = np.full(len(values), np.inf)
+    where = np.full(len(values), -1, dtype=np.int64)
+    near: deque[int] = deque()  # the least of what follows each, in order
+    numbers = values.tolist()
+    for i, begin in enumerate(first.tolist()):
+        while near and near[0] < begin:
+            near.popleft()
+        if near:
+            least[i], where[i] = numbers[near[0]], near[0]
+        while near and numbers[near[-1]] >= numbers[i]:
+            near.pop()
+        near.append(i)
+    return least, where
 
 
 def _sums(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dfc.planning.problem import Partition, Problem, Slot, loads
+from dfc.planning.problem import Partition, Problem, Slot, value_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -59,12 +59,13 @@ def best_chain(problem: Problem, ideals: Sequence[int], *, complete: bool) -> Pa
     Cost:   I² (K + T) for I ideals, K stages and T tensors that take time on their link.
     """
     pairs = _Pairs(problem, ideals)
+    join = np.add if problem.objective == "latency" else np.maximum
     last = len(ideals) - 1
     best = np.full(len(ideals), np.inf)
     best[0] = 0.0
     came: list[NDArray[np.int64]] = []
     for s in range(problem.stages):
-        total = np.maximum(best[:, None], pairs.cost(s))
+        total = join(best[:, None], pairs.cost(s))
         came.append(total.argmin(axis=0))
         best = total[came[-1], np.arange(len(ideals))]
     if not np.isfinite(best[last]):
@@ -76,15 +77,22 @@ def best_chain(problem: Problem, ideals: Sequence[int], *, complete: bool) -> Pa
         for v in _nodes(ideals[at] & ~ideals[previous]):
             stage[v] = s
         at = previous
-    found = loads(problem, stage).bottleneck
+    found = value_of(problem, stage)
     bound = found if complete else lower_bound(problem)
     return Partition(tuple(stage), found, min(bound, found), "ideals" if complete else "orders")
 
 
 def lower_bound(problem: Problem) -> float:
-    """What no partition beats: the mean over the devices' speeds, and the largest node."""
+    """What no partition beats: the mean over the devices, and the largest node."""
+    if problem.objective == "memory":
+        least = min(slot.in_flight for slot in problem.slots)
+        held = problem.weights + least * problem.activations
+        whole = held.sum() + sum(size for size, _ in problem.tied)
+        return float(max(whole / problem.stages, held.max(initial=0.0)))
     kinds = [slot.kind for slot in problem.slots]
     fastest = problem.time[:, sorted(set(kinds))].min(axis=1)
+    if problem.objective == "latency":
+        return float(fastest.sum())
     return float(max(fastest.sum() / len(kinds), fastest.max(initial=0.0)))
 
 
@@ -100,6 +108,8 @@ class _Pairs:
         self.nested = wide @ (1 - wide).T < 0.5  # nothing of J is outside I
         self.in_line = bool(np.diagonal(self.nested, 1).all())  # each within the next
         self._no_pair = ~self.nested | self._splits_groups()
+        if not problem.idle:
+            np.fill_diagonal(self._no_pair, True)
         self._of_slot: dict[Slot, Floats] = {}
 
     def cost(self, s: int) -> Floats:
@@ -115,20 +125,45 @@ class _Pairs:
         p = self.problem
         time = p.time[:, slot.kind]
         runs = np.isfinite(time)
-        cost = self._added(np.where(runs, time, 0.0))
+        held = self._held(slot)
+        if p.objective == "memory":
+            cost = held.copy()
+        elif p.objective == "latency":
+            cost = self._added(np.where(runs, time, 0.0)) + self._waited(slot)
+        else:
+            cost = self._bottleneck(np.where(runs, time, 0.0), slot)
         if not runs.all():
             cost[self._added((~runs).astype(float)) > 0] = np.inf
+        if np.isfinite(slot.memory):
+            cost[held > slot.memory * (1 + 1e-12)] = np.inf
+        cost[self._no_pair] = np.inf
+        return cost
+
+    def _bottleneck(self, time: Floats, slot: Slot) -> Floats:
+        cost = self._added(time)
         if np.isfinite(slot.receive):
             cost = np.maximum(cost, self._received() / slot.receive)
         if np.isfinite(slot.send):
             cost = np.maximum(cost, self._sent() / slot.send)
-        if np.isfinite(slot.memory):
-            held = self._added(p.weights + slot.in_flight * p.activations)
-            for size, readers in p.tied:
-                held = held + size * (self._added_count(readers) > 0)
-            cost[held > slot.memory * (1 + 1e-12)] = np.inf
-        cost[self._no_pair] = np.inf
         return cost
+
+    def _waited(self, slot: Slot) -> Floats:
+        """Until all that comes in is there."""
+        total = np.zeros(self.nested.shape)
+        if np.isfinite(slot.receive):
+            total += self._received() / slot.receive
+        if slot.latency:
+            total += slot.latency * (self._received(each=1.0) > 0)
+        return total
+
+    def _held(self, slot: Slot) -> Floats:
+        p = self.problem
+        if p.objective != "memory" and not np.isfinite(slot.memory):
+            return np.zeros(self.nested.shape)
+        held = self._added(p.weights + slot.in_flight * p.activations)
+        for size, readers in p.tied:
+            held = held + size * (self._added_count(readers) > 0)
+        return held
 
     def _added(self, values: Floats) -> Floats:
         total = self.member @ values
@@ -138,13 +173,15 @@ class _Pairs:
         count = self.member[:, list(nodes)].sum(axis=1)
         return np.asarray(count[None, :] - count[:, None])
 
-    def _received(self) -> Floats:
+    def _received(self, each: float | None = None) -> Floats:
+        """The bytes that come in; with `each`, as if every tensor had so many."""
         if self.in_line:
-            return self._received_in_line()
+            return self._received_in_line(each)
         total = np.zeros(self.nested.shape)
         for t in self.problem.tensors:
             made = self.member[:, t.producer]
-            total += t.bytes * (made[:, None] & (self._added_count(t.readers) > 0))
+            size = t.bytes if each is None else each
+            total += size * (made[:, None] & (self._added_count(t.readers) > 0))
         return total
 
     def _sent(self) -> Floats:
@@ -158,15 +195,16 @@ class _Pairs:
             total += t.bytes * ((made & later)[None, :] & ~made[:, None])
         return total
 
-    def _received_in_line(self) -> Floats:
+    def _received_in_line(self, each: float | None) -> Floats:
         """The same for the prefixes of one order: each tensor adds to rectangles of pairs."""
         corners = np.zeros((len(self.nested) + 1, len(self.nested) + 1))
         at = self._places()
         for t in self.problem.tensors:
+            size = t.bytes if each is None else each
             start = at[t.producer] + 1  # a stage that begins here or later receives it
             for place in sorted(at[v] for v in t.readers):
                 if place >= start:
-                    _add(corners, (start, place + 1), (place + 1, len(self.nested)), t.bytes)
+                    _add(corners, (start, place + 1), (place + 1, len(self.nested)), size)
                     start = place + 1
         return np.asarray(corners.cumsum(axis=0).cumsum(axis=1)[:-1, :-1])
 

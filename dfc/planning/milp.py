@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dfc.planning.problem import Partition, Problem, loads, why_not
+from dfc.planning.problem import Partition, Problem, value_of, why_not
 
 
 def solve_milp(
@@ -28,7 +28,7 @@ def solve_milp(
     model.build()
     upper = model.upper.copy()
     scale = model.scale
-    upper[model.bottleneck] = min(upper[model.bottleneck], most / scale)
+    upper[model.value] = min(upper[model.value], most / scale)
     result = milp(
         c=model.objective(),
         constraints=LinearConstraint(model.matrix(), -np.inf, np.array(model.limits)),
@@ -44,7 +44,7 @@ def solve_milp(
     stage = model.stages_of(result.x)
     if why_not(problem, stage) is not None:  # rounding: a row was met within tolerance only
         return None, max(bound, 0.0)
-    found = loads(problem, stage).bottleneck
+    found = value_of(problem, stage)
     return Partition(stage, found, min(max(bound, 0.0), found), "milp"), max(bound, 0.0)
 
 
@@ -58,25 +58,31 @@ class _Model:
         p = self.problem
         n, k = p.n, p.stages
         finite = p.time[np.isfinite(p.time)]
-        self.scale = float(finite.sum()) / max(k, 1) or 1.0  # times near 1 suit the solver
+        self.time_scale = float(finite.sum()) / max(k, 1) or 1.0  # times near 1 suit the solver
         self.memory_scale = float(p.weights.sum() + p.activations.sum()) or 1.0
-        self.y0, self.count = 0, n * (k - 1)
-        self.bottleneck = self.count
+        self.scale = self.memory_scale if p.objective == "memory" else self.time_scale
+        self.count = n * (k - 1)
+        self.value = self.count  # what is made small
         self.count += 1
+        self.delays: list[tuple[int, float]] = []  # what latency adds up, and a constant
+        self.at_least = 0.0
         self.receive_of: dict[tuple[int, int], int] = {}
         self.send_of: dict[tuple[int, int], int] = {}
         self.tied_of: dict[tuple[int, int], int] = {}
+        self.wait_of: dict[int, int] = {}
         for i, t in enumerate(p.tensors):
             for s in range(k):
-                if np.isfinite(p.slots[s].receive) and t.bytes:
+                if np.isfinite(p.slots[s].receive) and t.bytes and p.objective != "memory":
                     self.receive_of[i, s] = self._variable()
-                if np.isfinite(p.slots[s].send) and t.bytes:
+                if np.isfinite(p.slots[s].send) and t.bytes and p.objective == "throughput":
                     self.send_of[i, s] = self._variable()
         for i in range(len(p.tied)):
             for s in range(k):
                 self.tied_of[i, s] = self._variable()
+        if p.objective == "latency":
+            self.wait_of = {s: self._variable() for s in range(k) if p.slots[s].latency}
         self.lower, self.upper = np.zeros(self.count), np.ones(self.count)
-        self.upper[self.bottleneck] = np.inf
+        self.upper[self.value] = np.inf
 
     def _variable(self) -> int:
         self.count += 1
@@ -114,6 +120,11 @@ class _Model:
             self._memory(s)
         self._traffic()
         self._wishes()
+        if p.objective == "latency":
+            columns, values = [c for c, _ in self.delays], [x for _, x in self.delays]
+            self.add([(columns, values, self.at_least), ([self.value], [-1.0], 0.0)])
+        for s in range(k if not p.idle else 0):
+            self.add([self.in_stage(v, s, -1.0) for v in range(p.n)], -1.0)
 
     def _load(self, s: int) -> None:
         p, slot = self.problem, self.problem.slots[s]
@@ -121,14 +132,18 @@ class _Model:
         for v in range(p.n):
             time = p.time[v][slot.kind]
             if np.isfinite(time):
-                parts.append(self.in_stage(v, s, float(time) / self.scale))
+                parts.append(self.in_stage(v, s, float(time) / self.time_scale))
             else:
                 self.add([self.in_stage(v, s)])  # x <= 0: it cannot run there
-        self.add([*parts, ([self.bottleneck], [-1.0], 0.0)])
+        if p.objective == "throughput":
+            self.add([*parts, ([self.value], [-1.0], 0.0)])
+        elif p.objective == "latency":
+            self.delays += [x for part in parts for x in zip(part[0], part[1], strict=True)]
+            self.at_least += sum(part[2] for part in parts)
 
     def _memory(self, s: int) -> None:
         p, slot = self.problem, self.problem.slots[s]
-        if not np.isfinite(slot.memory):
+        if not np.isfinite(slot.memory) and p.objective != "memory":
             return
         held = (p.weights + slot.in_flight * p.activations) / self.memory_scale
         parts = [self.in_stage(v, s, float(held[v])) for v in range(p.n)]
@@ -137,7 +152,10 @@ class _Model:
             parts.append(([g], [size / self.memory_scale], 0.0))
             for v in readers:
                 self.add([self.in_stage(v, s), ([g], [-1.0], 0.0)])
-        self.add(parts, slot.memory / self.memory_scale)
+        if np.isfinite(slot.memory):
+            self.add(parts, slot.memory / self.memory_scale)
+        if p.objective == "memory":
+            self.add([*parts, ([self.value], [-1.0], 0.0)])
 
     def _traffic(self) -> None:
         p = self.problem
@@ -148,17 +166,24 @@ class _Model:
             for v in t.readers:
                 self.add([self.in_stage(v, s), self.in_stage(t.producer, s, -1.0),
                           ([r], [-1.0], 0.0)])  # fmt: skip
-            received.setdefault(s, []).append((r, t.bytes / p.slots[s].receive / self.scale))
+            received.setdefault(s, []).append((r, t.bytes / p.slots[s].receive / self.time_scale))
         for (i, s), o in self.send_of.items():
             t = p.tensors[i]
             for v in t.readers:
                 self.add([self.in_stage(t.producer, s), self.in_stage(v, s, -1.0),
                           ([o], [-1.0], 0.0)])  # fmt: skip
-            sent.setdefault(s, []).append((o, t.bytes / p.slots[s].send / self.scale))
+            sent.setdefault(s, []).append((o, t.bytes / p.slots[s].send / self.time_scale))
+        for s, w in self.wait_of.items():
+            for u, v in p.edges:
+                self.add([self.in_stage(v, s), self.in_stage(u, s, -1.0), ([w], [-1.0], 0.0)])
+            self.delays.append((w, p.slots[s].latency / self.time_scale))
+        if p.objective == "latency":
+            self.delays += [x for terms in received.values() for x in terms]
+            return
         for traffic in (received, sent):
             for terms in traffic.values():
                 columns, values = [c for c, _ in terms], [x for _, x in terms]
-                self.add([(columns, values, 0.0), ([self.bottleneck], [-1.0], 0.0)])
+                self.add([(columns, values, 0.0), ([self.value], [-1.0], 0.0)])
 
     def _wishes(self) -> None:
         p, k = self.problem, self.problem.stages
@@ -184,7 +209,7 @@ class _Model:
 
     def objective(self) -> Any:
         c = np.zeros(self.count)
-        c[self.bottleneck] = 1.0
+        c[self.value] = 1.0
         return c
 
     def integral(self) -> Any:

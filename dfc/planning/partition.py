@@ -3,7 +3,7 @@
 chain      every tensor goes to the next node: cuts, exact
 ideals     few convex cuts: dynamic programming over all of them, exact
 orders     the best cuts of several topological orders, with the bound of
-milp       a linear program that starts below the best order's bottleneck
+milp       a linear program that starts below the best order's value
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Effort:
 
 
 def partition(problem: Problem, effort: Effort = Effort()) -> Partition:
-    """The partition with the smallest bottleneck that is found, and a proved bound.
+    """The partition with the smallest value that is found, and a proved bound.
 
     Raises:  DfcError N030, N031 for an impossible problem; N060 (status 6) when nothing fits.
     """
@@ -45,13 +45,13 @@ def partition(problem: Problem, effort: Effort = Effort()) -> Partition:
     best = _of_orders(problem)
     if best is not None and best.gap <= effort.gap:
         return best
-    most = best.bottleneck if best else float("inf")
+    most = best.value if best else float("inf")
     found, bound = solve_milp(problem, effort.seconds, effort.gap / 2, most)
     candidates = [c for c in (best, found) if c is not None]
-    chosen = min(candidates, key=lambda c: c.bottleneck, default=None)
+    chosen = min(candidates, key=lambda c: c.value, default=None)
     if chosen is None:
         return _or_refuse(problem, None)
-    proved = min(max(bound, chosen.bound), chosen.bottleneck)
+    proved = min(max(bound, chosen.bound), chosen.value)
     return replace(chosen, bound=proved)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dfc.errors import DfcError
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 INFINITE = float("inf")
+# What is made small: the time between two microbatches, the time of one, the largest stage's bytes.
+Objective = Literal["throughput", "latency", "memory"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Tensor:
 class Slot:
     """One place in the pipeline: a device, its memory, and what comes in and goes out of it.
 
-    Units:  bytes, and bytes a second for `receive` and `send`.
+    Units:  bytes, and bytes a second for `receive` and `send`; `latency`: seconds until the first
+            byte that comes in is there.
     """
 
     kind: int = 0  # the column of `Problem.time`
@@ -44,6 +47,7 @@ class Slot:
     receive: float = INFINITE
     send: float = INFINITE
     in_flight: int = 1  # microbatches whose activations are held at once
+    latency: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class Problem:
     `time[v][k]` is the seconds of node v for one microbatch on a device of kind k, infinite where
     it cannot run; `weights[v]` and `activations[v]` are bytes. `pins` gives nodes their stage,
     `together` are groups that share a stage, `tied` are (bytes, readers) of parameters that every
-    stage with a reader holds a copy of (not counted in `weights`).
+    stage with a reader holds a copy of (not counted in `weights`). `idle` says that stages may be
+    empty.
     """
 
     time: Floats
@@ -65,6 +70,8 @@ class Problem:
     together: tuple[tuple[int, ...], ...] = ()
     tied: tuple[tuple[float, tuple[int, ...]], ...] = ()
     names: tuple[str, ...] = ()
+    objective: Objective = "throughput"
+    idle: bool = True
 
     @property
     def n(self) -> int:
@@ -103,18 +110,18 @@ class Problem:
 class Partition:
     """A stage for each node, and how good it is.
 
-    `bottleneck` is the time between two microbatches; `bound` is proved: no partition is better.
+    `value` is what the problem's objective says of it; `bound` is proved: no partition is better.
     """
 
     stage: tuple[int, ...]
-    bottleneck: float
+    value: float
     bound: float
     method: str
 
     @property
     def gap(self) -> float:
         """How far it can be from the best: 0.01 is one per cent."""
-        return self.bottleneck / self.bound - 1 if self.bound > 0 else 0.0
+        return self.value / self.bound - 1 if self.bound > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,17 @@ class Loads:
     receive: Floats
     send: Floats
     memory: Floats
+    wait: Floats  # for the first byte that comes in
+
+    @property
+    def latency(self) -> float:
+        """The time of one microbatch that finds the pipeline empty, stage after stage."""
+        return float(self.compute.sum() + self.receive.sum() + self.wait.sum())
+
+    @property
+    def peak(self) -> float:
+        """The bytes of the stage that holds most."""
+        return float(self.memory.max(initial=0.0))
 
     @property
     def bottleneck(self) -> float:
@@ -139,7 +157,7 @@ def loads(problem: Problem, stage: Sequence[int]) -> Loads:
 
     k = problem.stages
     compute, held = np.zeros(k), np.zeros(k)
-    received, sent = np.zeros(k), np.zeros(k)
+    received, sent, wait = np.zeros(k), np.zeros(k), np.zeros(k)
     for v, s in enumerate(stage):
         slot = problem.slots[s]
         compute[s] += problem.time[v][slot.kind]
@@ -150,12 +168,21 @@ def loads(problem: Problem, stage: Sequence[int]) -> Loads:
         sent[own] += t.bytes if others else 0
         for s in others:
             received[s] += t.bytes
+            wait[s] = problem.slots[s].latency
     for size, readers in problem.tied:
         for s in {stage[v] for v in readers}:
             held[s] += size
     into = np.array([s.receive for s in problem.slots])
     out = np.array([s.send for s in problem.slots])
-    return Loads(compute, received / into, sent / out, held)
+    return Loads(compute, received / into, sent / out, held, wait)
+
+
+def value_of(problem: Problem, stage: Sequence[int]) -> float:
+    """What is made small, under a partition."""
+    found = loads(problem, stage)
+    if problem.objective == "latency":
+        return found.latency
+    return found.peak if problem.objective == "memory" else found.bottleneck
 
 
 def why_not(problem: Problem, stage: Sequence[int]) -> str | None:
@@ -171,6 +198,9 @@ def why_not(problem: Problem, stage: Sequence[int]) -> str | None:
     for group in problem.together:
         if len({stage[v] for v in group}) > 1:
             return f"{problem.name(group[0])} and {problem.name(group[1])} share a stage"
+    empty = set(range(problem.stages)) - set(stage)
+    if empty and not problem.idle:
+        return f"stage {min(empty)} is empty"
     found = loads(problem, stage)
     for s, slot in enumerate(problem.slots):
         if found.memory[s] > slot.memory * (1 + 1e-12):

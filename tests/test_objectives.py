@@ -1,0 +1,160 @@
+"""What is made small: each objective against brute force, and by what must never hurt."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dfc.planning.brute import brute_force
+from dfc.planning.cuts import cut_chain, is_chain
+from dfc.planning.ideals import all_ideals, best_chain, lower_bound, prefixes
+from dfc.planning.milp import solve_milp
+from dfc.planning.partition import partition
+from dfc.planning.problem import Objective, Partition, Problem, Slot, value_of, why_not
+from tests.test_partition import made
+
+OBJECTIVES: tuple[Objective, ...] = ("throughput", "latency", "memory")
+SHAPES: tuple[dict[str, Any], ...] = (
+    {}, {"memory": True}, {"links": True}, {"memory": True, "links": True}, {"kinds": 2},
+    {"memory": True, "links": True, "wishes": True},
+)  # fmt: skip
+
+
+def drawn(rng: random.Random, objective: Objective, n: int, **shape: Any) -> Problem:
+    problem = made(rng, n, rng.randint(2, 3), **shape)
+    slots = [replace(s, latency=rng.choice([0.0, 0.5, 2.0])) for s in problem.slots]
+    return replace(problem.with_stages(slots), objective=objective, idle=rng.random() < 0.7)
+
+
+def agree(problem: Problem, found: Partition | None, best: Partition | None) -> None:
+    assert (found is None) == (best is None)
+    if found is not None and best is not None:
+        assert why_not(problem, found.stage) is None
+        assert found.value == pytest.approx(value_of(problem, found.stage))
+        assert found.value == pytest.approx(best.value, rel=1e-9)
+        assert lower_bound(problem) <= found.value * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "+".join(s) or "plain")
+@pytest.mark.parametrize("seed", range(4))
+def test_every_solver_finds_what_brute_force_finds(
+    objective: Objective, shape: dict[str, Any], seed: int
+) -> None:
+    rng = random.Random(seed)
+    problem = drawn(rng, objective, rng.randint(3, 7), **shape)
+    best = brute_force(problem)
+    ideals = all_ideals(problem, 10**6)
+    assert ideals is not None
+    agree(problem, best_chain(problem, ideals, complete=True), best)
+    found, bound = solve_milp(problem, 20.0, gap=0.0)
+    agree(problem, found, best)
+    if best is not None:
+        assert bound <= best.value * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_nine_nodes_on_three_devices(objective: Objective) -> None:
+    problem = drawn(random.Random(11), objective, 9, memory=True, links=True)
+    best = brute_force(problem)
+    assert best is not None
+    found = partition(problem)
+    agree(problem, found, best)
+    assert found.gap == 0
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("seed", range(10))
+def test_a_chain_is_cut_as_well_as_can_be(objective: Objective, seed: int) -> None:
+    rng = random.Random(seed)
+    problem = drawn(rng, objective, rng.randint(2, 8), chain=True, **SHAPES[seed % 5])
+    assert is_chain(problem)
+    agree(problem, cut_chain(problem), brute_force(problem))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_long_chain_agrees_with_the_ideals_of_its_order(objective: Objective) -> None:
+    rng = random.Random(3)
+    problem = drawn(rng, objective, 80, chain=True, links=True, memory=True)
+    exact = best_chain(problem, prefixes([range(80)]), complete=True)
+    agree(problem, cut_chain(problem), exact)
+
+
+def better(problem: Problem) -> list[Problem]:
+    """The same with more of something."""
+    slots = list(problem.slots)
+    return [
+        problem.with_stages([*slots, Slot()]),
+        problem.with_stages([replace(s, memory=s.memory * 2) for s in slots]),
+        problem.with_stages([replace(s, receive=s.receive * 2) for s in slots]),
+        problem.with_stages([replace(s, send=s.send * 2) for s in slots]),
+        problem.with_stages([replace(s, latency=s.latency / 2) for s in slots]),
+        replace(problem, pins={}, together=()),
+    ]
+
+
+def value(problem: Problem) -> float:
+    ideals = all_ideals(problem, 10**6)
+    assert ideals is not None
+    found = best_chain(problem, ideals, complete=True)
+    return found.value if found else float("inf")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("seed", range(5))
+def test_more_devices_memory_or_bandwidth_never_hurt_and_pins_never_help(
+    objective: Objective, seed: int
+) -> None:
+    rng = random.Random(seed)
+    problem = drawn(rng, objective, 8, memory=True, links=True, wishes=True)
+    problem = replace(problem, idle=True)
+    best = value(problem)
+    assert all(value(other) <= best * (1 + 1e-9) for other in better(problem))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("seed", range(5))
+def test_units_and_names_do_not_matter(objective: Objective, seed: int) -> None:
+    rng = random.Random(seed)
+    problem = drawn(rng, objective, 8, memory=True, links=True)
+    best = value(problem)
+    longer = replace(
+        problem, time=problem.time * 4,
+        slots=tuple(replace(s, receive=s.receive / 4, send=s.send / 4, latency=s.latency * 4)
+                    for s in problem.slots),
+    )  # fmt: skip
+    assert value(longer) == pytest.approx(best if objective == "memory" else 4 * best)
+    order = _other_order(problem, rng)
+    at = {v: i for i, v in enumerate(order)}
+    relabelled = replace(
+        problem, time=problem.time[order], weights=problem.weights[order],
+        activations=problem.activations[order],
+        tensors=tuple(
+            replace(t, producer=at[t.producer], readers=tuple(sorted(at[v] for v in t.readers)))
+            for t in problem.tensors
+        ),
+    )  # fmt: skip
+    assert value(relabelled) == pytest.approx(best)
+
+
+def _other_order(problem: Problem, rng: random.Random) -> list[int]:
+    """A topological order by chance."""
+    left, order = set(range(problem.n)), []
+    while left:
+        ready = [v for v in left if not any(u in left for u, w in problem.edges if w == v)]
+        order.append(rng.choice(sorted(ready)))
+        left.discard(order[-1])
+    return order
+
+
+def test_latency_may_use_fewer_devices_and_memory_uses_all() -> None:
+    n = 6
+    problem = made(random.Random(1), n, 3, chain=True)
+    problem = replace(problem, weights=np.ones(n), activations=np.zeros(n))
+    problem = problem.with_stages([Slot(receive=1.0, latency=1.0)] * 3)
+    assert len(set(partition(replace(problem, objective="latency")).stage)) == 1
+    assert partition(replace(problem, objective="memory")).value == 2.0
