@@ -145,6 +145,7 @@ def plan(
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     *,
+    objective: str = "throughput",
     devices: Sequence[str] = (),
     max_stages: int | None = None,
     microbatches: int = 8,
@@ -158,6 +159,10 @@ def plan(
 ) -> Plan:
     """How a model would run as stages on several devices: nothing is run, no weights are needed.
 
+    `objective` is what is made small: the time between two microbatches ("throughput"), the time of
+    one ("latency"), the bytes of the device that holds most ("memory"), or the devices' seconds
+    times their prices ("cost"); a plan tells all four.
+
     `model` is a model with its arguments (torch.export's), or a graph. `target` is the path or text
     of a target, a `Machine`, or None for this host; `devices` names those that may be used, all by
     default, and `max_stages` says how many of them. `pins` gives selectors a device, as in
@@ -168,6 +173,7 @@ def plan(
     Raises:  DfcError N040.. for what the target or the model lacks, N060 (status 6) when the model
              does not fit, with what would make it fit.
     """
+    from dfc.planning.devices import wanted
     from dfc.planning.limits import limits_of
     from dfc.planning.model import Wish
     from dfc.planning.partition import Effort
@@ -176,7 +182,8 @@ def plan(
     machine = _machine_of(target)
     graph = model if isinstance(model, Graph) else trace(model, args or (), kwargs, dynamic_shapes)
     return make(
-        graph, machine.only(devices) if devices else machine, sizes=sizes,
+        graph, machine.only(devices) if devices else machine, objective=wanted(objective),
+        sizes=sizes,
         wish=Wish(microbatches=microbatches, trains=train), schedule=schedule,
         effort=Effort(seconds=seconds), measured=measured or (lambda node: None),
         limits=limits_of(graph, pins or {}, together), max_stages=max_stages,

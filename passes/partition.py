@@ -26,6 +26,10 @@ class Partition(Pass):
     `gpu0`, `gpu1`, ..., and `host`. A device that is named twice is two stages with half of it
     each. Not all of them are used where fewer are better.
 
+    `by time` (or `throughput`) makes the time between two microbatches small, `by latency` the time
+    of one, `by memory` the bytes of the device that holds most, `by cost` the devices' seconds,
+    each weighed with the `price` that the target gives it.
+
     Needs:    figures of the devices: a target's, a known device's, or rough ones of this host.
     Ensures:  every node has a stage; nothing reads what a later stage makes; each stage fits its
               device; the plan is among the products, and `plan.json` in the package.
@@ -39,7 +43,7 @@ class Partition(Pass):
     phrases = {"on": "devices", "by": "by"}  # noqa: RUF012
 
     devices: tuple[str, ...] = ()  # those that may be used; all of the target's when none is named
-    by: Literal["time", "throughput"] = "time"
+    by: Literal["time", "throughput", "latency", "memory", "cost"] = "time"
     max_stages: int | None = None
     microbatches: int = 8  # of one step
     schedule: str = "auto"
@@ -65,13 +69,14 @@ class Partition(Pass):
         return changes
 
     def _plan(self, graph: Graph, ctx: Context) -> Plan:
+        from dfc.planning.devices import wanted
         from dfc.planning.model import Wish
         from dfc.planning.pipeline import plan
 
         wish = Wish(microbatches=self.microbatches, trains=self.train)
         return plan(
             graph, self._machine(ctx.target), sizes=self._sizes(graph, ctx), wish=wish,
-            schedule=self.schedule, max_stages=self.max_stages,
+            schedule=self.schedule, max_stages=self.max_stages, objective=wanted(self.by),
         )  # fmt: skip
 
     def _machine(self, target: Any) -> Machine:

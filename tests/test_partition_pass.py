@@ -214,7 +214,7 @@ def test_pins_and_what_stays_together_are_respected(graph: dfc.Graph) -> None:
     assert len(free.stages) == 3
     pinned = dfc.plan(graph, machine(3), sizes={"B": 64}, pins={"layers.0": "gpu2"})
     assert pinned.stages[0].device == "gpu2"  # the order of the devices is free
-    assert pinned.partition.bottleneck == pytest.approx(free.partition.bottleneck)
+    assert pinned.bottleneck == pytest.approx(free.bottleneck)
     two = dfc.plan(
         graph, machine(3), sizes={"B": 64}, pins={"layers.0": "gpu1", "head": "gpu1"},
     )  # fmt: skip
@@ -225,7 +225,7 @@ def test_pins_and_what_stays_together_are_respected(graph: dfc.Graph) -> None:
     stage = stage_of(kept)
     names = [n for n in graph.nodes if n.loc and n.loc.module in ("layers.1", "layers.4")]
     assert len({stage[n] for n in names}) == 1
-    assert kept.partition.bottleneck >= free.partition.bottleneck
+    assert kept.bottleneck >= free.bottleneck
     with pytest.raises(DfcError, match=r"N046.*`gpu7`, which is no device"):
         dfc.plan(graph, machine(3), pins={"head": "gpu7"})
     with pytest.raises(DfcError, match=r"Q021"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_stages_share_the_work_and_the_simulator_agrees_with_the_formula(tower: 
     found = plan(tower, machine(3), sizes={"B": 64}, wish=Wish(microbatches=5))
     assert [s.device for s in found.stages] == ["gpu0", "gpu1", "gpu2"]
     times = [s.seconds for s in found.stages]
-    assert found.partition.bottleneck == pytest.approx(max(times))
+    assert found.bottleneck == pytest.approx(max(times))
     least = sum(times) + 4 * max(times)  # and what the links take
     assert least <= found.step_seconds <= least * 1.2
     assert sum(s.nodes for s in found.stages) == len(tower)
@@ -121,9 +122,15 @@ def test_memory_decides_where_the_cut_lies(tower: Graph) -> None:
 
 
 def test_what_does_not_fit_says_by_how_much(tower: Graph) -> None:
-    with pytest.raises(DfcError, match=r"N060.*does not fit: its parameters take .* GB") as e:
+    with pytest.raises(DfcError, match=r"N060.*does not fit: its parameters take .* KiB") as e:
         plan(tower, machine(2, memory=20_000), sizes={"B": 1})
-    assert e.value.status == 6 and "more memory" in str(e.value)
+    said = str(e.value)
+    assert e.value.status == 6 and "too much" in said and "3 devices like `gpu0`" in said
+    kib = float(re.search(r"with ([\d.]+) KiB of memory", said)[1])  # type: ignore[index]
+    for remedy in (machine(2, memory=kib * 1024 * 1.001), machine(3, memory=20_000)):
+        assert plan(tower, remedy, sizes={"B": 1}).peak <= remedy.devices[0].memory
+    with pytest.raises(DfcError, match="N060"):
+        plan(tower, machine(2, memory=kib * 1024 * 0.995), sizes={"B": 1})
 
 
 def test_one_device_may_be_the_best_plan(tower: Graph) -> None:

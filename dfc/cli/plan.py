@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from dfc.planning.pipeline import Plan
 
 
+_MEASURE = {
+    "throughput": "as long for each microbatch", "latency": "as long for one microbatch",
+    "memory": "as much on the fullest device", "cost": "as much for each microbatch",
+}  # fmt: skip
+
+
 def plan(
     model: Model,
     target: Annotated[
@@ -27,6 +33,9 @@ def plan(
         str,
         typer.Option("--on", metavar="DEVICE,...", help="Only these; twice is two halves of it."),
     ] = "",
+    by: Annotated[
+        str, typer.Option("--by", help="Make small: time, latency, memory or cost (prices).")
+    ] = "time",
     max_stages: Annotated[
         int | None, typer.Option("--max-stages", min=1, help="At most so many stages.")
     ] = None,
@@ -73,6 +82,7 @@ def plan(
     \b
     Examples:
       dfc plan llama.py:build -t two_gpus.dfc
+      dfc plan llama.py:build -t cluster.dfc --by latency
       dfc plan llama.py:build --on host,host --pin 'layers.0.**=host.0'
       dfc plan llama.py:build -t cluster.dfc --size B=4,S=2048 -m 32 --svg timeline.svg
       dfc plan llama.py:build -t cluster.dfc --train --schedule 1f1b --trace step.json --json
@@ -90,8 +100,9 @@ def plan(
         sizes = parse_sizes(graph, size)
         say(f"planning {len(graph)} nodes")
         found = make(
-            graph, target, devices=[d for d in on.split(",") if d], max_stages=max_stages,
-            microbatches=microbatches, train=train, schedule=schedule, sizes=sizes, **wanted,
+            graph, target, objective=by, devices=[d for d in on.split(",") if d],
+            max_stages=max_stages, microbatches=microbatches, train=train, schedule=schedule,
+            sizes=sizes, **wanted,
         )  # fmt: skip
     _write(found, svg, trace, force)
     if as_json:
@@ -138,7 +149,11 @@ def data_of(found: Plan) -> dict[str, Any]:
         "microbatches": found.wish.microbatches,
         "step_seconds": found.step_seconds,
         "bubble": simulation.bubble,
-        "bottleneck_seconds": found.partition.bottleneck,
+        "objective": found.objective,
+        "bottleneck_seconds": found.bottleneck,
+        "latency_seconds": found.latency,
+        "peak_bytes": found.peak,
+        "cost": found.cost,
         "certified_gap": found.partition.gap,
         "method": found.partition.method,
         "stages": [vars(s) for s in found.stages],
@@ -183,13 +198,13 @@ def show_plan(found: Plan) -> None:
         f"\n{found.schedule}, {found.wish.microbatches} microbatches"
         f"{f' of {sizes}' if sizes else ''}: a step takes {time(found.step_seconds)}, "
         f"{simulation.bubble:.1%} of it waiting; one microbatch every "
-        f"{time(found.partition.bottleneck)}"
+        f"{time(found.bottleneck)}, which takes {time(found.latency)} through all stages"
     )
-    print(certificate(found))
+    print(f"by {found.objective}: {certificate(found)}")
     for a, b, size, busy in found.links:
         print(f"{a} to {b}: {bytes_text(size)} a step, busy {busy:.0%} of it")
     for name, ratio in found.splits:
-        print(f"{name}: {ratio:.2f} times as long for each microbatch")
+        print(f"{name}: {ratio:.2f} times {_MEASURE[found.objective]}")
     if found.advice:
         what, gain = found.advice[0]
         print(f"what helps most: {what}, {gain:.2f} times as fast")

@@ -73,8 +73,9 @@ def _of_bytes(problem: Problem) -> Problem:
     for slot in problem.slots:
         held = problem.weights + slot.in_flight * problem.activations
         columns.append(np.where(np.isfinite(problem.time[:, slot.kind]), held, np.inf))
-    free = {"receive": np.inf, "send": np.inf}
-    slots = tuple(replace(slot, kind=s, **free) for s, slot in enumerate(problem.slots))
+    slots = tuple(
+        replace(slot, kind=s, receive=np.inf, send=np.inf) for s, slot in enumerate(problem.slots)
+    )
     return replace(problem, time=np.stack(columns, axis=1), slots=slots)
 
 

@@ -7,54 +7,84 @@ device by device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise, permutations
 from math import perm
+from typing import Literal, cast, get_args
 
-from dfc.errors import DfcError
+import numpy as np
+
+from dfc.errors import DfcError, did_you_mean
+from dfc.planning.fitting import solved
+from dfc.planning.ideals import lower_bound
 from dfc.planning.machine import Machine
 from dfc.planning.model import Modelled, Wish, on_row
-from dfc.planning.problem import Partition
+from dfc.planning.partition import Effort, partition
+from dfc.planning.problem import Partition, value_of
+from dfc.planning.rivals import no_worse
 
 Row = tuple[int, ...]  # positions of devices, in the order of the pipeline
-Solve = Callable[[Modelled, Machine], Partition]
+# What a plan makes small: a problem's objective, or the devices' seconds times their prices.
+Wanted = Literal["throughput", "latency", "memory", "cost"]
 _MOST = 64  # rows that are tried
 _WORK = 500_000  # nodes times devices of all of them
+
+
+def wanted(objective: str) -> Wanted:
+    """An objective by its name; `time` is throughput.
+
+    Raises:  DfcError N032.
+    """
+    name = "throughput" if objective == "time" else objective
+    if name not in get_args(Wanted):
+        known = get_args(Wanted)
+        help = did_you_mean(name, known) or f"there are {', '.join(known)}"
+        raise DfcError("N032", f"`{objective}` is no objective", help=help)
+    return cast(Wanted, name)
 
 
 @dataclass(frozen=True)
 class Chosen:
     """The best row that was found: its machine, the problem on it, and the partition; every device
-    of it has a stage."""
+    of it has a stage. `solved` is the partition in terms of the problem's own objective."""
 
     machine: Machine
     model: Modelled
     partition: Partition
+    solved: Partition
+
+
+def price(machine: Machine) -> float:
+    """What all devices of a machine cost for a second."""
+    return sum(d.price for d in machine.devices)
 
 
 def best_row(
-    model: Modelled, machine: Machine, wish: Wish, most: int | None, solve: Solve,
-    value: Callable[[Chosen], float],
-) -> Chosen:  # fmt: skip
+    model: Modelled, machine: Machine, wish: Wish, aim: Wanted, most: int | None, effort: Effort
+) -> Chosen:
     """The row of at most `most` devices with the smallest value.
 
-    Raises:  what `solve` does, when no row can be solved; DfcError N043 when devices of every row
-             have no way to each other.
+    Raises:  DfcError N043 for devices that have no way to each other; N063, N060 when no row has a
+             partition.
     """
-    search = _Search(model, machine, wish, solve, value)
+    machine.check_links()
+    model = replace(model, problem=replace(
+        model.problem, objective="throughput" if aim == "cost" else aim))  # fmt: skip
+    search = _Search(model, machine, wish, aim, effort)
     size = min(most or len(machine.devices), len(machine.devices))
     first = tuple(range(size))
     pinned = frozenset(model.pins.values())
     if is_uniform(machine, pinned):
-        search.try_row(first)
+        for k in range(size, 0, -1) if aim == "cost" else (size,):
+            search.try_row(first[:k])
         return search.result(complete=True)
     few = max(4, min(_MOST, _WORK // max(1, model.problem.n * size)))
     if sum(perm(len(machine.devices), k) for k in range(1, size + 1)) <= 20 * _MOST:
         rows = _different(machine, size, pinned)
         if len(rows) <= few:
             for row in rows:
-                search.try_row(row)
+                search.try_row(row, idle=False)
             return search.result(complete=True)
     search.improve(first, few)
     return search.result(complete=False)
@@ -74,9 +104,7 @@ def is_uniform(machine: Machine, pinned: frozenset[int] = frozenset()) -> bool:
 
 def _kind(machine: Machine, i: int, pinned: frozenset[int]) -> tuple[object, ...]:
     """What tells a device from another one; one that something is pinned to is like no other."""
-    d = machine.devices[i]
-    own = i if i in pinned else -1
-    return own, d.kind, d.memory, d.bandwidth, d.launch, *sorted(d.peaks.items())
+    return (i if i in pinned else -1), machine.devices[i].figures
 
 
 def _different(machine: Machine, size: int, pinned: frozenset[int]) -> list[Row]:
@@ -96,47 +124,64 @@ class _Search:
     model: Modelled
     machine: Machine
     wish: Wish
-    solve: Solve
-    value: Callable[[Chosen], float]
+    aim: Wanted
+    effort: Effort
 
     def __post_init__(self) -> None:
         self.best: Chosen | None = None
-        self.best_value = float("inf")
         self.failed: DfcError | None = None
         self.tried: set[Row] = set()
         self.bound = float("inf")
 
-    def try_row(self, row: Row) -> bool:
+    def try_row(self, row: Row, idle: bool = True) -> bool:
         """Whether a row is better than those before it."""
         if row in self.tried:
             return False
         self.tried.add(row)
         try:
-            machine = self.machine.at(row)
-            model = on_row(self.model, machine, row, self.wish)
-            found = self.solve(model, machine)
-            chosen = self._tight(row, found)
+            chosen = self._solved(row, idle)
         except DfcError as e:
             self.failed = self.failed or e
             return False
-        self.bound = min(self.bound, found.bound)
-        reached = self.value(chosen)
-        if reached >= self.best_value * (1 - 1e-9):
+        if self.best and chosen.partition.value >= self.best.partition.value * (1 - 1e-9):
             return False
-        self.best, self.best_value = chosen, reached
+        self.best = chosen
         return True
+
+    def _solved(self, row: Row, idle: bool) -> Chosen:
+        machine = self.machine.at(row)
+        model = on_row(self.model, machine, row, self.wish)
+        model = replace(model, problem=replace(model.problem, idle=idle))
+        found = solved(model, machine, self.wish, self.effort)
+        found = no_worse(model.problem, machine, found)
+        by = price(machine) if self.aim == "cost" else 1.0
+        self.bound = min(self.bound, found.bound * by)
+        return self._tight(row, found)
 
     def _tight(self, row: Row, found: Partition) -> Chosen:
         """Without the devices that have no stage: their neighbours are linked directly."""
         used = sorted(set(found.stage))
         rest = tuple(row[s] for s in used)
         machine = self.machine.at(rest)
-        stage = tuple(used.index(s) for s in found.stage)
         model = on_row(self.model, machine, rest, self.wish)
-        return Chosen(machine, model, replace(found, stage=stage))
+        stage = tuple(used.index(s) for s in found.stage)
+        value = value_of(model.problem, stage)
+        made = replace(found, stage=stage, value=value, bound=min(found.bound, value))
+        if self.aim == "memory":
+            made = self._quickest(model, made)
+        by = price(machine) if self.aim == "cost" else 1.0
+        return Chosen(machine, model, replace(made, value=made.value * by), made)
+
+    def _quickest(self, model: Modelled, found: Partition) -> Partition:
+        """Of the partitions whose largest stage is as small, one with the best throughput."""
+        cap = found.value * (1 + 1e-9)
+        slots = [replace(s, memory=min(s.memory, cap)) for s in model.problem.slots]
+        problem = replace(model.problem, slots=tuple(slots), objective="throughput", idle=False)
+        stage = partition(problem, self.effort).stage
+        return replace(found, stage=stage, value=value_of(model.problem, stage))
 
     def improve(self, row: Row, tries: int) -> None:
-        """Exchange two devices, or one for an unused one, while that helps."""
+        """Exchange two devices, one for an unused one, or leave one out, while that helps."""
         self.try_row(row)
         going = True
         while going:
@@ -153,11 +198,20 @@ class _Search:
             assert self.failed is not None
             raise self.failed
         found = self.best.partition
-        bound = min(self.bound, found.bottleneck) if complete else min(found.bound, self.bound)
-        return replace(self.best, partition=replace(found, bound=bound))
+        bound = self.bound if complete else self._least()
+        return replace(self.best, partition=replace(found, bound=min(bound, found.value)))
+
+    def _least(self) -> float:
+        """What no row beats, tried or not."""
+        if self.aim == "cost":
+            prices = np.array([d.price for d in self.machine.devices])
+            return float((self.model.problem.time * prices).min(axis=1).sum())
+        return lower_bound(self.model.problem)
 
 
 def _neighbours(row: Row, devices: int) -> Iterator[Row]:
+    for i in range(len(row) if len(row) > 1 else 0):
+        yield (*row[:i], *row[i + 1 :])
     for i in range(len(row)):
         for other in [x for x in range(devices) if x not in row]:
             yield (*row[:i], other, *row[i + 1 :])

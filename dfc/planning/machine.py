@@ -38,6 +38,8 @@ class Device:
     grain: float = 0.0
     cache: float = 0.0
     cache_bandwidth: float = float("inf")
+    price: float = 1.0  # of a second, in whatever money
+    dtypes: tuple[str, ...] = ()  # what it can compute in; none: everything
 
     def peak(self, dtype: str) -> float:
         """Flops a second in a dtype, of f32 for a dtype without a peak of its own.
@@ -71,9 +73,16 @@ class Device:
     def part(self, index: int, of: int) -> Device:
         """One of several equal parts: as many of its cores, its memory and its bandwidth."""
         return replace(
-            self, name=f"{self.name}.{index}", memory=self.memory / of,
+            self, name=f"{self.name}.{index}", memory=self.memory / of, price=self.price / of,
             bandwidth=self.bandwidth / of, peaks={k: v / of for k, v in self.peaks.items()},
+            rates={k: v / of for k, v in self.rates.items()},
         )  # fmt: skip
+
+    @property
+    def figures(self) -> tuple[object, ...]:
+        """All that a plan depends on: devices that are alike have equal ones."""
+        facts = vars(replace(self, name="", source="")).values()
+        return tuple(tuple(sorted(x.items())) if isinstance(x, Mapping) else x for x in facts)
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,21 @@ class Machine:
         if found:
             raise DfcError.of([Diagnostic("N045", message) for message in found])
 
+    def check_links(self) -> None:
+        """Raises:  DfcError N043 for a device that no other one has a way to."""
+        import networkx
+
+        ways = self._ways.to_undirected()
+        ways.add_nodes_from(range(len(self.devices)))
+        parts = sorted(map(sorted, networkx.connected_components(ways)))
+        if len(parts) > 1:
+            raise self._no_way(parts[0][0], parts[1][0])
+
+    def _no_way(self, source: int, target: int) -> DfcError:
+        a, b = self.devices[source].name, self.devices[target].name
+        help = f"write `link {a} <-> {b} : pcie(bw=25GB/s, latency=10us)` in the target"
+        return DfcError("N043", f"there is no link from `{a}` to `{b}`", help=help)
+
     def _wrong_devices(self) -> Iterator[str]:
         if not self.devices:
             yield f"`{self.name}` has no devices"
@@ -109,6 +133,8 @@ class Machine:
             for fact, value in ({"mem": d.memory, "bw": d.bandwidth} | rates).items():
                 if isnan(value) or value <= 0:
                     yield f"device `{d.name}` has an impossible `{fact}`: {value:g}"
+            if not 0 < d.price < float("inf"):
+                yield f"device `{d.name}` has an impossible `price`: {d.price:g}"
             if not 0 <= d.launch < float("inf"):
                 yield f"device `{d.name}` has an impossible `launch`: {d.launch:g}"
 
@@ -166,9 +192,7 @@ class Machine:
             return Wire()
         found = self.way(source, target)
         if found is None:
-            a, b = self.devices[source].name, self.devices[target].name
-            help = f"write `link {a} <-> {b} : pcie(bw=25GB/s, latency=10us)` in the target"
-            raise DfcError("N043", f"there is no link from `{a}` to `{b}`", help=help)
+            raise self._no_way(source, target)
         return found
 
     def way(self, source: int, target: int) -> Wire | None:

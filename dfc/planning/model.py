@@ -14,8 +14,9 @@ import numpy as np
 
 from dfc.errors import DfcError, did_you_mean
 from dfc.ir.graph import Graph, Node, Parameter, Value
+from dfc.ir.types import TensorType
 from dfc.planning.cost import Sizes, Work, bytes_of, work_of
-from dfc.planning.machine import Device, Machine
+from dfc.planning.machine import Device, Machine, Wire
 from dfc.planning.problem import Problem, Slot, Tensor
 
 if TYPE_CHECKING:
@@ -31,9 +32,13 @@ class Wish:
     optimizer: float = 3.0  # bytes of gradient and optimizer state for each byte of weights
 
 
-def anywhere(node: Node, device: Device) -> str | None:
-    """Whether a device can run a node, by what the target says of the device alone."""
-    return None
+def by_dtype(node: Node, device: Device) -> str | None:
+    """Why a device cannot run a node, by what the target says of it: None when it can."""
+    if not device.dtypes:
+        return None
+    used = {v.type.dtype.name for v in node.results if isinstance(v.type, TensorType)}
+    lacking = sorted(d for d in used if d[0] in "fc" and d not in device.dtypes)
+    return f"it does not compute in {lacking[0]}" if lacking else None
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Limits:
 
     pins: Mapping[Node, str] = field(default_factory=dict)
     together: tuple[tuple[Node, ...], ...] = ()
-    supports: Callable[[Node, Device], str | None] = anywhere
+    supports: Callable[[Node, Device], str | None] = by_dtype
 
 
 @dataclass(frozen=True)
@@ -101,9 +106,10 @@ def on_row(model: Modelled, machine: Machine, row: Sequence[int], wish: Wish) ->
     Needs:   `machine` has the devices at the positions `row` of the one before.
     Raises:  DfcError N048 when something is pinned to a device that is not among them.
     """
-    missing = next((d for d in model.pins.values() if d not in row), None)
+    missing = next((v for v, d in model.pins.items() if d not in row), None)
     if missing is not None:
-        raise DfcError("N048", f"something is pinned to device {missing}, which is left out")
+        message = f"{model.problem.name(missing)} is pinned to a device that is left out"
+        raise DfcError("N048", f"{message} of {len(row)} stages", help="allow more `max_stages`")
     pins = {v: row.index(d) for v, d in model.pins.items()}
     problem = replace(
         model.problem, time=model.problem.time[:, list(row)],
@@ -247,10 +253,14 @@ def _slots(machine: Machine, wish: Wish, live: float) -> tuple[Slot, ...]:
     last = len(machine.devices) - 1
     found = []
     for i, device in enumerate(machine.devices):
-        into = machine.wire(i - 1, i).bandwidth if i else float("inf")
-        out = machine.wire(i, i + 1).bandwidth if i < last else float("inf")
+        into = machine.wire(i - 1, i) if i else Wire()
+        out = machine.wire(i, i + 1) if i < last else Wire()
+        if wish.trains and i:
+            machine.wire(i, i - 1)  # gradients go back
         flight = min(wish.microbatches, last + 1 - i) if wish.trains else 1
-        found.append(Slot(i, device.usable - live, into, out, flight))
+        found.append(
+            Slot(i, device.usable - live, into.bandwidth, out.bandwidth, flight, into.latency)
+        )
     return tuple(found)
 
 

@@ -5,23 +5,23 @@ The partition is proposed by its bottleneck; the simulator decides what a step t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
 from dfc.planning.actions import Program
 from dfc.planning.auto import auto
 from dfc.planning.cost import Sizes, default_sizes
-from dfc.planning.devices import best_row
+from dfc.planning.devices import Wanted, best_row, price
 from dfc.planning.machine import Machine
 from dfc.planning.model import Limits, Modelled, Wish, modelled
-from dfc.planning.partition import Effort, partition
-from dfc.planning.problem import Loads, Partition, Problem, loads, why_not
+from dfc.planning.partition import Effort
+from dfc.planning.problem import Loads, Partition, loads, value_of
+from dfc.planning.rivals import compared
 from dfc.planning.schedules import schedule
 from dfc.planning.simulate import Costs, Link, Simulation, simulate
 
@@ -57,13 +57,16 @@ class Plan:
     machine: Machine
     sizes: Sizes
     wish: Wish
+    objective: Wanted
     stages: tuple[Stage, ...]
     partition: Partition
+    bottleneck: float  # seconds between two microbatches
+    latency: float  # seconds of one microbatch that finds the pipeline empty
     costs: Costs
     program: Program
     links: tuple[tuple[str, str, float, float], ...]  # from, to, bytes a step, busy share
-    splits: tuple[tuple[str, float], ...]  # other splits: how many times as long they take
-    advice: tuple[tuple[str, float], ...]  # what 25 % more of a thing makes of the step time
+    splits: tuple[tuple[str, float], ...]  # other splits: how many times as much they take
+    advice: tuple[tuple[str, float], ...]  # how many times as fast 25 % more of a thing is
     graph: Graph = field(compare=False, repr=False)
     modelled: Modelled | None = field(default=None, compare=False, repr=False)
 
@@ -77,6 +80,16 @@ class Plan:
         return float(self.simulation.makespan)
 
     @property
+    def peak(self) -> float:
+        """The bytes of the device that holds most."""
+        return max(s.memory for s in self.stages)
+
+    @property
+    def cost(self) -> float:
+        """What a microbatch costs: its seconds on each device, times the device's price."""
+        return self.bottleneck * price(self.machine)
+
+    @property
     def schedule(self) -> str:
         return self.program.name
 
@@ -85,6 +98,7 @@ def plan(
     graph: Graph,
     machine: Machine,
     *,
+    objective: Wanted = "throughput",
     sizes: Sizes | None = None,
     wish: Wish = INFERENCE,
     schedule: str = "auto",
@@ -103,41 +117,20 @@ def plan(
     machine.check()
     bound = default_sizes(graph, sizes)
     whole = modelled(graph, machine, bound, wish, measured, limits)
-    chosen = best_row(
-        whole, machine, wish, max_stages,
-        lambda model, row: _fitting(model.problem, row, effort),
-        lambda found: loads(found.model.problem, found.partition.stage).bottleneck,
-    )  # fmt: skip
+    chosen = best_row(whole, machine, wish, objective, max_stages, effort)
     machine, model, found = chosen.machine, chosen.model, chosen.partition
     costs = _costs(model, machine, found.stage, wish)
     simulation = _scheduled(costs, wish, schedule, machine)
     load = loads(model.problem, found.stage)
     of_node = {n: s for nodes, s in zip(model.groups, found.stage, strict=True) for n in nodes}
     return Plan(
-        graph.name, machine, bound, wish,
+        graph.name, machine, bound, wish, objective,
         _stages(model, machine, found.stage, load, simulation, costs.all_edges()),
-        replace(found, stage=tuple(of_node[n] for n in graph.nodes)), costs, simulation.program,
-        _links(costs, simulation, machine, wish),
-        _other_splits(model, machine, found), _advice(model, machine, found), graph, model,
+        replace(found, stage=tuple(of_node[n] for n in graph.nodes)), load.bottleneck, load.latency,
+        costs, simulation.program, _links(costs, simulation, machine, wish),
+        compared(model.problem, machine, chosen.solved), _advice(model, machine, found), graph,
+        model,
     )  # fmt: skip
-
-
-def _fitting(problem: Problem, machine: Machine, effort: Effort) -> Partition:
-    try:
-        return _no_worse(problem, machine, partition(problem, effort))
-    except DfcError as e:
-        if e.status != 6:
-            raise
-        need = float(problem.weights.sum()) + sum(size for size, _ in problem.tied)
-        have = sum(max(slot.memory, 0.0) for slot in problem.slots)
-        devices = ", ".join(f"{d.name} {d.memory / 1e9:.4g} GB" for d in machine.devices)
-        message = (
-            f"the model does not fit: its parameters take {need / 1e9:.4g} GB, "
-            f"{have / 1e9:.4g} GB are free on {devices}, beside activations and a reserve"
-        )
-        short = need - have
-        help = f"{short / 1e9:.4g} GB more memory, or " if short > 0 else "other devices, or "
-        raise DfcError("N060", message, help=help + "`quantize` to fewer bits", status=6) from e
 
 
 def _costs(model: Modelled, machine: Machine, stage: Sequence[int], wish: Wish) -> Costs:
@@ -236,62 +229,26 @@ def _links(
     )
 
 
-def _other_splits(
-    model: Modelled, machine: Machine, found: Partition
-) -> tuple[tuple[str, float], ...]:
-    """What simpler tools do: how many times as long their slowest stage takes."""
-    return tuple(
-        (name, loads(model.problem, stage).bottleneck / found.bottleneck)
-        for name, stage in _rivals(model.problem, machine)
-        if found.bottleneck > 0
-    )
-
-
-def _rivals(problem: Problem, machine: Machine) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The splits of simpler tools, those that are allowed."""
-    k = problem.stages
-    memory = np.array([d.memory for d in machine.devices])
-    shares = {
-        "equal number of operators": (np.ones(problem.n), np.ones(k)),
-        "equal parameters": (problem.weights, np.ones(k)),
-        "parameters by memory": (problem.weights, memory),
-    }
-    for name, (by, share) in shares.items():
-        if by.sum() <= 0:
-            continue
-        ends = np.cumsum(share) / share.sum()
-        middle = (np.cumsum(by) - by / 2) / by.sum()
-        stage = tuple(np.minimum(np.searchsorted(ends, middle), k - 1).tolist())
-        if why_not(problem, stage) is None:
-            yield name, stage
-
-
-def _no_worse(problem: Problem, machine: Machine, found: Partition) -> Partition:
-    """The partition, or a simpler tool's where that is better: it may be between two cuts tried."""
-    for name, stage in _rivals(problem, machine):
-        bottleneck = loads(problem, stage).bottleneck
-        if bottleneck < found.bottleneck:
-            found = Partition(stage, bottleneck, min(found.bound, bottleneck), name)
-    return found
-
-
 def _advice(model: Modelled, machine: Machine, found: Partition) -> tuple[tuple[str, float], ...]:
-    """What the bottleneck becomes with 25 % more of one thing, best first; cuts stay."""
-    problem = model.problem
+    """What the time becomes with 25 % more of one thing, best first; cuts stay."""
+    problem = replace(
+        model.problem, objective="latency" if model.problem.objective == "latency" else "throughput"
+    )
+    now = value_of(problem, found.stage)
     told = []
     for i, device in enumerate(machine.devices):
         time = problem.time.copy()
         time[:, i] /= _MORE
-        better = loads(replace(problem, time=time), found.stage).bottleneck
+        better = value_of(replace(problem, time=time), found.stage)
         told.append((f"a device like `{device.name}` that is 25 % faster", better))
         slots = list(problem.slots)
         if np.isfinite(slots[i].send):
             slots[i] = replace(slots[i], send=slots[i].send * _MORE)
             slots[i + 1] = replace(slots[i + 1], receive=slots[i + 1].receive * _MORE)
-            better = loads(problem.with_stages(slots), found.stage).bottleneck
+            better = value_of(problem.with_stages(slots), found.stage)
             name = f"`{device.name}` to `{machine.devices[i + 1].name}`"
             told.append((f"a link from {name} that is 25 % faster", better))
-    gains = [(what, found.bottleneck / b) for what, b in told if b > 0]
+    gains = [(what, now / b) for what, b in told if b > 0]
     return tuple(sorted((g for g in gains if g[1] > 1.005), key=lambda g: -g[1]))
 
 

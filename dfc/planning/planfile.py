@@ -39,10 +39,13 @@ def data_of(plan: Plan) -> dict[str, Any]:
         "model": plan.name,
         "sizes": dict(plan.sizes),
         "wish": asdict(plan.wish),
+        "objective": plan.objective,
+        "bottleneck": plan.bottleneck,
+        "latency": plan.latency,
         "machine": _machine_data(plan.machine),
         "stages": [_finite(asdict(s)) for s in plan.stages],
         "partition": {
-            "bottleneck": plan.partition.bottleneck,
+            "value": plan.partition.value,
             "bound": plan.partition.bound,
             "method": plan.partition.method,
         },
@@ -104,13 +107,14 @@ def _plan(data: Mapping[str, Any], graph: Graph) -> Plan:
         activations=tuple(c["activations"]), resident=tuple(c["resident"]), slots=c["slots"],
     )  # fmt: skip
     partition = Partition(
-        _stages_of_nodes(graph), float(p["bottleneck"]), float(p["bound"]), str(p["method"])
+        _stages_of_nodes(graph), float(p["value"]), float(p["bound"]), str(p["method"])
     )
     return Plan(
         str(data["model"]), _machine_of(data["machine"]),
-        {str(k): int(v) for k, v in data["sizes"].items()}, Wish(**data["wish"]),
+        {str(k): int(v) for k, v in data["sizes"].items()}, Wish(**data["wish"]), data["objective"],
         tuple(Stage(**_infinite(s)) for s in data["stages"]),
-        partition, costs, _program_of(data["program"]),
+        partition, float(data["bottleneck"]), float(data["latency"]), costs,
+        _program_of(data["program"]),
         tuple((str(a), str(b), float(size), float(busy)) for a, b, size, busy in data["links"]),
         tuple((str(name), float(ratio)) for name, ratio in data["splits"]),
         tuple((str(what), float(gain)) for what, gain in data["advice"]), graph,
@@ -215,4 +219,5 @@ def _finite(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _infinite(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: inf if v is None else v for k, v in data.items()}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    return {k: inf if v is None else v for k, v in values.items()}

@@ -58,7 +58,7 @@ class _Told:
         share = f"{amount_text(s.seconds, 'time')} a microbatch"
         if len(self.plan.stages) == 1:
             return Reason("placed", f"{wish}stage 0 on `{s.device}`, the only one: {share}")
-        most = amount_text(self.plan.partition.bottleneck, "time")
+        most = amount_text(self.plan.bottleneck, "time")
         return Reason(
             "placed", f"{wish}stage {s.index} on `{s.device}`: {share}, the slowest takes {most}"
         )

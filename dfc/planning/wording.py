@@ -19,7 +19,7 @@ def summary(plan: Plan) -> str:
     return (
         f"{count} stage{'s' * (count != 1)} on {devices}; a step of {m} "
         f"microbatch{'es' * (m != 1)} takes {step} by the model ({plan.schedule}), "
-        f"{plan.simulation.bubble:.0%} of it waiting; {certificate(plan)}"
+        f"{plan.simulation.bubble:.0%} of it waiting; by {plan.objective} {certificate(plan)}"
     )
 
 

@@ -37,8 +37,9 @@ def machine_of(target: p.Target) -> Machine:
 
 
 def _device(d: p.Device) -> Device:
-    facts = {k: v.value for k, v in d.facts.items() if k != "dtypes"}
+    facts: dict[str, Any] = {k: v.value for k, v in d.facts.items() if k != "dtypes"}
     _check_possible(f"device `{d.name}`", facts)
+    facts["dtypes"] = d.facts.get("dtypes", ())
     peaks = {dtype: float(facts[k]) for k, dtype in PEAKS.items() if k in facts}
     known = CATALOGUE.get(d.kind)
     if known is not None:
@@ -81,6 +82,8 @@ def _with_details(device: Device, facts: Mapping[str, Any]) -> Device:
         raise DfcError("N045", message, help="measure both with `dfc calibrate`")
     return replace(
         device,
+        dtypes=tuple(facts.get("dtypes", ())),
+        price=float(facts.get("price", 1.0)),
         rates={k: float(facts[f]) for f, kinds in RATES.items() if f in facts for k in kinds},
         launches={k: float(facts[f]) for f, k in LAUNCHES.items() if f in facts},
         grain=float(facts.get("grain", 0.0)),

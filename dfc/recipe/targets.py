@@ -21,7 +21,7 @@ RATES = {
     "rate_conv": "flops/s", "rate_attention": "flops/s", "rate_math": "flops/s",
     "launch_view": "time", "launch_matmul": "time", "launch_conv": "time",
     "launch_attention": "time", "launch_norm": "time",
-    "grain": "number", "cache": "bytes", "bw_cache": "bytes/s",
+    "grain": "number", "cache": "bytes", "bw_cache": "bytes/s", "price": "number",
 }  # fmt: skip
 DEVICES: Mapping[str, Mapping[str, str]] = {
     "cpu": {"cores": "number", **RATES},

@@ -1,0 +1,93 @@
+"""What does not fit: by how much, and what would make it fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dfc.errors import DfcError
+from dfc.lang.units import amount_text
+from dfc.planning.machine import RESERVE, Device, Machine
+from dfc.planning.model import Modelled, Wish
+from dfc.planning.partition import Effort, partition
+from dfc.planning.problem import INFINITE, Partition, Problem, loads
+
+_QUICK = Effort(seconds=3.0, gap=0.02)
+_MOST = 64  # devices that are tried
+_BITS = (("int8", 1 / 4), ("int4", 1 / 8))  # of float32
+
+
+def solved(model: Modelled, machine: Machine, wish: Wish, effort: Effort) -> Partition:
+    """The best partition of a problem on its row of devices.
+
+    Raises:  DfcError N060 (status 6) for too little memory, with what would do; N063 when pins and
+             what the devices can run leave nothing.
+    """
+    try:
+        return partition(model.problem, effort)
+    except DfcError as e:
+        if e.status != 6:
+            raise
+        raise _refusal(model, machine, wish) from e
+
+
+def _refusal(model: Modelled, machine: Machine, wish: Wish) -> DfcError:
+    problem = replace(model.problem, objective="memory")
+    roomy = problem.with_stages([replace(s, memory=INFINITE) for s in problem.slots])
+    try:
+        least = partition(roomy, _QUICK)
+    except DfcError:
+        return DfcError(
+            "N063", "no partition keeps to the pins, to what stays together, and to what the "
+            "devices can run", help="leave some of them out",
+        )  # fmt: skip
+    held = loads(roomy, least.stage)
+    worst = int(held.memory.argmax())
+    need, room = float(held.memory[worst]), max(problem.slots[worst].memory, 0.0)
+    device = machine.devices[worst]
+    total = float(problem.weights.sum()) + sum(size for size, _ in problem.tied)
+    what = "parameters, gradients and optimizer state" if wish.trains else "parameters"
+    message = (
+        f"the model does not fit: its {what} take {_bytes(total)}; the best split leaves "
+        f"{_bytes(need)} on `{device.name}`, which has {_bytes(room)} free beside "
+        f"{_bytes(model.live)} of activations and a reserve: {_bytes(need - room)} too much"
+    )
+    ways = [_larger(need, model.live, device), _more(roomy, model, device, len(machine.devices))]
+    ways += [_fewer_bits(problem, need, room)] if not wish.trains else [_smaller(wish)]
+    help = "; or ".join(filter(None, ways))
+    return DfcError("N060", message, help=f"it would fit with {help}", status=6)
+
+
+def _bytes(x: float) -> str:
+    return amount_text(x, "bytes")
+
+
+def _larger(need: float, live: float, device: Device) -> str:
+    memory = (need + live) / (1 - RESERVE)
+    return f"{_bytes(memory)} of memory on each device in place of {_bytes(device.memory)}"
+
+
+def _more(roomy: Problem, model: Modelled, device: Device, count: int) -> str:
+    """How many devices like this one would do."""
+    room = device.usable - model.live
+    if room <= 0 or roomy.pins:
+        return ""
+    total = float(roomy.weights.sum()) + sum(size for size, _ in roomy.tied)
+    like = roomy.slots[-1]
+    wanted = max(count + 1, int(total // room))
+    for k in (wanted, wanted + 1, wanted + 2, 2 * wanted):
+        if k > _MOST:
+            break
+        tried = partition(roomy.with_stages([replace(like, memory=INFINITE)] * k), _QUICK)
+        if tried.value <= room:
+            return f"{k} devices like `{device.name}`"
+    return ""
+
+
+def _fewer_bits(problem: Problem, need: float, room: float) -> str:
+    """Whether quantized weights would do, by their share of what the stage holds."""
+    name = next((name for name, share in _BITS if need * share <= room), None)
+    return f"`quantize {name}`, if the weights are float32" if name else ""
+
+
+def _smaller(wish: Wish) -> str:
+    return "smaller microbatches" if wish.microbatches else ""
