@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dfc.compress.grid import Grid
-from dfc.compress.processor import Processor, processor_of
+from dfc.compress.processor import Processor, declared, processor_of
 from dfc.compress.weighted import (
     Weighted,
     as_linear,
@@ -19,6 +19,7 @@ from dfc.compress.weights import Stored, find, forget, read_codes, store
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
 from dfc.lang.selectors import Selector
+from dfc.ops.linear_f8 import ROWS
 from dfc.rewrite.pass_ import CHANGES, KEPT, Context, Data, Pass, Quota
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _SMALLEST = 1024
 _SMALLEST_GROUP = 16
+_READERS = ("dfc.linear_w", "dfc.linear_f8", "dfc.embedding_w", "dfc.dequantize")
 _DEFAULT_GROUP = 32  # of four bits: with one scale a row they lose too much
 
 
@@ -37,6 +39,8 @@ class Quantize(Pass):
     layers read to int8 as well, each row (or each group of it) by its own range, when the model
     runs. `static` rounds activations by ranges that calibration data decides. `auto` is `static`
     for int8 with data and a convolution, else `dynamic`; and `weights` where the target is a GPU.
+    `fp8` stores eight-bit floats: `dynamic` rounds rows to them too, for GPUs that multiply them
+    and by default there alone. Tables get int8 rows: as many bytes, and nearer.
 
     Needs:    weights with numbers; for `static`, gptq and awq, calibration data (`using`).
     Ensures:  a layer reads codes, or there is a reason why not; no float weight that nothing reads
@@ -57,7 +61,7 @@ class Quantize(Pass):
         "group": (32, 64, 128),
     }
 
-    to: Literal["int8", "int4"] = "int8"
+    to: Literal["int8", "int4", "fp8"] = "int8"
     scheme: Literal["auto", "weights", "dynamic", "static"] = "auto"
     data: Data | None = None
     select: Selector | None = None  # only layers in this part of the model
@@ -66,7 +70,8 @@ class Quantize(Pass):
     symmetric: bool = True  # no: a zero point for each group (int4)
     method: Literal["rtn", "gptq", "awq"] = "rtn"
     range: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"  # of static
-    per: Literal["channel", "tensor"] = "channel"  # static: what has a weight scale of its own
+    format: Literal["e4m3", "e5m2"] = "e4m3"  # of fp8: more digits, or more range
+    per: Literal["channel", "tensor"] = "channel"  # static, fp8: what has a weight scale of its own
     codes: Literal["auto", "full", "pairs", "seven"] = "auto"  # static: the processor decides
     correct: bool = True  # static: biases too, so that channels keep their means
     embeddings: bool = True  # tables too
@@ -78,7 +83,10 @@ class Quantize(Pass):
     def run(self, graph: Graph, ctx: Context) -> int:
         self._check_options()
         found, kept = find_weighted(graph)
-        scheme = self._scheme(found, processor_of(ctx.target))
+        device = processor_of(ctx.target)
+        scheme = self._scheme(found, device)
+        if self.to == "fp8" and scheme == "dynamic" and not device.computes(ROWS):
+            ctx.tell(f"quantize: {device}, not in {ROWS}: rounding rows to it only costs time")
         if scheme == "static" and self._fold(graph, ctx):
             found, kept = find_weighted(graph)
         chosen = self._chosen(graph, found, kept, scheme)
@@ -126,9 +134,25 @@ class Quantize(Pass):
         if self.scheme == "static" and self.data is None:
             help = "pass it by name: `quantize int8 using calib with scheme=static`"
             raise DfcError("D080", "the scheme `static` needs calibration data", help=help)
-        if not self.symmetric and self.to == "int8":
+        if not self.symmetric and self.to != "int4":
             help = "with 256 codes a zero point gains nothing; `symmetric=no` is for int4"
-            raise DfcError("D097", "int8 weights have no zero point", help=help)
+            raise DfcError("D097", f"{self.to} weights have no zero point", help=help)
+        if self.to == "fp8":
+            self._check_float8()
+        elif self.format != "e4m3":
+            raise DfcError("D097", f"`format` is for fp8, not for {self.to}")
+
+    def _check_float8(self) -> None:
+        """Refuse what eight-bit floats have no form of."""
+        words = ""
+        if self.group is not None:
+            words = "`group` is for int8 and int4: fp8 has a scale for each output (`per`)"
+        elif self.method != "rtn":
+            words = f"`method={self.method}` is for int8 and int4: fp8 is rounded to nearest"
+        elif self.scheme == "static":
+            words = "`scheme=static` is for int8: fp8 has `weights` and `dynamic`"
+        if words:
+            raise DfcError("D097", words)
 
     def _scheme(self, found: list[Weighted], device: Processor) -> str:
         """Why:  on CPUs, rows in eight bits are multiplied two to ten times as fast as floats, and
@@ -136,14 +160,24 @@ class Quantize(Pass):
         """
         if self.scheme != "auto":
             return self.scheme
+        if self.to == "fp8":
+            return "dynamic" if device.computes(ROWS) else "weights"
         has_convs = any(w.is_conv for w in found)
         if self.to == "int8" and self.data is not None and has_convs:
             return "static"
         return "weights" if device.kind == "cuda" else "dynamic"
 
+    def needs(self, target: object) -> str | None:
+        device = declared(target)
+        if self.to != "fp8" or self.scheme != "dynamic" or device is None or device.computes(ROWS):
+            return None
+        return (
+            f"{device}, not in {ROWS}; `scheme=weights` stores weights alone, and runs everywhere"
+        )
+
     @property
     def bits(self) -> int:
-        return 8 if self.to == "int8" else 4
+        return 4 if self.to == "int4" else 8
 
     def grid(self, layer: Weighted | None = None) -> Grid:
         """Where the weights of a layer may lie."""
@@ -195,8 +229,7 @@ class Quantize(Pass):
 
     def _is_done(self, graph: Graph) -> bool:
         """Whether the graph reads codes already: a second run finds nothing to do."""
-        return any(n.op.startswith(("dfc.linear_w", "dfc.embedding_w", "dfc.dequantize"))
-                   for n in graph.nodes)  # fmt: skip
+        return any(n.op.startswith(_READERS) for n in graph.nodes)
 
     def _nothing(self, kept: Mapping[Node, str]) -> DfcError:
         where = f" in `{self.select}`" if self.select else ""
@@ -213,6 +246,8 @@ class Quantize(Pass):
 
     def _quantize(self, graph: Graph, wanted: list[Weighted], scheme: str, ctx: Context) -> None:
         layers = [as_linear(graph, w) for w in wanted]
+        if self.to == "fp8":
+            layers = self._as_floats(graph, layers, scheme, ctx)
         activations = self.activations
         if activations == "auto":
             activations = "int8" if scheme == "dynamic" else "float"
@@ -224,6 +259,24 @@ class Quantize(Pass):
                 made = read_codes(graph, use, stored, activations)
                 ctx.decided(made, "quantized", told)
             forget(graph, layer.weight)
+
+    def _as_floats(
+        self, graph: Graph, layers: list[Weighted], scheme: str, ctx: Context
+    ) -> list[Weighted]:
+        """Store what multiplies as eight-bit floats; the tables, which are left."""
+        from dfc.compress import float8
+
+        tables = [w for w in layers if any(u.kind == "embedding" for u in w.uses)]
+        activations = "f8" if scheme == "dynamic" else "float"
+        for layer in (w for w in layers if w not in tables):
+            stored = float8.store(graph, layer, self.format, self.per == "channel")
+            words = f"{self.format}, off by {100 * stored.error:.2g} %"
+            for use in layer.uses:
+                made = float8.read(graph, use, stored, activations)
+                before = layer.weight.tensor_type.nbytes
+                ctx.decided(made, "quantized", f"{words}: {before} -> {stored.nbytes} bytes")
+            forget(graph, layer.weight)
+        return tables
 
     def _encode(self, graph: Graph, layers: list[Weighted], ctx: Context) -> dict[Any, Rounded]:
         """Codes by weight. Tables and convolutions are rounded to nearest by every method."""

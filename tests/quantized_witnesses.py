@@ -65,6 +65,13 @@ def linear_w8(
     return product(x, weight * scales, bias, group, activations)
 
 
+def linear_f8(x: Any, weight: Any, scale: Any, bias: Any = None, *, activations: str) -> Any:
+    if activations == "f8":
+        steps = np.abs(x).max(-1, keepdims=True) / 448
+        x = (x / steps).astype(FLOAT8["f8e4m3fn"]).astype(float) * steps
+    return np.einsum("...k,nk->...n", x, weight) * scale + (0 if bias is None else bias)
+
+
 def scales_of(x: Any, scale: Any, axis: int | None, group: int | None) -> Any:
     """The scale, or zero point, of each element."""
     full = np.zeros(x.shape, np.asarray(scale).dtype)
@@ -111,6 +118,7 @@ QUANTIZED: dict[str, Callable[..., Any]] = {
     "dfc.dequantize": dequantize,
     "dfc.embedding_w4": embedding_w4,
     "dfc.embedding_w8": embedding_w8,
+    "dfc.linear_f8": linear_f8,
     "dfc.linear_w4": linear_w4,
     "dfc.linear_w8": linear_w8,
     "dfc.quantize": quantize,

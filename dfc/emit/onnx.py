@@ -26,6 +26,7 @@ from dfc.emit.onnx_builder import (
     onnx_dtype,
 )
 from dfc.emit.onnx_ops.blocked import FIRST_OPSET
+from dfc.emit.onnx_ops.float8 import FIRST_OPSET as FIRST_FLOAT8
 from dfc.emit.onnx_sizes import Sizes
 from dfc.emit.onnx_torchlib import model_functions, symbolic_value, translate
 from dfc.errors import DfcError
@@ -89,6 +90,7 @@ def build_onnx(
     Raises:  DfcError X001 for an op without a translation, X004 for a parameter without data.
     """
     onnx_ops.load()
+    _require_types(graph, opset)
     root = Root(opset, contrib)
     sizes = Sizes()
     b = Builder(root, sizes)
@@ -114,6 +116,18 @@ def build_onnx(
     if root.functions:
         _inline(model, root)
     return model
+
+
+def _require_types(graph: Graph, opset: int) -> None:
+    """Refuse weights of a type that the opset does not know.
+
+    Raises:  DfcError X001.
+    """
+    for p in graph.parameters.values():
+        dtype = str(p.tensor_type.dtype) if isinstance(p.type, TensorType) else ""
+        if dtype.startswith("f8") and opset < FIRST_FLOAT8:
+            message = f"opset {opset} has no {dtype}, which !{p.name} is stored in"
+            raise DfcError("X001", message, help=f"write opset {FIRST_FLOAT8} or later")
 
 
 def export_onnx(graph: Graph, path: str | os.PathLike[str], **options: Any) -> Written:

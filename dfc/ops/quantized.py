@@ -42,7 +42,7 @@ def rounds_values(graph: Graph) -> bool:
 
     return any(
         (n.op == "dfc.quantize" and not isinstance(n.inputs[0], Parameter))
-        or n.attributes.get("activations") == "int8"
+        or n.attributes.get("activations") in ("int8", "f8")
         for n in graph.walk()
     )
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dfc.emit.kernels import KernelCall, Kernels
 from dfc.ir.graph import Node, Parameter, Value
 from dfc.ir.types import DTYPES
+from dfc.runtime.kernels.float8 import float8_kernels
 from dfc.runtime.kernels.unpacked import UNPACKED, linear
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ def kernels(device: str, *, traced: bool = False) -> Kernels:
 
     `traced`: what torch.compile can see through, which costs more for each call.
     """
+    if device.startswith("cuda"):
+        return float8_kernels(device)
     if device != "cpu":
         return {}
     return {**UNPACKED, **(_integer_kernels(traced) if _are_built() else {})}

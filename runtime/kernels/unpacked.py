@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dfc.emit.kernels import KernelCall, Kernels
 from dfc.ir.graph import Node, Parameter, Value
@@ -33,7 +33,7 @@ def linear(node: Node) -> KernelCall | None:
 
     assert isinstance(x, Value) and (bias is None or isinstance(bias, Value))
     dtype, k = x.tensor_type.dtype, int(x.tensor_type.shape[-1])  # type: ignore[arg-type]
-    group = node.attributes["group"]
+    group: Any = node.attributes.get("group")
 
     def unpack() -> Tensor:
         from dfc.ops.codes import weight4, weight8
@@ -42,6 +42,8 @@ def linear(node: Node) -> KernelCall | None:
         assert codes is not None and scale is not None
         if node.op == "dfc.linear_w4":
             return weight4(codes, scale, zero[0], group, k, dtype.to_torch())
+        if not scale.dim():
+            return codes.to(dtype.to_torch()) * scale.to(dtype.to_torch())
         return weight8(codes, scale, group, dtype.to_torch())
 
     made = _shared((node.op, group, k, dtype.name), held, unpack)
@@ -70,7 +72,8 @@ def dequantize(node: Node) -> KernelCall | None:
 
 
 UNPACKED: Kernels = {
-    "dfc.linear_w4": linear, "dfc.linear_w8": linear, "dfc.dequantize": dequantize,
+    "dfc.linear_w4": linear, "dfc.linear_w8": linear, "dfc.linear_f8": linear,
+    "dfc.dequantize": dequantize,
 }  # fmt: skip
 
 

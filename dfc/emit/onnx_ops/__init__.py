@@ -19,6 +19,7 @@ def load() -> None:
         complex_,
         control,
         creation,
+        float8,
         indexing,
         linalg,
         nn,
