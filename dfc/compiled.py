@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfc.calling import build_outputs, flat_inputs, own_outputs
 from dfc.errors import DfcError
-from dfc.ir.graph import Graph, Parameter
+from dfc.ir.graph import Graph, Node, Parameter
 from dfc.planning.engine import Engine, Runner
 from dfc.report import Report
 
@@ -122,17 +122,54 @@ class Compiled:
         *,
         force: bool = False,
         contrib: bool = False,
+        stages: str | int | Mapping[Node, int] | None = None,
         **options: Any,
     ) -> None:
         """Write plain ONNX, checked and run in ONNX Runtime against the probes first.
 
-        With `contrib` it is written for ONNX Runtime alone, with operators of its own.
+        With `contrib` it is written for ONNX Runtime alone, with operators of its own. With
+        `stages` it is a folder of one file a stage, which `dfc run` executes as a pipeline:
+        "separate" takes the stages of a partitioned model, a number so many of equal time here,
+        a mapping gives each node its own.
         Raises:  DfcError X family when an op has no translation or the results differ.
         """
         from dfc.emit.onnx_export import export_onnx
+        from dfc.emit.onnx_stages import export_stages
+        from dfc.planning.microbatches import batch_of
 
         probes = [(p.inputs, p.original) for p in self.standard().ready()]
-        export_onnx(self.graph, path, probes=probes, force=force, contrib=contrib, **options)
+        options |= {"probes": probes, "force": force, "contrib": contrib}
+        if stages is None:
+            export_onnx(self.graph, path, **options)
+            return
+        placed = self._stages(stages)
+        batch = batch_of(self.graph)
+        export_stages(
+            self.graph, path, stage_of=placed, batch=batch, beside=self._write_probes, **options
+        )
+
+    def _write_probes(self, folder: Path) -> None:
+        from dfc.emit.onnx_stages import PROBES
+        from dfc.package import write_probes
+
+        if self.probes:
+            write_probes(folder / PROBES, self.probes)
+
+    def _stages(self, wanted: str | int | Mapping[Node, int]) -> Mapping[Node, int] | None:
+        """The stage of each node; None where the nodes know it themselves."""
+        from dfc.planning.balanced import balanced
+
+        if wanted == "separate":
+            return None
+        if isinstance(wanted, str):
+            help = 'write stages="separate", or a number'
+            raise DfcError("X005", f"`{wanted}` are no stages", help=help, status=2)
+        if not isinstance(wanted, int):
+            return wanted
+        if not self.probes:
+            help = "compile it with example arguments, or partition it"
+            raise DfcError("X005", "there are no inputs to time its nodes on", help=help, status=2)
+        return balanced(self.graph, wanted, self.probes[0].inputs)
 
     def standard(self) -> Probes:
         """What engines and files are held to: the original's results, or, where the recipe changes
@@ -144,7 +181,8 @@ class Compiled:
         return Probes(self.graph, self.probes)
 
     def emit(self, stem: str | os.PathLike[str], *, force: bool = False) -> list[str]:
-        """Write what the recipe's `emit` lines ask for: STEM.onnx, STEM.dfc, or their own names.
+        """Write what the recipe's `emit` lines ask for: STEM.onnx, STEM.stages (a folder),
+        STEM.dfc, or their own names.
 
         Raises:  DfcError D010.. for the files, X family for what ONNX cannot say.
         """
@@ -200,7 +238,7 @@ class Compiled:
 
 def emitted_path(stem: str | os.PathLike[str], format: str, options: Mapping[str, Any]) -> str:
     """Where an `emit` line writes: beside the stem, under its own name if it has one."""
-    suffix = {"onnx": ".onnx", "graph": ".dfc"}[format]
+    suffix = ".stages" if "stages" in options else {"onnx": ".onnx", "graph": ".dfc"}[format]
     path = Path(stem)
     return str(path.with_name(options["file"]) if "file" in options else f"{path}{suffix}")
 

@@ -223,7 +223,10 @@ def test_the_command_runs_a_pipeline_and_says_what_it_took(
     events = json.loads(trace.read_text())["traceEvents"]
     lanes = [sum(e["ph"] == "X" and e["pid"] == pid for e in events) for pid in (0, 1)]
     assert lanes == [2 * 3, 2 * 3]  # measured and predicted
-    assert all(size > 0 for _, _, size in data["bytes"])
-    assert main(given) == 0
+    assert [(x["from"], x["to"], x["bytes"]) for x in data["links"]] == [(0, 1, 12 * 8 * 4)]
+    assert data["unsplit_seconds"] > 0
+    assert main([*given, "--engine", "eager,onnxruntime"]) == 0
     out = capsys.readouterr().out
-    assert "the step took" in out and "a microbatch" in out
+    assert "the step of 3 microbatches took" in out and "the model unsplit, on 1 thread" in out
+    assert main([*given, "--engine", "eager,onnxruntime,eager"]) == 2
+    assert "N053" in capsys.readouterr().err

@@ -18,8 +18,8 @@ from dfc.ir.expr import symbol
 from dfc.ir.graph import Graph, Node
 from dfc.ir.types import TensorType, dtype_of
 from dfc.planning.actions import parse_program
+from dfc.planning.microbatches import cut
 from dfc.runtime.pipeline.dropout import Mask
-from dfc.runtime.pipeline.microbatches import cut
 from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.training import Trainer
 

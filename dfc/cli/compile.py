@@ -32,6 +32,15 @@ def compile(
             "--contrib/--no-contrib", help="Allow ONNX Runtime's own operators in that file."
         ),
     ] = False,
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            "--stages",
+            metavar="N|separate",
+            help="With --onnx: a folder, one file for each of N stages of equal time, or for each "
+            "stage of `partition`. `dfc run` executes it as a pipeline.",
+        ),
+    ] = None,
     recipe: RecipeFile = None,
     name: RecipeName = None,
     level: Level = None,
@@ -107,6 +116,7 @@ def compile(
     \b
     Examples:
       dfc compile encoder.py:build -o encoder.dfcpkg --onnx encoder.onnx
+      dfc compile encoder.py:build --onnx encoder.stages --stages 2
       dfc compile encoder.py:build -r small.dfc --data val=data.py:val --metric top1=data.py:top1
       dfc compile graph.dfc -p 'canonicalize,fuse{rules=attention}' --print-after fuse
     """
@@ -117,6 +127,7 @@ def compile(
     load_used(use)
     for path in (output, onnx, html):
         require_writable(path, force)
+    parts = _stages(stages, onnx)
     with Progress() as say:
         say("reading the options")
         chosen = choose_recipe(recipe, name, level, passes, target, settings)
@@ -128,7 +139,7 @@ def compile(
         compiled, missed = job.run(model, print_after)
         written: dict[str, str] = {}
         if missed is None:
-            written = _write(compiled, output, onnx, contrib, force, say)
+            written = _write(compiled, output, onnx, contrib, parts, force, say)
         if html:
             from dfc.cli.outputs import write_text
 
@@ -218,6 +229,7 @@ def _write(
     output: str | None,
     onnx: str | None,
     contrib: bool,
+    stages: str | int | None,
     force: bool,
     say: Progress,
 ) -> dict[str, str]:
@@ -238,9 +250,22 @@ def _write(
         compiled.report.notes.append(f"`emit {formats}` writes beside a package: name one by -o")
     if onnx:
         say(f"writing {onnx} and running it in ONNX Runtime")
-        compiled.export(onnx, force=force, contrib=contrib)
+        compiled.export(onnx, force=force, contrib=contrib, stages=stages)
         written["onnx"] = onnx
     return written
+
+
+def _stages(text: str | None, onnx: str | None) -> str | int | None:
+    """What --stages asks for."""
+    if text is None:
+        return None
+    if onnx is None:
+        raise DfcError("Q006", "--stages needs a folder", help="name it: --onnx FOLDER")
+    if text.isdigit() and int(text):
+        return int(text)
+    if text != "separate":
+        raise DfcError("Q006", f"--stages is a number or `separate`, got `{text}`")
+    return text
 
 
 def _check_print_after(wanted: str | None, names: list[str]) -> None:

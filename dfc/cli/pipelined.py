@@ -1,17 +1,23 @@
-"""`dfc run --pipeline`: a model as stages on threads, measured beside what was predicted."""
+"""`dfc run --pipeline`, and `dfc run` of a folder of stages: measured beside what was predicted."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dfc.errors import DfcError
+
 if TYPE_CHECKING:
     from dfc.compiled import Compiled
+    from dfc.ir.graph import Graph
     from dfc.runtime.pipeline.local import Pipeline
 
-_WARM = 2  # steps before the one that is told
+_WARM = 2  # steps before those that are measured
+_STEPS = 3  # of which the one in the middle is told
+Say = Callable[[str], None]
 
 
 def run_pipelined(
@@ -19,52 +25,101 @@ def run_pipelined(
     inputs: Sequence[Any],
     stages: int,
     microbatches: int,
+    engines: Sequence[str],
     trace: str | None,
     force: bool,
-    say: Callable[[str], None],
+    say: Say,
 ) -> tuple[list[Any], dict[str, Any]]:
-    """The output leaves, and what the step took.
+    """The output leaves, and what a step took beside the unsplit model on as many threads.
 
     Raises:  DfcError N050 for a model that cannot be a pipeline, N051, N053; D010.. for the trace.
     """
-    from dfc.runtime.pipeline.local import Pipeline, balanced
+    import torch
 
+    from dfc.planning.balanced import balanced
+    from dfc.runtime.pipeline.local import Pipeline
+
+    if len(engines) not in (1, stages):
+        raise DfcError("N053", f"{len(engines)} engines are given for {stages} stages")
     say(f"timing each node of {compiled.graph.name}")
     placed = balanced(compiled.graph, stages, inputs)
-    engine = compiled.engine.name
-    say(f"building {stages} stages for {engine}")
-    with Pipeline(compiled.graph, placed, engine=engine, microbatches=microbatches) as pipeline:
-        for i in range(_WARM + 1):
-            say(f"step {i + 1} of {_WARM + 1}")
-            results = pipeline.run_flat(inputs)
-        data = _data(pipeline)
-        if trace:
-            _write_trace(pipeline, trace, force)
+    say(f"building {stages} stages for {', '.join(engines)}")
+    names = engines[0] if len(engines) == 1 else engines
+    with Pipeline(compiled.graph, placed, engine=names, microbatches=microbatches) as pipeline:
+        results, data = step(pipeline, inputs, trace, force, say)
+    say("timing the model unsplit")
+    data["unsplit_seconds"] = _seconds(lambda: compiled.run_flat(inputs))
+    data["unsplit_threads"] = torch.get_num_threads()
     return results, data
 
 
-def _data(pipeline: Pipeline) -> dict[str, Any]:
-    report = pipeline.report()
-    return {
+def run_stages(
+    folder: str,
+    inputs: Callable[[Graph, Sequence[Any] | None], list[Any]],
+    microbatches: int | None,
+    trace: str | None,
+    force: bool,
+    say: Say,
+) -> tuple[Graph, list[Any], dict[str, Any]]:
+    """A folder of ONNX stages: its graph, the output leaves, and what a step took.
+
+    `inputs` chooses them, for the graph and the example that the folder holds.
+    Raises:  what `read_bundle` raises; X002, D063 for its files; D010.. for the trace.
+    """
+    from dfc.emit.onnx_stages import PROBES
+    from dfc.package import read_probes
+    from dfc.runtime.pipeline.bundle import read_bundle
+
+    bundle = read_bundle(folder)
+    file = bundle.path / PROBES
+    probes = read_probes(file) if file.exists() else []
+    given = inputs(bundle.graph, probes[0].inputs if probes else None)
+    say(f"loading {len(bundle.stages)} stages into ONNX Runtime")
+    with bundle.pipeline(microbatches=microbatches) as pipeline:
+        return bundle.graph, *step(pipeline, given, trace, force, say)
+
+
+def step(
+    pipeline: Pipeline, inputs: Sequence[Any], trace: str | None, force: bool, say: Say
+) -> tuple[list[Any], dict[str, Any]]:
+    """The results, and what the step in the middle of several took."""
+    reports = []
+    for i in range(_WARM + _STEPS):
+        say(f"step {i + 1} of {_WARM + _STEPS}")
+        results = pipeline.run_flat(inputs)
+        reports.append(pipeline.report())
+    report = sorted(reports[_WARM:], key=lambda r: r.seconds)[_STEPS // 2]
+    if trace:
+        from dfc.publish import publish_file
+
+        names = [f"rank {r}" for r in range(len(pipeline.threads))]
+        with publish_file(Path(trace), force=force) as temp:
+            temp.write_text(json.dumps(report.trace(names)))
+    return results, {
         "stages": [
-            {"nodes": len(s.graph), "seconds": t, "busy": report.busy[rank],
-             "values_in": len(s.takes)}
+            {"nodes": len(s.graph), "rank": rank, "threads": pipeline.threads[rank],
+             "seconds": t, "busy": report.busy[rank], "values_in": len(s.takes)}
             for s, t, rank in zip(
                 pipeline.stages, report.stage_seconds, pipeline.placement, strict=True)
         ],
+        "microbatches": report.program.microbatches,
         "step_seconds": report.seconds,
         "predicted_seconds": report.predicted,
         "bubble": report.bubble,
-        "bytes": [[source, target, size] for (source, target), size in report.bytes.items()],
+        "links": [
+            {"from": source, "to": target, "bytes": size}
+            for (source, target), size in report.bytes.items()
+        ],
     }  # fmt: skip
 
 
-def _write_trace(pipeline: Pipeline, path: str, force: bool) -> None:
-    from dfc.publish import publish_file
-
-    names = [f"rank {r}" for r in range(len(pipeline.threads))]
-    with publish_file(Path(path), force=force) as temp:
-        temp.write_text(json.dumps(pipeline.report().trace(names)))
+def _seconds(run: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(_WARM + _STEPS):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return sorted(times[_WARM:])[_STEPS // 2]
 
 
 def show(data: dict[str, Any]) -> None:
@@ -72,16 +127,37 @@ def show(data: dict[str, Any]) -> None:
     from dfc.cli.tables import print_table, print_text
     from dfc.lang.units import amount_text
 
+    def seconds(x: float) -> str:
+        return amount_text(x, "time")
+
     print_table(
-        ["stage", "nodes", "a microbatch", "busy"],
+        ["stage", "rank", "threads", "nodes", "a microbatch", "rank busy"],
         [
-            [str(i), str(s["nodes"]), amount_text(s["seconds"], "time"), f"{s['busy']:.0%}"]
+            [str(i), str(s["rank"]), str(s["threads"]), str(s["nodes"]), seconds(s["seconds"]),
+             f"{s['busy']:.0%}"]
             for i, s in enumerate(data["stages"])
         ],
-        right=(0, 1, 2, 3),
-    )
+        right=(0, 1, 2, 3, 4, 5),
+    )  # fmt: skip
     took, predicted = data["step_seconds"], data["predicted_seconds"]
     print_text(
-        f"the step took {amount_text(took, 'time')}, {amount_text(predicted, 'time')} were "
-        f"predicted from the stages' times; the busiest stage waited {data['bubble']:.0%} of it"
+        f"the step of {data['microbatches']} microbatches took {seconds(took)}, "
+        f"{seconds(predicted)} were predicted from the stages' times; the busiest rank waited "
+        f"{data['bubble']:.0%} of it"
     )
+    for link in data["links"]:
+        size = amount_text(link["bytes"], "bytes")
+        print_text(f"stage {link['from']} gave {size} to stage {link['to']}")
+    if "unsplit_seconds" in data:
+        print_text(verdict(took, data["unsplit_seconds"], data["unsplit_threads"]))
+
+
+def verdict(took: float, unsplit: float, threads: int) -> str:
+    """Whether the pipeline was worth it."""
+    from dfc.lang.units import amount_text
+
+    count = f"{threads} thread" + ("s" if threads > 1 else "")
+    told = f"the model unsplit, on {count}, took {amount_text(unsplit, 'time')}: "
+    if took < unsplit:
+        return f"{told}the pipeline is {unsplit / took:.2f} times as fast"
+    return f"{told}run it unsplit, the pipeline takes {took / unsplit:.2f} times as long"

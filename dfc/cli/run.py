@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +25,9 @@ from dfc.cli.replay import is_reproducer, replay_folder
 from dfc.errors import DfcError
 
 if TYPE_CHECKING:
+    from dfc.cli.progress import Progress
     from dfc.compiled import Compiled
+    from dfc.ir.graph import Graph
 
 _FORMATS = (".npz", ".safetensors")
 
@@ -41,7 +45,10 @@ def run(
     size: Sizes = None,
     seed: Seed = 0,
     engine: Annotated[
-        str | None, typer.Option("--engine", help="Another engine than the package's.")
+        str | None,
+        typer.Option(
+            "--engine", help="Another engine than the package's; in a pipeline one for each stage."
+        ),
     ] = None,
     device: Device = "cpu",
     pipeline: Annotated[
@@ -49,8 +56,9 @@ def run(
         typer.Option("--pipeline", metavar="N", min=1, help="Run as N stages on threads."),
     ] = None,
     microbatches: Annotated[
-        int, typer.Option("-m", "--microbatches", min=1, help="Parts of the batch, in a pipeline.")
-    ] = 8,
+        int | None,
+        typer.Option("-m", "--microbatches", min=1, help="Parts of the batch, in a pipeline: 8."),
+    ] = None,
     trace: Annotated[
         str | None,
         typer.Option("--trace", metavar="FILE", help="Write the pipeline's times for Perfetto."),
@@ -66,12 +74,18 @@ def run(
       dfc run encoder.dfcpkg inputs.npz -o outputs.npz
       dfc run encoder.dfcpkg --random --size B=4,S=16 --seed 0
       dfc run encoder.dfcpkg --size B=32,S=16 --pipeline 2 --trace step.json
+      dfc run encoder.dfcpkg --pipeline 2 --engine eager,onnxruntime
+      dfc run encoder.stages inputs.npz -m 4
       dfc run ~/.cache/dfc/reproducers/repro-3b7c8078b5821b62
+
+    \b
+    A folder of ONNX stages (`dfc compile --stages`) runs as a pipeline in ONNX Runtime.
 
     \b
     A reproducer is what dfc writes when it finds a rewrite to be wrong. It exits with 4 while the
     rewrite is wrong, and with 0 when it no longer is.
     """
+    from dfc.cli.inputs import output_names
     from dfc.cli.outputs import require_writable
     from dfc.cli.progress import Progress
 
@@ -82,22 +96,9 @@ def run(
     if output and Path(output).suffix not in _FORMATS:
         raise DfcError("D056", f"`{output}` ends with neither {' nor '.join(_FORMATS)}")
     with Progress() as say:
-        compiled = open_compiled(model, engine, device, say)
-        from dfc.cli.inputs import choose_inputs, on_device, output_names
-
-        example = compiled.probes[0].inputs if compiled.probes else None
-        given, origin = choose_inputs(compiled.graph, inputs, size, random, seed, example)
-        say(f"running on {compiled.engine.name}")
-        measured: dict[str, Any] | None = None
-        if pipeline:
-            from dfc.cli.pipelined import run_pipelined
-
-            results, measured = run_pipelined(
-                compiled, given, pipeline, microbatches, trace, force, say
-            )
-        else:
-            results = _call(compiled, on_device(given, device), seed)
-        named = dict(zip(output_names(compiled.graph), results, strict=True))
+        job = _Job(inputs, random, size, seed, engine, device, microbatches, trace, force, say)
+        ran = job.run(model, pipeline)
+        named = dict(zip(output_names(ran.graph), ran.results, strict=True))
         if output:
             say(f"writing {output}")
             write_tensors(output, named, force)
@@ -106,13 +107,13 @@ def run(
         from dfc.cli.tables import print_json
 
         print_json(
-            {"model": model, "engine": compiled.engine.name, "inputs": origin,
-             "outputs": rows, "written": output, **({"pipeline": measured} if measured else {})}
+            {"model": model, "engine": ran.engine, "inputs": ran.origin, "outputs": rows,
+             "written": output, **({"pipeline": ran.measured} if ran.measured else {})}
         )  # fmt: skip
         return
     from dfc.cli.tables import print_table, print_text
 
-    print_text(f"{model} on {compiled.engine.name}, inputs: {origin}")
+    print_text(f"{model} on {ran.engine}, inputs: {ran.origin}")
     print_table(
         ["output", "type", "min", "max", "mean", "first values"],
         [
@@ -121,15 +122,100 @@ def run(
         ],
         right=(2, 3, 4),
     )
-    if measured:
+    if ran.measured:
         from dfc.cli.pipelined import show
 
-        show(measured)
+        show(ran.measured)
     for row in rows:
         if row["not_finite"]:
             print_text(f"note: {row['not_finite']} elements of {row['name']} are not finite")
     if output:
         print_text(f"wrote {output}")
+
+
+@dataclass
+class _Ran:
+    """What was run, on what, and what came out."""
+
+    graph: Graph
+    engine: str
+    origin: str
+    results: list[Any]
+    measured: dict[str, Any] | None = None
+
+
+@dataclass
+class _Job:
+    """What the options ask of one run."""
+
+    files: list[str] | None
+    random: bool
+    size: str | None
+    seed: int
+    engine: str | None
+    device: str
+    microbatches: int | None
+    trace: str | None
+    force: bool
+    say: Progress
+    origin: str = ""
+
+    def run(self, model: str, stages: int | None) -> _Ran:
+        from dfc.emit.onnx_stages import is_stages
+
+        if is_stages(model):
+            return self.stages(model, stages)
+        engines = (self.engine or "").split(",")
+        if len(engines) > 1 and not stages:
+            help = "with --pipeline N, each of N stages may have its own"
+            raise DfcError("K001", f"`{self.engine}` are several engines", help=help, status=2)
+        compiled = open_compiled(model, engines[0] or None, self.device, self.say)
+        example = compiled.probes[0].inputs if compiled.probes else None
+        given = self.inputs(compiled.graph, example)
+        if stages is None:
+            return self.whole(compiled, given)
+        return self.pipelined(compiled, given, stages, engines)
+
+    def inputs(self, graph: Graph, example: Sequence[Any] | None) -> list[Any]:
+        from dfc.cli.inputs import choose_inputs
+
+        found, self.origin = choose_inputs(
+            graph, self.files, self.size, self.random, self.seed, example
+        )
+        return found
+
+    def whole(self, compiled: Compiled, given: list[Any]) -> _Ran:
+        from dfc.cli.inputs import on_device
+
+        if self.trace or self.microbatches:
+            option = "--trace" if self.trace else "--microbatches"
+            help = "say into how many stages: --pipeline 2"
+            raise DfcError("Q006", f"{option} is for pipelines", help=help)
+        self.say(f"running on {compiled.engine.name}")
+        results = _call(compiled, on_device(given, self.device), self.seed)
+        return _Ran(compiled.graph, compiled.engine.name, self.origin, results)
+
+    def pipelined(
+        self, compiled: Compiled, given: list[Any], stages: int, engines: list[str]
+    ) -> _Ran:
+        from dfc.cli.pipelined import run_pipelined
+
+        names = engines if len(engines) > 1 else [compiled.engine.name]
+        results, measured = run_pipelined(
+            compiled, given, stages, self.microbatches or 8, names, self.trace, self.force, self.say
+        )
+        return _Ran(compiled.graph, ", ".join(names), self.origin, results, measured)
+
+    def stages(self, folder: str, stages: int | None) -> _Ran:
+        from dfc.cli.pipelined import run_stages
+
+        if stages or self.engine or self.device != "cpu":
+            message = f"`{folder}` is cut into its stages already, and runs in ONNX Runtime"
+            raise DfcError("Q006", message, help="leave out --pipeline, --engine and --device")
+        graph, results, measured = run_stages(
+            folder, self.inputs, self.microbatches, self.trace, self.force, self.say
+        )
+        return _Ran(graph, "onnxruntime", self.origin, results, measured)
 
 
 def open_compiled(model: str, engine: str | None, device: str, say: Any) -> Compiled:

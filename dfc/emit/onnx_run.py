@@ -121,6 +121,16 @@ class Session:
             raise DfcError("K021", f"ONNX Runtime failed: {_first_line(e)}") from e
         return [from_ort(v, t) for v, t in zip(found, self._types, strict=True)]
 
+    @property
+    def inputs(self) -> list[str]:
+        """The names of the inputs."""
+        return list(self._inputs)
+
+    @property
+    def outputs(self) -> list[str]:
+        """The names of the outputs, then of the mutations."""
+        return list(self._outputs)
+
     def end_profiling(self) -> str:
         """Where the profile is."""
         return str(self._session.end_profiling())

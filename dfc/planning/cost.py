@@ -25,7 +25,7 @@ VIEWS = frozenset([
     "view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice",
     "select", "split", "split_with_sizes", "chunk", "detach", "alias", "unbind", "unflatten",
     "flatten", "movedim", "swapaxes", "diagonal", "narrow", "_unsafe_view", "expand_as",
-    "view_as", "unsafe_split", "lift_fresh",
+    "view_as", "unsafe_split", "lift_fresh", "numpy_T", "mT", "matrix_H",
 ])  # fmt: skip
 _EXPENSIVE = {"exp": 8, "gelu": 14, "erf": 10, "tanh": 10, "sigmoid": 10, "silu": 11, "softmax": 12,
               "_softmax": 12, "log": 8, "pow": 10, "sin": 10, "cos": 10, "layer_norm": 8,

@@ -37,10 +37,11 @@ def _walk(
 
 def check_emits(steps: Sequence[p.PlanStep], problems: Problems) -> None:
     """Tell two steps that write the same file."""
-    seen: set[tuple[str, object]] = set()
+    seen: set[tuple[object, ...]] = set()
     for step in steps:
         if isinstance(step, p.EmitStep):
-            key = (step.format, step.options.get("file"))
+            file = step.options.get("file")
+            key = (step.format, file, file is None and "stages" in step.options)
             if key in seen:
                 message = f"a second `emit {step.format}` would replace the first"
                 help = "give each a file: with file=..."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from dfc.errors import did_you_mean
 from dfc.lang import syntax as s
@@ -25,7 +25,7 @@ MAX_DEPTH = 16  # of recipes that apply or extend each other
 MAX_WORK = 20_000  # steps of all recipes of a file
 VERIFY = {"samples": int, "atol": float, "rtol": float}
 EMIT: Mapping[str, Mapping[str, Any]] = {
-    "onnx": {"opset": int, "contrib": bool, "file": str},
+    "onnx": {"opset": int, "contrib": bool, "file": str, "stages": Literal["separate"] | int},
     "graph": {"file": str},
 }
 Steps = tuple[p.PlanStep, ...]

@@ -8,38 +8,15 @@ from typing import Any, Protocol
 from dfc.calling import build_outputs, flat_inputs, own_outputs
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
-from dfc.ir.interpret import bind_inputs
 from dfc.planning.actions import Action, Program
 from dfc.planning.engine import Runner
+from dfc.planning.microbatches import batch_dim, batch_of, cut, joined
 from dfc.planning.schedules import forward_program
 from dfc.planning.stages import StageGraph, split
 from dfc.runtime.engines import find_engine
 from dfc.runtime.pipeline.lanes import Lanes, Step, Values
-from dfc.runtime.pipeline.microbatches import batch_dim, batch_of, cut, joined
-from dfc.runtime.pipeline.profile import node_seconds
 from dfc.runtime.pipeline.reporting import Report, report_of
 from dfc.runtime.pipeline.routes import stage_edges
-
-
-def balanced(graph: Graph, stages: int, inputs: Sequence[Any], threads: int = 1) -> dict[Node, int]:
-    """Stages of equal time on threads of this machine, from each node's measured time.
-
-    Raises:  DfcError N053 for fewer stages than one.
-    """
-    from dataclasses import replace
-
-    from dfc.planning.machine import Device, Machine, Wire
-    from dfc.planning.pipeline import plan, stage_of
-
-    if stages < 1:
-        raise DfcError("N053", f"a pipeline has at least one stage, not {stages}")
-    took = node_seconds(graph, inputs, threads)
-    lane = Device("lane", "cpu", 1e18, 1e18, {"f32": 1e18})
-    wires = {(i, j): Wire() for i in range(stages) for j in range(stages)}
-    lanes = tuple(replace(lane, name=f"lane{i}") for i in range(stages))
-    sizes = bind_inputs(graph, inputs)
-    found = plan(graph, Machine("threads", lanes, wires), sizes=sizes, measured=took.get)
-    return stage_of(found)
 
 
 def thread_shares(total: int, loads: Sequence[float]) -> list[int]:
@@ -69,8 +46,9 @@ class Pipeline:
     """Stages of one graph on threads of this process; called like the model, with whole batches.
 
     `placement[s]` is the rank, and so the thread, of stage s: by default each has its own. Each
-    stage may have an engine of its own. `threads` are those of all ranks together, or of each.
-    `program` makes the program for a number of microbatches.
+    stage may have an engine of its own, or `build` makes what runs it from its number, its graph
+    and its threads. `threads` are those of all ranks together, or of each. `program` makes the
+    program for a number of microbatches.
     Needs:   a graph with a dynamic batch dimension, unless every call is one microbatch.
     Ensures: results equal those of the stages run one after another on the same microbatches.
     """
@@ -86,6 +64,7 @@ class Pipeline:
         threads: int | Sequence[int] | None = None,
         placement: Sequence[int] | None = None,
         program: Callable[[int], Program] | None = None,
+        build: Callable[[int, StageGraph, int], Runner] | None = None,
     ) -> None:
         self.graph = graph
         self.stages: list[StageGraph] = split(graph, stage_of)
@@ -98,14 +77,18 @@ class Pipeline:
         self._program = program or (lambda m: forward_program(self.placement, m))
         self._programs: dict[int, Program] = {}
         self.edges = stage_edges(self.stages, graph.outputs)
+        self._build = build or self._on_engine
         self._lanes = self._start()
         self.last: tuple[Program, Step] | None = None
+
+    def _on_engine(self, index: int, stage: StageGraph, threads: int) -> Runner:
+        return find_engine(self.engines[index]).build(stage.graph, "cpu", threads)
 
     def _start(self) -> Runs:
         """What runs programs: here threads of this process."""
         runners = [
-            find_engine(name).build(s.graph, "cpu", self.threads[self.placement[i]])
-            for i, (s, name) in enumerate(zip(self.stages, self.engines, strict=True))
+            self._build(i, s, self.threads[rank])
+            for i, (s, rank) in enumerate(zip(self.stages, self.placement, strict=True))
         ]
         return Lanes(self.edges, stage_runner(self.stages, runners), self.threads)
 

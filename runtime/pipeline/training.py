@@ -24,6 +24,7 @@ from dfc.ir.interpret import bind_inputs
 from dfc.ir.types import TensorType
 from dfc.planning.actions import Action, Kind, Program
 from dfc.planning.engine import Engine
+from dfc.planning.microbatches import batch_dim, batch_of, cut
 from dfc.planning.schedules import schedule
 from dfc.planning.simulate import Costs
 from dfc.planning.stages import HOST
@@ -32,7 +33,6 @@ from dfc.runtime.pipeline.differentiated import Gradient
 from dfc.runtime.pipeline.dropout import Mask
 from dfc.runtime.pipeline.lanes import Lanes, Step
 from dfc.runtime.pipeline.local import thread_shares
-from dfc.runtime.pipeline.microbatches import batch_dim, batch_of, cut
 from dfc.runtime.pipeline.programs import Programs
 from dfc.runtime.pipeline.sequential import Sequential
 from dfc.runtime.pipeline.staged_model import StagedModel
