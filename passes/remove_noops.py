@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dfc.ir.expr import Expr
+from dfc.ir.gradients import carries_gradient
 from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.types import TensorType
 from dfc.rewrite.pass_ import KEPT, Context, Pass, Quota
@@ -80,6 +81,10 @@ def _why_not(node: Node, source: Value, test: Callable[[Node, Value], bool]) -> 
 
 def _always(node: Node, x: Value) -> bool:
     return True
+
+
+def _without_gradient(node: Node, x: Value) -> bool:
+    return not carries_gradient(x)
 
 
 # Views in which several elements may share memory.
@@ -184,7 +189,7 @@ _VIEWS = frozenset(
 _TESTS: dict[str, Callable[[Node, Value], bool]] = {
     "aten.clone.default": _apart,
     "aten.alias.default": _always,
-    "aten.detach.default": _always,
+    "aten.detach.default": _without_gradient,
     "aten.contiguous.default": _always,
     "aten._to_copy.default": _same_type,
     "aten.view.default": _same_type,
@@ -211,6 +216,7 @@ _TESTS: dict[str, Callable[[Node, Value], bool]] = {
 _REASONS: dict[Callable[[Node, Value], bool], str] = {
     _apart: "its operand's elements share memory",
     _no_ones: "a size that it would squeeze may be 1",
+    _without_gradient: "it stops a gradient that training would follow",
     _no_training: "it drops out: the model is in training mode",
     _whole_slice: "it takes a part only",
     _identity_order: "it changes the order of dimensions",

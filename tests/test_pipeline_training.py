@@ -19,6 +19,7 @@ from dfc.ir.graph import Graph, Node
 from dfc.ir.types import TensorType, dtype_of
 from dfc.planning.actions import parse_program
 from dfc.planning.microbatches import cut
+from dfc.rewrite.pass_ import Context, find_pass
 from dfc.runtime.pipeline.dropout import Mask
 from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.training import Trainer
@@ -307,6 +308,33 @@ def test_what_the_weights_need_is_kept_and_nothing_else() -> None:
     assert not staged("unet", 2).parts[0].cut.inputs.gives  # nobody waits for the first stage
 
 
+class Stopped(nn.Module):
+    """A target that no gradient reaches, as a detached value and under `no_grad`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        with torch.no_grad():
+            target = self.b(h) * 2
+        return F.mse_loss(self.b(h), target) + F.mse_loss(h, self.b(y).detach())
+
+
+@pytest.mark.parametrize("passes", [[], ["remove_noops"]])
+def test_a_stopped_gradient_stays_stopped(passes: list[str]) -> None:
+    torch.manual_seed(0)
+    model, args = Stopped(), (torch.randn(8, 6), torch.randn(8, 6))
+    graph = dfc.trace(model, args, dynamic_shapes=({0: B}, {0: B}))
+    for name in passes:
+        find_pass(name).run(graph, Context())
+    loss, expected = reference(model, args, 2)
+    with Trainer(graph, evenly(graph, 2), microbatches=2, optimizer=adamw, threads=1) as trainer:
+        torch.testing.assert_close(trainer.backward(*args), loss)
+        close({n: p.grad for n, p in trainer.parameters.items()}, expected)
+
+
 class Noisy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -338,7 +366,7 @@ def test_what_cannot_be_trained_is_refused_before_it_runs() -> None:
     with pytest.raises(DfcError, match="one float tensor without dimensions"):
         StagedModel(plain, evenly(plain, 1), loss=lambda y: y)
     with pytest.raises(DfcError, match="does not depend on any weight"):
-        StagedModel(plain, evenly(plain, 1), loss=lambda y: torch.ones_like(y).mean())
+        StagedModel(plain, evenly(plain, 1), loss=lambda y: y.detach().mean())
 
 
 def test_a_failing_action_is_named_and_the_next_step_is_whole() -> None:

@@ -17,6 +17,7 @@ from torch import fx
 from dfc.capture.places import user_frame
 from dfc.errors import DfcError
 from dfc.ir.expr import Expr, Scalar, call, symbol
+from dfc.ir.gradients import carries_gradient
 from dfc.ir.graph import Bind, Graph, Input, Loc, ParameterData, Value
 from dfc.ir.op import lookup
 from dfc.ir.types import BOOL, FLOAT, INT, NONE, TensorType, Type, dtype_of
@@ -282,7 +283,8 @@ class Converter:
         if base == "_assert_scalar" and node.args and self.scalar_or_none(node.args[0]) is True:
             return None
         if base in _SAME_AS_INPUT and namespace == "aten":
-            return self.env[node.args[0]]  # type: ignore[index]
+            source = self.env[node.args[0]]  # type: ignore[index]
+            return self.stopped(source, node) if base == "detach" else source
         overload = target._overloadname
         name = f"{namespace}.{base}.{overload}"
         arguments = list(target._schema.arguments)
@@ -299,6 +301,15 @@ class Converter:
         if given.get("generator") is not None:
             raise DfcError("T022", f"`{name}` draws from a generator object of its own")
         return self.emit(node, info, given)
+
+    def stopped(self, value: Value, node: fx.Node) -> Value:
+        """The value without its gradient: a node of its own only where there would be one."""
+        if not carries_gradient(value):
+            return value
+        return self.graph.add(
+            "aten.detach.default", [value], types=[value.type], names=[self.name("detach")],
+            loc=self.location(node),
+        ).result  # fmt: skip
 
     def change_dtype(self, node: fx.Node, given: Mapping[str, Any]) -> Any:
         """Every change of dtype is `_to_copy`; a change of device or layout is none."""
@@ -480,9 +491,11 @@ class Converter:
         nested.convert(list(inner.graph.nodes))
         (output,) = [n for n in inner.graph.nodes if n.op == "output"]
         result = output.args[0]
-        if isinstance(result, (list, tuple)):
-            return tuple(nested.env[r] if isinstance(r, fx.Node) else r for r in result)
-        return nested.env[result]
+        leaves = list(result) if isinstance(result, (list, tuple)) else [result]
+        found = [nested.env[r] if isinstance(r, fx.Node) else r for r in leaves]
+        if name == "wrap_with_set_grad_enabled" and node.args[0] is False:
+            found = [self.stopped(x, node) if isinstance(x, Value) else x for x in found]
+        return tuple(found) if isinstance(result, (list, tuple)) else found[0]
 
     def with_graphs(
         self,
