@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +19,12 @@ import dfc
 from dfc.errors import DfcError
 from dfc.ir.expr import symbol
 from dfc.ir.graph import Graph, Node
+from dfc.ir.interpret import interpret
 from dfc.ir.types import TensorType, dtype_of
 from dfc.planning.actions import parse_program
 from dfc.planning.microbatches import cut
 from dfc.rewrite.pass_ import Context, find_pass
-from dfc.runtime.pipeline.dropout import Mask
+from dfc.runtime.pipeline.dropout import Mask, masked
 from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.training import Trainer
 
@@ -250,6 +254,28 @@ def test_dropout_does_not_depend_on_how_the_model_is_cut() -> None:
     assert len(set(curves[0])) == 4
 
 
+@pytest.mark.parametrize("kind", ["causal", "bool", "float", "none"])
+def test_attention_that_drops_out_is_its_own_parts(kind: str) -> None:
+    """With a probability that drops nothing it is what PyTorch's is."""
+
+    class Attention(nn.Module):
+        def forward(self, *qkv: torch.Tensor) -> torch.Tensor:
+            causal = kind == "causal"
+            return F.scaled_dot_product_attention(*qkv, dropout_p=1e-12, is_causal=causal)
+
+    torch.manual_seed(0)
+    args = [torch.randn(2, 3, 5, 8) for _ in range(3)]
+    if kind in ("bool", "float"):
+        mask = torch.rand(5, 5)
+        mask.diagonal().fill_(1)
+        args.append(mask > 0.4 if kind == "bool" else mask)
+    graph = dfc.trace(Attention(), tuple(args))
+    (mask,) = masked(graph)
+    found = interpret(graph, [*args, torch.ones(2, 3, 5, 5)])
+    expected = F.scaled_dot_product_attention(*args, is_causal=kind == "causal")
+    torch.testing.assert_close(found[0], expected)
+
+
 def test_a_mask_is_zero_as_often_as_dropout_says() -> None:
     mask = Mask(0, TensorType(dtype_of(torch.float32), (100, symbol("B"))), 0.25)
     drawn = mask.draw(0, 0, 0, {"B": 100})
@@ -380,3 +406,15 @@ def test_a_failing_action_is_named_and_the_next_step_is_whole() -> None:
         loss, expected = reference(model, args, 2)
         torch.testing.assert_close(trainer.backward(*args), loss)
         close({n: p.grad for n, p in trainer.parameters.items()}, expected)
+
+
+@pytest.mark.slow
+def test_the_example_learns() -> None:
+    command = [sys.executable, "examples/train_pipeline.py", "--schedule", "auto", "--steps", "31"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300,
+        check=True,
+    )  # fmt: skip
+    losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if "loss" in line]
+    assert losses[-1] < 0.8 * losses[0]
+    assert "microbatches in flight" in done.stdout

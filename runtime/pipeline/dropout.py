@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 from dfc.errors import DfcError
 from dfc.ir.expr import evaluate
 from dfc.ir.graph import Graph, Node, Value
-from dfc.ir.types import TensorType
+from dfc.ir.types import DTYPES, TensorType
+from dfc.ops.builder import Builder
 
 if TYPE_CHECKING:
     import torch
 
+_ATTENTION = "aten.scaled_dot_product_attention.default"
 _DROPOUTS = ("aten.dropout.default", "aten.native_dropout.default", "aten.feature_dropout.default")
 
 
@@ -48,8 +50,11 @@ class Mask:
 def masked(graph: Graph) -> dict[Value, Mask]:
     """Let every dropout that is on multiply by a mask, which becomes an input after all others.
 
-    Raises:  DfcError N071 for one that draws whole channels, or that the mask's reader needs.
+    Attention that drops out is written in its parts first.
+    Raises:  DfcError N071 for one that draws whole channels, or is inside control flow.
     """
+    for node in [n for n in graph.nodes if n.op == _ATTENTION and not n.pure]:
+        graph.replace(node, [_in_parts(graph, node)])
     found: dict[Value, Mask] = {}
     for node in [n for n in graph.walk() if n.op.startswith(_DROPOUTS) and not n.pure]:
         if node.graph is not graph or not _plain(node):
@@ -62,9 +67,7 @@ def masked(graph: Graph) -> dict[Value, Mask]:
         type, p = source.tensor_type, float(node.attributes["p"])
         mask = graph.add_input(graph.fresh_name("mask"), type)
         found[mask] = Mask(len(found), type, p)
-        made = graph.add("aten.mul.Tensor", [source, mask], types=[type], before=node,
-                         stage=node.stage, loc=node.loc)  # fmt: skip
-        graph.replace_uses(node.results[0], made.result)
+        graph.replace_uses(node.results[0], Builder(graph, node)("aten.mul.Tensor", source, mask))
         graph.erase(node)
     return found
 
@@ -72,3 +75,32 @@ def masked(graph: Graph) -> dict[Value, Mask]:
 def _plain(node: Node) -> bool:
     mask_is_read = len(node.results) > 1 and node.results[1].use_count > 0
     return not node.op.startswith("aten.feature") and not mask_is_read
+
+
+def _in_parts(graph: Graph, node: Node) -> Value:
+    """`dropout(softmax(q @ k.T * scale + mask)) @ v`.
+
+    Source:  the definition in the documentation of torch's scaled_dot_product_attention.
+    """
+    a, b = node.attributes, Builder(graph, node)
+    q, k, v, mask = node.inputs[:4]
+    assert isinstance(q, Value) and isinstance(k, Value) and isinstance(v, Value)
+    width = q.tensor_type.shape[-1]
+    if a.get("enable_gqa") or not isinstance(width, int):
+        raise DfcError("N071", f"attention with dropout ({node.loc or 'unknown place'}) is trained "
+                       "in stages with as many keys as queries, and one width")  # fmt: skip
+    scale = a["scale"] if a.get("scale") is not None else width**-0.5
+    keys = b("aten.transpose.int", b("aten.mul.Scalar", k, other=scale), dim0=-2, dim1=-1)
+    scores = b("aten.matmul.default", q, keys)
+    if a["is_causal"]:
+        size = scores.tensor_type.shape[-2:]
+        ones = b("aten.ones.default", size=size, dtype=DTYPES["bool"])
+        mask = b("aten.tril.default", ones)
+    if isinstance(mask, Value) and mask.tensor_type.dtype == DTYPES["bool"]:
+        hidden = b("aten.logical_not.default", mask)
+        scores = b("aten.masked_fill.Scalar", scores, hidden, value=float("-inf"))
+    elif isinstance(mask, Value):
+        scores = b("aten.add.Tensor", scores, mask)
+    shares = b("aten.softmax.int", scores, dim=-1)
+    kept = b("aten.dropout.default", shares, p=a["dropout_p"], train=True)
+    return b("aten.matmul.default", kept, v)
