@@ -262,6 +262,39 @@ def test_the_worst_layers_are_left_out() -> None:
     assert stays(compiled("autocast bf16 except worst(1%)")) == set(order[:1])
 
 
+class Branches(nn.Module):
+    """The layer of the large results is far off in numbers; decisions hang on the small ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large, self.fine = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return 1000 * self.large(x), self.fine(x)
+
+
+def _nearness(run: Any, data: Any) -> Tensor:
+    """For each item, how near the second result is to what it should be."""
+    return torch.cat([-(run(x)[1] - y).abs().sum(-1) for x, y in data])
+
+
+def test_the_metric_says_which_layers_are_worst_where_the_recipe_names_one() -> None:
+    torch.manual_seed(0)
+    model, x = Branches().eval(), torch.randn(64, 8)
+    data = {"val": [(x, model(x)[1].detach())]}
+    head = "dfc 1\ndata val\nmetric nearness on val, higher is better\nrecipe r {\n"
+    for goal in ("", "  minimize size\n  require nearness >= baseline - 1\n"):
+        recipe = f"{head}{goal}  autocast bf16 except worst(1)\n}}\n"
+        c = dfc.compile(
+            model, (x,), recipe=recipe, engine="eager", data=data, metrics={"nearness": _nearness}
+        )
+        assert stays(c) == {"fine"}
+        (told,) = [d for d in c.report.decisions if d.step == "autocast: worst"]
+        assert told.reason == "fine of 2 layers, by the drop of nearness"
+    with pytest.raises(DfcError, match="metric `nearness` is not passed"):
+        dfc.compile(model, (x,), recipe=recipe, engine="eager", data=data)
+
+
 def test_worst_combines_with_what_is_named() -> None:
     assert stays(compiled('autocast bf16 except worst(1), "a"')) == {"a", "b"}
     assert stays(compiled('autocast bf16 on "a", "c" except worst(1)')) >= {"b", "head"}

@@ -232,7 +232,11 @@ class _Run:
         ctx = self.context
         if self.x.probes is not None and not ctx.examples:
             ctx = replace(ctx, examples=tuple(x.inputs for x in self.x.probes.probes))
-        found = settle(p, self.graph, ctx, self.x.say)
+        meter = self.x.meter
+        metric = next(iter(meter.metrics.values()), None)
+        found = settle(
+            p, self.graph, ctx, self.x.say, metric, meter.unjudged, meter.on() if metric else ""
+        )
         self.context.products.setdefault("sensitivity", []).append(found.sensitivity)
         self.decisions.append(Decision(f"{label}: worst", "chosen", str(found)))
         return found.step

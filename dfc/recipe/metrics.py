@@ -27,6 +27,7 @@ from typing import Any
 
 from dfc.compress.statistics import Paired, paired, pooled
 from dfc.errors import DfcError, Diagnostic, Span, did_you_mean
+from dfc.lang.selectors import Selector, worst_of
 from dfc.origin import failure_of, origin_of
 from dfc.recipe.plan import Metric, Plan, Quantity, Test, WhenStep
 
@@ -169,7 +170,17 @@ def bind_one(declared: Metric, metrics: Mapping[str, Any], data: Mapping[str, An
 def used_metrics(plan: Plan) -> list[Metric]:
     """The metrics that something in the plan is decided by."""
     names = {q.name for q in used_quantities(plan)}
-    return [m for m in plan.metrics if m.name in names]
+    found = [m for m in plan.metrics if m.name in names]
+    return found or list(plan.metrics[:1] if _asks_for_worst(plan) else ())
+
+
+def _asks_for_worst(plan: Plan) -> bool:
+    """Whether a step leaves out the layers that cost the metric most."""
+    return any(
+        isinstance(x, Selector) and worst_of(x.what)
+        for step in plan.passes()
+        for x in step.options.values()
+    )
 
 
 def used_quantities(plan: Plan) -> Iterator[Quantity]:

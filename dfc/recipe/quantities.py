@@ -19,13 +19,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dfc.compiled import Compiled, with_state_inputs
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.types import TensorType
-from dfc.recipe.bench import Bench, on_device, state_of
+from dfc.recipe.bench import Bench, find_engine, on_device, state_of
 from dfc.recipe.certain import judge, pair_of
 from dfc.recipe.metrics import Measured, UserMetric
 from dfc.recipe.plan import Quantity, Test
+from dfc.report import Report
 
 if TYPE_CHECKING:
     from dfc.runtime.measure import Comparison, Timing
@@ -97,6 +99,15 @@ class Meter:
             run = self.bench.callable(graph, self.on())
             self._scores[key] = graph, self.metrics[name].measured(run)
         return self._scores[key][1]
+
+    def unjudged(self, graph: Graph) -> Compiled:
+        """A version that is called like the model, for metrics alone: nobody compares its results
+        with the original's.
+        """
+        engine, device = find_engine(self.on()), self.bench.device
+        return Compiled(
+            graph, engine, engine.build(with_state_inputs(graph), device), Report(), device=device
+        )
 
     # Timing
 

@@ -134,7 +134,7 @@ class Measuring:
         self.say("running the model without the step")
         replays, where = self._replays()
         baseline = self._baseline()
-        done = self._finished(replays)
+        done = self._finished(replays, baseline)
         logits = logits_of(self.graph)
         effects: list[Effect] = []
         for number, layer in enumerate([*layers, None], 1):
@@ -183,7 +183,7 @@ class Measuring:
         self.say(f"calling metric {self.metric.declared.name}")
         return self.metric.measured(self.run(self.graph))
 
-    def _finished(self, replays: Sequence[Replay]) -> Finished:
+    def _finished(self, replays: Sequence[Replay], baseline: Measured | None) -> Finished:
         import torch
 
         import dfc
@@ -193,6 +193,9 @@ class Measuring:
             return Finished(None, "")
         words = [self.graph.fingerprint(), str(self.step), self.engine, dfc.__version__]
         words += [torch.__version__, self.metric.declared.name if self.metric else ""]
+        if baseline is not None:  # another metric of the name, or other data, says another number
+            items = baseline.items.tobytes() if baseline.items is not None else b""
+            words += [repr(baseline.value), hashlib.sha256(items).hexdigest()]
         for r in replays:
             words += [tensor_sha256(x) for x in r.inputs if isinstance(x, torch.Tensor)]
         key = hashlib.sha256("\n".join(words).encode()).hexdigest()

@@ -11,7 +11,8 @@ from dfc.ir.graph import Graph
 from dfc.lang import syntax as s
 from dfc.lang.selectors import Selector, parse_selector, worst_of
 from dfc.lang.wording import expression_text
-from dfc.recipe.sensitivity import Measuring, Sensitivity
+from dfc.recipe.metrics import UserMetric
+from dfc.recipe.sensitivity import Measuring, Run, Sensitivity
 from dfc.rewrite.pass_ import Context, Pass
 
 
@@ -36,14 +37,19 @@ def asks_for_worst(p: Pass) -> bool:
     )
 
 
-def settle(p: Pass, graph: Graph, ctx: Context, say: Callable[[str], None]) -> Settled:
+def settle(
+    p: Pass, graph: Graph, ctx: Context, say: Callable[[str], None],
+    metric: UserMetric | None = None, run: Run | None = None, engine: str = "",
+) -> Settled:  # fmt: skip
     """Measure a step layer by layer, and put the worst layers where its options say `worst`.
 
-    Meanwhile `worst(n)` stands for nothing: of `except worst(2), "head"` the head is left out and
+    The order goes by the drop of the metric where there is one, which is called once for each
+    layer on what `run` makes of a graph (on `engine`); else by the distance of results. Meanwhile
+    `worst(n)` stands for nothing: of `except worst(2), "head"` the head is left out and
     every other layer measured.
     Raises:  DfcError Q052, D085; what the step raises.
     """
-    found = Measuring(graph, p, ctx, say).measured()
+    found = Measuring(graph, p, ctx, say, metric, run, engine=engine).measured()
     ranked = [e.layer for e in found.layers]
     chosen: dict[str, None] = {}
     changes: dict[str, Any] = {}
