@@ -136,6 +136,7 @@ class Compiled:
         from dfc.emit.onnx_export import export_onnx
         from dfc.emit.onnx_stages import export_stages
         from dfc.planning.microbatches import batch_of
+        from dfc.planning.schedules import forward_of
 
         probes = [(p.inputs, p.original) for p in self.standard().ready()]
         options |= {"probes": probes, "force": force, "contrib": contrib}
@@ -143,10 +144,11 @@ class Compiled:
             export_onnx(self.graph, path, **options)
             return
         placed = self._stages(stages)
-        batch = batch_of(self.graph)
         export_stages(
-            self.graph, path, stage_of=placed, batch=batch, beside=self._write_probes, **options
-        )
+            self.graph, path, stage_of=placed, batch=batch_of(self.graph),
+            program=None if placed or self.plan is None else forward_of(self.plan.program),
+            beside=self._write_probes, **options,
+        )  # fmt: skip
 
     def _write_probes(self, folder: Path) -> None:
         from dfc.emit.onnx_stages import PROBES

@@ -155,6 +155,33 @@ def test_a_recipe_emits_a_folder_that_the_command_runs(
     assert main(["run", str(made), "--pipeline", "2"]) == 2
 
 
+def test_a_partition_is_emitted_and_run_as_it_was_planned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The order of a rank, its stages and the number of microbatches come from the plan."""
+    lane = "cpu(cores=1, mem=1GB, bw=1GB/s, peak=1GFLOPS)"
+    recipe = (
+        f"dfc 1\n\ntarget two {{\n  device a : {lane}\n  device b : {lane}\n"
+        "  link a <-> b : pcie(bw=1GB/s, latency=1us)\n}\n\nrecipe r for two {\n"
+        "  partition on a, b with microbatches=6\n  emit onnx with stages=separate\n}\n"
+    )
+    model, args, graph = captured("chain")
+    compiled = dfc.compile(graph, args, recipe=recipe, engine="eager")
+    assert compiled.plan is not None
+    package, made = tmp_path / "chain.dfcpkg", tmp_path / "chain.stages"
+    compiled.save(package)
+    assert compiled.emit(tmp_path / "chain") == [str(made)]
+    bundle = read_bundle(made)
+    assert bundle.program == compiled.plan.program and bundle.program.microbatches == 6
+    with bundle.pipeline() as pipeline, torch.no_grad():
+        x = torch.randn(11, 8)
+        torch.testing.assert_close(pipeline(x), model(x), rtol=1e-4, atol=1e-5)
+    assert main(["run", str(package), "--size", "B=12", "--pipeline", "plan", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["pipeline"]
+    assert told["microbatches"] == 6 and len(told["stages"]) == 2
+    assert main(["run", str(package), "--pipeline", "some"]) == 2
+
+
 def test_stages_are_those_of_the_graph_or_asked_for(tmp_path: Path) -> None:
     _, args, graph = captured("chain")
     compiled = dfc.compile(graph, args, engine="eager")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from dfc.errors import DfcError
 
 if TYPE_CHECKING:
     from dfc.compiled import Compiled
-    from dfc.ir.graph import Graph
+    from dfc.ir.graph import Graph, Node
     from dfc.runtime.pipeline.local import Pipeline
 
 _WARM = 2  # steps before those that are measured
@@ -23,8 +24,8 @@ Say = Callable[[str], None]
 def run_pipelined(
     compiled: Compiled,
     inputs: Sequence[Any],
-    stages: int,
-    microbatches: int,
+    stages: int | None,
+    microbatches: int | None,
     engines: Sequence[str],
     trace: str | None,
     force: bool,
@@ -32,25 +33,50 @@ def run_pipelined(
 ) -> tuple[list[Any], dict[str, Any]]:
     """The output leaves, and what a step took beside the unsplit model on as many threads.
 
-    Raises:  DfcError N050 for a model that cannot be a pipeline, N051, N053; D010.. for the trace.
+    `stages` is how many of equal time; without it they are the plan's.
+    Raises:  DfcError N050 for a model that cannot be a pipeline, N051, N053; N056 for one without
+             a plan; D010.. for the trace.
     """
     import torch
 
-    from dfc.planning.balanced import balanced
     from dfc.runtime.pipeline.local import Pipeline
 
-    if len(engines) not in (1, stages):
-        raise DfcError("N053", f"{len(engines)} engines are given for {stages} stages")
-    say(f"timing each node of {compiled.graph.name}")
-    placed = balanced(compiled.graph, stages, inputs)
-    say(f"building {stages} stages for {', '.join(engines)}")
+    placed, options = _placed(compiled, stages, inputs, say)
+    count = 1 + max(placed.values(), default=0)
+    if len(engines) not in (1, count):
+        raise DfcError("N053", f"{len(engines)} engines are given for {count} stages")
+    say(f"building {count} stages for {', '.join(engines)}")
     names = engines[0] if len(engines) == 1 else engines
-    with Pipeline(compiled.graph, placed, engine=names, microbatches=microbatches) as pipeline:
+    if microbatches:
+        options["microbatches"] = microbatches
+    with Pipeline(compiled.graph, placed, engine=names, **options) as pipeline:
         results, data = step(pipeline, inputs, trace, force, say)
     say("timing the model unsplit")
     data["unsplit_seconds"] = _seconds(lambda: compiled.run_flat(inputs))
     data["unsplit_threads"] = torch.get_num_threads()
     return results, data
+
+
+def _placed(
+    compiled: Compiled, stages: int | None, inputs: Sequence[Any], say: Say
+) -> tuple[Mapping[Node, int], dict[str, Any]]:
+    """The stage of each node, and what the plan says of ranks and their order."""
+    from dfc.planning.balanced import balanced
+    from dfc.planning.pipeline import stage_of
+    from dfc.planning.schedules import forward_of
+
+    if stages is not None:
+        say(f"timing each node of {compiled.graph.name}")
+        return balanced(compiled.graph, stages, inputs), {}
+    plan = compiled.plan
+    if plan is None:
+        help = "say into how many stages: --pipeline 2; or compile it with `partition`"
+        raise DfcError("N056", "the model is not partitioned: it has no plan", help=help)
+    return stage_of(plan), {
+        "placement": plan.program.placement,
+        "microbatches": plan.program.microbatches,
+        "program": partial(forward_of, plan.program),
+    }
 
 
 def run_stages(

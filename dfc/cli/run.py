@@ -52,12 +52,16 @@ def run(
     ] = None,
     device: Device = "cpu",
     pipeline: Annotated[
-        int | None,
-        typer.Option("--pipeline", metavar="N", min=1, help="Run as N stages on threads."),
+        str | None,
+        typer.Option(
+            "--pipeline",
+            metavar="N|plan",
+            help="Run on threads, as N stages of equal time, or as `partition` planned it.",
+        ),
     ] = None,
     microbatches: Annotated[
         int | None,
-        typer.Option("-m", "--microbatches", min=1, help="Parts of the batch, in a pipeline: 8."),
+        typer.Option("-m", "--microbatches", min=1, help="Parts of the batch: 8, or as planned."),
     ] = None,
     trace: Annotated[
         str | None,
@@ -74,6 +78,7 @@ def run(
       dfc run encoder.dfcpkg inputs.npz -o outputs.npz
       dfc run encoder.dfcpkg --random --size B=4,S=16 --seed 0
       dfc run encoder.dfcpkg --size B=32,S=16 --pipeline 2 --trace step.json
+      dfc run encoder.dfcpkg --pipeline plan -m 16
       dfc run encoder.dfcpkg --pipeline 2 --engine eager,onnxruntime
       dfc run encoder.stages inputs.npz -m 4
       dfc run ~/.cache/dfc/reproducers/repro-3b7c8078b5821b62
@@ -160,7 +165,7 @@ class _Job:
     say: Progress
     origin: str = ""
 
-    def run(self, model: str, stages: int | None) -> _Ran:
+    def run(self, model: str, stages: str | None) -> _Ran:
         from dfc.emit.onnx_stages import is_stages
 
         if is_stages(model):
@@ -174,7 +179,7 @@ class _Job:
         given = self.inputs(compiled.graph, example)
         if stages is None:
             return self.whole(compiled, given)
-        return self.pipelined(compiled, given, stages, engines)
+        return self.pipelined(compiled, given, _count(stages), engines)
 
     def inputs(self, graph: Graph, example: Sequence[Any] | None) -> list[Any]:
         from dfc.cli.inputs import choose_inputs
@@ -196,17 +201,17 @@ class _Job:
         return _Ran(compiled.graph, compiled.engine.name, self.origin, results)
 
     def pipelined(
-        self, compiled: Compiled, given: list[Any], stages: int, engines: list[str]
+        self, compiled: Compiled, given: list[Any], stages: int | None, engines: list[str]
     ) -> _Ran:
         from dfc.cli.pipelined import run_pipelined
 
         names = engines if len(engines) > 1 else [compiled.engine.name]
         results, measured = run_pipelined(
-            compiled, given, stages, self.microbatches or 8, names, self.trace, self.force, self.say
+            compiled, given, stages, self.microbatches, names, self.trace, self.force, self.say
         )
         return _Ran(compiled.graph, ", ".join(names), self.origin, results, measured)
 
-    def stages(self, folder: str, stages: int | None) -> _Ran:
+    def stages(self, folder: str, stages: str | None) -> _Ran:
         from dfc.cli.pipelined import run_stages
 
         if stages or self.engine or self.device != "cpu":
@@ -216,6 +221,16 @@ class _Job:
             folder, self.inputs, self.microbatches, self.trace, self.force, self.say
         )
         return _Ran(graph, "onnxruntime", self.origin, results, measured)
+
+
+def _count(text: str) -> int | None:
+    """How many stages --pipeline asks for, None for those of the plan."""
+    if text == "plan":
+        return None
+    if not text.isdigit() or not int(text):
+        help = "write --pipeline 2, or --pipeline plan"
+        raise DfcError("Q006", f"`{text}` is neither a number of stages nor `plan`", help=help)
+    return int(text)
 
 
 def open_compiled(model: str, engine: str | None, device: str, say: Any) -> Compiled:

@@ -79,6 +79,15 @@ def forward_program(placement: Sequence[int], microbatches: int) -> Program:
     return of_rows("forward", rows, placement)
 
 
+def forward_of(program: Program, microbatches: int | None = None) -> Program:
+    """The program itself if it only goes forward, with so many microbatches; else one that does,
+    with the same stages on the same ranks."""
+    count = microbatches or program.microbatches
+    if not program.trains and program.microbatches == count:
+        return program
+    return forward_program(program.placement, count)
+
+
 def _gpipe(p: int, m: int, v: int) -> Program:
     return _linear("gpipe", p, m, lambda r: _kinds([(F, m), (B, m)]))
 

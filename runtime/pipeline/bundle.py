@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from dfc.lang.graph_parser import parse_graph
 from dfc.manifest import check_manifest
 from dfc.planning.actions import Program, of_rows, parse_program
 from dfc.planning.engine import Runner
-from dfc.planning.schedules import forward_program
+from dfc.planning.schedules import forward_of
 from dfc.planning.stages import StageGraph, split
 from dfc.runtime.pipeline.local import Pipeline
 
@@ -51,7 +52,7 @@ class Bundle:
         return Pipeline(
             self.graph, self.stage_of, build=self.runner, batch=self.data["batch"],
             microbatches=microbatches or self.program.microbatches, threads=threads,
-            placement=self.program.placement, program=self.program_for,
+            placement=self.program.placement, program=partial(forward_of, self.program),
         )  # fmt: skip
 
     def runner(self, index: int, stage: StageGraph, threads: int) -> Runner:
@@ -69,12 +70,6 @@ class Bundle:
                     f"{PLAN} says {told}",
                 )  # fmt: skip
         return session.run
-
-    def program_for(self, microbatches: int) -> Program:
-        """The program of the folder, or one like it for another number of microbatches."""
-        if microbatches == self.program.microbatches and not self.program.trains:
-            return self.program
-        return forward_program(self.program.placement, microbatches)
 
 
 def read_bundle(path: str | os.PathLike[str]) -> Bundle:
