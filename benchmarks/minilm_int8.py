@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import dfc
 from tests import minilm
 
-TABLE = "quantize int8 with scheme=weights, select=op(embedding)"
+TABLE = "quantize {} with scheme=weights, select=op(embedding)"
 VARIANTS = {
     "float32": "",
     "int8, rows": "quantize int8",
@@ -36,7 +36,8 @@ VARIANTS = {
     "int8 weights": "quantize int8 with scheme=weights",
     "int4 g32": "quantize int4 with group=32",
     "int4 g64": "quantize int4 with group=64",
-    "int8 table, int4 g64": f"{TABLE}\n quantize int4 with group=64",
+    "int4 g32 table, int8 g64": f"{TABLE.format('int4')}, group=32\n quantize int8 with group=64",
+    "int8 table, int4 g64": f"{TABLE.format('int8')}\n quantize int4 with group=64",
 }
 PEER = "ORT dynamic per channel"
 
