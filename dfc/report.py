@@ -24,6 +24,12 @@ class EngineReport:
     p50_ms: float | None = None
     spread_ms: float | None = None
     error: float | None = None
+    form: str = ""  # of the graph: as it was rewritten, or "as captured"
+
+    @property
+    def label(self) -> str:
+        """The engine, and the graph's form where it is another than the rewritten one."""
+        return f"{self.name}, {self.form}" if self.form else self.name
 
 
 @dataclass(frozen=True)

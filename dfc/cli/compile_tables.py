@@ -98,7 +98,7 @@ def print_engines(report: Any) -> None:
     from dfc.cli.tables import ms_text, print_table
 
     rows = [
-        [e.name, ms_text(e.p50_ms), f"± {ms_text(e.spread_ms)}" if e.spread_ms is not None else "",
+        [e.label, ms_text(e.p50_ms), f"± {ms_text(e.spread_ms)}" if e.spread_ms is not None else "",
          f"{e.verdict}: {e.reason}" if e.reason else e.verdict]
         for e in report.engines
     ]  # fmt: skip

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dfc.compiled import Compiled, with_state_inputs
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Parameter
+from dfc.ir.types import TensorType
 from dfc.report import Report
 from dfc.rewrite.pass_ import EXACT, Numerics
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 ENGINE_RTOL = 3e-5
 # What `auto` tries. Inductor compiles for half a minute and more: by name, or by `dfc tune`.
 CANDIDATES = ("eager", "onnxruntime", "openvino")
-_KEPT = 5  # runners; each may hold the weights in a form of its own
+LAYOUTS = ("eager:channels_last",)  # and where there are images
+_KEPT = 6  # runners; each may hold the weights in a form of its own
 
 Progress = Callable[[str], None]
 
@@ -116,7 +118,8 @@ class Bench:
             return self.engine.split(",")
         from dfc.runtime.engines import installed_engines
 
-        return [n for n in CANDIDATES if n in installed_engines()]
+        layouts = LAYOUTS if self.device == "cpu" and has_images(self.original) else ()
+        return [*(n for n in CANDIDATES if n in installed_engines()), *layouts]
 
     def lead(self) -> str:
         """The engine that steps are measured on: the one named, or the original's fastest.
@@ -184,9 +187,15 @@ class Bench:
         self, graph: Graph, before: str, after: str, question: str = "faster", **limits: Any
     ) -> Comparison:
         """One version on one engine against the same on another, beyond noise."""
+        return self.compare_versions((graph, before), (graph, after), question, **limits)
+
+    def compare_versions(
+        self, before: tuple[Graph, str], after: tuple[Graph, str], question: str, **limits: Any
+    ) -> Comparison:
+        """A version on an engine against another one on another, beyond noise."""
         from dfc.runtime.measure import compare
 
-        runners = self.runner(graph, before), self.runner(graph, after)
+        runners = self.runner(*before), self.runner(*after)
         return compare(*runners, self.inputs(), question=question, apart=True, **limits)
 
     def callable(self, graph: Graph, engine: str) -> Compiled:
@@ -207,6 +216,15 @@ def engine_rtol(graph: Graph) -> float:
     from dfc.ops.quantized import ROUNDED_RTOL, rounds_values
 
     return ROUNDED_RTOL if rounds_values(graph) else ENGINE_RTOL
+
+
+def has_images(graph: Graph) -> bool:
+    """Whether the layout of memory matters to a graph: it convolves images."""
+    return any(
+        n.op.startswith("aten.") and "conv" in n.op.split(".")[1]
+        and any(isinstance(v.type, TensorType) and v.type.rank == 4 for v in n.operands)
+        for n in graph.walk()
+    )  # fmt: skip
 
 
 def find_engine(name: str) -> Engine:

@@ -16,7 +16,7 @@ from dfc.compiled import Compiled
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.package import Package, read_package
-from dfc.recipe.bench import Bench, own_probes
+from dfc.recipe.bench import LAYOUTS, Bench, has_images, own_probes
 from dfc.report import Decision, EngineReport
 from dfc.rewrite.probe import Probes
 
@@ -114,7 +114,7 @@ class _Tuning:
         return list(dict.fromkeys([current, *wanted]))
 
     def _all(self, installed: list[str]) -> list[str]:
-        return [*installed, *(["eager:channels_last"] if has_convolutions(self.graph) else [])]
+        return [*installed, *(LAYOUTS if has_images(self.graph) else ())]
 
     @property
     def graph(self) -> Graph:
@@ -181,8 +181,3 @@ def _require_runnable(package: Package, inputs: Sequence[Any] | None) -> None:
             "D045", "the package holds no probes: engines cannot be proved", status=2,
             help="compile the model with an example",
         )  # fmt: skip
-
-
-def has_convolutions(graph: Graph) -> bool:
-    """Whether the layout of images matters to a graph."""
-    return any("conv" in n.op.split(".")[1] and n.op.startswith("aten.") for n in graph.walk())

@@ -1,0 +1,94 @@
+"""The last choice of `auto`: engines, the graph's form, the layout of images; all in the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import dfc
+from dfc.ir.graph import Graph
+
+
+class Padded(nn.Module):
+    """What every preset shortens: a product with one, a reshape to the same shape."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu((x * 1).reshape(3))
+
+
+def registered(one: Callable[[bool], float], other: Callable[[bool], float]) -> str:
+    for name, times in (("one", one), ("other", other)):
+        make(name, times)
+    return "one,other"
+
+
+def make(name: str, milliseconds: Callable[[bool], float]) -> None:
+    """An engine that takes so long, for the graph as captured or a shorter one."""
+    from dfc.runtime.engines import find_engine
+
+    class Sleepy:
+        devices = ("cpu",)
+
+        def supports(self, node: Any) -> None:
+            return None
+
+        def build(self, graph: Graph, device: str = "cpu", threads: int | None = None) -> Any:
+            inner = find_engine("eager").build(graph, device)
+            seconds = milliseconds(len(graph) > 1) / 1000
+
+            def run(inputs: Any) -> Any:
+                time.sleep(seconds)
+                return inner(inputs)
+
+            return run
+
+    Sleepy.name = name  # type: ignore[attr-defined]
+    dfc.engine(Sleepy)
+
+
+def test_the_captured_graph_on_another_engine_may_win(tmp_path: Path) -> None:
+    """`one` is faster with the rewritten graph; `other` would be faster still without."""
+    names = registered(lambda captured: 8 if captured else 4, lambda captured: 1 if captured else 5)
+    compiled = dfc.compile(Padded(), (torch.randn(3),), engine=names)
+    assert compiled.engine.name == "other" and len(compiled.graph) > 1
+    told = {e.label: e.verdict for e in compiled.report.engines}
+    assert told == {"one": "slower", "other": "slower", "other, as captured": "chosen"}
+    decision = compiled.report.decisions[-1]
+    assert decision.verdict == "reverted" and "the captured graph on `other`" in decision.reason
+    compiled.save(tmp_path / "m.dfcpkg")
+    held = dfc.load(tmp_path / "m.dfcpkg", engine="eager")
+    assert [(e.label, e.p50_ms) for e in held.report.engines] == [
+        (e.label, e.p50_ms) for e in compiled.report.engines
+    ]
+
+
+def test_an_engine_far_behind_is_not_built_twice() -> None:
+    names = registered(lambda captured: 3 if captured else 1, lambda captured: 9)
+    compiled = dfc.compile(Padded(), (torch.randn(3),), engine=names)
+    assert compiled.engine.name == "one" and len(compiled.graph) == 1
+    assert [e.label for e in compiled.report.engines] == ["one", "other"]
+
+
+def test_the_users_own_steps_stand_whatever_is_faster() -> None:
+    """Only what dfc chose by itself is taken back."""
+    names = registered(lambda captured: 8 if captured else 4, lambda captured: 1 if captured else 5)
+    compiled = dfc.compile(
+        Padded(), (torch.randn(3),), engine=names, recipe="dfc 1\nrecipe r { remove_noops }"
+    )
+    assert compiled.engine.name == "one" and len(compiled.report.engines) == 2
+
+
+def test_auto_tries_channels_last_where_there_are_images() -> None:
+    torch.manual_seed(0)
+    images = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    report = dfc.compile(images, (torch.randn(1, 3, 12, 12),)).report
+    tried = {e.name: e for e in report.engines}
+    assert tried["eager:channels_last"].p50_ms and tried["eager"].p50_ms
+    words = nn.Sequential(nn.Conv1d(3, 8, 3), nn.Linear(10, 4)).eval()
+    report = dfc.compile(words, (torch.randn(1, 3, 12),)).report
+    assert "eager:channels_last" not in {e.name for e in report.engines}
