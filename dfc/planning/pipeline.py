@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from dfc.planning.problem import Loads, Partition, loads, value_of
 from dfc.planning.rivals import compared
 from dfc.planning.schedules import schedule
 from dfc.planning.simulate import Costs, Link, Simulation, simulate
+
+if TYPE_CHECKING:
+    from dfc.runtime.pipeline.torch_pipelining import TorchPipeline
 
 INFERENCE, EFFORT, NOTHING = Wish(), Effort(), Limits()
 _MORE = 1.25  # how much more of a thing is tried when asked what to buy
@@ -92,6 +95,18 @@ class Plan:
     @property
     def schedule(self) -> str:
         return self.program.name
+
+    def to_torch_pipelining(self, **options: Any) -> TorchPipeline:
+        """This rank's stage and schedule in `torch.distributed.pipelining`.
+
+        `options` are `loss_fn`, `device` and `group`.
+        Needs:   a plan in which each stage reads the one before it alone, and an initialised
+                 process group with a rank for each stage.
+        Raises:  DfcError N055 for another plan, N056 for another group.
+        """
+        from dfc.runtime.pipeline.torch_pipelining import torch_pipelining
+
+        return torch_pipelining(self, **options)
 
 
 def plan(
