@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +155,7 @@ def plan(
     sizes: Mapping[str, int] | None = None,
     pins: Mapping[str, str] | None = None,
     together: Sequence[str | Sequence[str]] = (),
+    engine: str | Mapping[str, str] | None = None,
     measured: Callable[[Any], float | None] | None = None,
     seconds: float = 15.0,
 ) -> Plan:
@@ -167,8 +169,10 @@ def plan(
     of a target, a `Machine`, or None for this host; `devices` names those that may be used, all by
     default, and `max_stages` says how many of them. `pins` gives selectors a device, as in
     {"layers.0.**": "gpu0"}; each of `together` is selectors whose nodes share a stage. `sizes` are
-    those of one microbatch; `measured(node)` gives seconds in place of the model's, or None. Where
-    no exact method is quick enough, `seconds` bounds the search for a better bound.
+    those of one microbatch. Where stages run on an `engine`, or on one for each kind of device, as
+    in {"cuda": "inductor", "cpu": "openvino"}, nodes are only where the engine takes them.
+    `measured(node)` gives seconds in place of the model's, or None. Where no exact method is quick
+    enough, `seconds` bounds the search for a better bound.
 
     Raises:  DfcError N040.. for what the target or the model lacks, N060 (status 6) when the model
              does not fit, with what would make it fit.
@@ -181,13 +185,32 @@ def plan(
 
     machine = _machine_of(target)
     graph = model if isinstance(model, Graph) else trace(model, args or (), kwargs, dynamic_shapes)
+    limits = limits_of(graph, (pins or {}).items(), together)
     return make(
         graph, machine.only(devices) if devices else machine, objective=wanted(objective),
         sizes=sizes,
         wish=Wish(microbatches=microbatches, trains=train), schedule=schedule,
         effort=Effort(seconds=seconds), measured=measured or (lambda node: None),
-        limits=limits_of(graph, pins or {}, together), max_stages=max_stages,
+        limits=replace(limits, supports=_taken_by(engine)), max_stages=max_stages,
     )  # fmt: skip
+
+
+def _taken_by(engine: str | Mapping[str, str] | None) -> Callable[[Any, Any], str | None]:
+    """Why a node cannot be on a device, by what the device computes in and the engine takes."""
+    from dfc.planning.model import by_dtype
+
+    if engine is None:
+        return by_dtype
+    names = {"cpu": engine, "cuda": engine} if isinstance(engine, str) else dict(engine)
+    engines = {kind: find_engine(name) for kind, name in names.items()}
+
+    def supports(node: Any, device: Any) -> str | None:
+        found = engines.get(device.kind)
+        if found is not None and device.kind not in found.devices:
+            return f"`{found.name}` does not run on `{device.kind}`"
+        return by_dtype(node, device) or (found.supports(node) if found else None)
+
+    return supports
 
 
 def _machine_of(target: Any) -> Machine:

@@ -28,14 +28,16 @@ class Partition(Pass):
 
     `by time` (or `throughput`) makes the time between two microbatches small, `by latency` the time
     of one, `by memory` the bytes of the device that holds most, `by cost` the devices' seconds,
-    each weighed with the `price` that the target gives it.
+    each weighed with the `price` that the target gives it. `pin "layers.0.**" to gpu0` and
+    `colocate "embed", "head"` before it are respected.
 
     Needs:    figures of the devices: a target's, a known device's, or rough ones of this host.
     Ensures:  every node has a stage; nothing reads what a later stage makes; each stage fits its
               device; the plan is among the products, and `plan.json` in the package.
     Keeps:    the graph, but for the stages.
     Cost:     seconds for thousands of nodes; a wide graph takes up to 15 s for its bound.
-    Raises:   DfcError N040.. for sizes, devices and links; N060 (status 6) when it does not fit.
+    Raises:   DfcError N040.. for sizes, devices and links; N060 (status 6) when it does not fit;
+              N063 when nothing keeps to what is pinned and colocated.
     """
 
     name = "partition"
@@ -69,14 +71,19 @@ class Partition(Pass):
         return changes
 
     def _plan(self, graph: Graph, ctx: Context) -> Plan:
+        from dfc.passes.colocate import TOGETHER
+        from dfc.passes.pin import PINS
         from dfc.planning.devices import wanted
+        from dfc.planning.limits import limits_of
         from dfc.planning.model import Wish
         from dfc.planning.pipeline import plan
 
+        wishes = ctx.products.get(PINS, ()), ctx.products.get(TOGETHER, ())
         wish = Wish(microbatches=self.microbatches, trains=self.train)
         return plan(
             graph, self._machine(ctx.target), sizes=self._sizes(graph, ctx), wish=wish,
             schedule=self.schedule, max_stages=self.max_stages, objective=wanted(self.by),
+            limits=limits_of(graph, *wishes, left=True),
         )  # fmt: skip
 
     def _machine(self, target: Any) -> Machine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -253,3 +254,113 @@ def test_a_machine_with_impossible_numbers_is_refused(graph: dfc.Graph) -> None:
         dfc.plan(graph, Machine("t", (two.devices[0], two.devices[0])))
     with pytest.raises(DfcError, match=r"(?s)N046.*did you mean `gpu1`"):
         dfc.plan(graph, two, devices=["gpu11"])
+
+
+def test_a_recipe_pins_and_colocates_in_sentences() -> None:
+    def compiled(*steps: str) -> dfc.Compiled:
+        text = recipe(*steps, "partition on gpu0, gpu1")
+        return dfc.compile(Layers().eval(), ARGS, recipe=text, engine="eager")
+
+    plan = compiled('pin "layers.0" to gpu1', 'pin "head" to gpu0').plan
+    assert plan is not None and [s.device for s in plan.stages] == ["gpu1", "gpu0"]
+    found = compiled('colocate "layers.0", "layers.4"')
+    stage = {n.loc.module: n.stage for n in found.graph.nodes if n.loc and n.op.count("linear")}
+    assert stage["layers.0"] == stage["layers.4"] == 0 and stage["head"] == 1
+    apart = compiled('colocate "layers.0", "layers.4"', "revert colocate").plan
+    assert apart is not None and apart.bottleneck < found.plan.bottleneck  # type: ignore[union-attr]
+    said = str(found.explain(Layers().eval(), ARGS, node="layers.0"))
+    assert "colocated" in said and "kept together with others" in said
+
+
+def test_what_pins_get_wrong_is_told() -> None:
+    for steps, said in (
+        (('pin "layers.9" to gpu0',), "Q021"),
+        (('pin "head" to gpu7',), "no device `gpu7`"),
+        (('pin "head"',), "needs `device`"),
+        (("partition on gpu0", 'pin "head" to gpu0'), "cannot come after `partition`"),
+        (('pin "head" to gpu0', 'pin op(linear) to gpu1', "partition"), "N048"),
+        (('pin "layers.0" to gpu0', 'pin "layers.2" to gpu1', 'pin "head" to gpu0', "partition"),
+         "N063"),
+        (('pin "layers.0" to gpu0', 'pin "head" to gpu1', "partition with max_stages=1"),
+         "allow more `max_stages`"),
+    ):  # fmt: skip
+        with pytest.raises(DfcError) as e:
+            dfc.compile(Layers().eval(), ARGS, recipe=recipe(*steps), engine="eager")
+        assert said in str(e.value), steps
+        assert e.value.status == 2
+
+
+def test_nodes_are_where_the_device_and_its_engine_can_run_them(graph: dfc.Graph) -> None:
+    @dfc.engine
+    class LinearOnly:
+        name = "linear_only"
+        devices = ("cuda",)
+
+        def supports(self, node: Any) -> str | None:
+            return None if node.op == "aten.linear.default" else "it multiplies matrices alone"
+
+        def build(self, graph: Any, device: str = "cpu", threads: int | None = None) -> Any:
+            raise AssertionError("nothing is run")
+
+    both = machine(2)
+    gpu, host = both.devices
+    both = Machine("both", (gpu, replace(host, name="host", kind="cpu")), both.wires)
+    found = dfc.plan(graph, both, sizes={"B": 64}, engine={"cuda": "linear_only"})
+    device = {n: found.stages[s].device for n, s in stage_of(found).items()}
+    assert {d for n, d in device.items() if n.op != "aten.linear.default"} == {"host"}
+    with pytest.raises(DfcError, match=r"(?s)N047.*no device can run .*multiplies matrices alone"):
+        dfc.plan(graph, machine(2), engine="linear_only")
+    with pytest.raises(DfcError, match=r"(?s)N047.*`linear_only` does not run on `cpu`"):
+        dfc.plan(graph, both.only(["host"]), engine="linear_only")
+
+
+def test_a_device_that_lacks_a_dtype_gets_none_of_it() -> None:
+    model = Layers().eval().bfloat16()
+    target = TARGET.replace("bw=10GB/s)\n  link", "bw=10GB/s, dtypes=(f32, f64))\n  link")
+    args = (ARGS[0].bfloat16(),)
+    found = dfc.plan(model, f"dfc 1\n{target}", args)
+    assert "host" not in {s.device for s in found.stages}
+    with pytest.raises(DfcError, match=r"(?s)N047.*`host`: it does not compute in bf16"):
+        dfc.plan(model, f"dfc 1\n{target}", args, devices=["host"])
+
+
+def test_a_processor_beside_a_gpu_takes_its_share_of_the_work(graph: dfc.Graph) -> None:
+    gpu = machine(1).devices[0]
+    host = replace(gpu, name="host", kind="cpu", peaks={"f32": 2.5e9}, bandwidth=2.5e9)
+    fast = {(0, 1): Wire(1e11), (1, 0): Wire(1e11)}
+    both = dfc.plan(graph, Machine("both", (host, gpu), fast), sizes={"B": 64})
+    alone = dfc.plan(graph, Machine("gpu", (gpu,)), sizes={"B": 64})
+    assert {s.device for s in both.stages} == {"gpu0", "host"}
+    assert both.bottleneck < alone.bottleneck
+    turned = dfc.plan(graph, Machine("turned", (gpu, host), fast), sizes={"B": 64})
+    assert turned.bottleneck == pytest.approx(both.bottleneck)
+    quick = dfc.plan(graph, Machine("b", (host, gpu), fast), sizes={"B": 64}, objective="latency")
+    assert [s.device for s in quick.stages] == ["gpu0"]
+
+
+def test_links_that_lack_are_named(graph: dfc.Graph) -> None:
+    three = machine(3)
+    wires = {k: w for k, w in three.wires.items() if 2 not in k}
+    with pytest.raises(DfcError, match=r"N043.*no link from `gpu0` to `gpu2`") as e:
+        dfc.plan(graph, Machine("t", three.devices, wires))
+    assert e.value.status == 2
+    one_way = {(0, 1): Wire(1e9), (1, 2): Wire(1e9)}
+    found = dfc.plan(graph, Machine("t", three.devices, one_way), sizes={"B": 64})
+    assert [s.device for s in found.stages] == ["gpu0", "gpu1", "gpu2"]
+    back = dfc.plan(graph, Machine("t", three.devices, one_way), sizes={"B": 64}, train=True)
+    assert len(back.stages) == 1  # gradients have no way back
+    with pytest.raises(DfcError, match=r"N043.*no link from `gpu1` to `gpu0`"):
+        dfc.plan(
+            graph, Machine("t", three.devices, one_way), train=True,
+            pins={"layers.0": "gpu0", "head": "gpu1"},
+        )  # fmt: skip
+
+
+def test_what_does_not_fit_names_what_would(graph: dfc.Graph) -> None:
+    small = machine(2, memory=45e3)
+    with pytest.raises(DfcError, match=r"(?s)N060.*too much.*it would fit with") as e:
+        dfc.plan(graph, small, sizes={"B": 1})
+    assert e.value.status == 6 and "devices like" in str(e.value)
+    with pytest.raises(DfcError, match=r"(?s)N060.*optimizer state.*smaller microbatches") as e:
+        dfc.plan(graph, small, sizes={"B": 1}, train=True)
+    assert e.value.status == 6

@@ -167,6 +167,8 @@ class Machine:
 
     def at(self, positions: Sequence[int]) -> Machine:
         """The machine of the devices at these positions, in this order."""
+        if list(positions) == list(range(len(self.devices))):
+            return self
         times, seen = Counter(positions), Counter[int]()
         devices: list[Device] = []
         for i in positions:
@@ -209,13 +211,21 @@ class Machine:
             ways.add_edge(a, b, seconds=wire.latency + 1e6 / wire.bandwidth)
         return ways
 
+    @cached_property
+    def _paths(self) -> dict[int, dict[int, list[int]]]:
+        return {}  # the quickest ways from each device, filled as they are asked for
+
     def _relay(self, source: int, target: int) -> Wire | None:
         import networkx
 
-        ways = self._ways
-        if source not in ways or target not in ways or not networkx.has_path(ways, source, target):
+        if source not in self._ways:
             return None
-        path = networkx.shortest_path(ways, source, target, weight="seconds")
+        if source not in self._paths:
+            found = networkx.single_source_dijkstra_path(self._ways, source, weight="seconds")
+            self._paths[source] = found
+        path = self._paths[source].get(target)
+        if path is None:
+            return None
         hops = [self.wires[a, b] for a, b in pairwise(path)]
         slow = sum(1 / hop.bandwidth for hop in hops)
         return Wire(1 / slow if slow else float("inf"), sum(hop.latency for hop in hops))

@@ -36,9 +36,10 @@ def by_dtype(node: Node, device: Device) -> str | None:
     """Why a device cannot run a node, by what the target says of it: None when it can."""
     if not device.dtypes:
         return None
-    used = {v.type.dtype.name for v in node.results if isinstance(v.type, TensorType)}
-    lacking = sorted(d for d in used if d[0] in "fc" and d not in device.dtypes)
-    return f"it does not compute in {lacking[0]}" if lacking else None
+    used = [v.type.dtype for v in node.results if isinstance(v.type, TensorType)]
+    lacking = (d for d in used if (d.is_float or d.is_complex) and d.name not in device.dtypes)
+    wrong = next(lacking, None)
+    return f"it does not compute in {wrong}" if wrong else None
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,15 @@ def modelled(
     pins, together = _pins(limits, group_of, machine), _together(limits, group_of)
     names = tuple(_name(nodes[0]) for nodes in groups)
     problem = Problem(
-        time, tensors, _slots(machine, wish, live), weights, kept, pins, together, tied, names
+        time,
+        tensors,
+        _slots(machine, wish, live, linked=False),
+        weights,
+        kept,
+        pins,
+        together,
+        tied,
+        names,
     )
     return Modelled(problem, tuple(map(tuple, groups)), works, live, pins)
 
@@ -248,15 +257,21 @@ def _tensors(
     )
 
 
-def _slots(machine: Machine, wish: Wish, live: float) -> tuple[Slot, ...]:
-    """One stage a device. What is alive during one microbatch is taken from the memory."""
+def _slots(
+    machine: Machine, wish: Wish, live: float, linked: bool = True
+) -> tuple[Slot, ...]:  # fmt: skip
+    """One stage a device. What is alive during one microbatch is taken from the memory.
+
+    Raises:  DfcError N043 for neighbours without a link, if they must be `linked`.
+    """
+    wire = machine.wire if linked else lambda a, b: machine.way(a, b) or Wire()
     last = len(machine.devices) - 1
     found = []
     for i, device in enumerate(machine.devices):
-        into = machine.wire(i - 1, i) if i else Wire()
-        out = machine.wire(i, i + 1) if i < last else Wire()
+        into = wire(i - 1, i) if i else Wire()
+        out = wire(i, i + 1) if i < last else Wire()
         if wish.trains and i:
-            machine.wire(i, i - 1)  # gradients go back
+            wire(i, i - 1)  # gradients go back
         flight = min(wish.microbatches, last + 1 - i) if wish.trains else 1
         found.append(
             Slot(i, device.usable - live, into.bandwidth, out.bandwidth, flight, into.latency)

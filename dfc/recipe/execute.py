@@ -35,6 +35,7 @@ from dfc.rewrite.journal import user_journal
 from dfc.rewrite.pass_ import EXACT, Context, Numerics, Pass
 
 Show = Callable[[str, Graph], None]
+Left = tuple[Any, ...]  # products of steps: those of `_CARRIED`
 _REMEMBERED = 16  # outcomes of steps: each may have weights of its own
 
 
@@ -64,6 +65,7 @@ class _Version:
     after: Graph
     promised: Numerics  # before it
     at: int  # how many reports there were before it
+    left: Left  # what steps before it had left
 
 
 @dataclass
@@ -87,7 +89,7 @@ class Executor:
     say: Callable[[str], None] = lambda what: None
     # Steps that were run, by the graph that they ran on and what else decides their result: a
     # search runs the same first steps again and again.
-    _memo: list[tuple[Graph, tuple[object, ...], PassOutcome, Any]] = field(default_factory=list)
+    _memo: list[tuple[Graph, tuple[object, ...], PassOutcome, Left]] = field(default_factory=list)
 
     def run(self, plan: Plan, chosen: Mapping[str, Any] | None = None) -> Outcome:
         """Carry out a plan with its holes filled.
@@ -124,21 +126,34 @@ class Executor:
         allowed: Mapping[str, Any],
     ) -> PassOutcome:
         """One pass, or what it did when it ran on the same graph before."""
-        key = (str(p), mode, numerics, *allowed.items())
-        for i, (known, its_key, outcome, plan) in enumerate(self._memo):
+        key = (str(p), mode, numerics, *allowed.items(), *carried(context)[:2])
+        for i, (known, its_key, outcome, left) in enumerate(self._memo):
             if known is graph and its_key == key:
                 self._memo.append(self._memo.pop(i))
-                if plan is not None:
-                    context.products["plan"] = plan
+                carry(context, left)
                 return outcome
         found = run_passes(
             graph, [p], probes=self.probes, mode=mode, strict=self.strict,
             print_after=self.show, ctx=context, numerics=numerics, on_fault=self.on_fault,
             say=self.say, **allowed,
         )  # fmt: skip
-        plan = context.products.get("plan")
-        self._memo = [*self._memo[-_REMEMBERED:], (graph, key, found, plan)]
+        self._memo = [*self._memo[-_REMEMBERED:], (graph, key, found, carried(context))]
         return found
+
+
+_CARRIED = ("pins", "together", "plan")  # what steps leave besides the graph for those behind them
+
+
+def carried(context: Context) -> Left:
+    return tuple(context.products.get(name) for name in _CARRIED)
+
+
+def carry(context: Context, left: Left) -> None:
+    """Let the products be as they were."""
+    for name, value in zip(_CARRIED, left, strict=True):
+        context.products.pop(name, None)
+        if value is not None:
+            context.products[name] = value
 
 
 class _Run:
@@ -209,6 +224,7 @@ class _Run:
         self.running = step.label
         self.x.say(f"step {step.label}")
         before, promised, at = self.graph, self.numerics, len(self.reports)
+        left = carried(self.context)
         mode = "none" if self.mode == "end" else self.mode
         p = self._settled(step.label, step.build(self.chosen))
         done = self.x.step(before, p, mode, promised, self.context, self.allowed)
@@ -218,7 +234,7 @@ class _Run:
         self.x.meter.bench.promise(done.graph, done.numerics)
         changes = sum(r.changes for r in done.reports if r.verdict != "reverted")
         self.owes_proof |= bool(changes) and self.mode == "end"
-        version = _Version(before, self.graph, promised, at)
+        version = _Version(before, self.graph, promised, at, left)
         if step.keep and changes:
             self._keep(step.label, step.keep, version)
             version = replace(version, after=self.graph)
@@ -243,6 +259,7 @@ class _Run:
 
     def _undo(self, version: _Version, reason: str) -> None:
         self.graph, self.numerics = version.before, version.promised
+        carry(self.context, version.left)
         self.passes = [(at, p) for at, p in self.passes if at < version.at]
         for i in range(version.at, len(self.reports)):
             r = self.reports[i]
