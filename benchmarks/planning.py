@@ -1,6 +1,7 @@
 """How fast programs are simulated and partitions found; each beside its goal.
 
-python benchmarks/planning.py [--large]     --large adds 4096 ranks and 4096 microbatches
+python benchmarks/planning.py [--large]     --large adds 4096 ranks and 4096 microbatches, and
+                                            Llama-3-70B beside 8B
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 
+import dfc
+from dfc.planning.catalogue import known_device
+from dfc.planning.machine import EFFICIENCY, Machine, Wire
 from dfc.planning.partition import Effort, partition
 from dfc.planning.problem import INFINITE, Problem, Slot, Tensor
 from dfc.planning.schedules import schedule
@@ -91,6 +96,48 @@ def solved(name: str, problem: Problem, goal: str, seconds: float = 15.0) -> Non
     )
 
 
+SHAPES = {
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+           "num_attention_heads": 32},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+            "num_attention_heads": 64},
+}  # fmt: skip
+
+
+def llama(size: str, layers: int | None = None) -> dfc.Graph:
+    """Llama-3 on the meta device, in bf16, 2048 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = SHAPES[size] | ({"num_hidden_layers": layers} if layers else {})
+    config = LlamaConfig(vocab_size=128256, num_key_value_heads=8, use_cache=False, **shape)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).bfloat16().eval()
+        ids = torch.zeros(1, 2048, dtype=torch.long)
+    return dfc.trace(model, (ids,))
+
+
+def h100s(count: int) -> Machine:
+    """H100s of one machine, each linked with each."""
+    like = known_device("h100")
+    rates = {k: v * EFFICIENCY for k, v in like.peaks.items()}
+    devices = tuple(replace(like, name=f"gpu{i}", peaks=rates) for i in range(count))
+    near = [(i, j) for i in range(count) for j in (i - 1, i + 1) if 0 <= j < count]
+    return Machine("h100s", devices, dict.fromkeys(near, Wire(450e9, 5e-6)))
+
+
+def against_layers(size: str) -> None:
+    """How many times as long a microbatch takes with as many layers on each device."""
+    graph = llama(size)
+    for stages, goal in ((8, 1.2), (16, 1.38)):
+        took, found = timed(lambda k=stages: dfc.plan(graph, h100s(k), microbatches=64))
+        ratio = dict(found.splits).get("equal number of layers", float("nan"))
+        print(
+            f"  Llama-3-{size:3} {stages:>3} stages: equal layers take {ratio:.2f} times as long "
+            f"(goal {goal} for 8B); gap {found.partition.gap:.2%} by {found.partition.method}, "
+            f"{took:.1f} s of CPU"
+        )
+
+
 def main() -> None:
     print("Simulation, one core (goal 1 M actions/s; p = m = 4096 within 60 s)")
     for name in ("1f1b", "zb1p"):
@@ -105,6 +152,13 @@ def main() -> None:
     solved("U-Net", unet(32, 8), "1 % in 1 s")
     solved("U-Net", unet(100, 8), "1 % in 1 s")
     solved("4 branches of 20", branches(4, 20, 8), "2 % in 15 s")
+    for objective in ("latency", "memory"):
+        solved(f"chain, {objective}", replace(chain(5000, 32), objective=objective), "exact in 1 s")
+        solved(f"U-Net, {objective}", replace(unet(100, 8), objective=objective), "1 % in 1 s")
+    print("Plans against equal layers, by the model")
+    against_layers("8B")
+    if "--large" in sys.argv:
+        against_layers("70B")
 
 
 if __name__ == "__main__":

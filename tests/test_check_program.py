@@ -69,3 +69,25 @@ def test_a_full_slot_makes_its_sender_wait() -> None:
     held, loose = (simulate(schedule("forward", 2, 4), c) for c in (slow, free))
     assert loose.makespan == 2 + 4 * 10
     assert held.makespan == 1 + 4 * (1 + 10)  # what is sent next waits until the reader is done
+
+
+@pytest.mark.parametrize(("slots", "second"), [(1, 10), (2, 9), (0, 9)])
+def test_two_edges_of_one_stage_to_one_rank_have_slots_of_their_own(
+    slots: int, second: int
+) -> None:
+    """Stages 1 and 2 are on rank 1 and read stage 0: what waits for one leaves the other its slot,
+    and each edge's own next transfer waits for its last to be used."""
+    program = parse_program("0: F(0,0) F(0,1)\n1: F(1,0) F(2,0) F(1,1) F(2,1)")
+    edges = [(0, 1, 1), (0, 2, 1)]
+    found = simulate(program, Costs([1, 5, 1], link=Link(0, 2), edges=edges, slots=slots))
+    began = {
+        tuple(row): start
+        for row, lane, start in zip(
+            found.tasks.rows.tolist(), found.tasks.lane.tolist(), found.start.tolist(), strict=True
+        )
+        if lane == 1
+    }
+    assert began[0, 1, 0] == 3  # made at 1, sent by 3
+    assert began[0, 2, 0] == 8  # sent while stage 1 still holds its own slot
+    assert began[0, 1, 1] == second
+    check(program, Costs([1, 5, 1], edges=edges), slots=1)

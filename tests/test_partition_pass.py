@@ -364,3 +364,22 @@ def test_what_does_not_fit_names_what_would(graph: dfc.Graph) -> None:
     with pytest.raises(DfcError, match=r"(?s)N060.*optimizer state.*smaller microbatches") as e:
         dfc.plan(graph, small, sizes={"B": 1}, train=True)
     assert e.value.status == 6
+
+
+def test_equal_layers_are_never_better(graph: dfc.Graph) -> None:
+    for objective in ("throughput", "latency", "memory", "cost"):
+        found = dfc.plan(graph, machine(3), sizes={"B": 64}, objective=objective)
+        assert all(ratio >= 1 - 1e-9 for _, ratio in found.splits)
+    found = dfc.plan(graph, machine(4), sizes={"B": 64})  # six layers: two of them have two
+    assert dict(found.splits)["equal number of layers"] > 1.05
+
+
+@pytest.mark.slow
+def test_llama_is_split_better_than_into_equal_layers() -> None:
+    from benchmarks.planning import h100s, llama
+
+    graph = llama("8B")
+    for stages, goal in ((8, 1.2), (16, 1.38)):
+        found = dfc.plan(graph, h100s(stages), microbatches=64)
+        assert dict(found.splits)["equal number of layers"] >= goal
+        assert found.partition.gap <= 0.05

@@ -153,7 +153,7 @@ class _Search:
         model = on_row(self.model, machine, row, self.wish)
         model = replace(model, problem=replace(model.problem, idle=idle))
         found = solved(model, machine, self.wish, self.effort)
-        found = no_worse(model.problem, machine, found)
+        found = no_worse(model, machine, found)
         by = price(machine) if self.aim == "cost" else 1.0
         self.bound = min(self.bound, found.bound * by)
         return self._tight(row, found)

@@ -3,7 +3,7 @@
 chain      every tensor goes to the next node: cuts, exact
 ideals     few convex cuts: dynamic programming over all of them, exact
 orders     the best cuts of several topological orders, with the bound of
-milp       a linear program that starts below the best order's value
+milp       a linear program that starts below the best order's value, where it is not too large
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dfc.planning.orders import promising_orders
 from dfc.planning.problem import Partition, Problem
 
 _IDEALS = 1200  # pairs of them fit in vectors of a few MB
+_LINEAR = 8000  # nodes times stages: beyond, the linear program finds nothing in any time
 _ORDERED = 1500  # cuts: pairs of them are vectors of 18 MB
 
 
@@ -43,7 +44,7 @@ def partition(problem: Problem, effort: Effort = Effort()) -> Partition:
     if ideals is not None:
         return _or_refuse(problem, best_chain(problem, ideals, complete=True))
     best = _of_orders(problem)
-    if best is not None and best.gap <= effort.gap:
+    if best is not None and (best.gap <= effort.gap or problem.n * problem.stages > _LINEAR):
         return best
     most = best.value if best else float("inf")
     found, bound = solve_milp(problem, effort.seconds, effort.gap / 2, most)

@@ -143,7 +143,7 @@ def plan(
         _stages(model, machine, found.stage, load, simulation, costs.all_edges()),
         replace(found, stage=tuple(of_node[n] for n in graph.nodes)), load.bottleneck, load.latency,
         costs, simulation.program, _links(costs, simulation, machine, wish),
-        compared(model.problem, machine, chosen.solved), _advice(model, machine, found), graph,
+        compared(model, machine, chosen.solved), _advice(model, machine, found), graph,
         model,
     )  # fmt: skip
 
