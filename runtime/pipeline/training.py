@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dfc.calling import flat_inputs
 from dfc.errors import DfcError
@@ -29,7 +29,7 @@ from dfc.planning.schedules import schedule
 from dfc.planning.simulate import Costs
 from dfc.planning.stages import HOST
 from dfc.runtime.engines import find_engine
-from dfc.runtime.pipeline.differentiated import Gradient
+from dfc.runtime.pipeline.differentiated import Differentiated, Gradient
 from dfc.runtime.pipeline.dropout import Mask
 from dfc.runtime.pipeline.lanes import Lanes, Step
 from dfc.runtime.pipeline.local import thread_shares
@@ -44,6 +44,14 @@ if TYPE_CHECKING:
     import torch
 
     MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+
+
+class Way(Protocol):
+    """How a program is run: `Lanes`, `Sequential`, or processes."""
+
+    def step(self, program: Program, given: Sequence[Mapping[Any, Any]]) -> Step: ...
+
+    def close(self) -> None: ...
 
 
 class Trainer:
@@ -88,23 +96,42 @@ class Trainer:
         self.programs = Programs(schedule, len(model.parts), microbatches, chunks)
         self.batch = batch or batch_of(model.graph)
         self._dims = {v: batch_dim(v, self.batch) for v in model.graph.inputs}
-        self.parameters = {n: torch.nn.Parameter(x.clone()) for n, x in model.weights().items()}
-        placement = self.programs.placement
-        each = _shares(threads or torch.get_num_threads(), placement)
-        self.trained = self._trained(find_engine(engine), each)
-        self.optimizers = [optimizer(owned) if owned else None for owned in self._owned()]
-        self._way: Sequential | Lanes = (
-            Sequential(model.edges, self._run)
-            if sequential
-            else Lanes(model.edges, self._run, each)
-        )
+        mine = self._mine()
+        read = {name for part in mine for name in part.joint.weights}
+        self.parameters = {
+            n: torch.nn.Parameter(x.clone()) for n, x in model.weights().items() if n in read
+        }
+        each = self._threads(threads or torch.get_num_threads())
+        self.trained = self._trained(mine, find_engine(engine), each)
+        self._by_stage = {t.stage.number: t for t in self.trained}
+        self.optimizers = [optimizer(owned) for owned in self._owned() if owned]
+        self._way: Way = Sequential(model.edges, self._run) if sequential else self._start(each)
         self.steps = 0
         self.last: tuple[Program, Step] | None = None
 
-    def _trained(self, engine: Engine, threads: Sequence[int]) -> list[TrainedStage]:
+    # what differs where ranks are processes
+
+    def _mine(self) -> Sequence[Differentiated]:
+        """The stages of this process."""
+        return self.model.parts
+
+    def _threads(self, total: int) -> list[int]:
+        """The threads of each rank's kernels."""
+        placement = self.programs.placement
+        return thread_shares(total, [placement.count(r) for r in range(1 + max(placement))])
+
+    def _start(self, threads: Sequence[int]) -> Way:
+        return Lanes(self.model.edges, self._run, threads)
+
+    # stages
+
+    def _trained(
+        self, parts: Sequence[Differentiated], engine: Engine, threads: Sequence[int]
+    ) -> list[TrainedStage]:
         weights = {name: p.detach() for name, p in self.parameters.items()}
         found = []
-        for part, rank in zip(self.model.parts, self.programs.placement, strict=True):
+        for part in parts:
+            rank = self.programs.placement[part.number]
             build = partial(engine.build, device="cpu", threads=threads[rank])
             kinds = self.programs.kinds
             found.append(TrainedStage(part, weights, self.model.readers, build, kinds))
@@ -113,6 +140,17 @@ class Trainer:
     def measure(self, given: Sequence[Mapping[Any, Any]], repeats: int = 2) -> Costs:
         """What F, I and W of each stage take here, and the bytes that each keeps."""
         n = len(self.model.parts)
+        times, saved = self._measured(given, repeats)
+        f, i, w = ([times[int(k), s] for s in range(n)] for k in (Kind.F, Kind.I, Kind.W))
+        pairs = {(e.source, e.target, 0) for e in self.model.edges if not e.backward}
+        edges = sorted(e for e in pairs if HOST not in e)
+        return Costs(f, i, w, edges=edges, activations=[saved[s] for s in range(n)])
+
+    def _measured(
+        self, given: Sequence[Mapping[Any, Any]], repeats: int
+    ) -> tuple[dict[tuple[int, int], float], dict[int, int]]:
+        """The median of each kind of action and stage, and what a stage keeps."""
+        n = len(self.model.parts)
         times: dict[tuple[Kind, int], list[float]] = {}
         program = schedule("zb1p", n, len(given))
         for repeat in range(1 + repeats):
@@ -120,11 +158,8 @@ class Trainer:
             for span in step.spans if repeat else ():
                 key = span.action.kind, span.action.stage
                 times.setdefault(key, []).append(span.end - span.start)
-        f, i, w = ([median(times[kind, s]) for s in range(n)] for kind in (Kind.F, Kind.I, Kind.W))
-        pairs = {(e.source, e.target, 0) for e in self.model.edges if not e.backward}
-        edges = sorted(e for e in pairs if HOST not in e)
-        saved = [t.saved_bytes for t in self.trained]
-        return Costs(f, i, w, edges=edges, activations=saved)
+        saved = {t.stage.number: t.saved_bytes for t in self.trained}
+        return {(int(kind), s): median(x) for (kind, s), x in times.items()}, saved
 
     # a step
 
@@ -135,8 +170,7 @@ class Trainer:
         """
         loss = self.backward(*args, **kwargs)
         for optimizer in self.optimizers:
-            if optimizer is not None:
-                optimizer.step()
+            optimizer.step()
         self.steps += 1
         return loss
 
@@ -157,12 +191,13 @@ class Trainer:
         return total
 
     def _compute(self, program: Program, given: Sequence[Mapping[Any, Any]]) -> Step:
-        for stage, limit in zip(self.trained, self.programs.limits(program), strict=True):
-            stage.start(limit)
+        limits = self.programs.limits(program)
+        for number, stage in self._by_stage.items():
+            stage.start(limits[number])
         return self._way.step(program, given)
 
     def _run(self, action: Action, values: Mapping[Any, Any]) -> dict[Any, Any]:
-        return self.trained[action.stage].run(action, values)
+        return self._by_stage[action.stage].run(action, values)
 
     def _given(self, parts: Sequence[Mapping[Value, Any]]) -> list[dict[Any, Any]]:
         """The host's values of each microbatch: inputs, masks when asked for, its share."""
@@ -224,7 +259,7 @@ class Trainer:
         self.steps = int(state["step"])
 
     def _named_slots(self) -> Iterable[tuple[str, Any, Any]]:
-        return slots_of(self.parameters, [o for o in self.optimizers if o is not None])
+        return slots_of(self.parameters, self.optimizers)
 
     def report(self) -> TrainingReport:
         """What the last step took and kept, beside what was predicted.
@@ -277,7 +312,3 @@ def _model(
     if stage_of is None:
         raise DfcError("N073", "`stage_of` is missing: the stage of each node", status=2)
     return StagedModel(graph, stage_of, loss, targets)
-
-
-def _shares(threads: int, placement: Sequence[int]) -> list[int]:
-    return thread_shares(threads, [placement.count(r) for r in range(1 + max(placement))])

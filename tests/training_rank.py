@@ -1,0 +1,95 @@
+"""A rank of the tests of training in processes: python -m tests.training_rank RANK SIZE FOLDER JOB.
+
+It meets the others by a file, and writes what it found as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import FileStore  # type: ignore[attr-defined]
+
+from dfc.errors import DfcError
+from dfc.runtime.pipeline.training_ranks import Group, RankTrainer
+from tests.test_pipeline_training import adamw, captured, close, reference, staged
+
+STAGES = {"1f1b": 2, "zb1p": 2, "auto": 2, "gpipe": 2, "interleaved": 4, "zb_v": 4}
+
+
+def trainer_of(group: Group, name: str, schedule: str) -> RankTrainer:
+    return RankTrainer(
+        staged(name, STAGES[schedule]), group=group, schedule=schedule, microbatches=4,
+        optimizer=adamw, threads=1, deadline=90,
+    )  # fmt: skip
+
+
+def gradients(
+    group: Group, name: str, schedules: Sequence[str] = ("1f1b", "zb1p", "auto")
+) -> dict[str, Any]:
+    """Each schedule's gradients beside those of plain PyTorch; curves of losses."""
+    model, args = captured(name)
+    loss, expected = reference(model, args, 4)
+    found = {}
+    for schedule in schedules:
+        with trainer_of(group, name, schedule) as trainer:
+            torch.testing.assert_close(trainer.backward(*args), loss)
+            own = {n: p.grad for n, p in trainer.parameters.items() if p.grad is not None}
+            close(own, {n: expected[n] for n in own})
+            losses = [float(trainer.step(*args)) for _ in range(3)]
+            report = trainer.report()
+            state = trainer.state_dict()
+            digest = {n: float(x.double().sum()) for n, x in state["weights"].items()}
+            found[schedule] = {"losses": losses, "weights": digest, "program": str(report.program),
+                               "in_flight": report.in_flight}  # fmt: skip
+    return found
+
+
+def refused(group: Group, name: str) -> dict[str, Any]:
+    """Ranks that differ, and a rank that fails while the other waits."""
+    (_, args), found = captured(name), {}
+    options: dict[str, Any] = {"group": group, "optimizer": adamw, "threads": 1, "deadline": 30,
+                               "microbatches": 2}  # fmt: skip
+    for what, more in (("seed", {"seed": group.rank}), ("size", {"schedule": "interleaved"})):
+        try:
+            RankTrainer(staged(name, 3 if what == "size" else 2), **options, **more)
+        except DfcError as e:
+            found[what] = [e.code, e.message]
+    bad = args[1].clone()
+    bad[-1] = 99
+    with RankTrainer(staged(name, 2), **options) as trainer:
+        try:
+            trainer.step(args[0], bad)
+        except DfcError as e:
+            found["failed"] = [e.code, e.message]
+    return found
+
+
+def steps(group: Group, name: str, schedule: str) -> dict[str, Any]:
+    """A thousand steps."""
+    _, args = captured(name)
+    with trainer_of(group, name, schedule) as trainer:
+        return {"losses": [float(trainer.step(*args)) for _ in range(1000)]}
+
+
+def main() -> None:
+    rank, size, folder, job, name = sys.argv[1:6]
+    torch.set_num_threads(1)
+    group = Group(int(rank), int(size), FileStore(str(Path(folder) / "store"), int(size)))
+    job, _, what = job.partition(":")
+    jobs: dict[str, Callable[[], dict[str, Any]]] = {
+        "gradients": lambda: gradients(group, name),
+        "every_schedule": lambda: gradients(group, name, list(STAGES)),
+        "refused": lambda: refused(group, name),
+        "steps": lambda: steps(group, name, what),
+    }
+    found = jobs[job]()
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
