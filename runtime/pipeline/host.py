@@ -9,31 +9,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from statistics import median
 from typing import Any
 
 from dfc.errors import DfcError
-from dfc.ir.graph import Graph
-from dfc.ir.interpret import bind_inputs
 from dfc.planning.actions import Action, Kind, Program
 from dfc.planning.stages import HOST
+from dfc.runtime.pipeline.carrying import carry
 from dfc.runtime.pipeline.control import Message
 from dfc.runtime.pipeline.crew import AT_LEAST, LATE, Crew, RankLost, lost_error
 from dfc.runtime.pipeline.lanes import Span, Step, Values
-from dfc.runtime.pipeline.links import (
-    Abandoned,
-    Doing,
-    LinkLost,
-    Links,
-    Traffic,
-    gloo_device,
-    orders,
-    pairs_of,
-)
-from dfc.runtime.pipeline.routes import Edge, Routes, routes
+from dfc.runtime.pipeline.links import Doing, Links, Traffic, gloo_device
+from dfc.runtime.pipeline.routes import Routes
+from dfc.runtime.pipeline.wiring import Numbered, Wiring
 from dfc.runtime.pipeline.worker import LINKING
 
 FRUITLESS = 3  # times that ranks may be lost without any result between
@@ -47,7 +38,7 @@ class _Attempt:
     routes: Routes
     given: Sequence[Values]
     microbatches: list[int]
-    results: list[dict[Hashable, Any]]
+    results: list[Numbered]
     began: float
     late: float = 0.0  # seconds from the step's begin to this attempt's
     spans: list[Span] = field(default_factory=list)
@@ -57,32 +48,17 @@ class _Attempt:
 class ProcessLanes:
     """Runs programs as `Lanes` does, by the processes of a crew.
 
-    Needs:   edges whose values go by number, the same in every process.
+    `restarts` is how often ranks may be lost without any new result.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        edges: Sequence[Edge],
-        numbers: Mapping[Hashable, int],
-        placement: Sequence[int],
-        crew: Crew,
-    ) -> None:
-        self.graph, self.edges, self.crew = graph, tuple(edges), crew
-        self.placement = tuple(placement)
-        self.restarts = FRUITLESS
+    def __init__(self, wiring: Wiring, crew: Crew, restarts: int = FRUITLESS) -> None:
+        self.wiring, self.crew, self.restarts = wiring, crew, restarts
         self.incidents: list[str] = []
-        self._values: dict[Hashable, Any] = {n: v for v, n in numbers.items()}
-        self._pairs = pairs_of(self.edges, self.placement)
-        self._types = {
-            i: [self._values[n].type for n in e.values] for i, e in enumerate(self.edges)
-        }
         self._device = gloo_device()
         self._store = _store()
         self._links: Links | None = None
         self._linked = 0  # how often links were made
         self._steps = 0
-        self._routes: dict[int, tuple[Program, Routes]] = {}
         self._told: Program | None = None  # the program that the ranks know
         self._lock = threading.Lock()
         self._closed = False
@@ -96,9 +72,9 @@ class ProcessLanes:
         with self._lock:
             if self._closed:
                 raise DfcError("K051", "the pipeline is closed")
-            found = self._routes_of(program, len(given))
+            found = self.wiring.routes(program, len(given))
             began = time.perf_counter()
-            results: list[dict[Hashable, Any]] = [{} for _ in given]
+            results: list[Numbered] = [{} for _ in given]
             spans: list[Span] = []
             left, fruitless = list(range(len(given))), 0
             while True:
@@ -118,9 +94,8 @@ class ProcessLanes:
                         break
             seconds = time.perf_counter() - began
             self._learn(attempt)
-            sent = {e: attempt.sent.get(i, 0) for i, e in enumerate(self.edges)}
-            named = [{self._values[k]: x for k, x in r.items()} for r in results]
-            return Step(named, spans + attempt.spans, seconds, sent)
+            sent = self.wiring.by_edge(attempt.sent)
+            return Step(self.wiring.named(results), spans + attempt.spans, seconds, sent)
 
     def close(self) -> None:
         """End the processes. They have nothing to lose."""
@@ -147,19 +122,6 @@ class ProcessLanes:
                 tries += 1
                 self._mourn(lost, raises=tries > self.restarts)
 
-    def _routes_of(self, program: Program, given: int) -> Routes:
-        if program.placement != self.placement or program.microbatches != given:
-            raise DfcError(
-                "N054",
-                f"the program is for stages on ranks {list(program.placement)} and "
-                f"{program.microbatches} microbatches, there are {list(self.placement)} and "
-                f"{given}",
-            )
-        found = self._routes.get(id(program))
-        if found is None:
-            found = self._routes[id(program)] = program, routes(program, self.edges)
-        return found[1]
-
     def _link(self) -> None:
         """New links between all members."""
         self._linked += 1
@@ -171,7 +133,7 @@ class ProcessLanes:
         def mine() -> None:
             try:
                 made.append(
-                    Links(HOST, self._pairs, self._store[0], name, self._device, LINKING)
+                    Links(HOST, self.wiring.pairs, self._store[0], name, self._device, LINKING)
                 )  # fmt: skip
                 self.crew.put(HOST, {"did": "linked", "name": name})
             except RuntimeError as e:
@@ -225,19 +187,22 @@ class ProcessLanes:
         if self._told is not program:
             self.crew.tell({"do": "program", "text": str(program), "name": program.name})
             self._told = program
-        sizes = [bind_inputs(self.graph, [g[v] for v in self.graph.inputs]) for g in attempt.given]
-        distinct = list({str(s): s for s in sizes}.values())
-        size_of = [distinct.index(s) for s in sizes]
+        distinct, size_of = self.wiring.sizes(attempt.given)
         attempt.late = time.perf_counter() - attempt.began
         self.crew.tell({
             "do": "step", "number": attempt.number, "microbatches": attempt.microbatches,
             "sizes": distinct, "size_of": size_of,
         })  # fmt: skip
         traffic = Traffic(
-            self._links, attempt.routes, attempt.microbatches, self._types,
+            self._links, attempt.routes, attempt.microbatches, self.wiring.types,
             [distinct[i] for i in size_of], Doing(),
         )  # fmt: skip
-        self._carry(attempt, traffic)
+        number = attempt.number
+        carry(
+            traffic, attempt.microbatches, self.wiring.numbered(attempt.given),
+            lambda b, x: self._put("result", number, microbatch=b, values=x),
+            lambda why: self._put("broken", number, why=why),
+        )  # fmt: skip
         try:
             self._collect(attempt)
         except (RankLost, DfcError):
@@ -250,34 +215,8 @@ class ProcessLanes:
             raise
         attempt.sent.update(traffic.sent)
 
-    def _carry(self, attempt: _Attempt, traffic: Traffic) -> None:
-        """A thread for each link between the host and a rank."""
-        for pair, order in orders(attempt.routes, attempt.microbatches).items():
-            if HOST in pair:
-                threading.Thread(
-                    target=self._carry_link, args=(attempt, traffic, pair[0] == HOST, order),
-                    name="dfc-host-link", daemon=True,
-                ).start()  # fmt: skip
-
-    def _carry_link(
-        self, attempt: _Attempt, traffic: Traffic, sends: bool, order: list[tuple[int, int]]
-    ) -> None:
-        number = attempt.number
-        try:
-            for e, b in order:
-                edge = self.edges[e]
-                if sends:
-                    given = attempt.given[b]
-                    traffic.send(e, b, [given[self._values[n]] for n in edge.values])
-                else:
-                    found = dict(zip(edge.values, traffic.receive(e, b), strict=True))
-                    self.crew.put(
-                        HOST, {"did": "result", "number": number, "microbatch": b, "values": found}
-                    )
-            if sends:
-                traffic.finish({e for e, _ in order})
-        except (LinkLost, Abandoned) as e:
-            self.crew.put(HOST, {"did": "broken", "number": number, "why": str(e)})
+    def _put(self, did: str, number: int, **more: Any) -> None:
+        self.crew.put(HOST, {"did": did, "number": number, **more})
 
     def _collect(self, attempt: _Attempt) -> None:
         """Results and times, until all are there."""
@@ -321,7 +260,7 @@ class ProcessLanes:
     def _complete(self, attempt: _Attempt, microbatch: int) -> bool:
         """Whether every result of a microbatch has come."""
         result = attempt.results[microbatch]
-        return all(n in result for e in self.edges if e.target == HOST for n in e.values)
+        return all(n in result for e in self.wiring.edges if e.target == HOST for n in e.values)
 
     def _learn(self, attempt: _Attempt) -> None:
         """What actions take, for the deadlines of the next step."""

@@ -21,6 +21,7 @@ from dfc.runtime.pipeline.folder import assembly, write_assembly
 from dfc.runtime.pipeline.host import FRUITLESS, ProcessLanes
 from dfc.runtime.pipeline.local import Pipeline, Runs
 from dfc.runtime.pipeline.spawn import Spawner, private_folder
+from dfc.runtime.pipeline.wiring import Wiring
 
 
 class Processes(Pipeline):
@@ -59,8 +60,8 @@ class Processes(Pipeline):
         write_assembly(folder, made, self.stages)
         crew = Crew(len(self.threads), self._launcher(folder, self.threads), self._address)
         crew.expected = dict(self._expected)
-        lanes = self._ranks = ProcessLanes(self.graph, made.routed(), numbers, made.placement, crew)
-        lanes.restarts = self.restarts
+        wiring = Wiring(self.graph, made, numbers)
+        lanes = self._ranks = ProcessLanes(wiring, crew, self.restarts)
         with ExitStack() as failing:
             failing.callback(self._end)
             lanes.ready()
