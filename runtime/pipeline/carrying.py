@@ -21,12 +21,13 @@ def carry(
     given: Sequence[Values],
     result: Result,
     broken: Broken,
-) -> None:
+) -> list[threading.Thread]:
     """Begin to send inputs and to receive results; `given[b]` are the inputs of microbatch b.
 
     Why:  a link that waits must not make another wait, or ranks could wait for each other by way
           of the host.
     """
+    threads = []
     for pair, order in orders(traffic.routes, microbatches).items():
         if pair[0] == HOST:
             task: tuple[Callable[..., None], tuple[Any, ...]] = (_send, (traffic, order, given))
@@ -34,9 +35,14 @@ def carry(
             task = _receive, (traffic, order, result)
         else:
             continue
-        threading.Thread(
-            target=_carried, args=(broken, *task), name="dfc-host-link", daemon=True
-        ).start()
+        threads.append(
+            threading.Thread(
+                target=_carried, args=(broken, *task), name="dfc-host-link", daemon=True
+            )
+        )
+    for thread in threads:
+        thread.start()
+    return threads
 
 
 def _carried(broken: Broken, work: Callable[..., None], args: tuple[Any, ...]) -> None:

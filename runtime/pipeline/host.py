@@ -61,6 +61,7 @@ class ProcessLanes:
         self._steps = 0
         self._told: Program | None = None  # the program that the ranks know
         self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
         self._closed = False
 
     def step(self, program: Program, given: Sequence[Values]) -> Step:
@@ -102,6 +103,8 @@ class ProcessLanes:
         self._closed = True
         self.crew.close()
         self._links = None
+        for thread in self._threads:
+            thread.join(timeout=AT_LEAST)  # Python must not end while one is in gloo
 
     def ready(self) -> None:
         """Every rank there, loaded and linked.
@@ -198,7 +201,7 @@ class ProcessLanes:
             [distinct[i] for i in size_of], Doing(),
         )  # fmt: skip
         number = attempt.number
-        carry(
+        self._threads = carry(
             traffic, attempt.microbatches, self.wiring.numbered(attempt.given),
             lambda b, x: self._put("result", number, microbatch=b, values=x),
             lambda why: self._put("broken", number, why=why),

@@ -1,0 +1,406 @@
+"""A pipeline whose ranks were started by torchrun, on one host or many.
+
+    torchrun --nproc-per-node 2 -m dfc.cli run encoder.dfcpkg --pipeline 2 --on torchrun
+
+Each process makes the same `Launched` pipeline. Rank 0 leads: it is called like the model, gives
+inputs and takes results; the others serve until it closes. Before anything runs, every rank says
+which plan and which versions it has, and all compare. Each writes what it does into the store, so
+that a rank that waits too long can tell what its peer did last. torchrun itself ends the others
+when one ends, and starts them again with `--max-restarts`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph
+from dfc.planning.actions import Action, Kind, Program, parse_program
+from dfc.planning.stages import HOST
+from dfc.runtime.pipeline.carrying import carry
+from dfc.runtime.pipeline.control import Message
+from dfc.runtime.pipeline.crew import AT_LEAST, LATE, UNKNOWN
+from dfc.runtime.pipeline.folder import Stages, assembly, stages_of, versions
+from dfc.runtime.pipeline.lanes import Span, Step, Values
+from dfc.runtime.pipeline.links import (
+    FOREVER,
+    Abandoned,
+    Doing,
+    LinkLost,
+    Links,
+    Traffic,
+    gloo_device,
+)
+from dfc.runtime.pipeline.local import Pipeline, Runs
+from dfc.runtime.pipeline.rank import run_rank
+from dfc.runtime.pipeline.wiring import Numbered, Wiring
+
+_MEETING = 120.0  # seconds for all ranks to come
+_BEAT = 0.5  # seconds between two notes of what a rank does
+
+
+class World:
+    """What torchrun tells a process, and its store."""
+
+    def __init__(self) -> None:
+        """
+        Raises:  DfcError N056 for a process that torchrun did not start.
+        """
+        try:
+            self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+        except (KeyError, ValueError):
+            raise DfcError(
+                "N056", "this process was not started by torchrun: RANK and WORLD_SIZE are not set",
+                help="torchrun --nproc-per-node 2 -m dfc.cli run MODEL --pipeline 2 --on torchrun",
+                status=2,
+            ) from None  # fmt: skip
+        self.one_host = local == self.size
+        self._first: Any = None
+        self._own = threading.local()
+
+    @property
+    def store(self) -> Any:
+        """The launcher's store, under a prefix of dfc's own.
+
+        Why:  each thread has its own connection: one that waits would make all others wait.
+        """
+        from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+
+        if self._first is None:
+            wait = timedelta(seconds=_MEETING)
+            self._first, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=wait))
+        if not hasattr(self._own, "store"):
+            born = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self._own.store = PrefixStore(f"dfc/{born}", self._first.clone())
+        return self._own.store
+
+    def device(self) -> Any:
+        """Loopback when all ranks are on one host, else the interface that gloo is told."""
+        if self.one_host:
+            return gloo_device()
+        from torch.distributed import ProcessGroupGloo
+
+        interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
+        if interface:
+            return ProcessGroupGloo.create_device(interface=interface)
+        return ProcessGroupGloo.create_default_device()
+
+    def put(self, key: str, message: Any) -> None:
+        self.store.set(key, json.dumps(message))
+
+    def get(self, key: str, seconds: float) -> Any:
+        """A message of the store, None when nobody wrote it in time."""
+        try:
+            self.store.wait([key], timedelta(seconds=seconds))
+        except RuntimeError:
+            return None
+        return json.loads(self.store.get(key))
+
+    def peek(self, key: str) -> Any:
+        """A message of the store, None when it is not there yet."""
+        return json.loads(self.store.get(key)) if self.store.check([key]) else None
+
+    def same(self, what: Mapping[str, str]) -> None:
+        """Compare what every rank has.
+
+        Raises:  DfcError N055 that names the first that differs; K055 for one that did not come.
+        """
+        self.put(f"has/{self.rank}", dict(what))
+        for rank in range(self.size):
+            found = self.get(f"has/{rank}", _MEETING)
+            if found is None:
+                raise DfcError("K055", f"rank {rank} did not come in {_MEETING:.0f} s")
+            for name, mine in what.items():
+                if found.get(name) != mine:
+                    raise DfcError(
+                        "N055",
+                        f"rank {rank} has {name} {_short(found.get(name))}, "
+                        f"rank {self.rank} has {_short(mine)}",
+                        help="all ranks need the same model, plan and versions",
+                    )
+
+
+def _short(x: Any) -> str:
+    return str(x)[:16]
+
+
+def check_world(ranks: int, size: int) -> None:
+    """
+    Raises:  DfcError N056 for another number of processes than the plan has ranks.
+    """
+    if ranks != size:
+        raise DfcError(
+            "N056", f"the plan has {ranks} ranks, but there are {size} processes",
+            help=f"torchrun --nproc-per-node {ranks}, or --nnodes times --nproc-per-node", status=2,
+        )  # fmt: skip
+
+
+class Launched(Pipeline):
+    """One graph's stages in the processes of a launcher; made by each of them alike.
+
+    Raises:  DfcError N056 for a world of another size than the plan, N055 for ranks with other
+             plans or versions, K055 for a rank that does not come or is lost.
+    """
+
+    def __init__(
+        self, graph: Graph, stage_of: Mapping[Any, int], world: World | None = None, **options: Any
+    ) -> None:
+        self.world = world or World()
+        super().__init__(graph, stage_of, **options)
+
+    def _start(self) -> Runs:
+        check_world(len(self.threads), self.world.size)
+        made, numbers = assembly(
+            self.stages, self.edges, self.placement, self.engines, self.threads
+        )  # fmt: skip
+        has = {**versions(), "model": self.graph.fingerprint(), "plan": made.digest}
+        self.world.same(has)
+        graphs = {s: self.stages[s].graph for s in stages_of(made, self.world.rank)}
+        stages = Stages(made, graphs, self.world.rank)
+        self._ranks = LaunchedRanks(self.world, Wiring(self.graph, made, numbers), stages)
+        return self._ranks
+
+    @property
+    def leads(self) -> bool:
+        return self.world.rank == 0
+
+    def serve(self) -> None:
+        """What every rank but the first does: steps, until the first one closes.
+
+        Raises:  DfcError K050 for an action that fails, K055 for a rank that is lost.
+        """
+        self._ranks.serve()
+
+
+class LaunchedRanks:
+    """This process's rank, and for rank 0 the host as well."""
+
+    def __init__(self, world: World, wiring: Wiring, stages: Stages) -> None:
+        import torch
+
+        self.world, self.wiring, self.stages = world, wiring, stages
+        self.doing = Doing()
+        self.deadline = UNKNOWN
+        self._steps = 0
+        self._ended = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._failed = False
+        torch.set_num_threads(stages.made.threads[world.rank])
+        self._types = stages.types(wiring.edges)
+        self._links, self._host_links = self._linked()
+        self._beats = threading.Thread(target=self._beat, name="dfc-beat", daemon=True)
+        self._beats.start()
+
+    def step(self, program: Program, given: Sequence[Values]) -> Step:
+        """Run a program, on rank 0; `given` holds the host's values for each microbatch.
+
+        Raises:  DfcError K050, K051, K055; N054 for a program that is not of these ranks.
+        """
+        if self._failed or self._ended.is_set():
+            raise DfcError("K051", "the pipeline is closed, or has failed before")
+        self.wiring.routes(program, len(given))
+        self._steps += 1
+        number, began = self._steps, time.perf_counter()
+        distinct, size_of = self.wiring.sizes(given)
+        order = {"do": "step", "program": str(program), "name": program.name, "sizes": distinct,
+                 "size_of": size_of, "deadline": self.deadline}  # fmt: skip
+        self.world.put(f"step/{number}", order)
+        events: SimpleQueue[Message] = SimpleQueue()
+        host = Traffic(
+            self._host_links, self.wiring.routes(program, len(given)), range(len(given)),
+            self.wiring.types, [distinct[i] for i in size_of], Doing(), self.deadline,
+        )  # fmt: skip
+        self._threads = carry(
+            host, range(len(given)), self.wiring.numbered(given),
+            lambda b, x: events.put({"did": "result", "microbatch": b, "values": x}),
+            lambda why: events.put({"did": "broken", "why": why}),
+        )  # fmt: skip
+        mine = threading.Thread(
+            target=lambda: events.put(self._row(number, order)), name="dfc-rank", daemon=True
+        )
+        mine.start()
+        self._threads.append(mine)
+        results: list[Numbered] = [{} for _ in given]
+        self._collect(events, results)
+        spans, sent = self._others(number, dict(host.sent))
+        seconds = time.perf_counter() - began
+        self.deadline = max(AT_LEAST, LATE * seconds)
+        return Step(self.wiring.named(results), spans, seconds, self.wiring.by_edge(sent))
+
+    def serve(self) -> None:
+        """Steps as rank 0 says, until it closes.
+
+        Raises:  DfcError K050, K055.
+        """
+        while True:
+            self._steps += 1
+            order = self.world.get(f"step/{self._steps}", FOREVER)
+            if order is None or order["do"] == "end":
+                self._ended.set()
+                return
+            done = self._row(self._steps, order)
+            if done["did"] == "failed":
+                raise self._first_failure(done)
+
+    def close(self) -> None:
+        """Rank 0 lets the others end."""
+        if not self._ended.is_set():
+            self._ended.set()
+            if self.world.rank == 0:
+                self.world.put(f"step/{self._steps + 1}", {"do": "end"})
+        self._drop()
+        for thread in (self._beats, *self._threads):
+            thread.join(timeout=AT_LEAST)  # Python must not end while one is in gloo
+
+    def _row(self, number: int, order: Message) -> Message:
+        """This rank's row of the program; what came of it is in the store too."""
+        program = self._program(order)
+        routes = self.wiring.routes(program, program.microbatches)
+        sizes = [order["sizes"][i] for i in order["size_of"]]
+        every = range(program.microbatches)
+        rank = self.world.rank
+        traffic = Traffic(
+            self._links, routes, every, self._types, sizes, self.doing, order["deadline"]
+        )  # fmt: skip
+        try:
+            done = run_rank(rank, routes, self.stages.run, traffic, every, self.doing)
+        except DfcError as e:
+            said: Message = {"did": "failed", "code": e.code, "message": e.message}
+        except (LinkLost, Abandoned) as e:
+            said = {"did": "failed", "code": "K055", "message": self._lost(e)}
+        else:
+            spans = [[int(a.kind), a.stage, a.microbatch, s, t] for a, s, t in done.spans]
+            said = {"did": "done", "spans": spans, "sent": sorted(done.sent.items())}
+        self.world.put(f"done/{number}/{rank}", said)
+        if said["did"] == "failed":
+            del traffic
+            self._drop()
+        return said
+
+    def _drop(self) -> None:
+        """Let the links go: whoever waits at the other end of one is told by that."""
+        self._failed = not self._ended.is_set()
+        self._links.close()
+        if self._host_links is not None:
+            self._host_links.close()
+
+    _last: tuple[str, Program] | None = None
+
+    def _program(self, order: Message) -> Program:
+        if self._last is None or self._last[0] != order["program"]:
+            self._last = order["program"], parse_program(order["program"], order["name"])
+        return self._last[1]
+
+    def _collect(self, events: SimpleQueue[Message], results: list[Numbered]) -> None:
+        """Results, and this process's own row, until all are there.
+
+        Raises:  DfcError K050, K055, of this rank or of another.
+        """
+        own = False
+        wanted = [n for e in self.wiring.edges if e.target == HOST for n in e.values]
+        while not own or any(n not in r for r in results for n in wanted):
+            try:
+                event = events.get(timeout=1.0)
+            except Empty:
+                continue
+            match event["did"]:
+                case "result":
+                    results[event["microbatch"]].update(event["values"])
+                case "done":
+                    own = True
+                case _:
+                    self._drop()
+                    raise self._first_failure(event)
+
+    def _first_failure(self, event: Message) -> DfcError:
+        """What an action raised, wherever it was, comes before what followed from it."""
+        until = time.monotonic() + AT_LEAST
+        while time.monotonic() < until:
+            for rank in range(self.world.size):
+                found = self.world.peek(f"done/{self._steps}/{rank}")
+                if found is not None and found["did"] == "failed" and found["code"] != "K055":
+                    return DfcError(found["code"], found["message"])
+            time.sleep(0.05)
+        return DfcError(event.get("code", "K055"), event.get("message") or self._told(event))
+
+    def _others(self, number: int, sent: dict[int, int]) -> tuple[list[Span], dict[int, int]]:
+        """Times and bytes of all ranks."""
+        spans = []
+        for rank in range(self.world.size):
+            found = self.world.get(f"done/{number}/{rank}", self.deadline)
+            if found is None or found["did"] != "done":
+                raise DfcError("K055", f"rank {rank} did not end its step: {found}")
+            for kind, stage, b, start, end in found["spans"]:
+                spans.append(Span(Action(Kind(kind), stage, b), rank, start, end))
+            sent.update({int(e): n for e, n in found["sent"]})
+        return spans, sent
+
+    def _lost(self, e: Exception) -> str:
+        """Who is lost, in which wait of this rank, and what it did last."""
+        if not isinstance(e, LinkLost):
+            return "the step was given up"
+        me = f"rank {self.world.rank} waits in {self.doing}"
+        if e.peer == HOST:
+            return f"the host, rank 0, is lost while {me}"
+        last = self.world.peek(f"doing/{e.peer}")
+        told = f", it last did {last}" if last else ""
+        return f"rank {e.peer} is lost, or too slow, while {me}{told}"
+
+    def _told(self, event: Message) -> str:
+        doing = {r: self.world.peek(f"doing/{r}") for r in range(self.world.size)}
+        told = ", ".join(f"rank {r} last did {d}" for r, d in doing.items())
+        return f"a rank is lost, or too slow ({told}): {event.get('why')}"
+
+    def _beat(self) -> None:
+        """What this rank does, for others to read."""
+        last = ""
+        while not self._ended.wait(_BEAT):
+            now = str(self.doing)
+            if now != last:
+                self.world.put(f"doing/{self.world.rank}", now)
+                last = now
+
+    def _linked(self) -> tuple[Links, Any]:
+        """The rank's links, and for rank 0 the host's: both ends of some are in this process."""
+        device, pairs, world = self.world.device(), self.wiring.pairs, self.world
+        made: dict[int, Links] = {}
+        failed: list[str] = []
+
+        def link(me: int) -> None:
+            try:
+                made[me] = Links(me, pairs, world.store, "links", device, _MEETING)
+            except RuntimeError as e:
+                failed.append(str(e))
+
+        members = [self.world.rank, *([HOST] if self.world.rank == 0 else [])]
+        threads = [threading.Thread(target=link, args=(m,)) for m in members]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        if failed:
+            raise DfcError(
+                "K055", f"the links of rank {self.world.rank} cannot be made: {failed[0]}"
+            )
+        return made[self.world.rank], made.get(HOST)
+
+
+def agreed_stages(world: World, graph: Graph, make: Callable[[], Mapping[Any, int]]) -> Any:
+    """Stages that rank 0 chooses for all, since measured times differ from rank to rank."""
+    nodes = list(graph.nodes)
+    if world.rank == 0:
+        chosen = make()
+        world.put("stages", [chosen[n] for n in nodes])
+        return chosen
+    found = world.get("stages", _MEETING)
+    if found is None or len(found) != len(nodes):
+        raise DfcError("N055", "rank 0 has another model, or chose no stages")
+    return dict(zip(nodes, found, strict=True))
