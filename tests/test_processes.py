@@ -239,7 +239,7 @@ def test_without_restarts_the_loss_is_raised_in_two_seconds(
         with pytest.raises(DfcError, match=r"rank 0 lost.*: killed by SIGKILL") as caught:
             pipeline(*args)
         assert time.monotonic() - sent[0] < 2
-        assert caught.value.code == "K055" and caught.value.status == 8
+        assert caught.value.code == "K058" and caught.value.status == 8
         thread.join()
     finally:
         pipeline._ranks.restarts = 3

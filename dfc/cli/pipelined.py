@@ -27,30 +27,35 @@ def run_pipelined(
     stages: int | None,
     microbatches: int | None,
     engines: Sequence[str],
+    on: str,
     trace: str | None,
     force: bool,
     say: Say,
-) -> tuple[list[Any], dict[str, Any]]:
+) -> tuple[list[Any], dict[str, Any]] | None:
     """The output leaves, and what a step took beside the unsplit model on as many threads.
 
-    `stages` is how many of equal time; without it they are the plan's.
+    `stages` is how many of equal time; without it they are the plan's. None comes from a process
+    that served another one, which tells it all.
     Raises:  DfcError N050 for a model that cannot be a pipeline, N051, N053; N056 for one without
-             a plan; D010.. for the trace.
+             a plan; D010.. for the trace; K056, K058, N055, N057 for ranks in other processes.
     """
     import torch
 
-    from dfc.runtime.pipeline.local import Pipeline
-
-    placed, options = _placed(compiled, stages, inputs, say)
+    make, placed, options = _maker(on, compiled, stages, inputs, say)
     count = 1 + max(placed.values(), default=0)
     if len(engines) not in (1, count):
         raise DfcError("N053", f"{len(engines)} engines are given for {count} stages")
-    say(f"building {count} stages for {', '.join(engines)}")
+    say(f"building {count} stages for {', '.join(engines)}, on {on}")
     names = engines[0] if len(engines) == 1 else engines
     if microbatches:
         options["microbatches"] = microbatches
-    with Pipeline(compiled.graph, placed, engine=names, **options) as pipeline:
+    with make(compiled.graph, placed, engine=names, **options) as pipeline:
+        if not pipeline.leads:
+            pipeline.serve()
+            return None
         results, data = step(pipeline, inputs, trace, force, say)
+    data["on"] = on
+    data["incidents"] = list(getattr(pipeline, "incidents", ()))
     say("timing the model unsplit")
     data["unsplit_seconds"] = _seconds(lambda: compiled.run_flat(inputs))
     data["unsplit_threads"] = torch.get_num_threads()
@@ -77,6 +82,29 @@ def _placed(
         "microbatches": plan.program.microbatches,
         "program": partial(forward_of, plan.program),
     }
+
+
+def _maker(
+    on: str, compiled: Compiled, stages: int | None, inputs: Sequence[Any], say: Say
+) -> tuple[Callable[..., Any], Mapping[Node, int], dict[str, Any]]:
+    """What makes a pipeline there, and its stages with what the plan says of ranks and order."""
+    if on == "torchrun":
+        from dfc.runtime.pipeline.torchrun import Launched, World, agreed_stages
+
+        world = World()
+        if stages is None:
+            return partial(Launched, world=world), *_placed(compiled, stages, inputs, say)
+        placed = agreed_stages(
+            world, compiled.graph, lambda: _placed(compiled, stages, inputs, say)[0]
+        )
+        return partial(Launched, world=world), placed, {}
+    if on == "processes":
+        from dfc.runtime.pipeline.processes import Processes
+
+        return Processes, *_placed(compiled, stages, inputs, say)
+    from dfc.runtime.pipeline.local import Pipeline
+
+    return Pipeline, *_placed(compiled, stages, inputs, say)
 
 
 def run_stages(
@@ -171,6 +199,8 @@ def show(data: dict[str, Any]) -> None:
         f"{seconds(predicted)} were predicted from the stages' times; the busiest rank waited "
         f"{data['bubble']:.0%} of it"
     )
+    for told in data.get("incidents", ()):
+        print_text(f"mended: {told}")
     for link in data["links"]:
         size = amount_text(link["bytes"], "bytes")
         print_text(f"stage {link['from']} gave {size} to stage {link['to']}")

@@ -22,7 +22,7 @@ from dfc.cli.options import (
     load_used,
 )  # fmt: skip
 from dfc.cli.replay import is_reproducer, replay_folder
-from dfc.errors import DfcError
+from dfc.errors import DfcError, did_you_mean
 
 if TYPE_CHECKING:
     from dfc.cli.progress import Progress
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dfc.ir.graph import Graph
 
 _FORMATS = (".npz", ".safetensors")
+PLACES = ("threads", "processes", "torchrun")
 
 
 def run(
@@ -56,7 +57,13 @@ def run(
         typer.Option(
             "--pipeline",
             metavar="N|plan",
-            help="Run on threads, as N stages of equal time, or as `partition` planned it.",
+            help="Run as N stages of equal time, or as `partition` planned it.",
+        ),
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on", metavar="WHERE", help=f"What a pipeline's stages run on: {', '.join(PLACES)}."
         ),
     ] = None,
     microbatches: Annotated[
@@ -80,6 +87,8 @@ def run(
       dfc run encoder.dfcpkg --size B=32,S=16 --pipeline 2 --trace step.json
       dfc run encoder.dfcpkg --pipeline plan -m 16
       dfc run encoder.dfcpkg --pipeline 2 --engine eager,onnxruntime
+      dfc run encoder.dfcpkg --size B=32,S=16 --pipeline 2 --on processes
+      torchrun --nproc-per-node 2 -m dfc.cli run encoder.dfcpkg --pipeline 2 --on torchrun
       dfc run encoder.stages inputs.npz -m 4
       dfc run ~/.cache/dfc/reproducers/repro-3b7c8078b5821b62
 
@@ -94,6 +103,7 @@ def run(
     from dfc.cli.outputs import require_writable
     from dfc.cli.progress import Progress
 
+    check_place(on, pipeline, use)
     load_used(use)
     if is_reproducer(model):
         raise typer.Exit(replay_folder(model, as_json))
@@ -101,7 +111,10 @@ def run(
     if output and Path(output).suffix not in _FORMATS:
         raise DfcError("D056", f"`{output}` ends with neither {' nor '.join(_FORMATS)}")
     with Progress() as say:
-        job = _Job(inputs, random, size, seed, engine, device, microbatches, trace, force, say)
+        job = _Job(
+            inputs, random, size, seed, engine, device, microbatches, on or PLACES[0], trace, force,
+            say,
+        )  # fmt: skip
         ran = job.run(model, pipeline)
         named = dict(zip(output_names(ran.graph), ran.results, strict=True))
         if output:
@@ -138,6 +151,30 @@ def run(
         print_text(f"wrote {output}")
 
 
+def check_place(on: str | None, stages: str | None, use: list[str] | None) -> None:
+    """Whether a pipeline can run there, before anything is loaded.
+
+    Raises:  DfcError Q006 for what does not go together, N057 for a world of another size.
+    """
+    if on is None:
+        return
+    if on not in PLACES:
+        help = did_you_mean(on, PLACES) or f"there are {', '.join(PLACES)}"
+        raise DfcError("Q006", f"`{on}` is nothing that a pipeline runs on", help=help)
+    if stages is None:
+        help = "say into how many stages: --pipeline 2"
+        raise DfcError("Q006", "--on is for pipelines", help=help)
+    if on == "processes" and use:
+        help = "run it on threads, or on torchrun, whose processes all load it"
+        raise DfcError("Q006", "the processes of ranks do not load what --use names", help=help)
+    if on == "torchrun":
+        from dfc.runtime.pipeline.torchrun import World, check_world
+
+        world, count = World(), _count(stages)
+        if count is not None:  # a plan's ranks are known when it is read
+            check_world(count, world.size)
+
+
 @dataclass
 class _Ran:
     """What was run, on what, and what came out."""
@@ -160,6 +197,7 @@ class _Job:
     engine: str | None
     device: str
     microbatches: int | None
+    on: str
     trace: str | None
     force: bool
     say: Progress
@@ -206,9 +244,13 @@ class _Job:
         from dfc.cli.pipelined import run_pipelined
 
         names = engines if len(engines) > 1 else [compiled.engine.name]
-        results, measured = run_pipelined(
-            compiled, given, stages, self.microbatches, names, self.trace, self.force, self.say
-        )
+        found = run_pipelined(
+            compiled, given, stages, self.microbatches, names, self.on, self.trace, self.force,
+            self.say,
+        )  # fmt: skip
+        if found is None:
+            raise typer.Exit()  # the process of rank 0 tells what came out
+        results, measured = found
         return _Ran(compiled.graph, ", ".join(names), self.origin, results, measured)
 
     def stages(self, folder: str, stages: str | None) -> _Ran:

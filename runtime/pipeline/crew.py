@@ -231,4 +231,4 @@ def lost_error(reasons: Mapping[int, str], waiting: Sequence[str]) -> DfcError:
     who = ", ".join(f"rank {r}" for r in sorted(reasons))
     while_ = f" while {' and '.join(waiting)}" if waiting else ""
     why = "; ".join(dict.fromkeys(reasons.values()))
-    return DfcError("K055", f"{who} lost{while_}: {why}")
+    return DfcError("K058", f"{who} lost{while_}: {why}")

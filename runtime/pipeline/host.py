@@ -67,7 +67,7 @@ class ProcessLanes:
     def step(self, program: Program, given: Sequence[Values]) -> Step:
         """Run a program; `given` holds the host's values for each microbatch.
 
-        Raises:  DfcError K050 for an action that fails, K051 once closed, K055 for a rank that is
+        Raises:  DfcError K050 for an action that fails, K051 once closed, K058 for a rank that is
                  lost for good, N054 for a program that is not of these ranks.
         """
         with self._lock:
@@ -109,7 +109,7 @@ class ProcessLanes:
     def ready(self) -> None:
         """Every rank there, loaded and linked.
 
-        Raises:  DfcError K055, K056.
+        Raises:  DfcError K058, K056.
         """
         tries = 0
         while True:
@@ -275,7 +275,7 @@ class ProcessLanes:
     def _mourn(self, lost: RankLost, raises: bool) -> None:
         """End lost ranks, let all others give up, and tell what happened.
 
-        Raises:  DfcError K055.
+        Raises:  DfcError K058.
         """
         if self._closed:
             raise DfcError("K051", "the pipeline is closed")

@@ -92,6 +92,11 @@ class Pipeline:
         ]
         return Lanes(self.edges, stage_runner(self.stages, runners), self.threads)
 
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that calls; others of a launcher serve it."""
+        return True
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run a batch in microbatches, whose sizes differ by one item at most.
 

@@ -33,7 +33,7 @@ class Processes(Pipeline):
     Needs:   a graph with a dynamic batch dimension, unless every call is one microbatch.
     Ensures: results equal those of the stages run one after another on the same microbatches; all
              processes end with the pipeline, or with this process.
-    Raises:  DfcError K055 for a rank that is lost for good, K056 for one that does not start.
+    Raises:  DfcError K058 for a rank that is lost for good, K056 for one that does not start.
     """
 
     def __init__(

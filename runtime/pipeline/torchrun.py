@@ -51,14 +51,14 @@ class World:
 
     def __init__(self) -> None:
         """
-        Raises:  DfcError N056 for a process that torchrun did not start.
+        Raises:  DfcError N057 for a process that torchrun did not start.
         """
         try:
             self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
         except (KeyError, ValueError):
             raise DfcError(
-                "N056", "this process was not started by torchrun: RANK and WORLD_SIZE are not set",
+                "N057", "this process was not started by torchrun: RANK and WORLD_SIZE are not set",
                 help="torchrun --nproc-per-node 2 -m dfc.cli run MODEL --pipeline 2 --on torchrun",
                 status=2,
             ) from None  # fmt: skip
@@ -111,13 +111,13 @@ class World:
     def same(self, what: Mapping[str, str]) -> None:
         """Compare what every rank has.
 
-        Raises:  DfcError N055 that names the first that differs; K055 for one that did not come.
+        Raises:  DfcError N055 that names the first that differs; K058 for one that did not come.
         """
         self.put(f"has/{self.rank}", dict(what))
         for rank in range(self.size):
             found = self.get(f"has/{rank}", _MEETING)
             if found is None:
-                raise DfcError("K055", f"rank {rank} did not come in {_MEETING:.0f} s")
+                raise DfcError("K058", f"rank {rank} did not come in {_MEETING:.0f} s")
             for name, mine in what.items():
                 if found.get(name) != mine:
                     raise DfcError(
@@ -134,11 +134,11 @@ def _short(x: Any) -> str:
 
 def check_world(ranks: int, size: int) -> None:
     """
-    Raises:  DfcError N056 for another number of processes than the plan has ranks.
+    Raises:  DfcError N057 for another number of processes than the plan has ranks.
     """
     if ranks != size:
         raise DfcError(
-            "N056", f"the plan has {ranks} ranks, but there are {size} processes",
+            "N057", f"the plan has {ranks} ranks, but there are {size} processes",
             help=f"torchrun --nproc-per-node {ranks}, or --nnodes times --nproc-per-node", status=2,
         )  # fmt: skip
 
@@ -146,8 +146,8 @@ def check_world(ranks: int, size: int) -> None:
 class Launched(Pipeline):
     """One graph's stages in the processes of a launcher; made by each of them alike.
 
-    Raises:  DfcError N056 for a world of another size than the plan, N055 for ranks with other
-             plans or versions, K055 for a rank that does not come or is lost.
+    Raises:  DfcError N057 for a world of another size than the plan, N055 for ranks with other
+             plans or versions, K058 for a rank that does not come or is lost.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Launched(Pipeline):
     def serve(self) -> None:
         """What every rank but the first does: steps, until the first one closes.
 
-        Raises:  DfcError K050 for an action that fails, K055 for a rank that is lost.
+        Raises:  DfcError K050 for an action that fails, K058 for a rank that is lost.
         """
         self._ranks.serve()
 
@@ -202,7 +202,7 @@ class LaunchedRanks:
     def step(self, program: Program, given: Sequence[Values]) -> Step:
         """Run a program, on rank 0; `given` holds the host's values for each microbatch.
 
-        Raises:  DfcError K050, K051, K055; N054 for a program that is not of these ranks.
+        Raises:  DfcError K050, K051, K058; N054 for a program that is not of these ranks.
         """
         if self._failed or self._ended.is_set():
             raise DfcError("K051", "the pipeline is closed, or has failed before")
@@ -238,7 +238,7 @@ class LaunchedRanks:
     def serve(self) -> None:
         """Steps as rank 0 says, until it closes.
 
-        Raises:  DfcError K050, K055.
+        Raises:  DfcError K050, K058.
         """
         while True:
             self._steps += 1
@@ -275,7 +275,7 @@ class LaunchedRanks:
         except DfcError as e:
             said: Message = {"did": "failed", "code": e.code, "message": e.message}
         except (LinkLost, Abandoned) as e:
-            said = {"did": "failed", "code": "K055", "message": self._lost(e)}
+            said = {"did": "failed", "code": "K058", "message": self._lost(e)}
         else:
             spans = [[int(a.kind), a.stage, a.microbatch, s, t] for a, s, t in done.spans]
             said = {"did": "done", "spans": spans, "sent": sorted(done.sent.items())}
@@ -302,7 +302,7 @@ class LaunchedRanks:
     def _collect(self, events: SimpleQueue[Message], results: list[Numbered]) -> None:
         """Results, and this process's own row, until all are there.
 
-        Raises:  DfcError K050, K055, of this rank or of another.
+        Raises:  DfcError K050, K058, of this rank or of another.
         """
         own = False
         wanted = [n for e in self.wiring.edges if e.target == HOST for n in e.values]
@@ -326,10 +326,10 @@ class LaunchedRanks:
         while time.monotonic() < until:
             for rank in range(self.world.size):
                 found = self.world.peek(f"done/{self._steps}/{rank}")
-                if found is not None and found["did"] == "failed" and found["code"] != "K055":
+                if found is not None and found["did"] == "failed" and found["code"] != "K058":
                     return DfcError(found["code"], found["message"])
             time.sleep(0.05)
-        return DfcError(event.get("code", "K055"), event.get("message") or self._told(event))
+        return DfcError(event.get("code", "K058"), event.get("message") or self._told(event))
 
     def _others(self, number: int, sent: dict[int, int]) -> tuple[list[Span], dict[int, int]]:
         """Times and bytes of all ranks."""
@@ -337,7 +337,7 @@ class LaunchedRanks:
         for rank in range(self.world.size):
             found = self.world.get(f"done/{number}/{rank}", self.deadline)
             if found is None or found["did"] != "done":
-                raise DfcError("K055", f"rank {rank} did not end its step: {found}")
+                raise DfcError("K058", f"rank {rank} did not end its step: {found}")
             for kind, stage, b, start, end in found["spans"]:
                 spans.append(Span(Action(Kind(kind), stage, b), rank, start, end))
             sent.update({int(e): n for e, n in found["sent"]})
@@ -388,7 +388,7 @@ class LaunchedRanks:
             t.join()
         if failed:
             raise DfcError(
-                "K055", f"the links of rank {self.world.rank} cannot be made: {failed[0]}"
+                "K058", f"the links of rank {self.world.rank} cannot be made: {failed[0]}"
             )
         return made[self.world.rank], made.get(HOST)
 

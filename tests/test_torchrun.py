@@ -1,0 +1,173 @@
+"""Pipelines whose ranks a launcher started: the same results, and what is wrong told before."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dfc
+from dfc.cli import main
+from dfc.errors import DfcError
+from dfc.runtime.pipeline.torchrun import World
+from tests.test_pipeline import captured
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+def test_the_command_runs_under_torchrun_as_on_threads(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    _, _, graph = captured("chain")
+    package = str(tmp_path / "chain.dfcpkg")
+    dfc.compile(graph, [torch.randn(6, 8)], engine="eager").save(package)
+    given = ["run", package, "--size", "B=11", "--pipeline", "2", "-m", "3"]
+    outputs = [str(tmp_path / f"{place}.safetensors") for place in ("threads", "torchrun")]
+    assert main([*given, "-o", outputs[0]]) == 0
+    launched = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dfc.cli",
+         *given, "--on", "torchrun", "--json", "-o", outputs[1]],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert launched.returncode == 0, launched.stderr
+    told = json.loads(launched.stdout)["pipeline"]  # of rank 0 alone
+    assert told["on"] == "torchrun" and [s["rank"] for s in told["stages"]] == [0, 1]
+    assert told["links"][0]["bytes"] > 0
+    a, b = (load_file(path) for path in outputs)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_command_runs_in_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, graph = captured("chain")
+    package, trace = str(tmp_path / "chain.dfcpkg"), tmp_path / "step.json"
+    dfc.compile(graph, [torch.randn(6, 8)], engine="eager").save(package)
+    given = ["run", package, "--size", "B=11", "--pipeline", "2", "-m", "3", "--on", "processes"]
+    assert main([*given, "--trace", str(trace), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["pipeline"]
+    assert told["on"] == "processes" and told["incidents"] == []
+    assert told["links"][0]["bytes"] > 0 and told["predicted_seconds"] < told["step_seconds"]
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert sum(e["ph"] == "X" and e["pid"] == 0 for e in events) == 2 * 3
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        (["--pipeline", "2", "--on", "proceses"], "did you mean `processes`?"),
+        (["--on", "processes"], "--on is for pipelines"),
+        (["--pipeline", "2", "--on", "torchrun"], "was not started by torchrun"),
+        (["--pipeline", "2", "--on", "processes", "--use", "ops.py"], "do not load what --use"),
+    ],
+)
+def test_what_does_not_go_together_is_told_before_anything_is_loaded(
+    given: list[str], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["run", "nothing.dfcpkg", *given]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_world_of_another_size_is_told_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main(["run", "nothing.dfcpkg", "--pipeline", "2", "--on", "torchrun"]) == 2
+    err = capsys.readouterr().err
+    assert "N057" in err and "the plan has 2 ranks, but there are 4 processes" in err
+
+
+class _Shared(World):
+    """A rank of a world whose store is in this process."""
+
+    def __init__(self, rank: int, store: Any) -> None:
+        self.rank, self.size, self.one_host = rank, 2, True
+        self._shared = store
+
+    @property
+    def store(self) -> Any:
+        return self._shared
+
+
+@pytest.mark.parametrize("differs", ["plan", "torch"])
+def test_ranks_with_other_plans_or_versions_are_told_apart(differs: str) -> None:
+    store = torch.distributed.HashStore()
+    has = {"torch": "2.13", "plan": "a" * 64}
+    told: list[str] = []
+
+    def meet(rank: int, what: dict[str, str]) -> None:
+        try:
+            _Shared(rank, store).same(what)
+        except DfcError as e:
+            told.append(f"{e.code} {e.message}")
+
+    ranks = [
+        threading.Thread(target=meet, args=(0, has)),
+        threading.Thread(target=meet, args=(1, {**has, differs: "other"})),
+    ]
+    for t in ranks:
+        t.start()
+    for t in ranks:
+        t.join(timeout=20)
+    mine = has[differs][:16]
+    assert sorted(told) == [
+        f"N055 rank 0 has {differs} {mine}, rank 1 has other",
+        f"N055 rank 1 has {differs} other, rank 0 has {mine}",
+    ]
+
+
+_SCRIPT = """
+from tests.test_processes import heavy, leaves, one_by_one, stages
+from dfc.runtime.pipeline.torchrun import Launched
+import torch
+graph, args = heavy()
+with Launched(graph, stages(graph, 2), microbatches=16, threads=2) as pipeline:
+    if pipeline.leads:
+        for f, x in zip(leaves(pipeline(*args)), one_by_one(graph, pipeline, list(args))):
+            assert torch.equal(f, x)
+        print("equal", flush=True)
+        while True:
+            pipeline(*args)
+    pipeline.serve()
+"""
+
+
+def test_a_lost_rank_is_named_by_those_that_wait() -> None:
+    """Without torchrun, which would end the others: the ranks themselves notice."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", _SCRIPT], cwd=ROOT, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+            env=environment(RANK=str(r), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                            MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    try:
+        assert ranks[0].stdout is not None
+        assert ranks[0].stdout.readline() == "equal\n"
+        time.sleep(0.3)
+        ranks[1].send_signal(signal.SIGKILL)
+        _, err = ranks[0].communicate(timeout=30)
+        assert ranks[0].returncode == 1
+        assert "K058" in err and "lost" in err and "rank 1" in err, err
+    finally:
+        for r in ranks:
+            r.kill()
+            r.communicate(timeout=10)
