@@ -210,6 +210,25 @@ def onnx_stages(each: int = 96) -> None:
     say(f"  over the pipeline in PyTorch: {ratio(took['torch'], took['stages'])} (goal 0.9)")
 
 
+def one_gpu(each: int = 4096) -> None:
+    """Four stages on streams of one device, beside the unsplit graph on the same microbatches."""
+    graph, x = traced(each, width=4096)
+    x = x.cuda()
+    whole = find_engine("eager").build(graph, "cuda")
+    nodes = list(graph.nodes)
+    placed = {n: i * 4 // len(nodes) for i, n in enumerate(nodes)}
+
+    def unsplit() -> None:
+        for part in x.split(each):
+            whole([part])
+        torch.cuda.synchronize()
+
+    with Pipeline(graph, placed, microbatches=M, devices="cuda:0") as pipeline:
+        took = alternating({"unsplit": unsplit, "stages": lambda: pipeline.run_flat([x])})
+    say(f"Four stages on one {torch.cuda.get_device_name()} over the unsplit graph (goal 1.02)")
+    say(f"  {ratio(took['stages'], took['unsplit'])} times as long")
+
+
 def chunks(each: int = 96) -> None:
     """Two stages a rank, as schedules with chunks have them."""
     graph, x = traced(each)
@@ -235,6 +254,8 @@ def main() -> None:
     buckets()
     onnx_stages()
     steps()
+    if torch.cuda.is_available():
+        one_gpu()
     for file in sys.argv[1:]:
         Path(file).write_text("\n".join(_out) + "\n")
 

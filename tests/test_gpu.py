@@ -125,3 +125,71 @@ def test_layers_in_eight_bit_floats_run_on_tensor_cores(dtype):
     assert any(n.target is linear_f8 for n in module.graph.nodes)
     (got,), (want,) = module(x.cuda()), interpret(graph, [x.float()], double=True)
     torch.testing.assert_close(got.cpu().double(), want, rtol=2e-2, atol=2e-2)
+
+
+# Pipelines over streams
+
+
+class _Skips(torch.nn.Module):
+    """Layers whose first result is read again by the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = x = torch.relu(self.layers[0](x))
+        for layer in list(self.layers)[1:]:
+            x = torch.relu(layer(x))
+        return x + first
+
+
+def _pipelined(devices, engine="eager", microbatches=4):
+    from dfc.runtime.pipeline.local import Pipeline
+
+    model = _Skips().eval()
+    dim = torch.export.Dim("B", min=1, max=4096)
+    graph = dfc.trace(model, (torch.randn(8, 64),), dynamic_shapes=({0: dim},))
+    nodes = list(graph.nodes)
+    each = -(-len(nodes) // len(devices))
+    placed = {n: i // each for i, n in enumerate(nodes)}
+    made = Pipeline(graph, placed, devices=devices, engine=engine, microbatches=microbatches)
+    return model, made
+
+
+@pytest.mark.parametrize(
+    "devices",
+    [["cuda:0"] * 4, ["cpu", "cuda:0"], ["cuda:0", "cpu", "cuda:0"], ["cuda:0", "cuda:1"]],
+    ids=",".join,
+)
+def test_ranks_on_streams_give_what_the_model_gives(devices):
+    if "cuda:1" in devices and torch.cuda.device_count() < 2:
+        pytest.skip("one device")
+    model, pipeline = _pipelined(devices)
+    with pipeline, torch.no_grad():
+        for size in (4, 33, 1024, 7):
+            x = torch.randn(size, 64)
+            for given in (x, x.to("cuda:0")):
+                torch.testing.assert_close(pipeline(given).cpu(), model(x), rtol=1e-4, atol=1e-4)
+        report = pipeline.report()
+        assert all(0 <= s.start <= s.end for s in report.step.spans)
+
+
+def test_a_value_on_one_device_is_handed_over_where_it_lies():
+    from dfc.runtime.pipeline.streams import Streams
+
+    streams, x = Streams(["cuda:0", "cuda:0"]), torch.randn(8, device="cuda:0")
+    with streams.step():
+        parcel = streams.send(0, 1, {"x": x})
+        assert parcel.values["x"].data_ptr() == x.data_ptr() and len(parcel.ready) == 1
+
+
+def test_onnxruntime_stages_on_cuda_keep_order_with_streams():
+    if not _onnxruntime_has_cuda():
+        pytest.skip("this ONNX Runtime has no CUDA provider")
+    model, pipeline = _pipelined(["cuda:0", "cuda:0"], ["eager", "onnxruntime"])
+    with pipeline, torch.no_grad():
+        for _ in range(5):
+            x = torch.randn(256, 64)
+            torch.testing.assert_close(pipeline(x).cpu(), model(x), rtol=1e-2, atol=1e-2)

@@ -63,6 +63,10 @@ class Step:
 class Carrier(Protocol):
     """How values come from one rank to another. HOST is whoever calls."""
 
+    def step(self) -> AbstractContextManager[Any]:
+        """What holds in the caller's thread from the start of a step until all ranks are done."""
+        ...
+
     def lane(self, rank: int) -> AbstractContextManager[Any]:
         """What holds on a rank's thread as long as it lives."""
         ...
@@ -72,12 +76,15 @@ class Carrier(Protocol):
         ...
 
     def receive(self, source: int, target: int, parcel: Any) -> Values:
-        """Called where the values are used."""
+        """Called where the values are used; for HOST in the caller's thread, at the end."""
         ...
 
 
 class SharedMemory:
     """Lanes of one memory: nothing is copied."""
+
+    def step(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def lane(self, rank: int) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -141,9 +148,11 @@ class Lanes:
             if self._closed:
                 raise DfcError("K051", "the pipeline is closed")
             job = _Job(self, self._routes_of(program, len(given)), given)
-            for work in self._work:
-                work.put(job)
-            return job.wait()
+            with self.carrier.step():
+                for work in self._work:
+                    work.put(job)
+                job.wait()
+            return job.over()
 
     def _routes_of(self, program: Program, given: int) -> Routes:
         if len(program.ranks) != len(self._threads) or program.microbatches != given:
@@ -194,7 +203,7 @@ class _Job:
     def __init__(self, lanes: Lanes, routes: Routes, given: Sequence[Values]) -> None:
         self.run, self.carrier = lanes.run, lanes.carrier
         self.routes, self.given = routes, given
-        self.results: list[dict[Any, Any]] = [{} for _ in given]
+        self.results: list[list[tuple[int, Any]]] = [[] for _ in given]  # parcels, and whose
         ranks = range(len(routes.ranks))
         self.spans: list[list[Span]] = [[] for _ in ranks]
         self.sent = [0] * len(routes.edges)
@@ -204,7 +213,7 @@ class _Job:
         self.done: SimpleQueue[int] = SimpleQueue()
         self.began = time.perf_counter()
 
-    def wait(self) -> Step:
+    def wait(self) -> None:
         left = len(self.routes.ranks)
         try:
             while left:
@@ -215,10 +224,18 @@ class _Job:
                 self.stop()
         if self.failure is not None:
             raise self.failure
+
+    def over(self) -> Step:
         seconds = time.perf_counter() - self.began
         spans = [s for of_rank in self.spans for s in of_rank]
         sent = dict(zip(self.routes.edges, self.sent, strict=True))
-        return Step(self.results, spans, seconds, sent)
+        results: list[dict[Any, Any]] = []
+        for parcels in self.results:
+            found: dict[Any, Any] = {}
+            for rank, parcel in parcels:
+                found.update(self.carrier.receive(rank, HOST, parcel))
+            results.append(found)
+        return Step(results, spans, seconds, sent)
 
     def stop(self) -> None:
         """Wake every rank that waits."""
@@ -284,7 +301,7 @@ class _Job:
             to = HOST if edge.target == HOST else placement[edge.target]
             parcel = self.carrier.send(rank, to, values)
             if to == HOST:
-                self.results[b].update(self.carrier.receive(rank, HOST, parcel))
+                self.results[b].append((rank, parcel))
             elif to == rank:
                 held[e, b] = parcel
             else:

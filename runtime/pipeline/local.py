@@ -17,6 +17,7 @@ from dfc.runtime.engines import find_engine
 from dfc.runtime.pipeline.lanes import Lanes, Step, Values
 from dfc.runtime.pipeline.reporting import Report, report_of
 from dfc.runtime.pipeline.routes import stage_edges
+from dfc.runtime.pipeline.streams import Streams, on_stream
 
 
 def thread_shares(total: int, loads: Sequence[float]) -> list[int]:
@@ -47,8 +48,9 @@ class Pipeline:
 
     `placement[s]` is the rank, and so the thread, of stage s: by default each has its own. Each
     stage may have an engine of its own, or `build` makes what runs it from its number, its graph
-    and its threads. `threads` are those of all ranks together, or of each. `program` makes the
-    program for a number of microbatches.
+    and its threads. `threads` are those of all ranks together, or of each. `devices` are those of
+    the ranks: `cpu`, `cuda:0`, ...; results lie where they were made. `program` makes the program
+    for a number of microbatches.
     Needs:   a graph with a dynamic batch dimension, unless every call is one microbatch.
     Ensures: results equal those of the stages run one after another on the same microbatches.
     """
@@ -63,6 +65,7 @@ class Pipeline:
         microbatches: int = 8,
         threads: int | Sequence[int] | None = None,
         placement: Sequence[int] | None = None,
+        devices: str | Sequence[str] = "cpu",
         program: Callable[[int], Program] | None = None,
         build: Callable[[int, StageGraph, int], Runner] | None = None,
     ) -> None:
@@ -70,7 +73,8 @@ class Pipeline:
         self.stages: list[StageGraph] = split(graph, stage_of)
         self.placement = _checked(placement, len(self.stages))
         self.threads = _threads(threads, self.placement)
-        self.engines = _one_each(engine, len(self.stages))
+        self.engines = _one_each(engine, len(self.stages), "engines", "stages")
+        self.devices = _one_each(devices, len(self.threads), "devices", "ranks")
         self.microbatches = microbatches
         self.batch = batch or batch_of(graph)
         self._dims = {v: batch_dim(v, self.batch) for v in graph.inputs}
@@ -78,11 +82,13 @@ class Pipeline:
         self._programs: dict[int, Program] = {}
         self.edges = stage_edges(self.stages, graph.outputs)
         self._build = build or self._on_engine
+        self._streams: Streams | None = None  # where a rank is on a CUDA device
         self._lanes = self._start()
         self.last: tuple[Program, Step] | None = None
 
     def _on_engine(self, index: int, stage: StageGraph, threads: int) -> Runner:
-        return find_engine(self.engines[index]).build(stage.graph, "cpu", threads)
+        name, device = self.engines[index], self.devices[self.placement[index]]
+        return on_stream(name, find_engine(name).build(stage.graph, device, threads), device)
 
     def _start(self) -> Runs:
         """What runs programs: here threads of this process."""
@@ -90,7 +96,12 @@ class Pipeline:
             self._build(i, s, self.threads[rank])
             for i, (s, rank) in enumerate(zip(self.stages, self.placement, strict=True))
         ]
-        return Lanes(self.edges, stage_runner(self.stages, runners), self.threads)
+        run = stage_runner(self.stages, runners)
+        if all(d == "cpu" for d in self.devices):
+            return Lanes(self.edges, run, self.threads)
+        self._streams = Streams(self.devices)
+        paced = self._streams.paced(run, self.placement)
+        return Lanes(self.edges, paced, self.threads, self._streams)
 
     @property
     def leads(self) -> bool:
@@ -115,7 +126,7 @@ class Pipeline:
         if program is None:
             program = self._programs[len(parts)] = self._program(len(parts))
         step = self._lanes.step(program, parts)
-        self.last = program, step
+        self.last = program, self._streams.timed(step) if self._streams else step
         pairs = list(zip(step.results, parts, strict=True))
         return [
             joined([_value(out, made, part) for made, part in pairs], dim)
@@ -196,12 +207,12 @@ def _threads(given: int | Sequence[int] | None, placement: Sequence[int]) -> lis
     return list(given)
 
 
-def _one_each(engine: str | Sequence[str], stages: int) -> list[str]:
-    if isinstance(engine, str):
-        return [engine] * stages
-    if len(engine) != stages:
-        raise DfcError("N053", f"{len(engine)} engines are given for {stages} stages")
-    return list(engine)
+def _one_each(given: str | Sequence[str], count: int, what: str, of: str) -> list[str]:
+    if isinstance(given, str):
+        return [given] * count
+    if len(given) != count:
+        raise DfcError("N053", f"{len(given)} {what} are given for {count} {of}")
+    return list(given)
 
 
 def _value(out: Value, made: Mapping[Any, Any], given: Mapping[Value, Any]) -> Any:

@@ -1,0 +1,205 @@
+"""Ranks on CUDA devices: each computes on a stream of its own, and copies in and out on two more.
+
+Nothing waits on the host: what a value depends on goes with it as events, which the reader's stream
+waits for. On one device a value is handed over where it lies. A rank queues no more than AHEAD
+actions before the device has done the first of them, so that memory stays bounded; a step is over
+when the devices are done. Spans are the devices' own times.
+
+Source:  the CUDA semantics notes of PyTorch; memory of another stream is guarded by
+         `Tensor.record_stream`, since a value has readers on several streams.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from dfc.planning.actions import Action
+from dfc.planning.engine import Runner
+from dfc.planning.stages import HOST
+from dfc.runtime.pipeline.lanes import Run, Step, Values
+
+if TYPE_CHECKING:
+    import torch
+
+AHEAD = 4  # actions of a rank that are queued and not done
+_ON_TORCHS_STREAM = ("eager", "inductor")  # engines that use the stream that PyTorch is at
+
+
+@dataclass
+class Parcel:
+    """Values, and the events after which they may be read."""
+
+    values: dict[Any, Any]
+    ready: list[Any]
+
+
+class Streams:
+    """The carrier of ranks of which some are on CUDA devices.
+
+    `devices[r]` is the device of rank r: `cpu`, `cuda:0`, ... HOST is the caller's stream of each
+    device; what it is given lies where it was made.
+    """
+
+    def __init__(self, devices: Sequence[str]) -> None:
+        import torch
+
+        self.devices = [torch.device(d) for d in devices]
+        self.cuda = sorted({d for d in self.devices if d.type == "cuda"}, key=str)
+        self.compute, self.copy_in, self.copy_out = (
+            [_stream(d) if d.type == "cuda" else None for d in self.devices] for _ in range(3)
+        )
+        self._began: dict[Any, Any] = {}  # an event of the caller's stream, by device
+        self._timed: dict[Action, tuple[Any, Any, Any]] = {}
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around a step, in the caller's thread."""
+        import torch
+
+        self._timed.clear()
+        for device in self.cuda:
+            with torch.cuda.device(device):
+                self._began[device] = torch.cuda.current_stream().record_event(_clock())
+        yield
+        for stream in self.compute:
+            if stream is not None:
+                stream.synchronize()
+
+    @contextmanager
+    def lane(self, rank: int) -> Iterator[None]:
+        import torch
+
+        stream = self.compute[rank]
+        if stream is None:
+            yield
+            return
+        with torch.cuda.device(self.devices[rank]), torch.cuda.stream(stream):
+            yield
+
+    def send(self, source: int, target: int, values: Values) -> Parcel:
+        stream = None if source == HOST else self.compute[source]
+        ready = list(self._began.values()) if source == HOST else []
+        if stream is not None:
+            ready.append(stream.record_event())
+        parcel = Parcel(dict(values), ready)
+        if target != HOST:
+            for name, x in values.items():
+                parcel.values[name] = self._moved(x, source, target, parcel.ready)
+        return parcel
+
+    def _moved(self, x: Any, source: int, target: int, ready: list[Any]) -> Any:
+        """A value on the target's device; the event of the copy is added to what is to wait for."""
+        import torch
+
+        to = self.devices[target]
+        if not isinstance(x, torch.Tensor) or x.device == to:
+            return x
+        stream = self._copying(x.device, source, target)
+        if stream is None:  # the caller's, on a device that no rank of this copy has
+            for event in ready:
+                event.synchronize()
+            return x.to(to)
+        with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+            for event in ready:
+                stream.wait_event(event)
+            if to.type == "cpu":
+                moved = torch.empty_like(x, device="cpu", pin_memory=True)
+                moved.copy_(x, non_blocking=True)
+            else:
+                moved = (x.pin_memory() if x.device.type == "cpu" else x).to(to, non_blocking=True)
+            if x.device.type == "cuda":
+                x.record_stream(stream)
+            ready.append(stream.record_event())
+        return moved
+
+    def _copying(self, at: torch.device, source: int, target: int) -> torch.cuda.Stream | None:
+        """The stream of a copy: out of the device where the value is, or into the target's."""
+        if at.type == "cpu":
+            return self.copy_in[target]
+        return None if source == HOST else self.copy_out[source]
+
+    def receive(self, source: int, target: int, parcel: Any) -> Values:
+        import torch
+
+        if target != HOST and self.compute[target] is None:
+            for event in parcel.ready:
+                event.synchronize()
+            return dict(parcel.values)
+        readers = self.cuda if target == HOST else [self.devices[target]]
+        for device in readers:
+            stream = torch.cuda.current_stream(device)
+            for event in parcel.ready:
+                stream.wait_event(event)
+            for x in parcel.values.values():
+                if isinstance(x, torch.Tensor) and x.device == device:
+                    x.record_stream(stream)
+        return dict(parcel.values)
+
+    def paced(self, run: Run, placement: Sequence[int]) -> Run:
+        """A run that measures on the device, and is never more than AHEAD actions before it."""
+
+        queued: list[deque[Any]] = [deque() for _ in self.devices]
+
+        def paced_run(action: Action, values: Values) -> Values:
+            rank = placement[action.stage]
+            stream = self.compute[rank]
+            if stream is None:
+                return run(action, values)
+            start = stream.record_event(_clock())
+            made = run(action, values)
+            end = stream.record_event(_clock())
+            self._timed[action] = self.devices[rank], start, end
+            queued[rank].append(end)
+            if len(queued[rank]) > AHEAD:
+                queued[rank].popleft().synchronize()
+            return made
+
+        return paced_run
+
+    def timed(self, step: Step) -> Step:
+        """A step that is over, with the devices' times in place of when actions were queued."""
+        spans = []
+        for span in step.spans:
+            found = self._timed.get(span.action)
+            if found is not None:
+                device, start, end = found
+                began = self._began[device]
+                times = (began.elapsed_time(event) / 1e3 for event in (start, end))
+                span = replace(span, **dict(zip(("start", "end"), times, strict=True)))
+            spans.append(span)
+        return replace(step, spans=spans)
+
+
+def _stream(device: torch.device) -> Any:
+    import torch
+
+    make: Any = torch.cuda.Stream
+    return make(device)
+
+
+def _clock() -> Any:
+    """An event that knows when it was reached."""
+    import torch
+
+    make: Any = torch.cuda.Event
+    return make(enable_timing=True)
+
+
+def on_stream(engine: str, run: Runner, device: str) -> Runner:
+    """A runner whose kernels come after what was queued on PyTorch's stream before it."""
+    if not device.startswith("cuda") or engine.partition(":")[0] in _ON_TORCHS_STREAM:
+        return run
+
+    def waiting(inputs: Sequence[Any]) -> list[Any]:
+        import torch
+
+        # The engine has a stream and a memory of its own: what it reads must be there, and what
+        # it made before must have been copied.
+        torch.cuda.current_stream().synchronize()
+        return [x.clone() if isinstance(x, torch.Tensor) else x for x in run(inputs)]
+
+    return waiting
