@@ -6,6 +6,7 @@ value of each mutation. Parameters are attributes of the module and share the gr
 
 from __future__ import annotations
 
+import keyword
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -42,6 +43,8 @@ _SYMBOLIC: dict[str, Callable[..., Any]] = {
     "le": operator.le,
 }
 
+_SIZE_OF = torch.ops.aten.sym_size.int
+
 
 def to_fx(graph: Graph, device: str = "cpu", kernels: Kernels | None = None) -> fx.GraphModule:
     """The graph as a module on one device; `kernels` run the nodes that they take.
@@ -49,6 +52,12 @@ def to_fx(graph: Graph, device: str = "cpu", kernels: Kernels | None = None) -> 
     Raises:  DfcError K021 for a parameter without data.
     """
     return _Emitter(graph, device, {}, kernels or {}).module()
+
+
+def _python_name(name: str) -> str:
+    """A value's name as a parameter's: a stage may take what `__and__` made, `%and`."""
+    usable = name.isidentifier() and not keyword.iskeyword(name) and name != "self"
+    return name if usable else f"v{name}"
 
 
 class _Emitter:
@@ -68,7 +77,7 @@ class _Emitter:
         for name in self.outer:
             self.sizes[_symbol(name)] = self.fx.placeholder(name)
         for v in self.graph.inputs:
-            self.env[v] = self.fx.placeholder(v.name if v.name.isidentifier() else f"v{v.name}")
+            self.env[v] = self.fx.placeholder(_python_name(v.name))
         self.bind_inputs()
         for i, p in enumerate(self.graph.parameters.values()):
             if p.use_count:
@@ -106,7 +115,10 @@ class _Emitter:
         self.env[p] = self.fx.get_attr(name)
 
     def drop_unread(self) -> None:
-        """Let go of parameters that kernels have in a form of their own."""
+        """Let go of parameters that kernels have in a form of their own, and of unread sizes."""
+        for node in reversed([n for n in self.fx.nodes if n.target is _SIZE_OF]):
+            if not node.users:
+                self.fx.erase_node(node)
         for node in [n for n in self.fx.nodes if n.op == "get_attr" and not n.users]:
             self.fx.erase_node(node)
             delattr(self.root, node.target)
@@ -130,7 +142,7 @@ class _Emitter:
             self.solve(size, v, dim)
 
     def size_of(self, v: Value, dim: int) -> fx.Node:
-        return self.fx.call_function(torch.ops.aten.sym_size.int, (self.env[v], dim))
+        return self.fx.call_function(_SIZE_OF, (self.env[v], dim))
 
     def solve(self, size: Expr, v: Value, dim: int) -> None:
         """Bind the symbol of `a*x + b` from an actual size."""

@@ -3,8 +3,9 @@
 Time is the longer of computing and moving (the roofline), plus what starting a kernel takes, which
 differs by the operator's class. A matrix product of sides m, n and k is charged for one of m + g,
 n + g and k + g, where g is the device's grain: small sides leave it idle. Bytes that fit the cache
-move at its speed. Views are free where nobody measured them. Measured times take the place of all
-this where there are some.
+move at its speed. Convolutions change layouts before they compute, so their bytes come on top;
+small ones on a processor unfold their input and multiply instead, as PyTorch chooses. Views are
+free where nobody measured them. Measured times take the place of all this where there are some.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ VIEWS = frozenset([
     "flatten", "movedim", "swapaxes", "diagonal", "narrow", "_unsafe_view", "expand_as",
     "view_as", "unsafe_split", "lift_fresh", "numpy_T", "mT", "matrix_H",
 ])  # fmt: skip
-_EXPENSIVE = {"exp": 8, "gelu": 14, "erf": 10, "tanh": 10, "sigmoid": 10, "silu": 11, "softmax": 12,
-              "_softmax": 12, "log": 8, "pow": 10, "sin": 10, "cos": 10, "layer_norm": 8,
-              "native_layer_norm": 8, "rms_norm": 6, "group_norm": 8, "batch_norm": 4}  # fmt: skip
+_EXPENSIVE = {"exp": 8, "gelu": 14, "erf": 10, "tanh": 10, "sigmoid": 10, "silu": 11, "log": 8,
+              "pow": 10, "sin": 10, "cos": 10, "layer_norm": 8, "native_layer_norm": 8,
+              "rms_norm": 6, "group_norm": 8, "batch_norm": 4}  # fmt: skip
 
 _KINDS = {name: kind for kind, names in {
     "matmul": "linear matmul mm bmm mv addmm baddbmm dot einsum",
@@ -37,7 +38,8 @@ _KINDS = {name: kind for kind, names in {
     "attention": "scaled_dot_product_attention",
     "norm": "layer_norm native_layer_norm group_norm native_group_norm batch_norm rms_norm "
             "_native_batch_norm_legit_no_training instance_norm softmax _softmax log_softmax "
-            "_log_softmax mean var var_mean std max_pool2d avg_pool2d adaptive_avg_pool2d gelu",
+            "_log_softmax mean var var_mean std gelu max_pool1d max_pool2d avg_pool1d avg_pool2d "
+            "adaptive_avg_pool2d",
     "math": "exp erf tanh sigmoid silu log pow sin cos",
 }.items() for name in names.split()}  # fmt: skip
 
@@ -52,8 +54,9 @@ class Work:
     read: float
     written: float
     dtype: str  # what is computed in
-    kind: str = "plain"  # the class: view, matmul, conv, attention, norm, math or plain
+    kind: str = "plain"  # view, matmul, conv, unfold, attention, norm, math or plain
     sides: tuple[float, float, float] | None = None  # m, n, k of a matrix product
+    matrices: float = 1.0  # products of a batch, heads of attention
 
     @property
     def bytes(self) -> float:
@@ -61,7 +64,10 @@ class Work:
 
     def seconds(self, device: Device) -> float:
         """The time on a device, by its roofline."""
-        return max(self.computing(device), self.moving(device)) + self.launching(device)
+        computing, moving = self.computing(device), self.moving(device)
+        together = self.kind == "conv" and device.layout_bandwidth
+        work = computing + moving if together else max(computing, moving)
+        return work + self.launching(device)
 
     def computing(self, device: Device) -> float:
         """Seconds of arithmetic, small sides padded."""
@@ -73,10 +79,13 @@ class Work:
         return padded / device.rate(self.kind, self.dtype)
 
     def moving(self, device: Device) -> float:
+        if self.kind == "conv" and device.layout_bandwidth:
+            return self.bytes / device.layout_bandwidth
         return device.moving(self.bytes)
 
     def launching(self, device: Device) -> float:
-        return device.launching(self.kind)
+        more = self.matrices * device.each_matrix if self.matrices > 1 else 0.0
+        return device.launching(self.kind) + more
 
 
 def default_sizes(graph: Graph, given: Sizes | None = None) -> dict[str, int]:
@@ -123,7 +132,9 @@ def work_of(node: Node, sizes: Sizes) -> Work:
     read = sum(_read(node, v, sizes) for v in node.operands)
     written = sum(bytes_of(r, sizes) for r in node.results)
     sides = _SIDES[name](node, sizes) if name in _SIDES else None
-    return Work(_flops(node, name, sizes), read, written, dtype, _KINDS.get(name, "plain"), sides)
+    kind = "unfold" if _unfolds(node, name, sizes) else _KINDS.get(name, "plain")
+    matrices = _matrices(node, kind, sizes)
+    return Work(_flops(node, name, sizes), read, written, dtype, kind, sides, matrices)
 
 
 def _read(node: Node, value: Value, sizes: Sizes) -> float:
@@ -173,6 +184,20 @@ def _convolution(node: Node, sizes: Sizes) -> float:
     return 2 * prod(_shape(at, sizes)) * prod(weight[1:])
 
 
+def _pool(node: Node, sizes: Sizes) -> float:
+    """A window for each output; a maximum also remembers its place."""
+    window = node.attributes.get("kernel_size", (1,))
+    each = prod(window) if isinstance(window, tuple | list) else float(window)
+    return prod(_shape(node.results[0], sizes)) * each * (25 if "max" in node.op else 10)
+
+
+def _softmax(node: Node, sizes: Sizes) -> float:
+    """What an element takes, and what a row takes however short it is."""
+    shape = _shape(node.results[0], sizes)
+    elements, row = prod(shape), max(shape[-1], 1.0) if shape else 1.0
+    return 12 * elements + 600 * elements / row
+
+
 def _attention(node: Node, sizes: Sizes) -> float:
     """Scores and their product with the values."""
     q, k = _shape(node.inputs[0], sizes), _shape(node.inputs[1], sizes)
@@ -187,6 +212,8 @@ _COUNTED: Mapping[str, Callable[[Node, Sizes], float]] = {
     "convolution": _convolution, "conv1d": _convolution, "conv2d": _convolution,
     "conv3d": _convolution, "conv_transpose2d": _convolution,
     "scaled_dot_product_attention": _attention,
+    "softmax": _softmax, "_softmax": _softmax, "log_softmax": _softmax, "_log_softmax": _softmax,
+    **dict.fromkeys(("max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d"), _pool),
 }  # fmt: skip
 
 
@@ -200,14 +227,46 @@ def _matmul_sides(node: Node, sizes: Sizes) -> tuple[float, float, float]:
     return rows, out[-1] if out else 1.0, left[-1] if left else 1.0
 
 
+def _matrices(node: Node, kind: str, sizes: Sizes) -> float:
+    """How many products an operator is made of: of a batch, or of heads."""
+    name = node.op.split(".")[1] if "." in node.op else node.op
+    if kind != "attention" and name not in ("matmul", "bmm", "baddbmm"):
+        return 1.0
+    if kind != "attention" and len(_shape(node.inputs[-1], sizes)) < 3:
+        return 1.0
+    return prod(_shape(node.results[0], sizes)[:-2])
+
+
 def _attention_sides(node: Node, sizes: Sizes) -> tuple[float, float, float]:
     q, k = _shape(node.inputs[0], sizes), _shape(node.inputs[1], sizes)
     return q[-2], k[-2], q[-1]
 
 
+def _convolution_sides(node: Node, sizes: Sizes) -> tuple[float, float, float]:
+    """As the product of an unfolded input: places, filters, and what a filter sees."""
+    out, weight = _shape(node.results[0], sizes), _shape(node.inputs[1], sizes)
+    return prod(out) / max(out[1], 1.0), weight[0], prod(weight[1:])
+
+
+def _unfolds(node: Node, name: str, sizes: Sizes) -> bool:
+    """Whether PyTorch's processor kernels unfold instead of calling oneDNN, on one thread.
+
+    Source:  aten/src/ATen/native/Convolution.cpp, use_mkldnn.
+    """
+    if name != "conv2d":
+        return False
+    x, weight = _shape(node.inputs[0], sizes), _shape(node.inputs[1], sizes)
+    window, groups = weight[2:], node.attributes.get("groups", 1)
+    moves = [v for k in ("stride", "dilation") for v in node.attributes.get(k, ())]
+    is_product = all(v == 1 for v in (*moves, *window)) and x[0] < 16
+    is_small = groups == 1 and max(window) <= 3 and x[0] <= 1 and prod(x) <= 20480
+    return is_product or is_small
+
+
 _SIDES: Mapping[str, Callable[[Node, Sizes], tuple[float, float, float]]] = {
     **dict.fromkeys(("linear", "matmul", "mm", "bmm", "addmm", "baddbmm"), _matmul_sides),
     "scaled_dot_product_attention": _attention_sides,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution_sides),
 }
 
 

@@ -21,9 +21,10 @@ class Device:
     """One device. `peaks` are flops a second by dtype; f32's stands in for one that is missing.
 
     What a calibrated device also knows, by class of operator (`cost.work_of` names them): `rates`
-    in flops a second, f32; `launches` in seconds, where starting one takes longer or less long than
-    `launch`. `grain` is the side of a matrix with which half of the peak is reached. Up to `cache`
-    bytes of an operator move with `cache_bandwidth`.
+    in flops a second, f32; `launches` in seconds, where starting one does not take `launch`; each
+    matrix of a batch of products adds `each_matrix`. `grain` is the side of a matrix with which
+    half of the peak is reached. Up to `cache` bytes of an operator move with `cache_bandwidth`; a
+    convolution's change their layout with `layout_bandwidth`, 0 where that is part of computing.
     """
 
     name: str
@@ -40,6 +41,8 @@ class Device:
     cache_bandwidth: float = float("inf")
     price: float = 1.0  # of a second, in whatever money
     dtypes: tuple[str, ...] = ()  # what it can compute in; none: everything
+    layout_bandwidth: float = 0.0
+    each_matrix: float = 0.0
 
     def peak(self, dtype: str) -> float:
         """Flops a second in a dtype, of f32 for a dtype without a peak of its own.

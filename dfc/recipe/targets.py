@@ -20,8 +20,10 @@ RATES = {
     "peak_f64": "flops/s",
     "rate_conv": "flops/s", "rate_attention": "flops/s", "rate_math": "flops/s",
     "launch_view": "time", "launch_matmul": "time", "launch_conv": "time",
-    "launch_attention": "time", "launch_norm": "time",
-    "grain": "number", "cache": "bytes", "bw_cache": "bytes/s", "price": "number",
+    "launch_unfold": "time", "launch_attention": "time", "launch_norm": "time",
+    "launch_each": "time",
+    "grain": "number", "cache": "bytes", "bw_cache": "bytes/s", "bw_conv": "bytes/s",
+    "price": "number",
 }  # fmt: skip
 DEVICES: Mapping[str, Mapping[str, str]] = {
     "cpu": {"cores": "number", **RATES},

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import dfc.ops  # noqa: F401  # makes operators known to whoever reads graphs
 from dfc.ir.graph import Graph
 from dfc.lang.graph_parser import parse_graph
 
@@ -20,11 +21,12 @@ _TEXT = {
     "relu": "aten.relu.default({p})",
     "exp": "aten.exp.default({p})",
     "add": "aten.add.Tensor({p}, %a, alpha=1)",
-    "transpose": "aten.transpose.int({p}, dim0=0, dim1=1)",
-    "linear": "aten.linear.default({p}, %a, None)",
+    "transpose": "aten.transpose.int({p}, dim0=1, dim1=2)",
+    "view": "aten.view.default({p}, size={shape})",
+    "linear": "aten.linear.default({p}, %a, %b)",
     "mm": "aten.mm.default({p}, %a)",
     "conv": (
-        "aten.conv2d.default({p}, %a, None, stride=[1, 1], padding=[1, 1], "
+        "aten.conv2d.default({p}, %a, None, stride=[1, 1], padding=[{half}, {half}], "
         "dilation=[1, 1], groups=1)"
     ),
     "softmax": "aten.softmax.int({p}, dim=-1, dtype=None)",
@@ -41,23 +43,28 @@ _TEXT = {
 
 @dataclass(frozen=True)
 class Chain:
-    """Operators one after the other on one shape; `other` is the shape of what they all read."""
+    """Operators one after the other on one shape; `others` are the shapes of what they all read."""
 
     ops: tuple[str, ...]
     shape: tuple[int, ...]
-    other: tuple[int, ...] = ()
+    others: tuple[tuple[int, ...], ...] = ()
     length: int = 1
     dtype: str = "f32"
 
     def text(self) -> str:
         """The graph."""
         kind = f"{self.dtype}{list(self.shape)}"
-        other = f", %a: {self.dtype}{list(self.other)}" if self.other else ""
+        other = "".join(
+            f", %{name}: {self.dtype}{list(shape)}"
+            for name, shape in zip("ab", self.others, strict=False)
+        )
+        facts = {"n": self.shape[-1], "shape": list(self.shape)}
+        facts["half"] = self.others[0][-1] // 2 if self.others else 0
         lines, last = [], "%x"
         for i in range(self.length):
             for op in self.ops:
                 name = f"%{op}_{i}"
-                call = _TEXT[op].format(p=last, n=self.shape[-1])
+                call = _TEXT[op].format(p=last, **facts)
                 lines.append(f"  {name}: {kind} = {call}\n")
                 last = name
         body = "".join(lines)
@@ -78,7 +85,7 @@ class Chain:
         from dfc.runtime.engines import find_engine
 
         run = find_engine("eager").build(self.graph(), device)
-        inputs = [_values(s, self.dtype, device) for s in (self.shape, self.other) if s]
+        inputs = [_values(s, self.dtype, device) for s in (self.shape, *self.others)]
         wait = _waiting(device)
 
         def once() -> None:

@@ -1,0 +1,270 @@
+"""How well a calibrated target predicts what stages of the test zoo take, and what pipelines take.
+
+python benchmarks/predictions.py [MODEL ...] [--ops] [--target FILE] [--seconds N]
+
+The machine is measured first, with one thread, as `dfc calibrate --threads 1` does. Then models of
+the zoo, with their example's sizes and with a batch of 32, are cut in stages of equal predicted
+time; each stage runs alone on the eager engine, in turns with the others, and its median is held
+against the prediction. The error is exp(mean |log(predicted / measured)|) - 1. Pipelines of two
+stages are simulated with the stages' own measured times, and held against the step that
+threads take. `--ops` shows which operators are wrong, alone and summed by class.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import dfc
+from dfc.calling import flat_inputs
+from dfc.cli.inputs import random_inputs
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph, Node, Value
+from dfc.ir.interpret import bind_inputs, interpret
+from dfc.ir.slice import slice_graph
+from dfc.planning.cost import Work, work_of
+from dfc.planning.host import machine_text, this_machine
+from dfc.planning.machine import Device, Machine, Wire
+from dfc.planning.model import Wish
+from dfc.planning.pipeline import plan, stage_of
+from dfc.planning.schedules import schedule
+from dfc.planning.simulate import Costs, simulate
+from dfc.planning.stages import StageGraph, split
+from dfc.recipe.calibrated import target_text
+from dfc.recipe.machines import machine_of
+from dfc.recipe.sources import plan_of
+from dfc.runtime.calibrate.device import measure_device
+from dfc.runtime.calibrate.sampling import sample_all
+from dfc.runtime.engines import find_engine
+from dfc.runtime.pipeline.local import Pipeline
+from tests.zoo import cases
+
+MODELS = (  # noqa: SIM905
+    "resnet18 mobilenet_v2 efficientnet densenet shufflenet inception vgg unet conv1d_stack "
+    "transformer_encoder nano_gpt multihead_attention linear_attention dlrm graph_convolution "
+    "bert distilbert gpt2 llama qwen3 vit convnext t5_encoder whisper_encoder mixtral_batched"
+).split()
+BATCH = 32
+PIPELINES = ("vgg", "resnet18", "nano_gpt", "transformer_encoder", "vit", "bert")
+_TINY_S = 2e-5  # stages shorter than this are a few calls: not worth a device
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A traced model with the inputs that it is measured on."""
+
+    name: str
+    graph: Graph
+    inputs: list[Any]
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return bind_inputs(self.graph, self.inputs)
+
+
+def subjects(names: Iterable[str]) -> list[Subject]:
+    """Each model with its example, and with a batch of BATCH where its batch may vary."""
+    known, found = {c.name: c for c in cases()}, []
+    for name in names:
+        built = known[name].build()
+        graph = dfc.trace(
+            built.model, built.args, built.kwargs, dynamic_shapes=built.dynamic_shapes
+        )
+        example = flat_inputs(graph, built.args, built.kwargs)
+        found.append(Subject(name, graph, example))
+        if "batch" in graph.ranges:
+            sizes = {**bind_inputs(graph, example), "batch": BATCH}
+            wide = random_inputs(graph, sizes, 0, example)
+            found.append(Subject(f"{name}*{BATCH}", graph, wide))
+    return found
+
+
+def lanes(device: Device, count: int) -> Machine:
+    """So many of a device, with links that take no time."""
+    devices = tuple(replace(device, name=f"lane{i}", memory=1e12) for i in range(count))
+    wires = {(i, j): Wire() for i in range(count) for j in range(count)}
+    return Machine("lanes", devices, wires)
+
+
+def runner(graph: Graph, inputs: Sequence[Any]) -> Callable[[], None]:
+    run = find_engine("eager").build(graph, "cpu")
+
+    def once() -> None:
+        run(inputs)
+
+    return once
+
+
+@dataclass(frozen=True)
+class Case:
+    """One stage to be measured."""
+
+    name: str
+    predicted: float
+    run: Callable[[], None]
+
+
+def stages(subject: Subject, device: Device) -> list[Case]:
+    """A model's stages with what they take in."""
+    count = max(1, min(4, len(subject.graph) // 12))
+    found = plan(subject.graph, lanes(device, count), sizes=subject.sizes)
+    made = []
+    parts = split(subject.graph, stage_of(found))
+    for i, (part, inputs) in enumerate(zip(parts, taken(subject, parts), strict=True)):
+        predicted = sum(work_of(n, subject.sizes).seconds(device) for n in part.graph.nodes)
+        run = runner(part.graph, inputs)
+        made.append(Case(f"{subject.name}[{i}]", predicted, run))
+    return made
+
+
+def taken(subject: Subject, parts: Sequence[StageGraph]) -> list[list[Any]]:
+    """What each stage reads, from a run of the ones before it."""
+    values: dict[Value, Any] = dict(zip(subject.graph.inputs, subject.inputs, strict=True))
+    found = []
+    for part in parts:
+        inputs = [values[v] for v in part.takes]
+        found.append(inputs)
+        results = find_engine("eager").build(part.graph, "cpu")(inputs)
+        values.update(zip(part.gives, results, strict=True))
+    return found
+
+
+def error(ratios: Sequence[float]) -> float:
+    """The geometric mean error of predicted / measured."""
+    return math.exp(sum(abs(math.log(r)) for r in ratios) / len(ratios)) - 1
+
+
+def predict_stages(chosen: Sequence[Subject], device: Device, seconds: float) -> float:
+    made = [c for s in chosen for c in stages(s, device)]
+    took = sample_all({c.name: c.run for c in made}, rounds=31, seconds=seconds)
+    ratios = []
+    print("stage                     measured   predicted   ratio   spread")
+    for c in made:
+        t = took[c.name]
+        if t.value < _TINY_S:
+            continue
+        ratios.append(c.predicted / t.value)
+        print(
+            f"{c.name:24} {t.value * 1e6:8.1f} us {c.predicted * 1e6:8.1f} us "
+            f"{ratios[-1]:7.2f} {t.spread:7.0%}"
+        )
+    found = error(ratios)
+    low, high = (sorted(ratios)[int(len(ratios) * q)] for q in (0.1, 0.9))
+    print(
+        f"{len(ratios)} stages: geometric mean error {found:.1%} (goal 25 %), median ratio "
+        f"{median(ratios):.2f}, a tenth below {low:.2f}, a tenth above {high:.2f}"
+    )
+    return found
+
+
+def predict_operators(chosen: Sequence[Subject], device: Device, seconds: float) -> None:
+    """Every operator alone, less what a graph without operators takes."""
+    made: dict[str, tuple[Node, Work, Callable[[], None]]] = {}
+    for s in chosen:
+        values: dict[Value, Any] = dict(zip(s.graph.inputs, s.inputs, strict=True))
+        interpret(s.graph, s.inputs, observe=lambda n, r, v=values: v.update(
+            zip(n.results, r, strict=True)))  # fmt: skip
+        for i, node in enumerate(s.graph.nodes):
+            part, outer = slice_graph(s.graph, [node])
+            inputs = [values[v] for v in outer]
+            made[f"{s.name}/{i}"] = node, work_of(node, s.sizes), runner(part, inputs)
+    nothing = dfc.parse("dfc 1\ngraph @f(%x: f32[1]) -> (f32[1]) {\n  return %x\n}\n")
+    runs = {name: run for name, (_, _, run) in made.items()}
+    runs["nothing"] = runner(nothing, [torch.zeros(1)])
+    took = sample_all(runs, rounds=9, seconds=seconds)
+    start = took["nothing"].value
+    rows: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for name, (node, work, _) in made.items():
+        seconds_ = max(took[name].value - start, 1e-7)
+        rows.setdefault((work.kind, node.op), []).append((seconds_, work.seconds(device)))
+    by_loss = sorted(rows.items(), key=lambda r: -abs(sum(p - t for t, p in r[1])))
+    print("operator                                       class      count  measured  predicted")
+    for (kind, op), pairs in by_loss[:40]:
+        measured, predicted = (sum(x) * 1e6 for x in zip(*pairs, strict=True))
+        print(f"{op:46} {kind:10} {len(pairs):5} {measured:9.1f} {predicted:10.1f} us")
+
+
+def predict_pipelines(chosen: Sequence[Subject], device: Device) -> float:
+    """Two stages on threads: the step that the simulator gives for the stages' own times."""
+    ratios = []
+    for s in chosen:
+        if not s.name.endswith(f"*{BATCH}") or s.name.split("*")[0] not in PIPELINES:
+            continue
+        try:
+            ratios.append(_pipeline(s, device))
+        except DfcError as e:
+            print(f"{s.name}: no pipeline: {e}")
+    if not ratios:
+        return 0.0
+    found = error(ratios)
+    print(f"{len(ratios)} pipelines: geometric mean error {found:.1%} (goal 10 %)")
+    return found
+
+
+def _pipeline(s: Subject, device: Device, microbatches: int = 8) -> float:
+    small = Subject(s.name, s.graph, random_inputs(
+        s.graph, {**s.sizes, "batch": BATCH // microbatches}, 0, s.inputs))  # fmt: skip
+    found = plan(s.graph, lanes(device, 2), sizes=small.sizes, wish=Wish(microbatches))
+    placed = stage_of(found)
+    parts = split(s.graph, placed)
+    runs = {str(i): runner(p.graph, x) for i, (p, x) in enumerate(
+        zip(parts, taken(small, parts), strict=True))}  # fmt: skip
+    alone = sample_all(runs, rounds=31, seconds=2.0)
+    times = [alone[str(i)].value for i in range(len(parts))]
+    program = schedule("forward", len(parts), microbatches)
+    predicted = float(simulate(program, Costs(times)).makespan)
+    with Pipeline(s.graph, placed, microbatches=microbatches, threads=len(parts)) as pipeline:
+        steps = []
+        for _ in range(25):
+            pipeline.run_flat(s.inputs)
+            steps.append(pipeline.report().seconds)
+    measured = median(steps[5:])
+    print(
+        f"{s.name:24} {len(parts)} stages, {microbatches} microbatches: measured "
+        f"{measured * 1e3:.2f} ms, predicted {predicted * 1e3:.2f} ms"
+    )
+    return predicted / measured
+
+
+def calibrated(path: str | None) -> Device:
+    """The device of a target, or this machine's processor as measured now."""
+    if path is None:
+        measured = measure_device("cpu0", "cpu", seconds=40)
+        text = target_text("here", [measured], [])
+    else:
+        text = Path(path).read_text()
+    target = plan_of("O0", target=text).target
+    assert target is not None
+    print(text)
+    return machine_of(target).devices[0]
+
+
+def main(arguments: Sequence[str]) -> None:
+    def option(name: str) -> str | None:
+        return arguments[arguments.index(name) + 1] if name in arguments else None
+
+    torch.set_num_threads(1)
+    print(machine_text(this_machine()))
+    device = calibrated(option("--target"))
+    seconds = float(option("--seconds") or 40)
+    values = {option("--target"), option("--seconds")}
+    names = [a for a in arguments if not a.startswith("--") and a not in values]
+    begin = time.perf_counter()
+    chosen = subjects(names or MODELS)
+    print(f"{len(chosen)} models traced in {time.perf_counter() - begin:.0f} s")
+    if "--ops" in arguments:
+        predict_operators(chosen, device, seconds)
+    predict_stages(chosen, device, seconds)
+    predict_pipelines(chosen, device)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
