@@ -297,3 +297,14 @@ def test_inductors_cache_is_not_the_folder_that_torch_writes_down_for_all(
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", given)
         use_own_cache()
         assert cache_dir() == used
+
+
+def test_an_input_may_be_called_like_a_word_of_python() -> None:
+    """A stage takes what another one made, as `%and`; sizes that nobody reads are not asked for."""
+    graph = dfc.parse(
+        "dfc 1\ngraph @f(%and: f32[B, 2]) -> f32[B, 2]\n    where B in 1..8 {\n"
+        "  %y: f32[B, 2] = aten.relu.default(%and)\n  return %y\n}\n"
+    )
+    x = torch.tensor([[-1.0, 2.0]])
+    assert torch.equal(find_engine("eager").build(graph)([x])[0], torch.relu(x))
+    assert "sym_size" not in find_engine("eager").module(graph, "cpu").code
