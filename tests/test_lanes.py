@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import signal
 import threading
 import time
 from collections import Counter
@@ -10,13 +12,16 @@ from typing import Any
 import pytest
 import torch
 
+from dfc.emit.onnx import is_random
 from dfc.errors import DfcError
+from dfc.ir.interpret import interpret
 from dfc.planning.actions import Action, Kind, Program, parse_program
 from dfc.planning.schedules import forward_program, schedule
 from dfc.planning.stages import HOST
 from dfc.runtime.pipeline.lanes import Lanes, Values
-from dfc.runtime.pipeline.local import thread_shares
+from dfc.runtime.pipeline.local import Pipeline, thread_shares
 from dfc.runtime.pipeline.routes import SLOTS, Edge, routes
+from tests.random_graphs import random_graph, random_inputs
 
 
 class Sums:
@@ -162,6 +167,84 @@ def test_a_failure_is_named_and_ends_the_step(error: BaseException, where: str) 
         where = "nowhere"
         assert len(lanes.step(program, given).results) == 5
     assert threading.active_count() == before
+
+
+def test_an_interrupted_caller_gets_its_lanes_back() -> None:
+    """Ctrl-C while ranks work: the step ends at once, ranks after what they do."""
+    program = schedule("forward", 2, 50)
+    given = [{"x0": b} for b in range(50)]
+    sums, under_way = Sums(2), threading.Event()
+
+    def run(action: Action, values: Values) -> Values:
+        if action == (Kind.F, 0, 3, False):
+            under_way.set()
+            time.sleep(0.2)
+        return sums.run(action, values)
+
+    def interrupt() -> None:
+        under_way.wait(10)
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGINT)
+
+    with Lanes(sums.edges(), run, [1, 1]) as lanes:
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        start = time.perf_counter()
+        with pytest.raises(KeyboardInterrupt):
+            lanes.step(program, given)
+        assert time.perf_counter() - start < 2
+        thread.join()
+        assert [r["x2"] for r in lanes.step(program, given).results] == list(range(2, 52))
+        assert len(sums.done) < 120  # what was interrupted did not go on
+
+
+def test_memory_does_not_grow_with_the_number_of_microbatches() -> None:
+    """What is alive at once: slots, and what each rank is at."""
+    alive: set[int] = set()
+    most = 0
+    lock = threading.Lock()
+
+    class Held:
+        def __init__(self) -> None:
+            nonlocal most
+            with lock:
+                alive.add(id(self))
+                most = max(most, len(alive))
+
+        def __del__(self) -> None:
+            with lock:
+                alive.discard(id(self))
+
+    def run(action: Action, values: Values) -> Values:
+        return {f"x{action.stage}": Held()}
+
+    edges = [Edge(0, 1, ("x0",)), Edge(1, 2, ("x1",)), Edge(0, 2, ("x0",))]
+    with Lanes(edges, run, [1, 1, 1]) as lanes:
+        lanes.step(schedule("forward", 3, 300), [{} for _ in range(300)])
+    assert not alive and most <= 2 * (SLOTS + 1) + SLOTS + 1 + 3
+
+
+def test_any_graph_cut_anywhere_gives_the_same_bits() -> None:
+    """Skips, several results of an operator, sizes and unread values, on ranks in any order."""
+    tried = 0
+    for seed in range(20):
+        graph = random_graph(seed, 24)
+        if is_random(graph) or graph.mutations:
+            continue
+        tried += 1
+        inputs = random_inputs(graph, seed, 4)
+        rng = random.Random(seed)
+        nodes = list(graph.nodes)
+        bounds = sorted(rng.sample(range(1, len(nodes)), 3))
+        placed = {n: sum(i >= b for b in bounds) for i, n in enumerate(nodes)}
+        placement = rng.choice([(0, 1, 2, 3), (0, 1, 0, 1), (1, 0, 0, 1), (0, 0, 0, 0)])
+        expected = interpret(graph, inputs)
+        with Pipeline(graph, placed, placement=placement, microbatches=1) as pipeline:
+            for f, e in zip(pipeline.run_flat(inputs), expected, strict=True):
+                assert f.dtype == e.dtype and f.shape == e.shape, seed
+                assert torch.equal(f.nan_to_num(), e.nan_to_num()), seed
+    assert tried >= 8
 
 
 def test_a_value_that_a_stage_does_not_make_is_named() -> None:

@@ -208,6 +208,7 @@ class _Job:
         self.spans: list[list[Span]] = [[] for _ in ranks]
         self.sent = [0] * len(routes.edges)
         self.failure: DfcError | None = None
+        self.stopped = False
         self.inbox: list[SimpleQueue[Any]] = [SimpleQueue() for _ in ranks]
         self.rooms = [_room(slots) for slots in routes.slots]
         self.done: SimpleQueue[int] = SimpleQueue()
@@ -238,7 +239,8 @@ class _Job:
         return Step(results, spans, seconds, sent)
 
     def stop(self) -> None:
-        """Wake every rank that waits."""
+        """Wake every rank that waits; the others end when they are done with their action."""
+        self.stopped = True
         for inbox in self.inbox:
             inbox.put(_STOP)
         for room in self.rooms:
@@ -252,7 +254,7 @@ class _Job:
             for task in self.routes.ranks[rank]:
                 watch.action = task.action
                 values = self._take(rank, task, held)
-                if values is None:
+                if values is None or self.stopped:
                     break
                 start = time.perf_counter()
                 made = self.run(task.action, values)
