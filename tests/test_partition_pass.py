@@ -335,7 +335,7 @@ def test_a_processor_beside_a_gpu_takes_its_share_of_the_work(graph: dfc.Graph) 
     turned = dfc.plan(graph, Machine("turned", (gpu, host), fast), sizes={"B": 64})
     assert turned.bottleneck == pytest.approx(both.bottleneck)
     quick = dfc.plan(graph, Machine("b", (host, gpu), fast), sizes={"B": 64}, objective="latency")
-    assert [s.device for s in quick.stages] == ["gpu0"]
+    assert [s.device for s in quick.stages] == ["gpu0"] and quick.idle == ("host",)
 
 
 def test_links_that_lack_are_named(graph: dfc.Graph) -> None:

@@ -162,6 +162,7 @@ def data_of(found: Plan) -> dict[str, Any]:
         ],
         "other_splits": dict(found.splits),
         "advice": dict(found.advice),
+        "idle": list(found.idle),
         "program": str(simulation.program).splitlines(),
     }
 
@@ -201,6 +202,8 @@ def show_plan(found: Plan) -> None:
         f"{time(found.bottleneck)}, which takes {time(found.latency)} through all stages"
     )
     print(f"by {found.objective}: {certificate(found)}")
+    if found.idle:
+        print(f"not used, as it would be no better with them: {', '.join(found.idle)}")
     for a, b, size, busy in found.links:
         print(f"{a} to {b}: {bytes_text(size)} a step, busy {busy:.0%} of it")
     for name, ratio in found.splits:

@@ -1,13 +1,14 @@
 """Which devices, in which order: a partition is found for a row of devices; here rows are tried.
 
 Where devices and links are alike, the first ones of the given order are as good as any. Where they
-differ, every row that is different is tried while they are few; else the given order is improved
-device by device.
+differ, every row that is different is tried while they are few and there is time; else the given
+order is improved device by device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, permutations
 from math import perm
@@ -16,7 +17,7 @@ from typing import Literal, cast, get_args
 import numpy as np
 
 from dfc.errors import DfcError, did_you_mean
-from dfc.planning.fitting import solved
+from dfc.planning.fitting import refusal
 from dfc.planning.ideals import lower_bound
 from dfc.planning.machine import Machine
 from dfc.planning.model import Modelled, Wish, on_row
@@ -76,18 +77,14 @@ def best_row(
     first = tuple(range(size))
     pinned = frozenset(model.pins.values())
     if is_uniform(machine, pinned):
-        for k in range(size, 0, -1) if aim == "cost" else (size,):
-            search.try_row(first[:k])
-        return search.result(complete=True)
+        sizes = range(size, 0, -1) if aim == "cost" else (size,)
+        return search.all([first[:k] for k in sizes])
     few = max(4, min(_MOST, _WORK // max(1, model.problem.n * size)))
     if sum(perm(len(machine.devices), k) for k in range(1, size + 1)) <= 20 * _MOST:
         rows = _different(machine, size, pinned)
         if len(rows) <= few:
-            for row in rows:
-                search.try_row(row, idle=False)
-            return search.result(complete=True)
-    search.improve(first, few)
-    return search.result(complete=False)
+            return search.all(rows, idle=False)
+    return search.from_here(first, few)
 
 
 def is_uniform(machine: Machine, pinned: frozenset[int] = frozenset()) -> bool:
@@ -130,8 +127,37 @@ class _Search:
     def __post_init__(self) -> None:
         self.best: Chosen | None = None
         self.failed: DfcError | None = None
+        self.tight: tuple[Modelled, Machine] | None = None  # the first that did not fit
         self.tried: set[Row] = set()
         self.bound = float("inf")
+        self.end = time.monotonic() + self.effort.seconds
+
+    def all(self, rows: Sequence[Row], idle: bool = True) -> Chosen:
+        """The best of all rows that there are."""
+        if len(rows) > 1:
+            self.effort = replace(self.effort, seconds=self.effort.seconds / len(rows))
+        for row in rows:
+            if self.best and time.monotonic() > self.end:
+                return self.result(complete=False)
+            self.try_row(row, idle)
+        return self.result(complete=True)
+
+    def from_here(self, row: Row, tries: int) -> Chosen:
+        """The best that is found by exchanging two devices, one for an unused one, or leaving one
+        out, while that helps."""
+        self.effort = replace(self.effort, seconds=self.effort.seconds / tries)
+        self.try_row(row)
+        going = True
+        while going:
+            going = False
+            for other in _neighbours(row, len(self.machine.devices)):
+                late = self.best is not None and time.monotonic() > self.end
+                if len(self.tried) >= tries or late:
+                    return self.result(complete=False)
+                if self.try_row(other):
+                    row, going = other, True
+                    break
+        return self.result(complete=False)
 
     def try_row(self, row: Row, idle: bool = True) -> bool:
         """Whether a row is better than those before it."""
@@ -152,8 +178,12 @@ class _Search:
         machine = self.machine.at(row)
         model = on_row(self.model, machine, row, self.wish)
         model = replace(model, problem=replace(model.problem, idle=idle))
-        found = solved(model, machine, self.wish, self.effort)
-        found = no_worse(model, machine, found)
+        try:
+            found = no_worse(model, machine, partition(model.problem, self.effort))
+        except DfcError as e:
+            if e.status == 6 and self.tight is None:
+                self.tight = model, machine
+            raise
         by = price(machine) if self.aim == "cost" else 1.0
         self.bound = min(self.bound, found.bound * by)
         return self._tight(row, found)
@@ -180,20 +210,9 @@ class _Search:
         stage = partition(problem, self.effort).stage
         return replace(found, stage=stage, value=value_of(model.problem, stage))
 
-    def improve(self, row: Row, tries: int) -> None:
-        """Exchange two devices, one for an unused one, or leave one out, while that helps."""
-        self.try_row(row)
-        going = True
-        while going:
-            going = False
-            for other in _neighbours(row, len(self.machine.devices)):
-                if len(self.tried) >= tries:
-                    return
-                if self.try_row(other):
-                    row, going = other, True
-                    break
-
     def result(self, complete: bool) -> Chosen:
+        if self.best is None and self.tight is not None:
+            raise refusal(*self.tight, self.wish)
         if self.best is None:
             assert self.failed is not None
             raise self.failed

@@ -9,29 +9,17 @@ from dfc.lang.units import amount_text
 from dfc.planning.machine import RESERVE, Device, Machine
 from dfc.planning.model import Modelled, Wish
 from dfc.planning.partition import Effort, partition
-from dfc.planning.problem import INFINITE, Partition, Problem, loads
+from dfc.planning.problem import INFINITE, Problem, loads
 
 _QUICK = Effort(seconds=3.0, gap=0.02)
 _MOST = 64  # devices that are tried
 _BITS = (("int8", 1 / 4), ("int4", 1 / 8))  # of float32
 
 
-def solved(model: Modelled, machine: Machine, wish: Wish, effort: Effort) -> Partition:
-    """The best partition of a problem on its row of devices.
-
-    Raises:  DfcError N060 (status 6) for too little memory, with what would do; N063 when pins and
-             what the devices can run leave nothing.
-    """
-    try:
-        return partition(model.problem, effort)
-    except DfcError as e:
-        if e.status != 6:
-            raise
-        raise _refusal(model, machine, wish) from e
-
-
-def _refusal(model: Modelled, machine: Machine, wish: Wish) -> DfcError:
-    problem = replace(model.problem, objective="memory")
+def refusal(model: Modelled, machine: Machine, wish: Wish) -> DfcError:
+    """Why a problem that has no partition has none: N060 (status 6) for too little memory, with
+    what would do; N063 when pins and what the devices can run leave nothing."""
+    problem = replace(model.problem, objective="memory", idle=True)
     roomy = problem.with_stages([replace(s, memory=INFINITE) for s in problem.slots])
     try:
         least = partition(roomy, _QUICK)

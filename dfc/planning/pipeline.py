@@ -70,6 +70,7 @@ class Plan:
     links: tuple[tuple[str, str, float, float], ...]  # from, to, bytes a step, busy share
     splits: tuple[tuple[str, float], ...]  # other splits: how many times as much they take
     advice: tuple[tuple[str, float], ...]  # how many times as fast 25 % more of a thing is
+    idle: tuple[str, ...]  # devices that would make it no better
     graph: Graph = field(compare=False, repr=False)
     modelled: Modelled | None = field(default=None, compare=False, repr=False)
 
@@ -133,6 +134,8 @@ def plan(
     bound = default_sizes(graph, sizes)
     whole = modelled(graph, machine, bound, wish, measured, limits)
     chosen = best_row(whole, machine, wish, objective, max_stages, effort)
+    used = {d.name for d in chosen.machine.devices}
+    idle = tuple(d.name for d in machine.devices if d.name not in used)
     machine, model, found = chosen.machine, chosen.model, chosen.partition
     costs = _costs(model, machine, found.stage, wish)
     simulation = _scheduled(costs, wish, schedule, machine)
@@ -143,8 +146,8 @@ def plan(
         _stages(model, machine, found.stage, load, simulation, costs.all_edges()),
         replace(found, stage=tuple(of_node[n] for n in graph.nodes)), load.bottleneck, load.latency,
         costs, simulation.program, _links(costs, simulation, machine, wish),
-        compared(model, machine, chosen.solved), _advice(model, machine, found), graph,
-        model,
+        compared(model, machine, chosen.solved), _advice(model, machine, found), idle,
+        graph, model,
     )  # fmt: skip
 
 

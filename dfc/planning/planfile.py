@@ -69,6 +69,7 @@ def data_of(plan: Plan) -> dict[str, Any]:
         "links": [list(x) for x in plan.links],
         "splits": [list(x) for x in plan.splits],
         "advice": [list(x) for x in plan.advice],
+        "idle": list(plan.idle),
     }  # fmt: skip
 
 
@@ -117,7 +118,8 @@ def _plan(data: Mapping[str, Any], graph: Graph) -> Plan:
         _program_of(data["program"]),
         tuple((str(a), str(b), float(size), float(busy)) for a, b, size, busy in data["links"]),
         tuple((str(name), float(ratio)) for name, ratio in data["splits"]),
-        tuple((str(what), float(gain)) for what, gain in data["advice"]), graph,
+        tuple((str(what), float(gain)) for what, gain in data["advice"]),
+        tuple(map(str, data["idle"])), graph,
     )  # fmt: skip
 
 
