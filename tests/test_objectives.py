@@ -230,6 +230,8 @@ def test_many_unlike_devices_are_searched_from_the_given_order(aim: Wanted) -> N
     first = partition(replace(given, objective="throughput" if aim == "cost" else aim)).value
     by = price(machine.at(range(4))) if aim == "cost" else 1.0
     assert found.partition.bound <= found.partition.value <= first * by * (1 + 1e-9)
+    if aim == "throughput":
+        assert 0 < found.partition.gap < 1.0
 
 
 def test_prices_decide_which_device_is_used() -> None:

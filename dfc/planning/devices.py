@@ -225,7 +225,9 @@ class _Search:
         if self.aim == "cost":
             prices = np.array([d.price for d in self.machine.devices])
             return float((self.model.problem.time * prices).min(axis=1).sum())
-        return lower_bound(self.model.problem)
+        problem = self.model.problem
+        slots = [replace(slot, kind=i) for i, slot in enumerate(problem.slots)]
+        return lower_bound(problem.with_stages(slots))
 
 
 def _neighbours(row: Row, devices: int) -> Iterator[Row]:

@@ -93,7 +93,25 @@ def lower_bound(problem: Problem) -> float:
     fastest = problem.time[:, sorted(set(kinds))].min(axis=1)
     if problem.objective == "latency":
         return float(fastest.sum())
-    return float(max(fastest.sum() / len(kinds), fastest.max(initial=0.0)))
+    return float(max(_shared(problem.time[:, kinds]), fastest.max(initial=0.0)))
+
+
+def _shared(time: Floats) -> float:
+    """The time of the slowest device, if the work could be divided at will.
+
+    Why:  with weights that add up to 1, the slowest takes no less than the weighted mean, and that
+          no less than each node's least part of it. Weights as the devices' speeds make it tight
+          where all nodes gain alike, equal ones where they do not.
+    """
+    runs = np.isfinite(time)
+    total = np.where(runs, time, 0.0).sum(axis=0)
+    speed = 1 / np.where(total > 0, total, np.inf)
+    best = 0.0
+    for weight in (np.ones_like(speed), speed):
+        if weight.sum() > 0:
+            shares = np.where(runs, time * (weight / weight.sum()), np.inf)
+            best = max(best, float(shares.min(axis=1).sum()))
+    return best
 
 
 class _Pairs:
