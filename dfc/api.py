@@ -157,6 +157,7 @@ def plan(
     together: Sequence[str | Sequence[str]] = (),
     engine: str | Mapping[str, str] | None = None,
     measured: Callable[[Any], float | None] | None = None,
+    measured_on: str = "",
     seconds: float = 15.0,
 ) -> Plan:
     """How a model would run as stages on several devices: nothing is run, no weights are needed.
@@ -171,7 +172,8 @@ def plan(
     {"layers.0.**": "gpu0"}; each of `together` is selectors whose nodes share a stage. `sizes` are
     those of one microbatch. Where stages run on an `engine`, or on one for each kind of device, as
     in {"cuda": "inductor", "cpu": "openvino"}, nodes are only where the engine takes them.
-    `measured(node)` gives seconds in place of the model's, or None. Where no exact method is quick
+    `measured(node)` gives seconds in place of the model's, or None, on devices of the kind
+    `measured_on` ("cpu", "cuda"), or on all. Where no exact method is quick
     enough, `seconds` bounds the search for a better bound.
 
     Raises:  DfcError N040.. for what the target or the model lacks, N060 (status 6) when the model
@@ -192,6 +194,7 @@ def plan(
         wish=Wish(microbatches=microbatches, trains=train), schedule=schedule,
         effort=Effort(seconds=seconds), measured=measured or (lambda node: None),
         limits=replace(limits, supports=_taken_by(engine)), max_stages=max_stages,
+        measured_on=measured_on,
     )  # fmt: skip
 
 

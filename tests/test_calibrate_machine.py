@@ -96,15 +96,18 @@ def measured(name: str = "cpu0") -> Measured:
 
 def test_a_target_says_what_was_measured_and_reads_back_equal() -> None:
     link = MeasuredLink("a", "b", "loopback", Reading(6e-5, 0, 9), Reading(1.5e9, 0, 9))
-    text = target_text("here", [measured("a"), measured("b")], [link], ["on a machine"])
+    own = replace(link, sink="a")
+    text = target_text("here", [measured("a"), measured("b")], [link, own], ["on a machine"])
     target = plan_of("O0", target=text).target
     assert target is not None and "# on a machine" in text and "30% apart" in text
     again = plan_of("O0", target=f"dfc 1\n{target}\n").target
     assert again == target and again.devices == target.devices
     machine = machine_of(target)
+    machine.check()
     first = machine.devices[0]
     assert first.bandwidth == pytest.approx(23.46e9) and first.launch == pytest.approx(3.217e-6)
     assert first.rates["norm"] == first.rates["math"] and first.launches["conv"] == first.launch
+    assert machine.only(["a", "a"]).wire(0, 1).bandwidth == 1.5e9
     assert machine.wire(0, 1).bandwidth == 1.5e9 and machine.wire(0, 1).latency == pytest.approx(
         6e-5
     )
@@ -177,6 +180,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert target is not None
     (found,) = machine_of(target).devices
     assert found.peak("f32") == pytest.approx(device["measured"]["peak"]["value"], rel=1e-3)
+    machine_of(target).check()  # what a plan asks of it
     assert set(found.launches) == {
         "view", "matmul", "conv", "unfold", "attention", "norm"
     }  # fmt: skip

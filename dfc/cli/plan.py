@@ -12,6 +12,7 @@ from dfc.cli.options import Json, Model, Use, load_used
 from dfc.errors import DfcError
 
 if TYPE_CHECKING:
+    from dfc.ir.graph import Node
     from dfc.planning.pipeline import Plan
 
 
@@ -59,6 +60,13 @@ def plan(
     schedule: Annotated[
         str, typer.Option("--schedule", help="auto, or a schedule: 1f1b, gpipe, zb1p.")
     ] = "auto",
+    measured: Annotated[
+        Path | None,
+        typer.Option("--measured", metavar="FILE", help="Seconds of nodes, as JSON."),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time every node on this processor first.")
+    ] = False,
     svg: Annotated[
         Path | None, typer.Option("--svg", metavar="FILE", help="Draw the timeline.")
     ] = None,
@@ -77,7 +85,8 @@ def plan(
     Times come from the operators' arithmetic and bytes and from the target's figures. A model
     without weights (on the meta device) is enough. A device of the target has its figures
     (`device gpu0 : cuda(mem=80GB, peak=60TFLOPS, bw=2TB/s)`) or is a known one
-    (`device gpu0 : h100`).
+    (`device gpu0 : h100`); `dfc calibrate` measures this machine. Measured times of nodes take the
+    place of the model's, on devices that are processors.
 
     \b
     Examples:
@@ -85,32 +94,71 @@ def plan(
       dfc plan llama.py:build -t cluster.dfc --by latency
       dfc plan llama.py:build --on host,host --pin 'layers.0.**=host.0'
       dfc plan llama.py:build -t cluster.dfc --size B=4,S=2048 -m 32 --svg timeline.svg
+      dfc plan encoder.py:build -t host.dfc --on cpu0,cpu0 --measure
       dfc plan llama.py:build -t cluster.dfc --train --schedule 1f1b --trace step.json --json
     """
     from dfc.api import plan as make
     from dfc.cli.inputs import parse_sizes
+    from dfc.cli.measured import measure_times, measured_data, measured_text, read_times
     from dfc.cli.progress import Progress
     from dfc.cli.sources import open_source
+    from dfc.planning.fewer import fewer_devices, fewer_text
 
     load_used(use)
     wanted = _wanted(pin, together)
     with Progress() as say:
         say(f"reading {model}")
-        graph = open_source(model).graph()
+        source = open_source(model)
+        graph = source.graph()
         sizes = parse_sizes(graph, size)
-        say(f"planning {len(graph)} nodes")
-        found = make(
-            graph, target, objective=by, devices=[d for d in on.split(",") if d],
-            max_stages=max_stages, microbatches=microbatches, train=train, schedule=schedule,
-            sizes=sizes, **wanted,
-        )  # fmt: skip
+        names = [d for d in on.split(",") if d]
+        given = read_times(measured, graph) if measured else {}
+
+        def timed(devices: list[str]) -> dict[Node, float]:
+            if not measure:
+                return given
+            say("timing every node on this processor")
+            return {**measure_times(source, graph, size, _threads(devices)), **given}
+
+        def planned(devices: list[str], most: int | None, times: dict[Node, float]) -> Plan:
+            say(f"planning {len(graph)} nodes")
+            return make(
+                graph, target, objective=by, devices=devices, max_stages=most,
+                microbatches=microbatches, train=train, schedule=schedule, sizes=sizes,
+                measured=times.get, measured_on="cpu", **wanted,
+            )  # fmt: skip
+
+        times = timed(names)
+        found = planned(names, max_stages, times)
+        other = fewer_devices(found, names, lambda some, most: planned(
+            some, most, times if len(some) == len(names) else timed(some)))  # fmt: skip
     _write(found, svg, trace, force)
     if as_json:
         from dfc.cli.tables import print_json
 
-        print_json(data_of(found))
-    else:
-        show_plan(found)
+        data = data_of(found) | (measured_data(found, times) if times else {})
+        data["fewer_devices"] = other and {
+            "devices": [s.device for s in other.stages],
+            "step_seconds": other.step_seconds,
+        }
+        print_json(data)
+        return
+    show_plan(found)
+    if other is not None:
+        print(fewer_text(found, other))
+    if times:
+        print(measured_text(found, measured_data(found, times)))
+
+
+def _threads(devices: list[str]) -> int:
+    """The threads of the smallest part of this processor: a device that is named twice is halves.
+
+    Where GPUs alone are named, nothing that was measured is used.
+    """
+    import torch
+
+    parts = max((devices.count(d) for d in devices), default=1)
+    return max(1, torch.get_num_threads() // parts)
 
 
 def _wanted(pin: list[str] | None, together: list[str] | None) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def with_details(device: Device, facts: Mapping[str, float]) -> Device:
         raise DfcError("N045", message, help="measure both with `dfc calibrate`")
     return replace(
         device,
+        cores=facts.get("cores", 0.0),
         price=facts.get("price", 1.0),
         rates={k: facts[f] for f, kinds in RATES.items() if f in facts for k in kinds},
         launches={k: facts[f] for f, k in LAUNCHES.items() if f in facts},

@@ -32,7 +32,7 @@ def _host() -> Device:
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     bandwidth = min(cores * _CORE_BANDWIDTH, _MOST_BANDWIDTH)
     return Device("host", "cpu", memory, bandwidth, {"f32": peak, "f64": peak / 2}, 1e-6,
-                  f"{cores} cores at a nominal {_HERTZ / 1e9:g} GHz")  # fmt: skip
+                  f"{cores} cores at a nominal {_HERTZ / 1e9:g} GHz", cores=cores)  # fmt: skip
 
 
 def _gpus() -> list[Device]:

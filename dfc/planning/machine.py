@@ -43,6 +43,7 @@ class Device:
     dtypes: tuple[str, ...] = ()  # what it can compute in; none: everything
     layout_bandwidth: float = 0.0
     each_matrix: float = 0.0
+    cores: float = 0.0  # of a processor; 0 is unknown
 
     def peak(self, dtype: str) -> float:
         """Flops a second in a dtype, of f32 for a dtype without a peak of its own.
@@ -74,11 +75,19 @@ class Device:
         return self.memory * (1 - RESERVE)
 
     def part(self, index: int, of: int) -> Device:
-        """One of several equal parts: as many of its cores, its memory and its bandwidth."""
+        """One of several equal parts: as many of its cores, its memory and its bandwidth.
+
+        Where there are more parts than cores, a part also waits to start operators.
+        """
+        waits = max(1.0, of / self.cores) if self.cores else 1.0
         return replace(
             self, name=f"{self.name}.{index}", memory=self.memory / of, price=self.price / of,
             bandwidth=self.bandwidth / of, peaks={k: v / of for k, v in self.peaks.items()},
-            rates={k: v / of for k, v in self.rates.items()},
+            rates={k: v / of for k, v in self.rates.items()}, cache=self.cache / of,
+            cache_bandwidth=self.cache_bandwidth / of,
+            layout_bandwidth=self.layout_bandwidth / of, cores=self.cores / of,
+            launch=self.launch * waits, each_matrix=self.each_matrix * waits,
+            launches={k: v * waits for k, v in self.launches.items()},
         )  # fmt: skip
 
     @property
@@ -147,8 +156,6 @@ class Machine:
                 yield f"there is a link from device {a} to {b} of {len(self.devices)}"
                 continue
             ends = f"the link from `{self.devices[a].name}` to `{self.devices[b].name}`"
-            if a == b:
-                yield f"{ends} goes nowhere"
             if isnan(wire.bandwidth) or wire.bandwidth <= 0:
                 yield f"{ends} has an impossible `bw`: {wire.bandwidth:g}"
             if not 0 <= wire.latency < float("inf"):
@@ -156,7 +163,7 @@ class Machine:
 
     def only(self, names: Sequence[str]) -> Machine:
         """The machine of these of its devices, in this order; one that is named n times is n equal
-        parts of it, which hand over without a copy.
+        parts of it, which hand over without a copy, or over its link to itself where it has one.
 
         Raises:  DfcError N046 for a name that no device has.
         """
@@ -169,7 +176,10 @@ class Machine:
         return self.at(at)
 
     def at(self, positions: Sequence[int]) -> Machine:
-        """The machine of the devices at these positions, in this order."""
+        """The machine of the devices at these positions, in this order.
+
+        Parts of one device have its link to itself between them: processes on loopback.
+        """
         if list(positions) == list(range(len(self.devices))):
             return self
         times, seen = Counter(positions), Counter[int]()
@@ -182,7 +192,7 @@ class Machine:
         wires = {}
         for x, i in enumerate(positions):
             for y, j in enumerate(positions):
-                wire = Wire() if i == j else self.way(i, j)
+                wire = self.wires.get((i, i), Wire()) if i == j else self.way(i, j)
                 if x != y and wire is not None:
                     wires[x, y] = wire
         return Machine(self.name, tuple(devices), wires)

@@ -73,16 +73,22 @@ def modelled(
     wish: Wish = Wish(),
     measured: Callable[[Node], float | None] = lambda node: None,
     limits: Limits = Limits(),
+    measured_on: str = "",
 ) -> Modelled:
     """The problem of a graph on the devices of a machine, in their order.
 
-    `measured` gives the seconds of a node that was timed, in place of the model's.
+    `measured` gives the seconds of a node that was timed, in place of the model's; they are those
+    of devices of the kind `measured_on`, of all of them where it is empty.
     Raises:  DfcError N047 for a node that no device can run, N048 for limits that contradict.
     """
     groups, group_of, root = _grouped(graph, sizes)
     works = tuple(tuple(work_of(n, sizes) for n in nodes) for nodes in groups)
     time = np.array([
-        [_seconds(nodes, work, device, measured, wish.trains) for device in machine.devices]
+        [
+            _seconds(nodes, work, device, measured if measured_on in ("", device.kind) else _none,
+                     wish.trains)
+            for device in machine.devices
+        ]
         for nodes, work in zip(groups, works, strict=True)
     ]).reshape(len(groups), len(machine.devices))  # fmt: skip
     time = _where_supported(groups, machine, time, limits)
@@ -165,6 +171,10 @@ def _pins(
 def _together(limits: Limits, group_of: Mapping[Node, int]) -> tuple[tuple[int, ...], ...]:
     groups = (tuple(sorted({group_of[n] for n in nodes})) for nodes in limits.together)
     return tuple(group for group in groups if len(group) > 1)
+
+
+def _none(node: Node) -> None:
+    """The time of a node that nobody measured."""
 
 
 def _seconds(

@@ -122,6 +122,7 @@ def plan(
     measured: Any = lambda node: None,
     limits: Limits = NOTHING,
     max_stages: int | None = None,
+    measured_on: str = "",
 ) -> Plan:
     """Partition a graph over devices of a machine and choose a schedule.
 
@@ -132,7 +133,7 @@ def plan(
     """
     machine.check()
     bound = default_sizes(graph, sizes)
-    whole = modelled(graph, machine, bound, wish, measured, limits)
+    whole = modelled(graph, machine, bound, wish, measured, limits, measured_on)
     chosen = best_row(whole, machine, wish, objective, max_stages, effort)
     used = {d.name for d in chosen.machine.devices}
     idle = tuple(d.name for d in machine.devices if d.name not in used)
