@@ -8,7 +8,8 @@ of I is kept until then.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 from dfc.ir.graph import Graph, Node, Value
@@ -54,12 +55,12 @@ class Cut:
     input_gradients: tuple[Value | None, ...]
     weight_gradients: Mapping[str, Value]
 
-    @property
+    @cached_property
     def saved(self) -> frozenset[Value]:
         """What is kept from F on."""
-        return self.kept_for_weights | frozenset(self.inputs.takes)
+        return self.kept_for_weights | frozenset(self.inputs.takes) | frozenset(self.both.takes)
 
-    @property
+    @cached_property
     def kept_for_weights(self) -> frozenset[Value]:
         """What is kept from I on."""
         return frozenset(self.weights.takes)
@@ -68,18 +69,21 @@ class Cut:
 def cut(joint: Differentiated) -> Cut:
     """Cut a joint graph.
 
-    Ensures: F reads no tangent; each node is in one of F, I and W, and those of I and W are in B.
+    Ensures: F reads no tangent; each backward node is in I or in W, and B does what both do, with
+             operators that make several gradients left whole.
     """
-    moved = split_masked(joint.graph)
+    graph = joint.graph
+    forward = _needed(joint.outputs, ())
+    every = [*(v for v in joint.input_gradients if v), *joint.weight_gradients.values()]
+    both = _part(graph, _needed(every, forward), "B")
+    moved = split_masked(graph)
     by_input = tuple(v and moved.get(v, v) for v in joint.input_gradients)
     by_weight = {name: moved.get(v, v) for name, v in joint.weight_gradients.items()}
-    forward = _needed(joint.outputs, ())
     inputs = _needed((v for v in by_input if v), forward)
     weights = _needed(by_weight.values(), forward | inputs)
     return Cut(
-        _part(joint.graph, forward, "F"), _part(joint.graph, inputs, "I"),
-        _part(joint.graph, weights, "W"), _part(joint.graph, inputs | weights, "B"),
-        by_input, by_weight,
+        _part(graph, forward, "F"), _part(graph, inputs, "I"), _part(graph, weights, "W"),
+        replace(both, gives=tuple(moved.get(v, v) for v in both.gives)), by_input, by_weight,
     )  # fmt: skip
 
 

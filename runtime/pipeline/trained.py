@@ -39,7 +39,7 @@ class TrainedStage:
         self.stage = stage
         self._runs = {k: _Run(p, build) for k, p in _parts(stage, kinds).items()}
         self._weights = {joint.weights[name]: weights[name] for name in joint.weights}
-        self._home = {name: joint.weights[name] for name in stage.cut.weight_gradients}
+        self._home = tuple(stage.cut.weight_gradients)
         self._given = list(zip(stage.stage.gives, joint.outputs, strict=True))
         self._tangents = [
             (t, readers.get(v) or (Gradient(v, HOST),))
@@ -56,7 +56,7 @@ class TrainedStage:
         self.limit = 0
         self.saved_bytes = 0
         self.gradients: dict[str, torch.Tensor] = {}
-        self._fresh: set[str] = set()
+        self._fresh = True  # nothing is in the gradients yet
 
     def start(self, limit: int) -> None:
         """Begin a step that keeps at most `limit` microbatches at once.
@@ -65,7 +65,7 @@ class TrainedStage:
         """
         self.limit = limit
         self._alive.clear()
-        self._fresh.clear()
+        self._fresh = True
         self.most = 0
 
     def run(self, action: Action, values: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -104,15 +104,18 @@ class TrainedStage:
         self._alive[b] = {v: x for v, x in known.items() if v in names}
 
     def _accumulate(self, known: Mapping[Value, Any]) -> None:
-        for name, value in self.stage.cut.weight_gradients.items():
-            gradient = known[value]
-            if name in self._fresh:
-                self.gradients[name].add_(gradient)
-                continue
-            self._fresh.add(name)
-            if name not in self.gradients:
-                self.gradients[name] = self._weights[self._home[name]].new_empty(gradient.shape)
-            self.gradients[name].copy_(gradient)
+        """Add the weights' gradients, all in one call."""
+        import torch
+
+        found = [known[v] for v in self.stage.cut.weight_gradients.values()]
+        if not found:
+            return
+        if not self.gradients:
+            for name, gradient in zip(self._home, found, strict=True):
+                self.gradients[name] = torch.empty(gradient.shape, dtype=gradient.dtype)
+        add = torch._foreach_copy_ if self._fresh else torch._foreach_add_
+        add(list(self.gradients.values()), found)
+        self._fresh = False
 
 
 class _Run:

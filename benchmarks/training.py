@@ -1,0 +1,244 @@
+"""Training in two processes over gloo: ours beside torch.distributed.pipelining, a thousand steps.
+
+python benchmarks/training.py [FILE]     also write what is printed to FILE
+
+The same model, cut at the same place, the same microbatches and optimizer, one thread a process.
+Each round times some steps of each in turn, in the same pair of processes; ratios are of medians,
+in brackets the lowest and the highest ratio of a single round. The two-thread single process in
+plain PyTorch is told beside them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import FileStore  # type: ignore[attr-defined]
+from torch.nn import functional as F
+
+import dfc
+from dfc.ir.graph import Graph, Node
+from dfc.planning.host import machine_text, this_machine
+from dfc.runtime.pipeline.staged_model import StagedModel
+from dfc.runtime.pipeline.training_ranks import Group, RankTrainer
+
+RANKS, M, ROUNDS = 2, 8, 7
+SHAPES = {"small (layers of 64)": (64, 8, 30), "large (layers of 512)": (512, 64, 5)}
+THOUSAND = ("gpipe", "1f1b", "zb1p", "interleaved", "interleaved_zb", "breadth_first", "zb_v",
+            "dualpipe_v", "auto")  # fmt: skip
+CHUNKED = ("interleaved", "interleaved_zb", "breadth_first", "zb_v", "dualpipe_v")
+
+
+class Layers(nn.Sequential):
+    """Eight residual blocks."""
+
+    def __init__(self, width: int, count: int = 8) -> None:
+        super().__init__(*(Block(width) for _ in range(count)))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), *_pair(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+def _pair(width: int) -> tuple[nn.Linear, nn.Linear]:
+    return nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+
+class WithLoss(nn.Module):
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(self.layers(x), y)
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, 1e-3)
+
+
+def made(width: int, items: int) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(0)
+    return Layers(width), (torch.randn(M * items, width), torch.randn(M * items, width))
+
+
+def cut(model: nn.Module, args: Sequence[torch.Tensor], stages: int) -> StagedModel:
+    """Between blocks, where torch's stages are cut."""
+    b = torch.export.Dim("B", max=4096)
+    graph = dfc.trace(WithLoss(model), tuple(args), dynamic_shapes=({0: b}, {0: b}))
+    return StagedModel(graph, by_block(graph, stages))
+
+
+def by_block(graph: Graph, stages: int) -> dict[Node, int]:
+    found, block = {}, 0
+    for node in graph.nodes:
+        module = (node.loc.module if node.loc else "").split(".")
+        if len(module) > 1 and module[1].isdigit():
+            block = int(module[1])
+        found[node] = block * stages // 8
+    return found
+
+
+def ours(
+    group: Group, model: nn.Module, args: Any, schedule: str, stages: int
+) -> tuple[RankTrainer, Callable[[], Any]]:
+    trainer = RankTrainer(cut(model, args, stages), group=group, schedule=schedule, microbatches=M,
+                          optimizer=sgd, threads=1, deadline=120)  # fmt: skip
+    return trainer, lambda: trainer.step(*args)
+
+
+def torchs(rank: int, model: nn.Module, args: Any, schedule: str, stages: int) -> Callable[[], Any]:
+    from torch.distributed.pipelining import (
+        PipelineStage,
+        Schedule1F1B,
+        ScheduleInterleavedZeroBubble,
+    )
+
+    each = 8 // stages
+    mine = range(rank, stages, RANKS)
+    parts = [nn.Sequential(*list(model)[s * each : (s + 1) * each]) for s in mine]  # type: ignore[call-overload]
+    made = [PipelineStage(p, s, stages, torch.device("cpu"))
+            for p, s in zip(parts, mine, strict=True)]  # fmt: skip
+    runs: Any = (
+        Schedule1F1B(made[0], M, loss_fn=F.mse_loss)
+        if schedule == "1f1b"
+        else ScheduleInterleavedZeroBubble(made, M, loss_fn=F.mse_loss)
+    )
+    optimizer = sgd([p for part in parts for p in part.parameters()])
+    x, y = args
+
+    def step() -> None:
+        optimizer.zero_grad()
+        given = (x,) if rank == 0 else ()
+        if rank == RANKS - 1:
+            runs.step(*given, target=y, losses=[])
+        else:
+            runs.step(*given)
+        optimizer.step()
+
+    return step
+
+
+def in_turn(runs: dict[str, Callable[[], Any]], steps: int) -> dict[str, list[float]]:
+    """Seconds of a step of each, in turn, after one warm round; ranks begin together."""
+    took: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(ROUNDS + 1):
+        for name, run in runs.items():
+            dist.barrier()
+            start = time.perf_counter()
+            for _ in range(steps):
+                run()
+            dist.barrier()
+            took[name].append((time.perf_counter() - start) / steps)
+    return {name: times[1:] for name, times in took.items()}
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> str:
+    each = [s / f for s, f in zip(slow, fast, strict=True)]
+    return f"{median(slow) / median(fast):.2f} ({min(each):.2f} to {max(each):.2f})"
+
+
+def single(model: nn.Module, args: Any, steps: int, threads: int) -> float:
+    """Seconds of a step of plain PyTorch in this process, with the same microbatches."""
+    torch.set_num_threads(threads)
+    optimizer, took = sgd(model.parameters()), []
+    for _ in range(4):
+        start = time.perf_counter()
+        for _ in range(steps):
+            optimizer.zero_grad()
+            for x, y in zip(*(a.chunk(M) for a in args), strict=True):
+                (F.mse_loss(model(x), y) / M).backward()
+            optimizer.step()
+        took.append((time.perf_counter() - start) / steps)
+    torch.set_num_threads(1)
+    return median(took[1:])
+
+
+def rank_main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    stores = [FileStore(str(folder / name), RANKS) for name in ("torch", "dfc")]
+    dist.init_process_group("gloo", store=stores[0], rank=rank, world_size=RANKS)
+    group = Group(rank, RANKS, stores[1])
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        if rank == 0:
+            print(line, flush=True)
+            lines.append(line)
+
+    for what, (width, items, steps) in SHAPES.items():
+        say(f"{what}, {M} microbatches of {items} items")
+        for schedule, theirs, stages in (
+            ("1f1b", "Schedule1F1B", 2),
+            ("interleaved_zb", "ScheduleInterleavedZeroBubble", 4),
+        ):
+            trainer, mine = ours(group, *made(width, items), schedule, stages)
+            other = torchs(rank, *made(width, items), schedule, stages)
+            with trainer:
+                took = in_turn({"ours": mine, "theirs": other}, steps)
+            say(f"  {schedule}: {median(took['ours']) * 1e3:.2f} ms a step, torch's {theirs} "
+                f"{median(took['theirs']) * 1e3:.2f}: {ratio(took['theirs'], took['ours'])} times "
+                "as fast")  # fmt: skip
+        dist.barrier()
+        if rank == 0:
+            for threads in (1, 2):
+                seconds = single(*made(width, items), steps, threads)
+                say(f"  one process with {threads} threads: {seconds * 1e3:.2f} ms a step")
+        dist.barrier()
+    say("A thousand steps of each schedule, small, two processes")
+    model, args = made(16, 2)
+    for schedule in THOUSAND:
+        trainer, mine = ours(group, model, args, schedule, 4 if schedule in CHUNKED else 2)
+        start = time.perf_counter()
+        with trainer:
+            losses = [float(mine()) for _ in range(1000)]
+        seconds = time.perf_counter() - start
+        say(f"  {schedule}: {seconds:.1f} s, loss {losses[0]:.4f} to {losses[-1]:.4f}")
+    if rank == 0:
+        (folder / "said").write_text("\n".join(lines) + "\n")
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    if "DFC_BENCH_RANK" in os.environ:
+        rank_main(int(os.environ["DFC_BENCH_RANK"]), Path(sys.argv[1]))
+        return
+    head = f"{machine_text(this_machine())}, torch {torch.__version__}"
+    print(head, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        ranks = [
+            subprocess.Popen([sys.executable, __file__, folder],
+                             env={**os.environ, **own, "DFC_BENCH_RANK": str(r)})
+            for r in range(RANKS)
+        ]  # fmt: skip
+        try:
+            for rank in ranks:
+                if rank.wait(timeout=1200):
+                    raise SystemExit(f"a rank ended with status {rank.returncode}")
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+        said = (Path(folder) / "said").read_text()
+    for file in sys.argv[1:]:
+        Path(file).write_text(f"{head}\n{said}")
+
+
+if __name__ == "__main__":
+    main()
