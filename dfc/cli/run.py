@@ -85,15 +85,14 @@ def run(
       dfc run encoder.dfcpkg inputs.npz -o outputs.npz
       dfc run encoder.dfcpkg --random --size B=4,S=16 --seed 0
       dfc run encoder.dfcpkg --size B=32,S=16 --pipeline 2 --trace step.json
-      dfc run encoder.dfcpkg --pipeline plan -m 16
-      dfc run encoder.dfcpkg --pipeline 2 --engine eager,onnxruntime
-      dfc run encoder.dfcpkg --size B=32,S=16 --pipeline 2 --on processes
-      torchrun --nproc-per-node 2 -m dfc.cli run encoder.dfcpkg --pipeline 2 --on torchrun
       dfc run encoder.stages inputs.npz -m 4
-      dfc run ~/.cache/dfc/reproducers/repro-3b7c8078b5821b62
+      torchrun --nproc-per-node 2 -m dfc.cli run encoder.dfcpkg --pipeline 2 --on torchrun
 
     \b
-    A folder of ONNX stages (`dfc compile --stages`) runs as a pipeline in ONNX Runtime.
+    A pipeline tells what a step took beside what was predicted. `--pipeline plan` takes the stages
+    of `partition`; `--on processes` gives each rank a process; `--engine eager,onnxruntime` gives
+    each stage an engine. A folder of ONNX stages (`dfc compile --stages`) is a pipeline already,
+    and runs in ONNX Runtime.
 
     \b
     A reproducer is what dfc writes when it finds a rewrite to be wrong. It exits with 4 while the
