@@ -58,10 +58,6 @@ def gone(pids: Sequence[int], seconds: float) -> bool:
     return True
 
 
-def pids(pipeline: Processes) -> list[int]:
-    return [m.pid for _, m in sorted(pipeline._ranks.crew.members.items())]
-
-
 def during(pipeline: Processes, rank: int, signal_: int) -> tuple[threading.Thread, list[float]]:
     """Send a signal to a rank in the middle of the next step; when it was sent."""
     sent: list[float] = []
@@ -158,7 +154,7 @@ def test_tied_weights_skips_and_several_stages_a_rank() -> None:
             pipeline(torch.tensor([[1] * 5] * 2 + [[77] * 5]), args[1])
         equal(pipeline, args)
         assert not pipeline.incidents
-        ranks = pids(pipeline)
+        ranks = pipeline.pids
     assert gone(ranks, 2)
     with pytest.raises(DfcError, match="K051"):
         pipeline(*args)
@@ -196,11 +192,11 @@ def test_a_killed_rank_is_named_restarted_and_nothing_is_lost(
     heavies: tuple[Processes, tuple[torch.Tensor]], rank: int
 ) -> None:
     pipeline, args = heavies
-    before, known = pids(pipeline), len(pipeline.incidents)
+    before, known = pipeline.pids, len(pipeline.incidents)
     thread, _ = during(pipeline, rank, signal.SIGKILL)
     equal(pipeline, args)
     thread.join()
-    after = pids(pipeline)
+    after = pipeline.pids
     assert [a == b for a, b in zip(before, after, strict=True)] == [rank != 0, rank != 1]
     told = pipeline.incidents[known]
     assert f"rank {rank} lost" in told and "SIGKILL" in told
@@ -210,7 +206,7 @@ def test_a_rank_that_hangs_is_noticed_in_five_seconds(
     heavies: tuple[Processes, tuple[torch.Tensor]],
 ) -> None:
     pipeline, args = heavies
-    stuck, known = pids(pipeline)[1], len(pipeline.incidents)
+    stuck, known = pipeline.pids[1], len(pipeline.incidents)
     thread, sent = during(pipeline, 1, signal.SIGSTOP)
     noticed: list[float] = []
 
@@ -249,10 +245,10 @@ def test_without_restarts_the_loss_is_raised_in_two_seconds(
 _HOST = """
 import os, sys, threading, time
 sys.path.insert(0, {root!r})
-from tests.test_processes import Processes, heavy, pids, stages
+from tests.test_processes import Processes, heavy, stages
 graph, args = heavy()
 with Processes(graph, stages(graph, 2), microbatches=16, threads=2) as pipeline:
-    print(*pids(pipeline), flush=True)
+    print(*pipeline.pids, flush=True)
     while True:
         pipeline(*args)
 """

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Pair = tuple[int, int]  # from and to: ranks, or HOST
 _AHEAD = 2  # messages of a link for which room is made before they are asked for
+_SMALL = 1 << 20  # bytes that small messages may take together, where more of them are under way
+_MOST_AHEAD = 32
 _HOST_SLOTS = 4  # of edges from and to the host, whose values are all there
 FOREVER = 1e6  # seconds; somebody else watches
 
@@ -145,7 +147,8 @@ class Traffic:
     """The messages of one member in one step.
 
     `sizes[b]` are those of microbatch b; `types` those of each edge that the member has part in.
-    A sender that is as far ahead as an edge has slots waits for the oldest message.
+    A sender that is as far ahead as an edge has slots waits for the oldest message; messages that
+    are small have more slots.
     """
 
     def __init__(
@@ -184,7 +187,7 @@ class Traffic:
         layout = self._layout(edge, microbatch)
         block = layout.pack(values)
         tag = 2 * self._tags[pair, (edge, microbatch)]
-        slots = self.routes.slots[edge] or _HOST_SLOTS
+        slots = max(self.routes.slots[edge] or _HOST_SLOTS, _that_are_small(block.nbytes))
         under_way = self._under_way.setdefault(edge, deque())
         self.doing.set("SEND", edge, microbatch)
         try:
@@ -214,7 +217,9 @@ class Traffic:
                 self._post_next(pair, incoming)
             work, block = incoming.waiting.pop(key)
             work.wait(self.timeout)
-            self._post_ahead(pair, incoming, incoming.place[key] + _AHEAD)
+            ahead = max(_AHEAD, _that_are_small(block.nbytes))
+            if incoming.posted <= incoming.place[key] + ahead // 2:
+                self._post_ahead(pair, incoming, incoming.place[key] + ahead)
         except (RuntimeError, KeyError) as e:
             raise LinkLost(edge, microbatch, pair[0], True, str(e)) from e
         return self._layout(edge, microbatch).unpack(block)
@@ -273,6 +278,14 @@ class Traffic:
         if found is None:
             found = self._layouts[key] = Layout(self.types[edge], sizes)
         return found
+
+
+def _that_are_small(nbytes: int) -> int:
+    """How many messages of a size may be under way for what they cost in memory.
+
+    Why:  a sender of small messages would wait for its reader more often than it computes.
+    """
+    return min(_MOST_AHEAD, _SMALL // nbytes)
 
 
 def _length(n: int) -> torch.Tensor:

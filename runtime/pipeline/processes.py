@@ -72,6 +72,11 @@ class Processes(Pipeline):
     def incidents(self) -> list[str]:
         return self._ranks.incidents
 
+    @property
+    def pids(self) -> list[int]:
+        """The process of each rank."""
+        return [m.pid for _, m in sorted(self._ranks.crew.members.items())]
+
     def close(self) -> None:
         """End the ranks' processes."""
         self._end()
