@@ -98,10 +98,14 @@ def _maker(
             world, compiled.graph, lambda: _placed(compiled, stages, inputs, say)[0]
         )
         return partial(Launched, world=world), placed, {}
-    if on == "processes":
+    if on in ("processes", "ray"):
         from dfc.runtime.pipeline.processes import Processes
+        from dfc.runtime.pipeline.ray_ import RayLauncher
+        from dfc.runtime.pipeline.spawn import Spawner
 
-        return Processes, *_placed(compiled, stages, inputs, say)
+        launcher = RayLauncher if on == "ray" else Spawner
+        make = partial(Processes, launcher=launcher)
+        return make, *_placed(compiled, stages, inputs, say)
     from dfc.runtime.pipeline.local import Pipeline
 
     return Pipeline, *_placed(compiled, stages, inputs, say)

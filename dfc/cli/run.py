@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dfc.ir.graph import Graph
 
 _FORMATS = (".npz", ".safetensors")
-PLACES = ("threads", "processes", "torchrun")
+PLACES = ("threads", "processes", "torchrun", "ray")
 
 
 def run(
@@ -163,7 +163,7 @@ def check_place(on: str | None, stages: str | None, use: list[str] | None) -> No
     if stages is None:
         help = "say into how many stages: --pipeline 2"
         raise DfcError("Q006", "--on is for pipelines", help=help)
-    if on == "processes" and use:
+    if on in ("processes", "ray") and use:
         help = "run it on threads, or on torchrun, whose processes all load it"
         raise DfcError("Q006", "the processes of ranks do not load what --use names", help=help)
     if on == "torchrun":

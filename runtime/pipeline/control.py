@@ -38,6 +38,11 @@ class Channel:
         self._socket = connection
         self._lock = threading.Lock()
 
+    @property
+    def address(self) -> str:
+        """This end's address: where the other end's machine reaches this one."""
+        return str(self._socket.getsockname()[0])
+
     def send(self, message: Message) -> bool:
         """Whether the other end is still there."""
         data = json.dumps(message).encode()

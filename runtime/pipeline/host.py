@@ -54,8 +54,8 @@ class ProcessLanes:
     def __init__(self, wiring: Wiring, crew: Crew, restarts: int = FRUITLESS) -> None:
         self.wiring, self.crew, self.restarts = wiring, crew, restarts
         self.incidents: list[str] = []
-        self._device = gloo_device()
-        self._store = _store()
+        self._device = gloo_device(crew.door.address[0])
+        self._store = _store(crew.door.address[0])
         self._links: Links | None = None
         self._linked = 0  # how often links were made
         self._steps = 0
@@ -312,18 +312,18 @@ class ProcessLanes:
         ]
 
 
-def _store() -> tuple[Any, tuple[str, int]]:
-    """A store of this machine alone, for links to be made, and its address."""
+def _store(host: str) -> tuple[Any, tuple[str, int]]:
+    """A store for links to be made, at that address alone, and where it is."""
     import socket
 
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.bind((host, 0))
         listener.listen(128)
         port = listener.getsockname()[1]
         store = TCPStore(
-            "127.0.0.1", port, is_master=True, wait_for_workers=False,
+            host, port, is_master=True, wait_for_workers=False,
             timeout=timedelta(seconds=LINKING), master_listen_fd=listener.detach(),
         )  # fmt: skip
-    return store, ("127.0.0.1", port)
+    return store, (host, port)

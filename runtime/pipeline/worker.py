@@ -102,7 +102,7 @@ class Worker:
             self._tell("failed", number=0, **_error(e))
             return False
         self.types = self.stages.types(self.edges)
-        self.device = gloo_device()
+        self.device = gloo_device(self.channel.address)
         self.doing.set("idle")
         self._tell("loaded", seconds=time.perf_counter() - began, digest=made.digest)
         return True
@@ -170,13 +170,18 @@ def _error(e: DfcError) -> dict[str, Any]:
     return {"code": e.code, "message": e.message, "help": first.help, "status": e.status}
 
 
+def serve(folder: Path, rank: int, born: int, host: tuple[str, int], key: bytes) -> None:
+    """Be a rank for the host at that address, until it says that it is over."""
+    channel = knock(host, key)
+    channel.send({"did": "hello", "rank": rank, "born": born, "pid": os.getpid()})
+    Worker(folder, rank, channel).serve()
+
+
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the host decides what an interrupt means
     folder, rank, born, host, port = sys.argv[1:6]
     key = bytes.fromhex(os.environ.pop("DFC_RANK_KEY"))
-    channel = knock((host, int(port)), key)
-    channel.send({"did": "hello", "rank": int(rank), "born": int(born), "pid": os.getpid()})
-    Worker(Path(folder), int(rank), channel).serve()
+    serve(Path(folder), int(rank), int(born), (host, int(port)), key)
     os._exit(0)  # threads of libraries are not waited for
 
 

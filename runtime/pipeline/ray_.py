@@ -1,0 +1,108 @@
+"""Ranks as actors of Ray: placed together by a placement group, supervised like other processes.
+
+    with Processes(graph, stage_of, launcher=RayLauncher) as pipeline:
+        results = pipeline(*inputs)
+
+An actor runs what `worker.py` runs, and answers over the same control channel; one that is lost is
+replaced by a new actor in the same bundle. Stages are read from a folder that all nodes must see:
+on several machines that is shared storage, and `address` the host's own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dfc.errors import DfcError
+from dfc.runtime.pipeline.control import Door
+
+_PLACING = 60.0  # seconds for Ray to find room
+
+
+class RankActor:
+    """The actor: one call that lasts as long as the rank."""
+
+    def serve(self, folder: str, rank: int, born: int, host: str, port: int, key: str) -> None:
+        from dfc.runtime.pipeline.worker import serve
+
+        serve(Path(folder), rank, born, (host, port), bytes.fromhex(key))
+
+
+@dataclass
+class RayHandle:
+    """An actor, and the call that it is in."""
+
+    ray: Any
+    actor: Any
+    call: Any
+
+    def kill(self) -> None:
+        self.ray.kill(self.actor, no_restart=True)
+
+    def story(self) -> str:
+        """What Ray says of the call."""
+        until = time.monotonic() + 1.0
+        while time.monotonic() < until:
+            if self.ray.wait([self.call], timeout=0)[0]:
+                break
+            time.sleep(0.05)
+        return "its actor died"
+
+
+class RayLauncher:
+    """Actors in one placement group, a bundle a rank.
+
+    A cluster that the caller is connected to is used, else one is started on this machine.
+    Raises:  DfcError K057 without Ray, or when it has no room for all ranks.
+    """
+
+    def __init__(self, folder: Path, threads: list[int]) -> None:
+        try:
+            import ray
+            from ray.util.placement_group import placement_group, remove_placement_group
+        except ImportError:
+            raise DfcError(
+                "K057", "Ray is not installed", help="pip install dfc-compiler[ray]", status=7
+            ) from None
+        self.folder, self.threads, self._ray = folder, threads, ray
+        self._remove = remove_placement_group
+        self._started = not ray.is_initialized()
+        if self._started:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        self._group = placement_group([{"CPU": n} for n in threads], strategy="PACK")
+        if not self._group.wait(timeout_seconds=_PLACING):
+            have = ray.cluster_resources().get("CPU", 0)
+            self.close()
+            raise DfcError(
+                "K057", f"Ray has no room for ranks of {threads} threads: it has {have:.0f} CPUs",
+                help="fewer threads or ranks, or more nodes", status=7,
+            )  # fmt: skip
+
+    def start(self, rank: int, born: int, door: Door) -> RayHandle:
+        """The actor of a rank, in the bundle of that rank."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        threads = self.threads[rank]
+        path = os.pathsep.join(p or str(Path.cwd()) for p in sys.path)
+        made = self._ray.remote(RankActor).options(
+            num_cpus=threads,
+            max_restarts=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=rank
+            ),
+            runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}},
+        )
+        actor = made.remote()
+        host, port = door.address
+        call = actor.serve.remote(str(self.folder), rank, born, host, port, door.key.hex())
+        return RayHandle(self._ray, actor, call)
+
+    def close(self) -> None:
+        """Give the room back, and end the cluster if it was started here."""
+        self._remove(self._group)
+        if self._started:
+            self._ray.shutdown()

@@ -1,0 +1,55 @@
+"""Ranks as actors of Ray, in its local mode; skipped where Ray is not installed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+import pytest
+
+from dfc.cli import main
+from tests.test_pipeline import captured, stages
+from tests.test_processes import during, equal, gone, heavy
+
+
+def test_without_ray_the_command_says_how_to_get_it(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    import torch
+
+    import dfc
+
+    monkeypatch.setitem(sys.modules, "ray", None)  # importing it fails
+    _, _, graph = captured("chain")
+    package = str(tmp_path / "chain.dfcpkg")
+    dfc.compile(graph, [torch.randn(6, 8)], engine="eager").save(package)
+    assert main(["run", package, "--pipeline", "2", "--on", "ray"]) == 7
+    assert "pip install dfc-compiler[ray]" in capsys.readouterr().err
+
+
+def test_actors_run_the_same_ranks_and_are_replaced() -> None:
+    ray = pytest.importorskip("ray")
+    from dfc.runtime.pipeline.processes import Processes
+    from dfc.runtime.pipeline.ray_ import RayLauncher
+
+    graph, args = heavy()
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        with Processes(
+            graph, stages(graph, 2), microbatches=16, threads=2, launcher=RayLauncher
+        ) as pipeline:
+            equal(pipeline, args)
+            before = pipeline.pids
+            assert len(set(before) | {os.getpid()}) == 3
+            thread, _ = during(pipeline, 1, signal.SIGKILL)
+            equal(pipeline, args)
+            thread.join()
+            assert pipeline.pids[0] == before[0] and pipeline.pids[1] != before[1]
+            assert "rank 1 lost" in pipeline.incidents[0]
+            ranks = pipeline.pids
+        assert gone(ranks, 10)
+        assert ray.is_initialized()  # the caller's own cluster is left alone
+    finally:
+        ray.shutdown()
