@@ -57,7 +57,7 @@ def test_it_is_never_worse_than_a_known_schedule_that_fits() -> None:
 @pytest.mark.slow
 def test_the_grid_of_a_thousand_points() -> None:
     ratios = compare(range(1000))
-    assert sorted(ratios)[len(ratios) // 2] <= 0.95
+    assert len(ratios) == 1000 and sorted(ratios)[500] <= 0.9
 
 
 def test_the_same_costs_give_the_same_program() -> None:
