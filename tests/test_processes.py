@@ -23,6 +23,7 @@ from dfc.ir.graph import Graph
 from dfc.ir.types import NONE, ScalarType, TensorType
 from dfc.planning.stages import split
 from dfc.runtime.pipeline.control import Channel, Door, Stranger, knock
+from dfc.runtime.pipeline.crew import lost_error
 from dfc.runtime.pipeline.folder import assembly, read_assembly, write_assembly
 from dfc.runtime.pipeline.messages import Layout
 from dfc.runtime.pipeline.processes import Processes
@@ -121,6 +122,12 @@ def test_who_does_not_know_the_key_is_sent_away() -> None:
         mine.close()
     finally:
         door.close()
+
+
+def test_a_loss_is_told_with_what_it_holds_up() -> None:
+    lost = lost_error({1: "killed by SIGKILL"}, ["rank 0 waits in RECV(e7, mb4)"])
+    assert lost.message == "rank 1 lost while rank 0 waits in RECV(e7, mb4): killed by SIGKILL"
+    assert "all wait for others: rank 0 waits" in lost_error({}, ["rank 0 waits in F"]).message
 
 
 def test_a_rank_with_other_versions_says_so(tmp_path: Path) -> None:

@@ -228,6 +228,9 @@ class Crew:
 
 def lost_error(reasons: Mapping[int, str], waiting: Sequence[str]) -> DfcError:
     """The error that names who is lost and who waits for whom."""
+    if not reasons:
+        told = " and ".join(waiting) or "no rank computes"
+        return DfcError("K058", f"no rank is lost, but a link is, or all wait for others: {told}")
     who = ", ".join(f"rank {r}" for r in sorted(reasons))
     while_ = f" while {' and '.join(waiting)}" if waiting else ""
     why = "; ".join(dict.fromkeys(reasons.values()))

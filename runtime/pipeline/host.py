@@ -168,7 +168,7 @@ class ProcessLanes:
             if found is None:
                 continue
             source, message = found
-            if message["did"] == "failed":
+            if message["did"] == "failed" and message["number"] == 0:  # not of a step gone by
                 raise DfcError(
                     message["code"], message["message"], help=message["help"],
                     status=message["status"],
