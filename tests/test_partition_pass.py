@@ -320,6 +320,10 @@ def test_a_device_that_lacks_a_dtype_gets_none_of_it() -> None:
     args = (ARGS[0].bfloat16(),)
     found = dfc.plan(model, f"dfc 1\n{target}", args)
     assert "host" not in {s.device for s in found.stages}
+    one = target.replace("dtypes=(f32, f64)", "dtypes=(f32)")
+    assert dfc.plan(model, f"dfc 1\n{one}", args).idle == ("host",)
+    with pytest.raises(DfcError, match=r"Q012.*`f33` is no dtype"):
+        dfc.plan(model, f"dfc 1\n{one.replace('(f32)', '(f33)')}", args)
     with pytest.raises(DfcError, match=r"(?s)N047.*`host`: it does not compute in bf16"):
         dfc.plan(model, f"dfc 1\n{target}", args, devices=["host"])
 

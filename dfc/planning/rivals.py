@@ -83,5 +83,5 @@ def compared(
     return tuple(
         (name, value_of(model.problem, stage) / found.value)
         for name, stage in rivals(model, machine)
-        if found.value > 0
+        if found.value > 0 and model.problem.stages > 1
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dfc.errors import DfcError, Diagnostic, did_you_mean
+from dfc.ir.types import DTYPES
 from dfc.lang import syntax as s
 from dfc.lang.source import Source
 from dfc.lang.units import Amount, amount
@@ -119,8 +120,13 @@ def _fact(
 ) -> Any:
     """The value of `mem=16GiB`, or None when it is wrong."""
     name = k.name.name
-    if name == "dtypes" and isinstance(k.value, s.Several):
-        return tuple(expression_text(i) for i in k.value.items)
+    if name == "dtypes":
+        given = k.value.items if isinstance(k.value, s.Several) else (k.value,)
+        for x in given:
+            if expression_text(x) not in DTYPES:
+                help = did_you_mean(expression_text(x), [*DTYPES])
+                problems.say(source, "Q012", f"`{expression_text(x)}` is no dtype", x.at, help)
+        return tuple(map(expression_text, given))
     if known and name not in known:
         help = did_you_mean(name, [*known, "dtypes"]) or f"it has {', '.join(known)}"
         problems.say(source, "Q002", f"`{kind}` has no `{name}`", k.name.at, help)
