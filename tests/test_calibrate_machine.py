@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dfc.cli import main
+from dfc.cli.calibrate import busy_text
 from dfc.errors import DfcError
 from dfc.planning.cost import Work, work_of
 from dfc.planning.machine import Device
@@ -162,6 +163,10 @@ def test_small_matrices_cached_bytes_and_classes_have_times_of_their_own() -> No
     moved = replace(device, layout_bandwidth=1e9)  # beside computing, not instead of it
     assert Work(1e3, 1e3, 0.0, "f32", "conv").seconds(moved) == pytest.approx(2e-5)
     assert Work(0.0, 1e3, 1e3, "f32").seconds(device) == pytest.approx(1e-7 + 1e-6 + 5e-6)
+
+
+def test_figures_that_were_measured_beside_other_work_say_so() -> None:
+    assert busy_text(0.3, 2) == "" and "11.0 tasks on 2 cores" in busy_text(11.0, 2)
 
 
 def test_two_processes_on_loopback_are_measured() -> None:

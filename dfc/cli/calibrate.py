@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,9 +56,13 @@ def calibrate(
 
     require_writable(str(output), force)
     require_word(name)
+    warning = busy_text(os.getloadavg()[0], os.cpu_count() or 1)
     with Progress() as say:
+        if warning:
+            say.log(f"dfc: {warning}")
         say("loading PyTorch")
         devices, found, notes = _measured(threads, quick, gpus, links, say)
+    notes += [warning] if warning else []
     text = target_text(name, devices, found, notes)
     write_text(str(output), text, force)
     if as_json:
@@ -66,6 +71,17 @@ def calibrate(
         print_json(_data(str(output), devices, found))
     else:
         _show(str(output), devices, found)
+
+
+def busy_text(load: float, cores: int) -> str:
+    """What to know of figures that are measured beside other work; nothing on a quiet machine.
+
+    Why:  threads that wait for a core that others hold are slow each time alike, so that no spread
+          tells.
+    """
+    if load < 0.5 * cores:
+        return ""
+    return f"other work was running ({load:.1f} tasks on {cores} cores): figures may be far too low"
 
 
 def _measured(
