@@ -93,7 +93,6 @@ def explain(
     \b
     Examples:
       dfc explain bert.py:build --rule fuse_attention
-      dfc explain bert.py:build --pass fold_batch_norm
       dfc explain bert.py:build --node %softmax_3
       dfc explain bert.py:build -r staged.dfc --pass partition
       dfc explain bert.py:build -r int8.dfc --sensitivity --data calib=data.py:calib -o int8.svg
