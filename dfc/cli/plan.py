@@ -91,9 +91,7 @@ def plan(
     \b
     Examples:
       dfc plan llama.py:build -t two_gpus.dfc
-      dfc plan llama.py:build -t cluster.dfc --by latency
-      dfc plan llama.py:build --on host,host --pin 'layers.0.**=host.0'
-      dfc plan llama.py:build -t cluster.dfc --size B=4,S=2048 -m 32 --svg timeline.svg
+      dfc plan llama.py:build -t cluster.dfc --size B=4,S=2048 --by latency --svg timeline.svg
       dfc plan encoder.py:build -t host.dfc --on cpu0,cpu0 --measure
       dfc plan llama.py:build -t cluster.dfc --train --schedule 1f1b --trace step.json --json
     """
