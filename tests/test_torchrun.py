@@ -164,7 +164,7 @@ def test_a_lost_rank_is_named_by_those_that_wait() -> None:
         assert ranks[0].stdout.readline() == "equal\n"
         time.sleep(0.3)
         ranks[1].send_signal(signal.SIGKILL)
-        _, err = ranks[0].communicate(timeout=30)
+        _, err = ranks[0].communicate(timeout=60)
         assert ranks[0].returncode == 1
         assert "K058" in err and "lost" in err and "rank 1" in err, err
     finally:

@@ -230,7 +230,8 @@ class LaunchedRanks:
         self._threads.append(mine)
         results: list[Numbered] = [{} for _ in given]
         self._collect(events, results)
-        spans, sent = self._others(number, dict(host.sent))
+        patience = max(2 * AT_LEAST, time.perf_counter() - began)
+        spans, sent = self._others(number, dict(host.sent), patience)
         seconds = time.perf_counter() - began
         self.deadline = max(AT_LEAST, LATE * seconds)
         return Step(self.wiring.named(results), spans, seconds, self.wiring.by_edge(sent))
@@ -331,13 +332,18 @@ class LaunchedRanks:
             time.sleep(0.05)
         return DfcError(event.get("code", "K058"), event.get("message") or self._told(event))
 
-    def _others(self, number: int, sent: dict[int, int]) -> tuple[list[Span], dict[int, int]]:
-        """Times and bytes of all ranks."""
+    def _others(
+        self, number: int, sent: dict[int, int], patience: float
+    ) -> tuple[list[Span], dict[int, int]]:
+        """Times and bytes of all ranks, which have only to write them when the results are there.
+
+        Raises:  DfcError K058.
+        """
         spans = []
         for rank in range(self.world.size):
-            found = self.world.get(f"done/{number}/{rank}", self.deadline)
+            found = self.world.get(f"done/{number}/{rank}", patience)
             if found is None or found["did"] != "done":
-                raise DfcError("K058", f"rank {rank} did not end its step: {found}")
+                raise DfcError("K058", f"rank {rank} is lost: it did not end its step")
             for kind, stage, b, start, end in found["spans"]:
                 spans.append(Span(Action(Kind(kind), stage, b), rank, start, end))
             sent.update({int(e): n for e, n in found["sent"]})
