@@ -31,7 +31,7 @@ from tests import smollm2
 RESULTS = Path(__file__).parent / "results"
 LOSSES, TABLE = RESULTS / "smollm2.json", RESULTS / "smollm2.txt"
 BLOCKS = '"model.layers.**"'
-FOUR = "with group=64, embeddings=no"
+FOUR = "with scheme=weights, group=64, embeddings=no"
 FLOAT, NEAREST = "float", "int4 g64, nearest"
 # name -> the step
 VARIANTS: Mapping[str, str] = {

@@ -216,7 +216,7 @@ def test_layers_are_rounded_on_what_rounded_layers_give(graph: Graph) -> None:
 
 def test_the_packed_layers_equal_the_weights_they_stand_for(graph: Graph) -> None:
     """What lets benchmarks judge packed models as float ones."""
-    quantized, _, _ = run_step(graph, STEP.format("gptq"))
+    quantized, _, _ = run_step(graph, f"{STEP.format('gptq')}, scheme=weights")
     floats = quantized.copy()
     assert in_floats(floats) == 14
     a, b = (interpret(g, [tokens()])[0] for g in (quantized, floats))

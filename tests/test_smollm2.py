@@ -104,7 +104,9 @@ def distance(graph: Graph, other: Graph) -> float:
 
 
 def quantized(graph: Graph, method: str) -> Graph:
-    step = f"quantize int4 using calib with group=64, method={method}, embeddings=no"
+    step = (
+        f"quantize int4 using calib with group=64, scheme=weights, method={method}, embeddings=no"
+    )
     return run_step(graph, step, data())[0]
 
 
