@@ -255,7 +255,7 @@ sys.path.insert(0, {root!r})
 from tests.test_processes import Processes, heavy, stages
 graph, args = heavy()
 with Processes(graph, stages(graph, 2), microbatches=16, threads=2) as pipeline:
-    print(*pipeline.pids, flush=True)
+    print(*pipeline.pids, pipeline._folder.name, flush=True)
     while True:
         pipeline(*args)
 """
@@ -269,13 +269,15 @@ def test_an_interrupt_and_the_hosts_death_end_everything(how: int) -> None:
     )  # fmt: skip
     try:
         assert host.stdout is not None
-        ranks = [int(p) for p in host.stdout.readline().split()]
+        *said, folder = host.stdout.readline().split()
+        ranks = [int(p) for p in said]
         assert len(ranks) == 2 and all(alive(p) for p in ranks)
         time.sleep(0.5)
         os.killpg(host.pid, how) if how == signal.SIGINT else host.kill()
         assert gone(ranks, 2)
         host.wait(timeout=30)  # what PyTorch takes to end
         assert host.returncode == -how
+        assert not Path(folder).exists()
     finally:
         host.kill()
         host.communicate(timeout=10)

@@ -15,6 +15,7 @@ doing. What it is told and what it answers:
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -22,7 +23,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NoReturn
 
 from dfc.errors import DfcError
 from dfc.runtime.pipeline.control import BEAT, Channel, Message, knock
@@ -37,6 +38,7 @@ class Worker:
         from dfc.runtime.pipeline.links import Doing
 
         self.folder, self.rank, self.channel = folder, rank, channel
+        self.parent = os.getppid()
         self.doing = Doing("load")
         self.commands: SimpleQueue[Message] = SimpleQueue()
         self.traffic: Any = None
@@ -71,13 +73,20 @@ class Worker:
             if self.channel.has_message(max(0.0, due - time.monotonic())):
                 command = self.channel.receive()
                 if command is None:
-                    os._exit(3)  # the host is gone: nobody wants what this process does
+                    self._orphaned()
                 if command["do"] == "abandon" and self.traffic is not None:
                     self.traffic.abandoned = True
                 self.commands.put(command)
             if time.monotonic() >= due:
                 self._tell("alive")
                 due = time.monotonic() + BEAT
+
+    def _orphaned(self) -> NoReturn:
+        """The host is gone: nobody wants what this process does, nor the folder it left behind."""
+        time.sleep(0.1)  # a process that dies closes its files first
+        if os.getppid() != self.parent:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        os._exit(3)
 
     def _tell(self, did: str, **more: Any) -> None:
         doing = self.doing
