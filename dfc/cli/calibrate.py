@@ -36,7 +36,7 @@ def calibrate(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Measure this machine, and write a target that `dfc plan -t` reads.
+    """Measure this machine as a target that plans read.
 
     \b
     Rates by dtype and class of operator, memory and cache bandwidth, the time to start an
