@@ -113,14 +113,14 @@ def ours(model: Any, args: Any, inductor: bool) -> tuple[dict[str, Call], str]:
     """dfc's engines on the rewritten graph, `auto` as users call it, and what it chose."""
     import dfc
     from dfc.compiled import with_state_inputs
-    from dfc.recipe.tuning import has_convolutions
+    from dfc.recipe.bench import has_images
     from dfc.runtime.engines import find_engine
 
     begin = time.perf_counter()
     auto = dfc.compile(model, args, verify="end")
     took = time.perf_counter() - begin
     names = ["eager", "onnxruntime", "openvino"] + ["inductor"] * inductor
-    if has_convolutions(auto.graph):
+    if has_images(auto.graph):
         names.insert(1, "eager:channels_last")
     graph = with_state_inputs(auto.graph)
     found: dict[str, Call] = {"dfc auto": lambda: auto(*args)}

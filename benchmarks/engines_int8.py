@@ -4,9 +4,9 @@
 
 The same float32 model in each tool's own eight bits: every variant runs in this process in turns,
 each timed run begins when the threads of the others sleep. `error` is the distance of a variant's
-first output from float32, relative to the norm: a faster variant that is further off than the best
-peer does not count. NNCF runs in `.venv-peers` (`make bench-peers`) and is left out without it.
-Goal: at least 1.1 times as fast as the best peer that is as near to float32.
+first output from float32, relative to the norm. NNCF runs in `.venv-peers` (`make bench-peers`) and
+is left out without it. Goal: at least 1.1 times as fast as the fastest peer, and no further from
+float32 than that. `auto` measures all engines but Inductor, which `dfc tune` adds.
 """
 
 from __future__ import annotations
@@ -113,6 +113,9 @@ def _ort_dynamic(path: Path, args: Any) -> Call:
 
 
 def ours(name: str, model: Any, args: Any, data: Any) -> tuple[dict[str, Call], str]:
+    from dfc.compiled import with_state_inputs
+    from dfc.runtime.engines import find_engine
+
     steps = next(r for part, r in RECIPES.items() if part in name)
     named = "data calib\n" if "calib" in steps else ""
     recipe = f"dfc 1\n{named}recipe small {{\n apply simplify\n fuse\n {steps}\n}}"
@@ -120,6 +123,11 @@ def ours(name: str, model: Any, args: Any, data: Any) -> tuple[dict[str, Call], 
         model, args, recipe=recipe, data={"calib": data} if named else None, verify="none"
     )
     calls: dict[str, Call] = {"dfc auto": lambda: compiled(*args)}
+    graph = with_state_inputs(compiled.graph)
+    for engine in ("eager", "inductor", "onnxruntime", "openvino"):
+        if engine != compiled.engine.name:
+            run = find_engine(engine).build(graph)
+            calls[f"dfc {engine}"] = lambda run=run: run(list(args))  # type: ignore[misc]
     return calls, f"`{steps}`, auto is {compiled.engine.name}"
 
 
@@ -138,19 +146,21 @@ def first(x: Any) -> torch.Tensor:
 
 def table(found: dict[str, list[float]], errors: dict[str, float]) -> list[str]:
     mid = {n: median(t) for n, t in found.items()}
-    mine = errors["dfc auto"]
-    rivals = [n for n in mid if n not in ("dfc auto", "PyTorch float32")]
-    near = [n for n in rivals if errors[n] <= 1.05 * mine] or rivals
-    best = min(near, key=lambda n: mid[n])
+    rivals = [n for n in mid if not n.startswith("dfc") and n != "PyTorch float32"]
+    best = min(rivals, key=lambda n: mid[n])
     lines = [f"  {'':<26}{'median':>9}  {'quartiles':>17}    error  x {best}"]
     for n in sorted(mid, key=lambda n: mid[n]):
         low, _, high = quantiles(found[n], n=4)
         ratio = median(b / a for a, b in zip(found[n], found[best], strict=True))
         spread = f"{low:>6.1f} ..{high:>6.1f} ms"
         lines.append(f"  {n:<26}{mid[n]:>6.1f} ms  {spread}  {errors[n]:7.4f}  {ratio:.2f}")
-    ratio = median(b / a for a, b in zip(found["dfc auto"], found[best], strict=True))
-    word = "met" if ratio >= 1.1 else "NOT met"
-    lines.append(f"  goal: 1.1 times as fast as the best peer that is as near: {ratio:.2f}, {word}")
+    for n in ("dfc auto", min((n for n in mid if n.startswith("dfc")), key=lambda n: mid[n])):
+        ratio = median(b / a for a, b in zip(found[n], found[best], strict=True))
+        met = ratio >= 1.1 and errors[n] <= errors[best]
+        lines.append(
+            f"  goal, {n}: 1.1 times as fast as the fastest peer at no more of its error: "
+            f"{ratio:.2f}, {errors[n] / errors[best]:.2f}: {'met' if met else 'NOT met'}"
+        )
     return lines
 
 
