@@ -154,7 +154,8 @@ def table(found: dict[str, list[float]], errors: dict[str, float]) -> list[str]:
         ratio = median(b / a for a, b in zip(found[n], found[best], strict=True))
         spread = f"{low:>6.1f} ..{high:>6.1f} ms"
         lines.append(f"  {n:<26}{mid[n]:>6.1f} ms  {spread}  {errors[n]:7.4f}  {ratio:.2f}")
-    for n in ("dfc auto", min((n for n in mid if n.startswith("dfc")), key=lambda n: mid[n])):
+    fastest = min((n for n in mid if n.startswith("dfc")), key=lambda n: mid[n])
+    for n in dict.fromkeys(("dfc auto", fastest)):
         ratio = median(b / a for a, b in zip(found[n], found[best], strict=True))
         met = ratio >= 1.1 and errors[n] <= errors[best]
         lines.append(
