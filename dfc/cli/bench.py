@@ -33,7 +33,7 @@ def bench(
     use: Use = None,
     as_json: Json = False,
 ) -> None:
-    """Measure engines side by side: median, spread, ratio to the first.
+    """Measure engines side by side: median, spread and ratio.
 
     \b
     A model (not a package) is measured too, as PyTorch runs it: the first row.

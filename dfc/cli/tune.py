@@ -43,7 +43,7 @@ def tune(
     use: Use = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a package on this machine and keep its fastest engine.
+    """Measure a package here and keep its fastest engine.
 
     The package's own engine stays unless another is faster beyond noise. The choice, all times and
     what machine they are of are written into the package, all or nothing.

@@ -29,7 +29,7 @@ def verify(
     use: Use = None,
     as_json: Json = False,
 ) -> None:
-    """Check every byte of a package and prove it again on this machine.
+    """Check every byte of a package and prove it again here.
 
     \b
     Examples:
