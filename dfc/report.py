@@ -157,7 +157,7 @@ class Report:
         for e in self.engines:
             time = f"{e.p50_ms:.3f} ms" if e.p50_ms is not None else "not measured"
             tail = f": {e.reason}" if e.reason else ""
-            lines.append(f"  engine {e.name:<13} {time}  {e.verdict}{tail}")
+            lines.append(f"  engine {e.label:<13} {time}  {e.verdict}{tail}")
         lines += [f"  tried {tried_text(t)}" for t in self.tried]
         lines += [f"  {goal_text(g)}" for g in self.goals]
         lines += [f"  {requirement_text(r)}" for r in self.requirements]

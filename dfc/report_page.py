@@ -48,7 +48,7 @@ def _tables(r: Report) -> list[str]:
         _table(["decision", "verdict", "reason", "engine"],
                [[d.step, d.verdict, d.reason, d.engine] for d in r.decisions]),
         _table(["engine", "p50 ms", "verdict", "reason"],
-               [[e.name, "" if e.p50_ms is None else f"{e.p50_ms:.3f}", e.verdict, e.reason]
+               [[e.label, "" if e.p50_ms is None else f"{e.p50_ms:.3f}", e.verdict, e.reason]
                 for e in r.engines]),
         _table(["tried", "goals", "misses", ""], [_tried(t) for t in r.tried]),
     ]  # fmt: skip
