@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 DRIVER = ROOT / "tests" / "kernels" / "drive.cpp"
 SHAPES = ((1, 16, 128), (1, 5, 40), (3, 33, 200), (9, 20, 160), (2, 1, 7), (130, 17, 96))
+MANY = ((130, 17, 96), (33, 40, 1100), (70, 3, 2050))  # rows, whose small codes have lanes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,6 +81,9 @@ class Layer:
                 self.zero = pack4(points)
         else:
             self.codes = torch.randint(-128, 128, (n, k), generator=random, dtype=torch.int8)
+            if o.get("small"):  # as trained weights are: most codes far below the largest
+                wide = torch.randn(n, k, generator=random) * 30
+                self.codes = wide.round().clamp(-128, 127).to(torch.int8)
         if o.get("whole"):
             self.scale = 2.0 ** torch.randint(-2, 2, (n, groups), generator=random).float()
             self.x = torch.randint(-127, 128, (rows, k), generator=random).float()
@@ -121,7 +125,7 @@ def layers(**options: Any) -> list[Layer]:
     return [
         Layer(bits, group, shape, zeros=zeros, bias=i % 2, half=i % 3 == 0, **options)
         for i, (bits, group, shape, zeros) in enumerate([*fours, *eights])
-    ]
+    ] + [Layer(8, None, shape, small=True, bias=True, **options) for shape in MANY]
 
 
 # Meaning
@@ -226,6 +230,22 @@ def test_what_does_not_fit_is_refused() -> None:
         linear.pack_w4(layer.codes, layer.scale, None, 64, 24)
     with pytest.raises(ValueError, match="zero points"):
         linear.pack_w4(layer.codes, layer.scale, torch.zeros(3, dtype=torch.uint8), 64, 32)
+
+
+@pytest.mark.skipif("avx2" not in paths()[:1], reason="the path of this CPU has no use for lanes")
+def test_most_codes_fit_lanes_and_files_that_name_other_places_are_refused() -> None:
+    small, wide = Layer(8, None, (33, 40, 1100), small=True), Layer(8, None, (33, 40, 1100))
+    flags = {linear._lanes(layer.codes)[0] for layer in (small, wide)}
+    assert flags == {library.LANES_OF_4, 0}
+    weight = small.pack()
+    assert linear.is_packed(weight, 8, 40, 1100, 0)
+    begin = library.HEADER + 64 + 64  # behind scales and offsets
+    (count,) = weight[begin + 64 : begin + 68].view(torch.int32).tolist()
+    assert count > 0
+    for at, value in ((begin + 64, 127), (begin, 1), (begin + 128 + 1, 0xFF)):
+        broken = weight.clone()
+        broken[at : at + 4] = value
+        assert not linear.is_packed(broken, 8, 40, 1100, 0), at
 
 
 # Memory: the driver ends every buffer where a page without rights begins

@@ -2,68 +2,14 @@
 //
 // maddubs adds two products of u8 and s8 into int16, and saturates. int4 codes are at most 15:
 // 16 pairs fit, so sums of 32 values of K stay in int16 before they are widened. int8 codes go in as
-// |w| <= 128 with the sign moved to x (|x| <= 127): one pair fits, 2 * 128 * 127 < 2^15.
-#if defined(DFC_SIMDE)
-#include "emulated.h"
-#elif defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#include <immintrin.h>
-#endif
-
-#include "kernels.h"
+// |w| <= 128 with the sign moved to x (|x| <= 127): one pair fits, 2 * 128 * 127 < 2^15. Many rows of
+// them are multiplied as int16, or as lanes.cpp does.
+#include "avx2.h"
 
 #if defined(__x86_64__) || defined(DFC_SIMDE)
 
-#define UNROLL _Pragma("GCC unroll 8")
-
 namespace dfc {
 namespace {
-
-inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-
-inline __m256i four(const void* q) {  // the same 4 bytes of x for each of 8 outputs
-  int32_t bits;
-  __builtin_memcpy(&bits, q, 4);
-  return _mm256_set1_epi32(bits);
-}
-
-inline __m256 scales(const Layout& w, const uint8_t* panel, int64_t g, int half) {
-  const int64_t at = g * PANEL + half * 8;
-  if (w.half_scales)
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(panel + at * 2)));
-  return _mm256_loadu_ps(reinterpret_cast<const float*>(panel) + at);
-}
-
-inline __m256i zeros(const Layout& w, const uint8_t* panel, int64_t g, int half) {
-  const uint8_t* z = panel + w.zeros_at + g * PANEL + half * 8;
-  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(z)));
-}
-
-inline __m256 add_group(__m256i dot, float xs, __m256 ws, __m256 total) {
-  return _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(xs)), ws, total);
-}
-
-void store(const Job& job, int64_t panel, int64_t row, __m256 low, __m256 high) {
-  const int64_t first = panel * PANEL, count = least(PANEL, job.w.n - first);
-  float* y = job.y + row * job.w.n + first;
-  alignas(32) float out[PANEL];
-  if (count == PANEL) {
-    if (job.bias) {
-      low = _mm256_add_ps(low, _mm256_loadu_ps(job.bias + first));
-      high = _mm256_add_ps(high, _mm256_loadu_ps(job.bias + first + 8));
-    }
-    _mm256_storeu_ps(y, low);
-    _mm256_storeu_ps(y + 8, high);
-    return;
-  }
-  _mm256_store_ps(out, low);
-  _mm256_store_ps(out + 8, high);
-  for (int64_t o = 0; o < count; ++o) y[o] = job.bias ? out[o] + job.bias[first + o] : out[o];
-}
 
 // ---- one row: every weight is read once, so reading is what counts
 
@@ -169,31 +115,6 @@ struct Tile {
   const uint8_t* base;  // of the panel
   Tiling& s;
 };
-
-#define ROWS _Pragma("GCC unroll 4") for (int i = 0; i < R; ++i)
-#define HALVES _Pragma("GCC unroll 2") for (int h = 0; h < 2; ++h)
-
-// Sums that stay in their registers. Left alone, the compiler turns a row of sums into a tree, or
-// copies them around: both take registers that are not there, and then sums go through memory.
-inline void add16(__m256i& sum, __m256i x) {
-#if defined(DFC_SIMDE)
-  sum = _mm256_add_epi16(sum, x);
-#else
-  __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x));
-#endif
-}
-
-inline void add32(__m256i& sum, __m256i x) {
-#if defined(DFC_SIMDE)
-  sum = _mm256_add_epi32(sum, x);
-#else
-  __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x));
-#endif
-}
-
-inline void keep(int32_t* to, __m256i dot) {
-  _mm256_store_si256(reinterpret_cast<__m256i*>(to), dot);
-}
 
 // Dot products of R rows for `parts` times PART values of K, to i32 [parts][R][16].
 // codes: u8 [K / 4][16][4], at most 15 each. PART: FLUSH, or a group of 16.
@@ -379,6 +300,7 @@ Stretch stretch_of(const Layout& w, int64_t k, int64_t count) {
 }
 
 void many_rows(const Job& job, int64_t panel, int64_t row, int64_t rows, Tiling& scratch) {
+  if (job.x.columns) return lanes_avx2(job, panel, row, rows, scratch);
   const Layout& w = job.w;
   const Tile t = {job, row, panel_of(job, panel), scratch};
   float* total = scratch.total;
@@ -459,7 +381,7 @@ void quantize_avx2(const float* x, const Layout& w, int8_t* q, float* scale, int
   }
 }
 
-extern const Path avx2_path = {"avx2", true, quantize_avx2, one_row, many_rows};
+extern const Path avx2_path = {"avx2", true, turn_avx2, quantize_avx2, one_row, many_rows};
 
 }  // namespace dfc
 

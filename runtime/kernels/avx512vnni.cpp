@@ -219,7 +219,7 @@ void many_rows(const Job& job, int64_t panel, int64_t row, int64_t rows, Tiling&
 
 }  // namespace
 
-extern const Path avx512vnni_path = {"avx512vnni", false, quantize_avx2, one_row, many_rows};
+extern const Path avx512vnni_path = {"avx512vnni", false, nullptr, quantize_avx2, one_row, many_rows};
 
 }  // namespace dfc
 

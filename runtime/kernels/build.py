@@ -19,8 +19,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 NAME = "libdfc_kernels.so"
-SOURCES = ("linear.cpp", "portable.cpp", "avx2.cpp", "avx512vnni.cpp")
-HEADERS = ("kernels.h", "emulated.h")
+SOURCES = ("linear.cpp", "fixes.cpp", "portable.cpp", "avx2.cpp", "lanes.cpp", "avx512vnni.cpp")
+HEADERS = ("kernels.h", "avx2.h", "emulated.h")
 # No flag says which CPU: each file says for itself what its functions may use, and the library asks
 # the CPU when it runs. Products and sums are fused only where the source says so, as on all paths.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall")

@@ -6,6 +6,7 @@
 //   panel 0, 1, ...         16 outputs each; every part of a panel starts at a multiple of 64 bytes
 //     scales [groups][16]   f16 where that is exact for the whole weight, else f32
 //     zeros  [groups][16]   u8, only of asymmetric int4 weights
+//     fixes                 only of int8 weights whose lanes nearly fit (see Fixes)
 //     codes  [steps][64]    a step is 8 values of K (int4) or 4 values of K (int8), byte 4*o + i
 //                           is output o: int4 has k = 8*step + i in the low nibble and 4 more in
 //                           the high one, with offset 8 or the group's zero; int8 has k = 4*step + i
@@ -25,26 +26,53 @@ namespace dfc {
 constexpr int64_t PANEL = 16;
 constexpr int64_t FLUSH = 32;  // so many products of int4 and int8 fit int16: 16 * 15 * 127 < 2^15
 constexpr uint32_t MAGIC = 0x4c636664;  // "dfcL"
-constexpr uint32_t VERSION = 1;
+constexpr uint32_t VERSION = 2;
 
 // All ints are little-endian, as everywhere that these kernels run.
 struct Header {
   uint32_t magic, version;
   uint32_t bits;         // 4 or 8
-  uint32_t flags;        // HALF_SCALES, ZEROS
+  uint32_t flags;        // HALF_SCALES, ZEROS, LANES_OF_2, LANES_OF_4
   int64_t n, k, group;   // group: values that share a scale; k padded to 32 when it is one group
+  int64_t fixes;         // of a panel, at most
   uint64_t bytes;        // of the whole buffer
 };
-static_assert(sizeof(Header) == 48, "the header is read from files");
+static_assert(sizeof(Header) == 56, "the header is read from files");
 constexpr int64_t HEADER_BYTES = 64;
-constexpr uint32_t HALF_SCALES = 1, ZEROS = 2;
+constexpr uint32_t HALF_SCALES = 1, ZEROS = 2, LANES_OF_2 = 4, LANES_OF_4 = 8;
+
+// Many rows of int8, without instructions that add four products in 32 bits: a product of bytes
+// x + 128 and codes, of 2 or 4 values of K, fits a lane of int16 where codes of one sign add up to
+// 128 at most. That holds for nearly all; what some have too much is multiplied by itself, and what
+// the 128 adds is taken away. So every sum is exact.
+constexpr int64_t LANE_SUM = 128;     // 255 * 128 < 2^15
+constexpr int64_t LEAST_LANE_ROWS = 32;  // fewer are multiplied as int16: fixes take 64 at once
+
+constexpr int64_t LANE_BLOCK = 1024;  // values of K whose codes are half of the first cache
+
+// Four codes of an output and a block of K that have too much: their products are added in int16 as
+// well. What is not needed is the block's first by 0.
+struct Fix {
+  uint16_t k[4];
+  int8_t by[4];
+};
+
+// At the beginning of a panel's fixes.
+struct Fixes {
+  int32_t offset[PANEL];     // 128 times the sum of the output's codes
+  int32_t begin[PANEL + 1];  // of the output's fixes
+  int32_t filling[15];
+};
+static_assert(sizeof(Fixes) == 192, "it is read from files");
 
 // Where things are in a panel; all in bytes from its start.
 struct Layout {
   int bits;
   bool half_scales, has_zeros;
   int64_t n, k, group, groups, padded_k, panels;
-  int64_t zeros_at, codes_at, panel_bytes, bytes;
+  int64_t lane;          // values of K that are added in int16, 0 where that does not fit
+  int64_t fixes;         // of a panel, at most
+  int64_t zeros_at, fixes_at, codes_at, panel_bytes, bytes;
   int64_t group_bytes;   // of a group's codes
   int64_t stride_bytes;  // of a group with its scales, about
 };
@@ -54,6 +82,7 @@ struct Rows {
   int64_t stride;        // from row to row of q
   const int8_t* q;       // [rows][padded_k]
   const int16_t* wide;   // the same, where the path wants it, else null
+  const uint8_t* columns;  // [tiles][padded_k][TILE_ROWS], 128 more, for lanes; then so is q
   const float* scale;    // [rows][groups]
   const int32_t* sum;    // [rows][groups]
 };
@@ -65,6 +94,7 @@ struct Job {
   const float* bias;  // or null
   float* y;           // [rows][n]
   int64_t rows;
+  int64_t tile_rows;  // of each tile but the last
 };
 
 // How many rows a tile has at most: their sums stay in the first cache.
@@ -85,6 +115,8 @@ struct Tiling {
 struct Path {
   const char* name;
   bool wants_wide;  // for many rows of int8 weights
+  // Writes the columns of a tile, values k .. k + 32; null where the path has no use for lanes.
+  void (*turn)(const Job& job, int64_t tile, int64_t k, uint8_t* columns);
   // One row of k floats to int8: q, a scale and a sum for each group.
   void (*quantize)(const float* x, const Layout& w, int8_t* q, float* scale, int32_t* sum);
   // One panel for one row.
@@ -99,7 +131,20 @@ extern const Path avx2_path;
 extern const Path avx512vnni_path;
 // Quantizing a row, for both.
 void quantize_avx2(const float* x, const Layout& w, int8_t* q, float* scale, int32_t* sum);
+// lanes.cpp: what avx2_path does where rows came as columns too.
+void turn_avx2(const Job& job, int64_t tile, int64_t k, uint8_t* columns);
+void lanes_avx2(const Job& job, int64_t panel, int64_t row, int64_t rows, Tiling& scratch);
 #endif
+
+// fixes.cpp: packing. The most fixes of a panel and all of them, for lanes of `lane` values.
+struct Counts {
+  int64_t most, all;
+};
+Counts count_fixes(const int8_t* codes, int64_t n, int64_t k, int64_t lane);
+// The fixes of panel `index`, to its place for them.
+void write_fixes(const int8_t* codes, const Layout& w, int64_t index, uint8_t* to);
+// Whether what was read from a file names no place outside of the panel.
+bool are_fixes(const Layout& w, const uint8_t* from);
 
 // Nothing here may be a plain inline function: the linker would keep one copy, perhaps the one that
 // was compiled for the widest CPU.
@@ -108,6 +153,7 @@ static inline const uint8_t* panel_of(const Job& job, int64_t panel) {
 }
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // Bytes of a weight that are asked for before they are needed: by one row, which waits for memory
 // and has it brought to the second cache, and by many, to the first. Measured on AVX2 only.
@@ -142,17 +188,23 @@ const char* dfc_kernels_path(int32_t i);
 // Why: a pool of our own, or a second OpenMP library, would fight with PyTorch's for the cores.
 void dfc_kernels_use_openmp(void* gomp_parallel);
 
+// How int8 codes with one scale an output are best multiplied here: a flag LANES_OF_2 or LANES_OF_4
+// and how many fixes a panel has at most, or 0 and 0. codes: i8[n][k].
+uint32_t dfc_lanes(int64_t n, int64_t k, const int8_t* codes, int64_t* fixes);
 // Bytes of a packed weight; -1 for what cannot be packed. group 0: one scale for a whole output.
-int64_t dfc_packed_bytes(int32_t bits, int64_t n, int64_t k, int64_t group, uint32_t flags);
+// fixes: of dfc_lanes, whose flag is among the flags; else 0.
+int64_t dfc_packed_bytes(int32_t bits, int64_t n, int64_t k, int64_t group, uint32_t flags,
+                         int64_t fixes);
 // bits 4: codes u8[n][groups * group / 2], two values a byte, low first, zeros u8[n][(groups + 1) / 2]
 // packed likewise, or null for 8. bits 8: codes i8[n][k], zeros null. scale: f32[n][groups].
-int32_t dfc_pack(int32_t bits, int64_t n, int64_t k, int64_t group, uint32_t flags,
+int32_t dfc_pack(int32_t bits, int64_t n, int64_t k, int64_t group, uint32_t flags, int64_t fixes,
                  const void* codes, const float* scale, const uint8_t* zeros, uint8_t* packed,
                  int64_t bytes, int32_t threads);
 // y[rows][n] = x[rows][k] times the weight, plus bias[n] if any. path: null for the best.
 int32_t dfc_linear(const uint8_t* packed, int64_t bytes, const float* x, int64_t rows, int64_t k,
                    const float* bias, float* y, int64_t n, int32_t threads, const char* path);
-// Whether a buffer is a packed weight of this shape.
+// Whether a buffer is a packed weight of this shape, with nothing in it that dfc_linear would follow
+// to a place outside.
 int32_t dfc_packed_check(const uint8_t* packed, int64_t bytes, int32_t bits, int64_t n, int64_t k,
                          int64_t group);
 }

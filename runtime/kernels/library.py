@@ -10,8 +10,9 @@ from pathlib import Path
 
 from dfc.runtime.kernels.build import FOLDER, NAME, compiler
 
-VERSION = 1  # of the interface and of the layout of packed weights: kernels.h
-HALF_SCALES, ZEROS = 1, 2
+VERSION = 2  # of the interface and of the layout of packed weights: kernels.h
+HEADER = 64  # bytes before the panels
+HALF_SCALES, ZEROS, LANES_OF_2, LANES_OF_4 = 1, 2, 4, 8
 OFF = "DFC_KERNELS"  # the variable: "off", or the name of a path, for tests and to compare
 
 _I32, _I64, _U32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_uint32
@@ -20,11 +21,12 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "dfc_kernels_version": (_I32, ()),
     "dfc_kernels_path": (_TEXT, (_I32,)),
     "dfc_kernels_use_openmp": (None, (_MEMORY,)),
-    "dfc_packed_bytes": (_I64, (_I32, _I64, _I64, _I64, _U32)),
+    "dfc_lanes": (_U32, (_I64, _I64, _MEMORY, ctypes.POINTER(_I64))),
+    "dfc_packed_bytes": (_I64, (_I32, _I64, _I64, _I64, _U32, _I64)),
     "dfc_packed_check": (_I32, (_MEMORY, _I64, _I32, _I64, _I64, _I64)),
     "dfc_pack": (
         _I32,
-        (_I32, _I64, _I64, _I64, _U32, _MEMORY, _MEMORY, _MEMORY, _MEMORY, _I64, _I32),
+        (_I32, _I64, _I64, _I64, _U32, _I64, _MEMORY, _MEMORY, _MEMORY, _MEMORY, _I64, _I32),
     ),
     "dfc_linear": (
         _I32,

@@ -124,11 +124,22 @@ thread_local Scratch of_rows;
 constexpr int64_t MOST = int64_t(1) << 31;  // sizes beyond are refused before they overflow
 constexpr int64_t MOST_K_OF_A_SUM = 131072;  // 127 * 128 * 131072 < 2^31
 
-int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+constexpr uint32_t LANES = LANES_OF_2 | LANES_OF_4;
+constexpr int64_t MOST_K_OF_FIXES = 65536;  // Fix has 16 bits for it
 
-bool lay_out(int bits, int64_t n, int64_t k, int64_t group, uint32_t flags, Layout* out) {
+// Whether lanes may be what flags say of them.
+bool are_lanes(int bits, int64_t k, int64_t group, uint32_t flags, int64_t fixes) {
+  const uint32_t lanes = flags & LANES;
+  if (lanes == 0) return fixes == 0;
+  return lanes != LANES && bits == 8 && group == 0 && k <= MOST_K_OF_FIXES && fixes >= 0 &&
+         fixes <= PANEL * MOST_K_OF_FIXES;
+}
+
+bool lay_out(int bits, int64_t n, int64_t k, int64_t group, uint32_t flags, int64_t fixes,
+             Layout* out) {
   if ((bits != 4 && bits != 8) || n < 0 || k < 1 || n > MOST || k > MOST || group < 0) return false;
-  if (flags & ~(HALF_SCALES | ZEROS) || (bits == 8 && flags & ZEROS)) return false;
+  if (flags & ~(HALF_SCALES | ZEROS | LANES) || (bits == 8 && flags & ZEROS)) return false;
+  if (!are_lanes(bits, k, group, flags, fixes)) return false;
   if (group == 0) group = up(k, 32);
   if (group % 16 || (group > 32 && group % 32) || group > MOST_K_OF_A_SUM) return false;
   Layout w{};
@@ -142,7 +153,11 @@ bool lay_out(int bits, int64_t n, int64_t k, int64_t group, uint32_t flags, Layo
   w.padded_k = w.groups * group;
   w.panels = (n + PANEL - 1) / PANEL;
   w.zeros_at = up(w.groups * PANEL * (w.half_scales ? 2 : 4), 64);
-  w.codes_at = w.zeros_at + (w.has_zeros ? up(w.groups * PANEL, 64) : 0);
+  w.lane = flags & LANES_OF_4 ? 4 : flags & LANES_OF_2 ? 2 : 0;
+  w.fixes = fixes;
+  w.fixes_at = w.zeros_at + (w.has_zeros ? up(w.groups * PANEL, 64) : 0);
+  const int64_t fix_bytes = int64_t(sizeof(Fixes)) + fixes * int64_t(sizeof(Fix));
+  w.codes_at = w.fixes_at + (w.lane ? up(fix_bytes, 64) : 0);
   w.group_bytes = group * PANEL * bits / 8;
   w.panel_bytes = w.codes_at + w.groups * w.group_bytes;
   w.stride_bytes = w.panel_bytes / w.groups;
@@ -158,7 +173,7 @@ bool read(const uint8_t* packed, int64_t bytes, Layout* out) {
   if (bytes < HEADER_BYTES) return false;
   std::memcpy(&h, packed, sizeof h);
   if (h.magic != MAGIC || h.version != VERSION) return false;
-  return lay_out(int(h.bits), h.n, h.k, h.group, h.flags, out) && out->bytes == bytes;
+  return lay_out(int(h.bits), h.n, h.k, h.group, h.flags, h.fixes, out) && out->bytes == bytes;
 }
 
 // ---- packing
@@ -217,7 +232,12 @@ void pack_panel(const void* what, int64_t index) {
   std::memset(panel, 0, size_t(job.w.panel_bytes));
   const int64_t first = index * PANEL, count = least(PANEL, job.w.n - first);
   for (int64_t o = 0; o < count; ++o) pack_output(job, panel, first + o, o);
+  if (job.w.lane)
+    write_fixes(static_cast<const int8_t*>(job.codes), job.w, index, panel + job.w.fixes_at);
 }
+
+// From how many codes on for each fix (of four): what it costs is measured, as 8 to 10 codes.
+constexpr int64_t CODES_A_FIX_OF_4 = 40, CODES_A_FIX_OF_2 = 32;
 
 // ---- multiplying
 
@@ -227,6 +247,7 @@ struct Call {
   const float* x;
   int8_t* q;
   int16_t* wide;
+  uint8_t* columns;
   float* scale;
   int32_t* sum;
   int64_t tiles;  // of rows
@@ -235,12 +256,21 @@ struct Call {
 void quantize_row(const void* what, int64_t row) {
   const Call& c = *static_cast<const Call*>(what);
   const Layout& w = c.job.w;
-  c.path->quantize(c.x + row * w.k, w, c.q + row * c.job.x.stride, c.scale + row * w.groups,
-                   c.sum + row * w.groups);
+  int8_t* const q = c.q + row * c.job.x.stride;
+  c.path->quantize(c.x + row * w.k, w, q, c.scale + row * w.groups, c.sum + row * w.groups);
+  if (c.columns)
+    for (int64_t k = 0; k < w.padded_k; ++k) q[k] = int8_t(q[k] ^ -128);
   if (!c.wide) return;
-  const int8_t* from = c.q + row * c.job.x.stride;
   int16_t* to = c.wide + row * c.job.x.stride;
-  for (int64_t k = 0; k < w.padded_k; ++k) to[k] = from[k];
+  for (int64_t k = 0; k < w.padded_k; ++k) to[k] = q[k];
+}
+
+constexpr int64_t TURNED_K = 32;  // padded_k is a multiple
+
+void turn(const void* what, int64_t index) {
+  const Call& c = *static_cast<const Call*>(what);
+  const int64_t tile = index % c.tiles, k = index / c.tiles * TURNED_K;
+  c.path->turn(c.job, tile, k, c.columns + (tile * c.job.w.padded_k + k) * TILE_ROWS);
 }
 
 void one_panel(const void* what, int64_t panel) {
@@ -251,8 +281,8 @@ void one_panel(const void* what, int64_t panel) {
 void one_tile(const void* what, int64_t index) {
   const Call& c = *static_cast<const Call*>(what);
   Tiling scratch;
-  const int64_t row = index % c.tiles * TILE_ROWS;
-  const int64_t rows = least(TILE_ROWS, c.job.rows - row);
+  const int64_t row = index % c.tiles * c.job.tile_rows;
+  const int64_t rows = least(c.job.tile_rows, c.job.rows - row);
   c.path->many_rows(c.job, index / c.tiles, row, rows, scratch);
 }
 
@@ -265,6 +295,7 @@ void multiply(const Call& c, int32_t threads) {
   const Layout& w = c.job.w;
   const int64_t rows = c.job.rows;
   spread(rows * w.k < 65536 ? 1 : threads, rows, rows < 16 ? 1 : 4, quantize_row, &c);
+  if (c.columns) spread(threads, w.padded_k / TURNED_K * c.tiles, 8, turn, &c);
   if (rows > 1) return spread(threads, w.panels * c.tiles, 1, one_tile, &c);
   int64_t chunk = w.panels / (PARTS * (threads > 0 ? threads : 1));
   const int64_t least_chunk = LEAST_CHUNK_BYTES / w.panel_bytes;
@@ -293,19 +324,29 @@ DFC_EXPORT void dfc_kernels_use_openmp(void* gomp_parallel) {
   openmp.store(reinterpret_cast<GompParallel>(gomp_parallel), std::memory_order_release);
 }
 
+DFC_EXPORT uint32_t dfc_lanes(int64_t n, int64_t k, const int8_t* codes, int64_t* fixes) {
+  *fixes = 0;
+  if (!paths()[0]->turn || k > MOST_K_OF_FIXES) return 0;
+  const Counts four = count_fixes(codes, n, k, 4);
+  if (four.all <= n * k / CODES_A_FIX_OF_4) return *fixes = four.most, LANES_OF_4;
+  const Counts two = count_fixes(codes, n, k, 2);
+  if (two.all <= n * k / CODES_A_FIX_OF_2) return *fixes = two.most, LANES_OF_2;
+  return 0;
+}
+
 DFC_EXPORT int64_t dfc_packed_bytes(int32_t bits, int64_t n, int64_t k, int64_t group,
-                                    uint32_t flags) {
+                                    uint32_t flags, int64_t fixes) {
   Layout w;
-  return lay_out(bits, n, k, group, flags, &w) ? w.bytes : -1;
+  return lay_out(bits, n, k, group, flags, fixes, &w) ? w.bytes : -1;
 }
 
 DFC_EXPORT int32_t dfc_pack(int32_t bits, int64_t n, int64_t k, int64_t group, uint32_t flags,
-                            const void* codes, const float* scale, const uint8_t* zeros,
+                            int64_t fixes, const void* codes, const float* scale, const uint8_t* zeros,
                             uint8_t* packed, int64_t bytes, int32_t threads) {
   Packing job{};
-  if (!lay_out(bits, n, k, group, flags, &job.w) || job.w.bytes != bytes) return DFC_MALFORMED;
+  if (!lay_out(bits, n, k, group, flags, fixes, &job.w) || job.w.bytes != bytes) return DFC_MALFORMED;
   if (job.w.has_zeros != (zeros != nullptr)) return DFC_MALFORMED;
-  const Header h = {MAGIC, VERSION, uint32_t(bits), flags, n, k, group, uint64_t(bytes)};
+  const Header h = {MAGIC, VERSION, uint32_t(bits), flags, n, k, group, fixes, uint64_t(bytes)};
   std::memset(packed, 0, HEADER_BYTES);
   std::memcpy(packed, &h, sizeof h);
   job.codes = codes;
@@ -319,10 +360,14 @@ DFC_EXPORT int32_t dfc_pack(int32_t bits, int64_t n, int64_t k, int64_t group, u
 DFC_EXPORT int32_t dfc_packed_check(const uint8_t* packed, int64_t bytes, int32_t bits, int64_t n,
                                     int64_t k, int64_t group) {
   Layout have, want;
-  if (!read(packed, bytes, &have) || !lay_out(bits, n, k, group, 0, &want)) return DFC_MALFORMED;
+  if (!read(packed, bytes, &have) || !lay_out(bits, n, k, group, 0, 0, &want)) return DFC_MALFORMED;
   const bool same =
       have.bits == bits && have.n == n && have.k == k && have.group == want.group;
-  return same ? DFC_DONE : DFC_MALFORMED;
+  if (!same) return DFC_MALFORMED;
+  for (int64_t i = 0; have.lane && i < have.panels; ++i)
+    if (!are_fixes(have, packed + HEADER_BYTES + i * have.panel_bytes + have.fixes_at))
+      return DFC_MALFORMED;
+  return DFC_DONE;
 }
 
 DFC_EXPORT int32_t dfc_linear(const uint8_t* packed, int64_t bytes, const float* x, int64_t rows,
@@ -335,20 +380,26 @@ DFC_EXPORT int32_t dfc_linear(const uint8_t* packed, int64_t bytes, const float*
   if (!read(packed, bytes, &w) || w.k != k || w.n != n || rows < 0 || rows > MOST)
     return DFC_MALFORMED;
   if (rows == 0 || n == 0) return DFC_DONE;
+  c.tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  c.job.tile_rows = up((rows + c.tiles - 1) / c.tiles, 4);
+  c.tiles = (rows + c.job.tile_rows - 1) / c.job.tile_rows;
   // Rows a multiple of 4 KiB apart would share one place in the first cache.
   const int64_t stride = up(w.padded_k, 64) + 64;
   const int64_t q_bytes = rows * stride, s_bytes = up(rows * w.groups * 4, 64);
-  const int64_t wide_bytes = c.path->wants_wide && w.bits == 8 && rows > 1 ? 2 * q_bytes : 0;
-  uint8_t* memory = of_rows.at_least(q_bytes + 2 * s_bytes + wide_bytes);
+  const bool lanes = w.lane && c.path->turn && rows >= LEAST_LANE_ROWS;
+  const bool wide = !lanes && c.path->wants_wide && w.bits == 8 && rows > 1;
+  const int64_t more = lanes ? c.tiles * w.padded_k * TILE_ROWS : wide ? 2 * q_bytes : 0;
+  uint8_t* memory = of_rows.at_least(q_bytes + 2 * s_bytes + more);
   if (!memory) return DFC_NO_MEMORY;
+  uint8_t* const last = memory + q_bytes + 2 * s_bytes;
   c.x = x;
   c.q = reinterpret_cast<int8_t*>(memory);
   c.scale = reinterpret_cast<float*>(memory + q_bytes);
   c.sum = reinterpret_cast<int32_t*>(memory + q_bytes + s_bytes);
-  if (wide_bytes) c.wide = reinterpret_cast<int16_t*>(memory + q_bytes + 2 * s_bytes);
-  c.tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  if (wide) c.wide = reinterpret_cast<int16_t*>(last);
+  if (lanes) c.columns = last;
   c.job.panels = packed + HEADER_BYTES;
-  c.job.x = {stride, c.q, c.wide, c.scale, c.sum};
+  c.job.x = {stride, c.q, c.wide, c.columns, c.scale, c.sum};
   c.job.bias = bias;
   c.job.y = y;
   c.job.rows = rows;

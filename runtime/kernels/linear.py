@@ -6,6 +6,7 @@ What they compute is what the ops of the same names mean with activations="int8"
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 from typing import Any
 
@@ -33,9 +34,11 @@ def pack_w8(weight: Tensor, scale: Tensor, group: int | None = None) -> Tensor:
     return _pack(8, weight, scale, None, weight.shape[1], group or 0)
 
 
-def packed_bytes(bits: int, n: int, k: int, group: int, flags: int = 0) -> int | None:
+def packed_bytes(
+    bits: int, n: int, k: int, group: int, flags: int = 0, fixes: int = 0
+) -> int | None:
     """How large a packed weight is; None for sizes that the kernels do not take."""
-    size = int(_library().c.dfc_packed_bytes(bits, n, k, group, flags))
+    size = int(_library().c.dfc_packed_bytes(bits, n, k, group, flags, fixes))
     return None if size < 0 else size
 
 
@@ -51,21 +54,31 @@ def _pack(
     n = codes.shape[0]
     wide = scale.detach().to(torch.float32).contiguous()
     flags = (HALF_SCALES if _is_half(wide) else 0) | (0 if zero is None else ZEROS)
-    size = packed_bytes(bits, n, k, group, flags)
+    codes = codes.contiguous()
+    lanes, fixes = _lanes(codes) if bits == 8 and not group else (0, 0)
+    flags |= lanes
+    size = packed_bytes(bits, n, k, group, flags, fixes)
     groups = -(-k // group) if group else 1
     row = k if bits == 8 else groups * group // 2
     if size is None or codes.numel() != n * row or wide.numel() != n * groups:
         raise ValueError(f"no packed layout for {n} x {k} of {bits} bits in groups of {group}")
     if zero is not None and zero.numel() != n * ((groups + 1) // 2):
         raise ValueError(f"{zero.numel()} bytes of zero points for {n} x {groups} groups")
-    codes, zero = codes.contiguous(), None if zero is None else zero.contiguous()
+    zero = None if zero is None else zero.contiguous()
     out = huge(size)
     status = _library().c.dfc_pack(
-        bits, n, k, group, flags, codes.data_ptr(), wide.data_ptr(),
+        bits, n, k, group, flags, fixes, codes.data_ptr(), wide.data_ptr(),
         None if zero is None else zero.data_ptr(), out.data_ptr(), size, torch.get_num_threads(),
     )  # fmt: skip
     _check(status)
     return out
+
+
+def _lanes(codes: Tensor) -> tuple[int, int]:
+    """How codes i8[N, K] are multiplied with many rows: a flag, and what a panel then has."""
+    fixes = ctypes.c_int64()
+    flag = int(_library().c.dfc_lanes(*codes.shape, codes.data_ptr(), ctypes.byref(fixes)))
+    return flag, fixes.value
 
 
 def _is_half(scale: Tensor) -> bool:

@@ -113,6 +113,6 @@ void many_rows(const Job& job, int64_t panel, int64_t row, int64_t rows, Tiling&
 
 }  // namespace
 
-extern const Path portable_path = {"portable", false, quantize, one_row, many_rows};
+extern const Path portable_path = {"portable", false, nullptr, quantize, one_row, many_rows};
 
 }  // namespace dfc

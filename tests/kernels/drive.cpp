@@ -1,4 +1,4 @@
-// Runs every path of the kernels on odd shapes and compares the bits with those of the portable one.
+// Runs every path of the kernels on odd shapes and codes and compares the bits with those of the portable one.
 //
 // Every buffer ends where memory that may not be touched begins: a page without rights, or what
 // AddressSanitizer puts there. Compiled with the kernels' own sources, by tests/test_kernels.py.
@@ -80,23 +80,36 @@ void compare(Exact& p, Exact& x, Exact* bias, Shape s, const char* what) {
   }
 }
 
-void one(int bits, int64_t group, uint32_t flags, bool with_bias, Shape s) {
+// Codes of any value, or most of them small, or only the largest of one sign.
+enum Codes { ANY, SMALL, LARGEST };
+
+uint8_t code(Codes kind) {
+  const int32_t any = int32_t(next() % 256);
+  if (kind == LARGEST) return any < 10 ? 127 : 128;
+  const int32_t small = (any - 128) * int32_t(next() % 256) * int32_t(next() % 256) / 65536;
+  return uint8_t(kind == SMALL ? small : any);
+}
+
+void one(int bits, int64_t group, uint32_t flags, bool with_bias, Shape s, Codes kind = ANY) {
   const int64_t width = group ? group : (s.k + 31) / 32 * 32, groups = (s.k + width - 1) / width;
-  const int64_t size = dfc_packed_bytes(bits, s.n, s.k, group, flags);
   const int64_t row = bits == 8 ? s.k : groups * width / 2;
   Exact codes(size_t(s.n * row)), scale(size_t(s.n * groups) * 4);
+  for (size_t i = 0; i < codes.bytes(); ++i) codes.as<uint8_t>()[i] = code(kind);
+  const int64_t lane = flags & dfc::LANES_OF_2 ? 2 : flags & dfc::LANES_OF_4 ? 4 : 0;
+  const int64_t fixes = lane ? dfc::count_fixes(codes.as<int8_t>(), s.n, s.k, lane).most : 0;
+  const int64_t size = dfc_packed_bytes(bits, s.n, s.k, group, flags, fixes);
   Exact zeros(flags & 2 ? size_t(s.n * ((groups + 1) / 2)) : 0), packed{size_t(size)};
   Exact x(size_t(s.rows * s.k) * 4), bias(with_bias ? size_t(s.n) * 4 : 0);
-  for (size_t i = 0; i < codes.bytes(); ++i) codes.as<uint8_t>()[i] = uint8_t(next());
   for (size_t i = 0; i < zeros.bytes(); ++i) zeros.as<uint8_t>()[i] = uint8_t(next());
   for (size_t i = 0; i < scale.bytes() / 4; ++i)  // 11 bits: exact as f16
     scale.as<float>()[i] = float(next() % 2048) / 1024.0f;
   for (size_t i = 0; i < x.bytes() / 4; ++i) x.as<float>()[i] = number();
   for (size_t i = 0; i < bias.bytes() / 4; ++i) bias.as<float>()[i] = number();
   const uint8_t* z = flags & 2 ? zeros.as<uint8_t>() : nullptr;
-  if (dfc_pack(bits, s.n, s.k, group, flags, codes.as<uint8_t>(), scale.as<float>(), z,
+  if (dfc_pack(bits, s.n, s.k, group, flags, fixes, codes.as<uint8_t>(), scale.as<float>(), z,
                packed.as<uint8_t>(), size, 1) != DFC_DONE)
     ++failures;
+  if (dfc_packed_check(packed.as<uint8_t>(), size, bits, s.n, s.k, group) != DFC_DONE) ++failures;
   char what[80];
   std::snprintf(what, sizeof what, "int%d, group %d, flags %u", bits, int(group), flags);
   compare(packed, x, with_bias ? &bias : nullptr, s, what);
@@ -126,6 +139,11 @@ int main() {
     for (int64_t group : {0, 16, 32, 128, 1024})
       for (uint32_t flags = 0; flags < 2; ++flags) one(8, group, flags, flags == 0, s);
   }
+  const Shape many[] = {{32, 16, 32},  {33, 5, 40},    {63, 17, 96},  {65, 16, 1},
+                        {131, 18, 64}, {40, 33, 1100}, {34, 3, 2050}, {259, 2, 9}};
+  for (const Shape& s : many)
+    for (uint32_t lanes : {dfc::LANES_OF_2, dfc::LANES_OF_4})
+      for (Codes kind : {ANY, SMALL, LARGEST}) one(8, 0, lanes | (s.k & 1), s.n % 2, s, kind);
   refuses();
   std::printf("paths:");
   for (int32_t i = 0; const char* path = dfc_kernels_path(i); ++i) std::printf(" %s", path);
