@@ -93,6 +93,8 @@ class AtenOp:
         self._assertion = base in ASSERTIONS
         self._random = torch.Tag.nondeterministic_seeded in overload.tags
         self.mutable = schema.is_mutable
+        # Whether results may lie in an operand's memory: `reshape` copies only where it must.
+        self.may_view = any(r.alias_info and not r.alias_info.is_write for r in schema.returns)
         twin = _STRIDE_FREE.get(name)
         self._kernel = getattr(torch.ops.aten, twin).default if twin else overload
         self.result_lists = tuple("List" in str(r.real_type) for r in schema.returns)
