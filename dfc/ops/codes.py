@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dfc.ir.types import DTYPES, DType, TensorType
+from dfc.ir.expr import Size
+from dfc.ir.op import Cost
+from dfc.ir.types import DTYPES, DType, TensorType, total_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +32,25 @@ def is_scale_of(scale: TensorType, x: TensorType) -> bool:
     """Whether scales may be multiplied with x: of its dtype, or a narrower float."""
     narrower = scale.dtype.is_float and scale.dtype.bits < x.dtype.bits
     return x.dtype.is_float and (scale.dtype == x.dtype or narrower)
+
+
+def is_matrix_of(weight: TensorType, x: TensorType) -> bool:
+    """Whether weights are [N, K] for an x that ends in the number K."""
+    k = x.shape[-1] if x.shape else 1
+    return isinstance(k, int) and weight.rank == 2 and weight.shape[1] == k
+
+
+def is_bias_of(bias: TensorType | None, n: Size, x: TensorType) -> bool:
+    """Whether a bias, if there is one, is [N] of x's dtype."""
+    return bias is None or (bias.shape == (n,) and bias.dtype == x.dtype)
+
+
+def linear_cost(
+    y: TensorType, x: TensorType, weight: TensorType, scale: TensorType, bias: TensorType | None
+) -> Cost:
+    """What a linear layer takes whose weight is multiplied with its scale first."""
+    flops = 2 * y.numel * x.shape[-1] + weight.numel
+    return Cost(flops, total_bytes(x, weight, scale, bias), y.nbytes)
 
 
 # Meaning

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dfc.ir.op import Cost, Op, declare
-from dfc.ir.types import DTYPES, TensorType, total_bytes
-from dfc.ops.codes import is_scale_of, write_cast
+from dfc.ir.types import DTYPES, TensorType
+from dfc.ops.codes import is_bias_of, is_matrix_of, is_scale_of, linear_cost, write_cast
 from dfc.ops.quantized import LARGEST
 
 if TYPE_CHECKING:
@@ -75,15 +75,12 @@ class LinearF8(Op):
         scale: TensorType,
         bias: TensorType | None = None,
     ) -> TensorType:
-        k = x.shape[-1] if x.shape else 1
-        fits = isinstance(k, int) and weight.rank == 2 and weight.shape[1] == k
-        known = weight.dtype.name in LARGEST
-        self.require("C1", fits and known, f"weight {weight} does not fit x {x}")
+        fits = is_matrix_of(weight, x) and weight.dtype.name in LARGEST
+        self.require("C1", fits, f"weight {weight} does not fit x {x}")
         n = weight.shape[0]
         fits = scale.shape in ((n,), ()) and is_scale_of(scale, x)
         self.require("C2", fits, f"scale is {scale}, x is {x}")
-        fits = bias is None or (bias.shape == (n,) and bias.dtype == x.dtype)
-        self.require("C3", fits, f"bias is {bias}")
+        self.require("C3", is_bias_of(bias, n, x), f"bias is {bias}")
         known = self.activations in ACTIVATIONS
         self.require("C4", known, f"activations is {self.activations!r}")
         return x.with_shape((*x.shape[:-1], n))
@@ -121,9 +118,7 @@ class LinearF8(Op):
         scale: TensorType,
         bias: TensorType | None = None,
     ) -> Cost:
-        y = self.infer(x, weight, scale, bias)
-        flops = 2 * y.numel * x.shape[-1] + weight.numel  # a multiplication for each weight
-        return Cost(flops, total_bytes(x, weight, scale, bias), y.nbytes)
+        return linear_cost(self.infer(x, weight, scale, bias), x, weight, scale, bias)
 
 
 def _write_rounded(b: Builder, x: Value) -> tuple[Value, Value]:

@@ -14,7 +14,10 @@ from dfc.ops.codes import (
     centred4,
     dot_rows,
     groups_of,
+    is_bias_of,
+    is_matrix_of,
     is_scale_of,
+    linear_cost,
     weight4,
     weight8,
     write_cast,
@@ -100,8 +103,7 @@ class LinearW4(Op):
         self.require("C2", fits, f"scale is {scale}, x is {x}")
         fits = zero is None or (zero.dtype == U8 and zero.shape == (n, groups_of(groups, 2)))
         self.require("C3", fits, f"zero is {zero}")
-        fits = bias is None or (bias.shape == (n,) and bias.dtype == x.dtype)
-        self.require("C4", fits, f"bias is {bias}")
+        self.require("C4", is_bias_of(bias, n, x), f"bias is {bias}")
         known = self.activations in ACTIVATIONS
         self.require("C6", known, f"activations is {self.activations!r}")
         return x.with_shape((*x.shape[:-1], n))
@@ -205,16 +207,14 @@ class LinearW8(Op):
         g = self.group
         power = g is None or (g >= 16 and g & (g - 1) == 0)
         self.require("C4", power, f"group is {g}")
-        k = x.shape[-1] if x.shape else 1
-        fits = isinstance(k, int) and weight.rank == 2 and weight.shape[1] == k
-        self.require("C1", fits and weight.dtype == I8, f"weight {weight} does not fit x {x}")
+        fits = is_matrix_of(weight, x) and weight.dtype == I8
+        self.require("C1", fits, f"weight {weight} does not fit x {x}")
+        n, k = weight.shape
         assert isinstance(k, int)
-        n = weight.shape[0]
         shape = (n,) if g is None else (n, groups_of(k, g))
         fits = scale.shape == shape and is_scale_of(scale, x)
         self.require("C2", fits, f"scale is {scale}, x is {x}, group is {g}")
-        fits = bias is None or (bias.shape == (n,) and bias.dtype == x.dtype)
-        self.require("C3", fits, f"bias is {bias}")
+        self.require("C3", is_bias_of(bias, n, x), f"bias is {bias}")
         known = self.activations in ACTIVATIONS
         self.require("C5", known, f"activations is {self.activations!r}")
         return x.with_shape((*x.shape[:-1], n))
@@ -247,6 +247,4 @@ class LinearW8(Op):
         scale: TensorType,
         bias: TensorType | None = None,
     ) -> Cost:
-        y = self.infer(x, weight, scale, bias)
-        flops = 2 * y.numel * x.shape[-1] + weight.numel  # a multiplication for each weight
-        return Cost(flops, total_bytes(x, weight, scale, bias), y.nbytes)
+        return linear_cost(self.infer(x, weight, scale, bias), x, weight, scale, bias)
