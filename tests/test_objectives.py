@@ -10,37 +10,22 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from dfc.planning.brute import brute_force
 from dfc.planning.cuts import cut_chain, is_chain
 from dfc.planning.devices import Wanted, best_row, price
-from dfc.planning.ideals import all_ideals, best_chain, lower_bound, prefixes
+from dfc.planning.ideals import all_ideals, best_chain, prefixes
 from dfc.planning.machine import Device, Machine, Wire
-from dfc.planning.milp import solve_milp
 from dfc.planning.model import Modelled, Wish, on_row
 from dfc.planning.partition import Effort, partition
-from dfc.planning.problem import Objective, Partition, Problem, Slot, value_of, why_not
-from tests.test_partition import made
+from dfc.planning.problem import Objective, Problem, Slot
+from tests.planning_problems import SHAPES, agree, brute_force, made, solvers_find_the_best
 
 OBJECTIVES: tuple[Objective, ...] = ("throughput", "latency", "memory")
-SHAPES: tuple[dict[str, Any], ...] = (
-    {}, {"memory": True}, {"links": True}, {"memory": True, "links": True}, {"kinds": 2},
-    {"memory": True, "links": True, "wishes": True},
-)  # fmt: skip
 
 
 def drawn(rng: random.Random, objective: Objective, n: int, **shape: Any) -> Problem:
     problem = made(rng, n, rng.randint(2, 3), **shape)
     slots = [replace(s, latency=rng.choice([0.0, 0.5, 2.0])) for s in problem.slots]
     return replace(problem.with_stages(slots), objective=objective, idle=rng.random() < 0.7)
-
-
-def agree(problem: Problem, found: Partition | None, best: Partition | None) -> None:
-    assert (found is None) == (best is None)
-    if found is not None and best is not None:
-        assert why_not(problem, found.stage) is None
-        assert found.value == pytest.approx(value_of(problem, found.stage))
-        assert found.value == pytest.approx(best.value, rel=1e-9)
-        assert lower_bound(problem) <= found.value * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -51,14 +36,7 @@ def test_every_solver_finds_what_brute_force_finds(
 ) -> None:
     rng = random.Random(seed)
     problem = drawn(rng, objective, rng.randint(3, 7), **shape)
-    best = brute_force(problem)
-    ideals = all_ideals(problem, 10**6)
-    assert ideals is not None
-    agree(problem, best_chain(problem, ideals, complete=True), best)
-    found, bound = solve_milp(problem, 20.0, gap=0.0)
-    agree(problem, found, best)
-    if best is not None:
-        assert bound <= best.value * (1 + 1e-6)
+    solvers_find_the_best(problem)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

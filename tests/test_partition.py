@@ -11,61 +11,12 @@ import numpy as np
 import pytest
 
 from dfc.errors import DfcError
-from dfc.planning.brute import brute_force
 from dfc.planning.cuts import cut_chain, is_chain
-from dfc.planning.ideals import all_ideals, best_chain, prefixes
-from dfc.planning.milp import solve_milp
+from dfc.planning.ideals import best_chain, prefixes
 from dfc.planning.orders import promising_orders
 from dfc.planning.partition import Effort, partition
-from dfc.planning.problem import INFINITE, Partition, Problem, Slot, Tensor, loads, why_not
-
-
-def made(
-    rng: random.Random, n: int, k: int, *, chain: bool = False, memory: bool = False,
-    links: bool = False, kinds: int = 1, wishes: bool = False,
-) -> Problem:  # fmt: skip
-    """A random problem; times and bytes are small integers, so that ties happen."""
-    tensors = []
-    for u in range(n - 1):
-        readers = (u + 1,) if chain else tuple(v for v in range(u + 1, n) if rng.random() < 0.35)
-        if readers:
-            tensors.append(Tensor(u, rng.randint(0, 4), readers))
-    weights = np.array([float(rng.randint(0, 4)) for _ in range(n)])
-    kept = np.array([float(rng.randint(0, 2)) for _ in range(n)])
-    whole = float(weights.sum() + kept.sum() * 2)
-    slots = [
-        Slot(
-            kind=s % kinds,
-            memory=whole / k * rng.uniform(1, 2) if memory else INFINITE,
-            receive=rng.choice([0.5, 1.0, 3.0]) if links else INFINITE,
-            send=rng.choice([0.5, 1.0, 3.0]) if links else INFINITE,
-            in_flight=k - s if memory else 1,
-        )
-        for s in range(k)
-    ]
-    time = np.array([[float(rng.randint(1, 6)) for _ in range(kinds)] for _ in range(n)])
-    if kinds > 1:
-        time[rng.randrange(n), 0] = INFINITE
-    more: dict[str, Any] = {}
-    if wishes:
-        more["pins"] = {rng.randrange(n): rng.randrange(k)}
-        more["together"] = (tuple(sorted(rng.sample(range(n), 2))),)
-        more["tied"] = ((2.0, tuple(sorted(rng.sample(range(n), 2)))),)
-    return Problem(time, tuple(tensors), tuple(slots), weights, kept, **more)
-
-
-def agree(problem: Problem, found: Partition | None, best: Partition | None) -> None:
-    assert (found is None) == (best is None)
-    if found is not None and best is not None:
-        assert why_not(problem, found.stage) is None
-        assert found.value == pytest.approx(loads(problem, found.stage).bottleneck)
-        assert found.value == pytest.approx(best.value, rel=1e-9)
-
-
-SHAPES = [
-    {}, {"memory": True}, {"links": True}, {"memory": True, "links": True},
-    {"kinds": 2}, {"memory": True, "links": True, "wishes": True},
-]  # fmt: skip
+from dfc.planning.problem import INFINITE, Problem, Slot, Tensor, loads, why_not
+from tests.planning_problems import SHAPES, agree, brute_force, made, solvers_find_the_best
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "+".join(s) or "plain")
@@ -73,14 +24,7 @@ SHAPES = [
 def test_ideals_and_milp_find_what_brute_force_finds(shape: dict[str, Any], seed: int) -> None:
     rng = random.Random(seed)
     problem = made(rng, rng.randint(3, 7), rng.randint(2, 3), **shape)
-    best = brute_force(problem)
-    ideals = all_ideals(problem, 10**6)
-    assert ideals is not None
-    agree(problem, best_chain(problem, ideals, complete=True), best)
-    found, bound = solve_milp(problem, 20.0, gap=0.0)
-    agree(problem, found, best)
-    if best is not None:
-        assert bound <= best.value * (1 + 1e-6)
+    solvers_find_the_best(problem)
 
 
 @pytest.mark.parametrize("seed", range(12))
