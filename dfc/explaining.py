@@ -221,7 +221,7 @@ class _Asked:
                 story.engines = engines_say(node)
                 self.say("looking for the nearest rule")
                 story.nearest = nearest_rules(run.graph, node, self._rules())[:3]
-            return Explanation(_story_lines(story, run), _story_data(story))
+            return Explanation(_story_lines(story), _story_data(story))
         found = Explanation(data={"nodes": [_story_data(s) for s in stories]})
         found.lines.append(f"{spec}: {len(stories)} values, behind {run.names}")
         shown = stories if self.all else stories[: 4 * SHOWN]
@@ -335,7 +335,7 @@ def _blocked_at(miss: NearMiss) -> str:
     return f" (at {loc.file}:{loc.line})"
 
 
-def _story_lines(story: Story, run: Run) -> list[str]:
+def _story_lines(story: Story) -> list[str]:
     lines = [story.value]
     t = story.traced
     if t is not None:

@@ -70,7 +70,7 @@ class Prune(Pass):
         scores = self._scores(groups, chosen, ctx)
         wanted = counts(scores, self.ratio, self.align, self.scope)
         shrinking = [g for g in chosen if wanted[g] < g.size]
-        self._tell(groups, chosen, scores, wanted, ctx)
+        self._tell(chosen, scores, wanted, ctx)
         if not shrinking:
             if self.select is not None:
                 raise self._nothing_left(chosen)
@@ -192,8 +192,8 @@ class Prune(Pass):
             ctx.tell(f"prune: {done} layers that read what was pruned are refitted to the data")
 
     def _tell(
-        self, groups: Groups, chosen: list[Group], scores: dict[Group, Tensor],
-        wanted: dict[Group, int], ctx: Context,
+        self, chosen: list[Group], scores: dict[Group, Tensor], wanted: dict[Group, int],
+        ctx: Context,
     ) -> None:  # fmt: skip
         if not ctx.asked:
             return

@@ -255,7 +255,7 @@ class Quantize(Pass):
         for layer in layers:
             stored = store(graph, layer, found[layer.weight])
             for use in layer.uses:
-                told = self._told(layer, stored, found[layer.weight], ctx) if ctx.asked else ""
+                told = self._told(layer, stored, found[layer.weight]) if ctx.asked else ""
                 made = read_codes(graph, use, stored, activations)
                 ctx.decided(made, "quantized", told)
             forget(graph, layer.weight)
@@ -291,7 +291,7 @@ class Quantize(Pass):
                     found |= encode(graph, some, self.grid(some[0]), ctx, self.data)
         return found
 
-    def _told(self, layer: Weighted, stored: Stored, found: Rounded, ctx: Context) -> str:
+    def _told(self, layer: Weighted, stored: Stored, found: Rounded) -> str:
         from dfc.compress.rtn import matrix_of
 
         before = int(layer.weight.tensor_type.nbytes)  # type: ignore[arg-type]

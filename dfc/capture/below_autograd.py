@@ -140,15 +140,13 @@ def _program(
             TensorArgument(x.name) if isinstance(x, torch.fx.Node) else ConstantArgument("", x)
         )
         outputs.append(OutputSpec(OutputKind.USER_OUTPUT, argument, None))
-    _drop_constants(traced, leaves, specs)
+    _drop_constants(traced, specs)
     ranges = dict(mode.shape_env.var_to_range) if mode.shape_env else {}
     call = _CallSpec(spec, out_spec)
     return Program(traced, _Signature(specs, outputs), call, ranges, dict(state))
 
 
-def _drop_constants(
-    traced: torch.fx.GraphModule, leaves: list[Any], specs: list[InputSpec]
-) -> None:
+def _drop_constants(traced: torch.fx.GraphModule, specs: list[InputSpec]) -> None:
     """torch.export has a placeholder for each constant argument too: add them, unused."""
     users = [s for s in specs if s.kind == InputKind.USER_INPUT]
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]

@@ -295,7 +295,7 @@ class Converter:
         name = _RENAMED.get(name, name)
         if name == "aten.view.default" and "shape" in given:
             given["size"] = given.pop("shape")
-        info = self.lookup(name, node)
+        info = self.lookup(name)
         if info.mutable:
             raise DfcError("T022", f"`{name}` writes to its argument and was not functionalised")
         if given.get("generator") is not None:
@@ -319,10 +319,10 @@ class Converter:
             wanted = self.env[given["other"]].tensor_type.dtype.to_torch()
         if wanted is None or dtype_of(wanted) == source.tensor_type.dtype:
             return source
-        info = self.lookup("aten._to_copy.default", node)
+        info = self.lookup("aten._to_copy.default")
         return self.emit(node, info, {"self": given["self"], "dtype": wanted})
 
-    def lookup(self, name: str, node: fx.Node) -> AtenOp:
+    def lookup(self, name: str) -> AtenOp:
         from dfc.ir.op import register_namespace
         from dfc.ops import aten
 
@@ -402,12 +402,12 @@ class Converter:
             flat: list[Any] = []
             for v in values:
                 flat.extend(v if isinstance(v, (tuple, list)) else (v,))
-            self.new_symbols(node, flat)
+            self.new_symbols(node)
             return tuple(self.names.type_of(v) for v in flat), True
-        self.new_symbols(node, [values])
+        self.new_symbols(node)
         return (self.names.type_of(values),), False
 
-    def new_symbols(self, node: fx.Node, values: Sequence[Any]) -> None:
+    def new_symbols(self, node: fx.Node) -> None:
         """Name the symbols that this node binds, before types mention them."""
         for s in node.meta.get("unbacked_bindings") or {}:
             if s in self.names.known:
@@ -511,9 +511,7 @@ class Converter:
         scalars = {i: x for i, x in enumerate(outer) if x is not NotImplemented and i >= loop}
         kept = [x for i, x in enumerate(operands) if i not in scalars]
         values = [self.single(x) for x in (*first, *kept)]
-        graphs = []
-        for index, m in enumerate(modules):
-            graphs.append(self.nested(self.env[m], f"{self.name(m.name)}", scalars, loop, index))
+        graphs = [self.nested(self.env[m], self.name(m.name), scalars) for m in modules]
         types, _ = self.result_types(node.meta.get("val"), node)
         made = self.graph.add(
             op,
@@ -527,9 +525,7 @@ class Converter:
         )
         return made.results
 
-    def nested(
-        self, module: fx.GraphModule, name: str, scalars: Mapping[int, Any], loop: int, index: int
-    ) -> Graph:
+    def nested(self, module: fx.GraphModule, name: str, scalars: Mapping[int, Any]) -> Graph:
         graph = Graph(name)
         inner = Converter(graph, module, self.names)
         placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]

@@ -242,7 +242,7 @@ def _inputs(
             flat.append((node, spec))
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             assert spec.target is not None
-            converter.env[node] = owner.add(graph, names, node, spec)
+            converter.env[node] = owner.add(graph, names, spec)
         else:
             raise DfcError("T022", f"an input of kind {spec.kind.name} is not supported")
     used: set[str] = set()
@@ -329,7 +329,7 @@ class _Parameters:
             self.aliases.setdefault(id(tensor), []).append(name)
         self.made: dict[int, Value] = {}
 
-    def add(self, graph: Graph, names: Names, node: Any, spec: Any) -> Value:
+    def add(self, graph: Graph, names: Names, spec: Any) -> Value:
         name = str(spec.target)
         tensor = self.live.get(name)
         if tensor is None:

@@ -96,9 +96,6 @@ class Groups:
     def prunable(self) -> list[Group]:
         return [g for g in self.groups if not g.frozen and g.size > 1]
 
-    def of_leaf(self) -> dict[Axis, Group]:
-        return {g.axis: g for g in self.groups}
-
 
 def find_groups(graph: Graph) -> Groups:
     """The groups that some parameter has a part in, frozen ones with their reasons.

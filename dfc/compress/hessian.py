@@ -88,13 +88,6 @@ class Hessian:
         d = change.to(torch.float64)
         return float(((d @ self.sum) * d).sum())
 
-    def losses(self, change: Tensor) -> Tensor:
-        """The same for each row."""
-        import torch
-
-        d = change.to(torch.float64)
-        return ((d @ self.sum) * d).sum(dim=1)
-
 
 @dataclass(frozen=True)
 class Factor:

@@ -69,18 +69,6 @@ class Paired:
             return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-min(distance, 1 - 1e-12)))
         return math.ceil(_POWER * self.variance / distance**2)
 
-    def significance(self) -> float:
-        """The p-value of McNemar's exact test that neither model is better: two-sided.
-
-        Needs:  scores of 0 and 1.
-        """
-        from scipy import stats
-
-        if self.lost is None or self.won is None:
-            raise ValueError("McNemar's test wants scores of 0 and 1")
-        some = self.lost + self.won
-        return float(stats.binomtest(self.lost, some).pvalue) if some else 1.0
-
     def __str__(self) -> str:
         n, agree = f"{self.n:,}".replace(",", " "), f"{self.agreement:.1%}".replace("%", " %")
         if self.lost is not None:

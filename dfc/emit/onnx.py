@@ -420,7 +420,7 @@ def _label(b: Builder, call: Call, start: int, results: Sequence[Val | None], na
 
 
 def _attempt(b: Builder, call: Call, ranges: Mapping[str, Any], depth: int) -> Any:
-    if _needs_widening(b, call):
+    if _needs_widening(call):
         return _widened(b, call, ranges, depth)
     reasons: list[str] = []
     start = len(b.nodes)
@@ -550,7 +550,7 @@ def _inlined(
 # Half precision
 
 
-def _needs_widening(b: Builder, call: Call) -> bool:
+def _needs_widening(call: Call) -> bool:
     base = call.op.split(".")[1]
     if call.graph_node is not None and call.graph_node.graphs:
         return False

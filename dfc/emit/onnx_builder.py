@@ -34,7 +34,6 @@ ONNX_DTYPES: dict[str, ir.DataType] = {
     "i8": D.INT8, "i16": D.INT16, "i32": D.INT32, "i64": D.INT64,
     "u8": D.UINT8, "u16": D.UINT16, "u32": D.UINT32, "u64": D.UINT64, "bool": D.BOOL,
 }  # fmt: skip
-REAL_OF = {"c32": DTYPES["f16"], "c64": DTYPES["f32"], "c128": DTYPES["f64"]}
 FLOATS = frozenset({D.FLOAT16, D.BFLOAT16, D.FLOAT, D.DOUBLE})
 
 Val = ir.Value

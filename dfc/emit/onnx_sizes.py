@@ -10,7 +10,7 @@ from onnxscript import ir
 
 from dfc.errors import DfcError
 from dfc.ir.expr import Call as SizeCall
-from dfc.ir.expr import Expr, Scalar, evaluate, symbol
+from dfc.ir.expr import Expr, evaluate, symbol
 
 if TYPE_CHECKING:
     from dfc.emit.onnx_builder import Builder, Val
@@ -175,7 +175,7 @@ class Sizes:
         name = call.name
         args = [self.scalar(b, a) for a in call.args]
         if name == "floordiv":
-            return self._floordiv(b, call.args, args)
+            return _floordiv(b, args)
         if name == "mod":
             return b.op("Mod", *args)  # of integers: the sign of the divisor, as in Python
         if name in ("min", "max"):
@@ -224,10 +224,11 @@ class Sizes:
             return b.op(_FLOAT_UNARY[name], floats[0])
         raise DfcError("X001", f"the size function `{name}` has no ONNX translation")
 
-    def _floordiv(self, b: Builder, sizes: Sequence[Scalar], args: Sequence[Val]) -> Val:
-        if args[0].dtype == D.DOUBLE or args[1].dtype == D.DOUBLE:
-            return b.op("Floor", b.op("Div", *_common(b, list(args))))
-        return _floor_div(b, args[0], args[1])
+
+def _floordiv(b: Builder, args: Sequence[Val]) -> Val:
+    if args[0].dtype == D.DOUBLE or args[1].dtype == D.DOUBLE:
+        return b.op("Floor", b.op("Div", *_common(b, list(args))))
+    return _floor_div(b, args[0], args[1])
 
 
 def _floor_div(b: Builder, x: Val, y: Val) -> Val:

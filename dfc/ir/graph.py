@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import torch
 
 RESULT = "dfc.return"
-CONTROL_FLOW = ("torch.cond", "torch.while_loop", "torch.scan", "torch.map")
 
 
 @dataclass(frozen=True)

@@ -92,10 +92,6 @@ def register(cls: type, structure: Structure) -> None:
     _BY_NAME[structure.name] = structure
 
 
-def structure_of(cls: type) -> Structure | None:
-    return _BY_CLASS.get(cls)
-
-
 class Record(dict[str, Any]):
     """What a result of an unknown class becomes: its fields, by key and by attribute."""
 

@@ -20,7 +20,6 @@ _CLAUSE = 8  # where what a rule's clause says begins
 _CLAUSES = {"match", "where", "rewrite", "within", "applies", "refuses", "exact", "priority"}
 _ENTRIES = {"recipe", "target", "rule"}
 _OPENS = {"LPAR", "LSQB", "LBRACE"}
-_CLOSES = {"RPAR", "RSQB", "RBRACE"}
 
 
 def formatted(source: Source) -> str:

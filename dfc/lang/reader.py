@@ -71,17 +71,6 @@ def many_objects() -> Iterator[None]:
             gc.enable()
 
 
-def parse_document(text: str, file: str = "<string>") -> s.Document:
-    """Read recipes, targets and rules.
-
-    Raises:  DfcError P001..P009 with every error of the text, in order.
-    """
-    reading = read_document(Source(text, file))
-    if reading.problems:
-        raise DfcError.of(reading.problems)
-    return reading.document
-
-
 # One expression is read as the requirement of a recipe.
 _BEFORE = (
     ("WORD", "dfc"), ("NUMERAL", "1"), ("_NL", ""), ("WORD", "recipe"), ("WORD", "x"),

@@ -400,13 +400,6 @@ def _bound(value: Any, bindings: Mapping[str, int]) -> Any:
     return evaluate(value, bindings) if isinstance(value, Expr) else value
 
 
-def resolve_attributes(
-    attributes: Mapping[str, Any], bindings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Attributes with every size replaced by a number."""
-    return {k: _bound(v, bindings) for k, v in attributes.items()}
-
-
 def complete(op: AtenOp, given: Mapping[str, Any]) -> dict[str, Any]:
     """Attributes with the schema's defaults filled in, in the schema's order.
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from dfc.errors import DfcError
 from dfc.ir.expr import evaluate
-from dfc.ir.graph import Graph, Node, Parameter, Value
+from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.op import DeclaredOp
 from dfc.ir.types import TensorType
 from dfc.planning.machine import Device
@@ -268,8 +268,3 @@ _SIDES: Mapping[str, Callable[[Node, Sizes], tuple[float, float, float]]] = {
     "scaled_dot_product_attention": _attention_sides,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution_sides),
 }
-
-
-def weights_of(graph: Graph, sizes: Sizes) -> dict[Parameter, float]:
-    """The bytes of every parameter that is used."""
-    return {p: bytes_of(p, sizes) for p in graph.parameters.values() if p.use_count}

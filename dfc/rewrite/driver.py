@@ -67,10 +67,6 @@ def run_passes(
     return run.each(graph, passes, proof)
 
 
-def _quiet(what: str) -> None:
-    pass
-
-
 @dataclass
 class _Run:
     """What stays the same over the passes of one call."""

@@ -83,7 +83,7 @@ def _sample_graphs(rule: Rule) -> Iterator[Left]:
         if sample.kind != "applies":
             continue
         try:
-            case = case_of(rule, sample)
+            case = case_of(sample)
         except Unbuildable:
             continue
         data = constants(case, Plan("random inputs", seed=1))
@@ -280,7 +280,7 @@ def _untried(rule: Rule) -> Iterator[Lint]:
 
 def _refused_by_ops(rule: Rule, sample: s.Sample) -> bool:
     try:
-        case = case_of(rule, sample)
+        case = case_of(sample)
     except Unbuildable:
         return False
     data = constants(case, Plan("random inputs", seed=1))

@@ -123,7 +123,7 @@ class _Prover:
             problems.append(self.problem("R026", f"the rule has more than {MAX_SAMPLES} samples"))
         for sample in (*applies, *refuses)[:MAX_SAMPLES]:
             try:
-                case = case_of(self.rule, sample)
+                case = case_of(sample)
                 self.applies(sample, case) if sample.kind == "applies" else self.refuses(
                     sample, case
                 )

@@ -10,7 +10,7 @@ from typing import Any
 from dfc.ir.types import DTYPES, TensorType
 from dfc.lang import syntax as s
 from dfc.lang.wording import expression_text
-from dfc.rewrite.rule import CONSTANTS, Rule
+from dfc.rewrite.rule import CONSTANTS
 
 MAX_ELEMENTS = 200_000  # of one tensor of a sample
 MAX_RANK = 12
@@ -50,7 +50,7 @@ Given = Any  # Spec | tuple of Spec, of a tail | number, text, dtype or tuple of
 Case = Mapping[str, Given]
 
 
-def case_of(rule: Rule, sample: s.Sample) -> dict[str, Given]:
+def case_of(sample: s.Sample) -> dict[str, Given]:
     """What a sample gives to the rule's names. A named size stands for a number of its own.
 
     Raises:  Unbuildable for a dimension or a value that is no constant.

@@ -41,10 +41,6 @@ class Replaced:
     roots: Mapping[str, Value]
 
 
-class Unplaceable(Exception):
-    """The rewrite would need a value before it is computed."""
-
-
 def replace(
     match: Match,
     graph: Graph,
@@ -57,7 +53,7 @@ def replace(
     Gives the reason instead where the graph does not allow it; the graph is untouched then.
     """
     rule = match.rule
-    anchor = _anchor(match, graph, order)
+    anchor = _anchor(match, order)
     if anchor is None:
         return "the values that it joins are needed before all of them are known"
     to = Construction(builder(graph, anchor), Facts(graph), rule.source, folded)
@@ -86,7 +82,7 @@ def replace(
     return _put(match, graph, to, values)
 
 
-def _anchor(match: Match, graph: Graph, order: Order) -> Node | None:
+def _anchor(match: Match, order: Order) -> Node | None:
     """The node before which everything that is read is known and nothing new is needed yet."""
     roots = [v.node for v in match.roots.values() if v.node is not None]
     first = min(roots, key=lambda n: order[n])

@@ -262,7 +262,7 @@ class _Checker:
         claims, priorities = _of(entry, s.Claim), _of(entry, s.Priority)
         if not matches or not rewrites:
             return None
-        matches, rewrites = self._named(entry, matches, rewrites)
+        matches, rewrites = self._named(matches, rewrites)
         self.expansions = 0
         try:
             matches = [replace(m, pattern=self.expand(m.pattern, ())) for m in matches]
@@ -304,7 +304,7 @@ class _Checker:
         return " ".join(reversed(found))
 
     def _named(
-        self, entry: s.Rule, matches: list[s.Match], rewrites: list[s.Rewrite]
+        self, matches: list[s.Match], rewrites: list[s.Rewrite]
     ) -> tuple[list[s.Match], list[s.Rewrite]]:
         """`match pattern` and `rewrite expression` without names mean `y = ...`."""
         nameless = [m for m in matches if not m.names]
@@ -365,7 +365,7 @@ class _Checker:
             self.say("R006", f"the pattern `{name}` takes ({wanted})", call.at)
             raise _Failed
         scope = f"{name}.{self.expansions}"  # what the body names itself is nobody else's
-        body = _substitute(pattern.body, given, scope, self.patterns)
+        body = _substitute(pattern.body, given, scope)
         return self.expand(body, (*inside, name), depth)
 
     # Checks
@@ -502,9 +502,7 @@ def is_scoped(name: str) -> bool:
     return "$" in name
 
 
-def _substitute(
-    x: s.Expr, given: Mapping[str, s.Expr], scope: str, patterns: Mapping[str, s.Pattern]
-) -> s.Expr:
+def _substitute(x: s.Expr, given: Mapping[str, s.Expr], scope: str) -> s.Expr:
     """A pattern's body with its parameters replaced and its own names made private."""
 
     def go(x: s.Expr) -> s.Expr:

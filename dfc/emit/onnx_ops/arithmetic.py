@@ -355,7 +355,6 @@ def sign(b: Builder, x: Val, call: Call) -> Val:
 
 _COMPARE = {"eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater",
             "ge": "GreaterOrEqual", "ne": "Equal"}  # fmt: skip
-_FLIPPED = {"Less": "Greater", "LessOrEqual": "GreaterOrEqual"}
 
 
 @translates(*(f"{k}.{o}" for k in _COMPARE for o in ("Tensor", "Scalar")))

@@ -20,9 +20,7 @@ def scalar(b: Builder, call: Call) -> Val:
     return b.op("Identity", value)
 
 
-def _body(
-    b: Builder, graph: Graph, given: Sequence[Val], inputs: Sequence[Val], name: str
-) -> tuple[Builder, list[Val]]:
+def _body(b: Builder, graph: Graph, given: Sequence[Val]) -> tuple[Builder, list[Val]]:
     """The nodes of a nested graph in a scope of their own, and its outputs."""
     from dfc.emit.onnx import _translate_nodes, bind_type
 
@@ -96,7 +94,7 @@ def cond(b: Builder, call: Call) -> list[Val]:
     branches = []
     for attr, graph in zip(("then_branch", "else_branch"), node.graphs, strict=True):
         name = b.root.claim(graph.name)
-        inner, outputs = _body(b, graph, operands, [], name)
+        inner, outputs = _body(b, graph, operands)
         branches.append(ir.AttrGraph(attr, _graph(inner, [], outputs, name)))
     return _node(b, "If", [b.cast(predicate, D.BOOL)], branches, len(call.results))
 
@@ -135,7 +133,7 @@ def while_loop(b: Builder, call: Call) -> list[Val]:
     inputs = [_fresh(b, v, name) for v in body.inputs[:n]]
     for v in inputs:
         v.shape = None  # a carried tensor may change its size
-    inner, outputs = _body(b, body, [*inputs, *more], inputs, name)
+    inner, outputs = _body(b, body, [*inputs, *more])
     again = check(inner, outputs)
     graph = _graph(inner, [step, going, *inputs], [again, *outputs], name)
     return _node(b, "Loop", [None, start, *carried], [ir.AttrGraph("body", graph)], n)
@@ -151,7 +149,7 @@ def scan(b: Builder, call: Call) -> list[Val]:
     (body,) = node.graphs
     name = b.root.claim(body.name)
     inputs = [_fresh(b, v, name) for v in body.inputs[: init + xs]]
-    inner, outputs = _body(b, body, [*inputs, *more], inputs, name)
+    inner, outputs = _body(b, body, [*inputs, *more])
     graph = _graph(inner, inputs, outputs, name)
     attrs: list[Any] = [ir.AttrGraph("body", graph), ir.AttrInt64("num_scan_inputs", xs)]
     if a.get("reverse"):

@@ -320,7 +320,7 @@ def avg_pool(b: Builder, x: Val, call: Call) -> Val:
     ceil = bool(a.get("ceil_mode"))
     divisor = a.get("divisor_override")
     if ceil or divisor is not None:
-        found = _counted_pool(b, x, kernel, stride, padding, include, ceil, divisor, call, n)
+        found = _counted_pool(b, x, kernel, stride, padding, include, divisor, call, n)
     else:
         found = b.op(
             "AveragePool", x, kernel_shape=kernel, strides=stride, pads=padding * 2,
@@ -331,7 +331,7 @@ def avg_pool(b: Builder, x: Val, call: Call) -> Val:
 
 def _counted_pool(
     b: Builder, x: Val, kernel: list[int], stride: list[int], padding: list[int], include: bool,
-    ceil: bool, divisor: int | None, call: Call, n: int,
+    divisor: int | None, call: Call, n: int,
 ) -> Val:  # fmt: skip
     """Sums divided by counts of our own: ONNX Runtime counts windows beyond the edge otherwise.
 

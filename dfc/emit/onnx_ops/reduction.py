@@ -240,7 +240,7 @@ def cumsum(b: Builder, x: Val, dim: int, call: Call) -> Val:
     return b.op("CumSum", x, dim % _rank(b, call))
 
 
-def running(b: Builder, x: Val, axis: int, rank: int, size: Any, steps: str) -> Val:
+def running(b: Builder, x: Val, axis: int, size: Any, steps: str) -> Val:
     """Products or extremes of everything up to each element, by doubling: log2(n) elementwise ops.
 
     After k steps an element covers the 2^k elements up to it. The number of steps must be known.
@@ -265,7 +265,7 @@ def cumprod(b: Builder, x: Val, dim: int, call: Call) -> Val:
     if rank == 0 or size == 0:
         return x
     if isinstance(size, int):
-        return running(b, x, axis, rank, size, "Mul")
+        return running(b, x, axis, size, "Mul")
     return scan_rows(b, x, axis, rank, call, "Mul")
 
 
