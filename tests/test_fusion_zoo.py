@@ -10,7 +10,8 @@ import dfc
 from dfc.rewrite.driver import run_passes
 from dfc.rewrite.pass_ import find_pass
 from tests.zoo import cases
-from tests.zoo.fusion import DOCUMENT, KINDS, PASSES, base, examine, recorded
+from tests.zoo.fusion import DOCUMENT, KINDS, PASSES, examine, recorded
+from tests.zoo.fusion_sites import base
 
 # attention, norms, rotary embeddings
 MODELS = {
