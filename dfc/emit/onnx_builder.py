@@ -348,7 +348,7 @@ class Builder:
 
         Why:  kernels that pack their weights want constants even where no optimizer folds them.
         """
-        from dfc.emit.onnx import torch_tensor
+        from dfc.emit.onnx_values import torch_tensor
 
         raw = getattr(x.const_value, "raw", None)
         if type(raw).__module__.partition(".")[0] != "torch":

@@ -395,7 +395,7 @@ def fmax(b: Builder, x: Val, other: Val, call: Call) -> Val:
 def clamp(b: Builder, x: Val, call: Call) -> Val:
     """Lower bound first, so that the upper one wins where they cross; NaN stays NaN."""
     dtype = result_work(call)
-    from dfc.emit.onnx import onnx_info
+    from dfc.emit.onnx_nodes import onnx_info
 
     given = dict(call.attributes)
     given.update(

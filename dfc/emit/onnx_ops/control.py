@@ -22,7 +22,8 @@ def scalar(b: Builder, call: Call) -> Val:
 
 def _body(b: Builder, graph: Graph, given: Sequence[Val]) -> tuple[Builder, list[Val]]:
     """The nodes of a nested graph in a scope of their own, and its outputs."""
-    from dfc.emit.onnx import _translate_nodes, bind_type
+    from dfc.emit.onnx_nodes import translate_nodes
+    from dfc.emit.onnx_values import bind_type
 
     inner = b.scope()
     env: dict[Value, Val] = dict(zip(graph.inputs, given, strict=True))
@@ -32,12 +33,12 @@ def _body(b: Builder, graph: Graph, given: Sequence[Val]) -> tuple[Builder, list
         bind_type(inner.sizes, v.type, value)
         if not isinstance(v.type, TensorType):
             inner.sizes.bind_value(v.name, value)
-    _translate_nodes(inner, graph, env, {})
+    translate_nodes(inner, graph, env, {})
     return inner, [env[v] for v in graph.outputs]
 
 
 def _parameter(b: Builder, p: Any) -> Val:
-    from dfc.emit.onnx import torch_tensor
+    from dfc.emit.onnx_values import torch_tensor
 
     tensor = torch_tensor(p.data.tensor(), p.name)
     value = b.array(tensor.numpy(), tensor.dtype)
@@ -70,9 +71,9 @@ def _graph(inner: Builder, inputs: Sequence[Val], outputs: Sequence[Val], name: 
 
 
 def _fresh(b: Builder, v: Value, name: str) -> Val:
-    from dfc.emit.onnx import _typed
+    from dfc.emit.onnx_values import typed
 
-    return _typed(b.root, b.root.claim(f"{name}.{v.name}"), v.type)
+    return typed(b.root, b.root.claim(f"{name}.{v.name}"), v.type)
 
 
 def _flat(call: Call) -> list[Val]:
@@ -101,7 +102,8 @@ def cond(b: Builder, call: Call) -> list[Val]:
 
 @translates("torch.while_loop")
 def while_loop(b: Builder, call: Call) -> list[Val]:
-    from dfc.emit.onnx import _translate_nodes, bind_type
+    from dfc.emit.onnx_nodes import translate_nodes
+    from dfc.emit.onnx_values import bind_type
 
     node = call.graph_node
     n = node.attributes["carried"]
@@ -118,18 +120,18 @@ def while_loop(b: Builder, call: Call) -> list[Val]:
             bind_type(inner.sizes, v.type, value)
             if not isinstance(v.type, TensorType):
                 inner.sizes.bind_value(v.name, value)
-        _translate_nodes(inner, condition, env, {})
+        translate_nodes(inner, condition, env, {})
         scope.nodes.extend(inner.nodes)
         found = scope.cast(env[condition.outputs[0]], D.BOOL)
         return scope.op("Reshape", found, scope.sizes.vector(scope, []))
 
     start = check(b, carried)
     name = b.root.claim(body.name)
-    from dfc.emit.onnx import _typed
+    from dfc.emit.onnx_values import typed
     from dfc.ir.types import BOOL, INT
 
-    step = _typed(b.root, b.root.claim(f"{name}.step"), INT)
-    going = _typed(b.root, b.root.claim(f"{name}.going"), BOOL)
+    step = typed(b.root, b.root.claim(f"{name}.step"), INT)
+    going = typed(b.root, b.root.claim(f"{name}.going"), BOOL)
     inputs = [_fresh(b, v, name) for v in body.inputs[:n]]
     for v in inputs:
         v.shape = None  # a carried tensor may change its size

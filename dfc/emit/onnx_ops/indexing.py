@@ -375,7 +375,7 @@ def one_hot(b: Builder, x: Val, num_classes: Any, call: Call) -> Val:
 def bucketize(b: Builder, x: Any, call: Call) -> Val:
     """How many boundaries lie below (or at) each value."""
     a = call.attributes
-    from dfc.emit.onnx import onnx_info
+    from dfc.emit.onnx_nodes import onnx_info
 
     given: dict[str, Any] = {
         **a,

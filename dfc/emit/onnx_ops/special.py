@@ -235,7 +235,7 @@ def constant(b: Builder, call: Call) -> Val:
             "_embedding_bag_forward_only")  # fmt: skip
 def embedding_bag(b: Builder, x: Val, call: Call) -> list[Val | None]:
     """Rows gathered, weighted, and added into the bag that each belongs to."""
-    from dfc.emit.onnx import onnx_info
+    from dfc.emit.onnx_nodes import onnx_info
 
     a = call.attributes
     given = dict(zip(onnx_info(call.op), call.operands, strict=True))
@@ -277,7 +277,7 @@ def embedding_bag(b: Builder, x: Val, call: Call) -> list[Val | None]:
             "fake_quantize_per_channel_affine_cachemask")  # fmt: skip
 def fake_quantize(b: Builder, x: Val, call: Call) -> list[Val]:
     """Scale, round to even, clamp, and back."""
-    from dfc.emit.onnx import onnx_info
+    from dfc.emit.onnx_nodes import onnx_info
 
     given = {**call.attributes, **{
         k: v for k, v in zip(onnx_info(call.op), call.operands, strict=True) if v is not None
