@@ -14,15 +14,18 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from dfc.capture.names import Names
 from dfc.capture.places import user_frame
 from dfc.errors import DfcError
 from dfc.ir.expr import Expr, Scalar, call, symbol
 from dfc.ir.gradients import carries_gradient
 from dfc.ir.graph import Bind, Graph, Input, Loc, ParameterData, Value
 from dfc.ir.op import lookup
-from dfc.ir.types import BOOL, FLOAT, INT, NONE, TensorType, Type, dtype_of
+from dfc.ir.types import FLOAT, INT, TensorType, Type, dtype_of
 from dfc.ops.aten import ASSERTIONS, AtenOp, complete
-from dfc.ops.symbolic import from_sympy, identifier
+from dfc.ops.symbolic import identifier
+
+__all__ = ["Converter", "Names", "refuse_leaked"]
 
 # Another spelling of the same value, once sizes and layouts are out of the picture.
 _SAME_AS_INPUT = frozenset(
@@ -54,47 +57,6 @@ _RENAMED = {
 }
 _INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "invoke_subgraph", "hints_wrapper",
             "tag_activation_checkpoint", "checkpoint", "wrap")  # fmt: skip
-
-
-class Names:
-    """torch's size symbols under dfc's names, the same for every run."""
-
-    def __init__(self) -> None:
-        self.known: dict[Any, Scalar] = {}
-        self.ranges: dict[str, tuple[int, int | None]] = {}
-        self._next: dict[str, int] = {}
-
-    def add(self, sympy_symbol: Any, name: str) -> None:
-        self.known[sympy_symbol] = symbol(name)
-
-    def fresh(self, prefix: str) -> str:
-        n = self._next.get(prefix, 0)
-        self._next[prefix] = n + 1
-        return f"{prefix}{n}"
-
-    def scalar(self, value: Any) -> Scalar:
-        """A SymInt, SymFloat, SymBool or plain number as an expression."""
-        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            node = value.node
-            return from_sympy(node.expr if hasattr(node, "expr") else node._expr, self.known)
-        assert isinstance(value, (bool, int, float)), value
-        return value
-
-    def type_of(self, value: Any) -> Type:
-        if value is None:
-            return NONE
-        if isinstance(value, torch.Tensor):
-            if value.layout != torch.strided:
-                raise DfcError("T021", f"tensors of layout {value.layout} are not supported")
-            shape = tuple(self.scalar(s) for s in value.shape)
-            return TensorType(dtype_of(value.dtype), shape)  # type: ignore[arg-type]
-        if isinstance(value, (bool, torch.SymBool)):
-            return BOOL
-        if isinstance(value, (int, torch.SymInt)):
-            return INT
-        if isinstance(value, (float, torch.SymFloat)):
-            return FLOAT
-        raise DfcError("T021", f"a value of type {type(value).__name__} has no place in a graph")
 
 
 class Converter:
