@@ -1,9 +1,10 @@
-"""Options of the test run: `--bless` rewrites the expectations of golden files."""
+"""Options of the test run (`--bless` rewrites the expectations of golden files), and fixtures."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,3 +16,12 @@ logging.getLogger("torch.__trace").propagate = False
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bless", action="store_true", help="rewrite tests/golden; read the diff")
+
+
+@pytest.fixture
+def forgets_what_is_defined() -> Iterator[None]:
+    """Passes, ops, engines and rules that a test defines are gone after it."""
+    from tests.customs import forgotten
+
+    with forgotten():
+        yield
