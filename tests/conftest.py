@@ -5,8 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.command import Ran, Run
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["DFC_REPRODUCERS"] = "none"  # tests of reproducers say where
@@ -25,3 +29,17 @@ def forgets_what_is_defined() -> Iterator[None]:
 
     with forgotten():
         yield
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """The `dfc` command in this process: its status, and what it wrote."""
+    from dfc.cli import main
+    from tests.command import Ran
+
+    def call(*argv: object) -> Ran:
+        capfd.readouterr()
+        status = main([str(a) for a in argv])
+        return Ran(status, *capfd.readouterr())
+
+    return call

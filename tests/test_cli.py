@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,73 +17,8 @@ from safetensors.torch import load_file, save_file
 import dfc
 from dfc.cli import app, main
 from dfc.cli.steps import parse_steps, resolved
-from dfc.lang.graph_comments import with_comments
 from dfc.recipe.sources import DEFAULT_RECIPE
-
-VERBS = [c.name or "" for c in app.registered_commands]
-NET = """
-import torch
-from torch.export import Dim
-
-
-class Net(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = torch.nn.Linear(8, 16)
-        self.bn = torch.nn.BatchNorm1d(16)
-        self.head = torch.nn.Linear(16, 4)
-
-    def forward(self, x):
-        return {"logits": self.head(torch.relu(self.bn(self.fc(x)))), "total": x.sum()}
-
-
-def build():
-    torch.manual_seed(0)
-    return Net().eval(), (torch.randn(3, 8),), None, {"x": {0: Dim("B", max=64)}}
-
-
-def meta():
-    with torch.device("meta"):
-        return Net().eval(), (torch.randn(3, 8),)
-
-
-class Ids(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.table = torch.nn.Embedding(10, 4)
-
-    def forward(self, ids, *, scale):
-        return self.table(ids) * scale, ids.to(torch.bfloat16)
-
-
-def ids():
-    torch.manual_seed(0)
-    example = torch.tensor([[0, 9, 3]]), {"scale": torch.ones(())}
-    return Ids().eval(), (example[0],), example[1], {"ids": {0: "B", 1: "S"}, "scale": None}
-"""
-
-
-class Ran(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-    @property
-    def data(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Ran]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    def call(*argv: object) -> Ran:
-        capfd.readouterr()
-        status = main([str(a) for a in argv])
-        return Ran(status, *capfd.readouterr())
-
-    return call
+from tests.command import NET, VERBS, Run
 
 
 @pytest.fixture(scope="module")
@@ -373,149 +305,6 @@ def test_show_in_summary_and_resolved(run: Run, package: Path) -> None:
     assert set(run("show", package, "--summary", "--json").data) == {"model", "summary"}
 
 
-# check, fmt
-
-TEXT = """dfc 1
-graph @main(%x: f32[2, 3]) -> f32[2, 3] {
-  %a: f32[2, 3] = aten.exp.default(%x)
-  return %a
-}
-"""
-
-
-def test_check_accepts_and_refuses(run: Run, tmp_path: Path) -> None:
-    good, bad, worse = tmp_path / "g.dfc", tmp_path / "b.dfc", tmp_path / "w.dfc"
-    good.write_text(TEXT)
-    bad.write_text(TEXT.replace("exp.default", "expp.default"))
-    worse.write_text(TEXT.replace("aten.exp", "aten exp"))
-    assert run("check", good).status == 0
-    done = run("check", good, bad, worse)
-    assert done.status == 2
-    assert f"{good}: valid" in done.out and f"{bad}: 1 error" in done.out
-    assert f"{worse}:3:" in done.err and "expp" in done.err
-    data = run("check", bad, worse, "--json").data
-    assert data[str(worse)][0]["line"] == 3
-
-
-def test_check_reports_every_error(run: Run, tmp_path: Path) -> None:
-    file = tmp_path / "two.dfc"
-    wrong = "  %b: f32[9] = aten.exp.default(%a)\n  %c: i64[2] = aten.neg.default(%x)\n"
-    file.write_text(TEXT.replace("  return", wrong + "  return"))
-    done = run("check", file)
-    assert done.status == 2 and done.err.count("error[") == 2
-
-
-def test_fmt_is_canonical_and_keeps_comments(run: Run, tmp_path: Path) -> None:
-    file = tmp_path / "g.dfc"
-    messy = (
-        TEXT.replace("dfc 1\n", "# what it is for\ndfc 1\n\n")
-        .replace("  %a:", "  # why\n     %a  :")
-        .replace("(%x)\n", "(%x)   # how\n")
-    )
-    file.write_text(messy)
-    checked = run("fmt", "--check", file)
-    assert (checked.status, checked.out) == (9, f"{file} would change\n")
-    assert file.read_text() == messy
-    assert run("fmt", file).status == 0
-    once = file.read_text()
-    assert once == "# what it is for\n" + TEXT.replace("  %a", "  # why\n  # how\n  %a", 1)
-    assert run("fmt", "--check", file).status == 0
-    assert with_comments(once, TEXT) == once
-
-
-def test_fmt_keeps_comments_in_nested_graphs_apart() -> None:
-    text = """dfc 1
-graph @main(%c: bool[], %x: f32[2]) -> f32[2] {
-  %y: f32[2] = torch.cond(@a, @b, %c, [%x])
-  return %y
-
-  # the first
-  graph @a(%x: f32[2]) -> (f32[2],) {
-    %s: f32[2] = aten.sin.default(%x)
-    return (%s,)
-  }
-
-  graph @b(%x: f32[2]) -> (f32[2],) {
-    %s: f32[2] = aten.cos.default(%x)
-    # the last
-    return (%s,)
-  }
-}
-# after all
-"""
-    assert with_comments(text, str(dfc.parse(text))) == text
-
-
-def test_fmt_changes_nothing_when_one_file_is_wrong(run: Run, tmp_path: Path) -> None:
-    good, bad = tmp_path / "g.dfc", tmp_path / "b.dfc"
-    good.write_text("\n" + TEXT)
-    bad.write_text(TEXT + "}")
-    assert run("fmt", good, bad).status == 2
-    assert good.read_text() == "\n" + TEXT
-
-
-RECIPE = """dfc 1
-
-data calib
-
-recipe small {
-  apply simplify
-  q: fuse on "fc" | op(relu) with limit=3
-}
-"""
-
-
-def test_check_reads_recipes_and_their_imports(run: Run, tmp_path: Path) -> None:
-    good, bad, inner = tmp_path / "g.dfc", tmp_path / "b.dfc", tmp_path / "inner.dfc"
-    good.write_text(RECIPE)
-    inner.write_text("dfc 1\nrecipe inner { cse with limt=3 }\n")
-    bad.write_text('dfc 1\nimport "inner.dfc"\nrecipe r { appply inner }\n')
-    done = run("check", good)
-    assert done.status == 0 and f"{good}:3:6: warning[Q019]: data `calib` is not used" in done.err
-    done = run("check", good, bad)
-    assert done.status == 2 and f"{bad}: 2 errors" in done.out
-    assert f"{inner}:2:25: error[Q002]" in done.err and "did you mean `limit`" in done.err
-    assert f"{bad}:3:12: error[Q001]" in done.err and "did you mean `apply`" in done.err
-    data = run("check", good, bad, "--json").data
-    assert [d["severity"] for d in data[str(good)]] == ["warning"]
-    assert {(d["code"], Path(d["file"]).name) for d in data[str(bad)]} == {
-        ("Q002", "inner.dfc"), ("Q001", "b.dfc"),
-    }  # fmt: skip
-
-
-def test_check_tries_selectors_on_a_model(run: Run, folder: Path, tmp_path: Path) -> None:
-    file = tmp_path / "r.dfc"
-    file.write_text(RECIPE)
-    model = f"{folder}/net.py:build"
-    assert run("check", file, "--model", model).status == 0
-    file.write_text(RECIPE.replace('"fc"', '"fcc"'))
-    done = run("check", file, "--model", model)
-    assert done.status == 2 and f"{file}:7:14: error[Q021]: no module matches `fcc`" in done.err
-    assert "did you mean `fc`" in done.err
-
-
-def test_fmt_writes_recipes_in_layout(run: Run, tmp_path: Path) -> None:
-    file, link = tmp_path / "r.dfc", tmp_path / "link.dfc"
-    file.write_bytes(RECIPE.replace("  ", "\t").replace("\n", "\r\n").encode())
-    link.symlink_to(file)
-    assert run("fmt", "--check", link).status == 9
-    shown = run("fmt", "--diff", link)
-    assert shown.status == 9 and "+  apply simplify" in shown.out
-    assert run("fmt", link).status == 0
-    assert link.is_symlink() and file.read_bytes() == RECIPE.encode()
-    assert run("fmt", "--check", link).status == 0
-
-
-def test_fmt_refuses_what_does_not_parse(run: Run, tmp_path: Path) -> None:
-    file, good = tmp_path / "r.dfc", tmp_path / "g.dfc"
-    file.write_text(RECIPE.replace("}", ")"))
-    good.write_text("\n" + RECIPE)
-    done = run("fmt", good, file)
-    assert done.status == 2 and f"{file}:8:1: error[P002]" in done.err
-    assert good.read_text() == "\n" + RECIPE
-    assert run("fmt", tmp_path).status == 2
-
-
 # list, doctor
 
 
@@ -580,43 +369,6 @@ def test_the_reader_may_leave(package: Path) -> None:
     )
     os.close(write)
     assert (done.returncode, done.stderr.count("Error")) == (0, 0), done.stderr
-
-
-README = Path(__file__).parent.parent / "README.md"
-
-
-def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    exec(compile("\n".join(blocks), str(README), "exec"), {})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.dfcpkg", "model.onnx"]
-
-
-def test_the_readme_names_every_verb_and_status(run: Run) -> None:
-    text = README.read_text()
-    assert all(f"dfc {verb}" in text for verb in VERBS)
-    for status in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 130):
-        assert re.search(rf"(statuses:|·)\s{status} ", text), status
-
-
-@pytest.mark.slow
-def test_the_demo_runs(tmp_path: Path) -> None:
-    from tests.assets import path_or_skip
-
-    script = README.parent / "examples" / "sentence_encoder.py"
-    argv = [
-        sys.executable,
-        str(script),
-        "--model",
-        str(path_or_skip("minilm")),
-        "--out",
-        str(tmp_path),
-    ]
-    done = subprocess.run(argv, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("1.0000000") >= 4 and "0.66" in done.stdout
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder.dfcpkg", "encoder.onnx"]
 
 
 # select
