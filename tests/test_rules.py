@@ -1,141 +1,28 @@
-"""What rules mean: each piece of a pattern, of a condition and of a right side on small graphs.
-
-Graphs are written like right sides are: `x: f32[2, 3]` is an input, `!w: f32[3]` a parameter,
-`a = relu(x)` a node.
-"""
+"""What rules mean: each piece of a pattern, who else may read a value, which rule comes first."""
 
 from __future__ import annotations
 
 import re
 
 import pytest
-import torch
 
-import dfc
 from dfc.errors import DfcError
-from dfc.ir.expr import call, symbol
-from dfc.ir.graph import Argument, Graph, Loc, Node
-from dfc.ir.interpret import interpret
-from dfc.ir.tree import LEAF
-from dfc.ir.types import DTYPES, TensorType
-from dfc.ir.verify import verify
-from dfc.ir.weights import TensorData
-from dfc.lang import syntax as s
-from dfc.lang.reader import parse_expression
-from dfc.lang.source import Source
-from dfc.ops.builder import Builder
-from dfc.passes.fuse import JOURNAL, Fuse, Journal
-from dfc.rewrite.conditions import holds
-from dfc.rewrite.construct import Construction, construct
-from dfc.rewrite.deciding import Facts, base_of
-from dfc.rewrite.match import Match, Refusal, attempt
-from dfc.rewrite.pass_ import Context
-from dfc.rewrite.rule import RuleSet, rules_of
-from dfc.rewrite.rulesets import instead
-
-
-def tensor_type(text: str) -> TensorType:
-    dtype, dims = re.fullmatch(r"(\w+)\[(.*)\]", text).groups()  # type: ignore[union-attr]
-    sizes = [d.strip() for d in dims.split(",") if d.strip()]
-    return TensorType(DTYPES[dtype], tuple(int(d) if d.isdigit() else symbol(d) for d in sizes))
-
-
-def graph(text: str) -> Graph:
-    made = Graph("f")
-    env: dict[str, object] = {}
-    to = Construction(Builder(made), Facts(made))
-    for line in filter(None, map(str.strip, text.strip().splitlines())):
-        if line.startswith("return"):
-            made.set_outputs([env[n.strip()] for n in line[6:].split(",")])  # type: ignore[misc]
-        elif line.startswith("!"):
-            name, kind = (p.strip() for p in line[1:].split(":"))
-            type_ = tensor_type(kind.partition(" = ")[0])
-            given = kind.partition(" = ")[2]
-            torch.manual_seed(len(made.parameters))
-            data = torch.randn(type_.shape)  # type: ignore[arg-type]
-            data = torch.full_like(data, float(given)) if given else data
-            env[name] = made.add_parameter(name, type_, "parameter", TensorData(name, data))
-        elif "=" in line:
-            names, _, value = line.partition(" = ")
-            found = construct(parse_expression(Source(value)), env, to)
-            parts = found if isinstance(found, tuple) else (found,)
-            for n, v in zip(names.split(","), parts, strict=True):
-                env[n.strip()] = v
-                made.rename(v, n.strip())
-        else:
-            name, kind = (p.strip() for p in line.split(":"))
-            type_ = tensor_type(kind)
-            made.ranges.update(dict.fromkeys(sorted(type_.symbols), (1, 64)))
-            env[name] = made.add_input(name, type_)
-    made.arguments = tuple(Argument(v.name, LEAF) for v in made.inputs)
-    verify(made)
-    return made
-
-
-def ruleset(clauses: str) -> RuleSet:
-    """One rule, or several that begin with `rule`. Nothing here is proved: see test_prove."""
-    text = clauses if "rule " in clauses else f"rule r {{\n{clauses}\n}}"
-    if "exact" not in text and "within" not in text:
-        text = text.replace("}", "within 1e-5\n}")
-    return rules_of(Source(f"dfc 1\n{text}\n", "t.dfc"), "t")
-
-
-def shown(g: Graph) -> list[str]:
-    def operand(x: object) -> str:
-        if isinstance(x, tuple):
-            return "[" + ", ".join(map(operand, x)) + "]"
-        return "None" if x is None else x.name  # type: ignore[attr-defined]
-
-    return [
-        f"{', '.join(r.name for r in n.results)} = {base_of(n.op)}"
-        f"({', '.join(operand(x) for x in n.inputs)})"
-        for n in g.nodes
-    ]
-
-
-def rewritten(clauses: str, text: str) -> list[str]:
-    """The nodes after the rule was applied wherever it fits; the graph means what it meant."""
-    before, after = graph(text), graph(text)
-    run(clauses, after)
-    if not before.ranges:
-        torch.manual_seed(0)
-        inputs = [_values(v.tensor_type) for v in before.inputs]
-        for a, b in zip(interpret(before, inputs), interpret(after, inputs), strict=True):
-            torch.testing.assert_close(a, b)
-    return shown(after)
-
-
-def _values(t: TensorType) -> torch.Tensor:
-    return torch.randn([int(str(d)) for d in t.shape]).to(t.dtype.to_torch())
-
-
-def run(clauses: str, g: Graph) -> Journal:
-    ctx = Context()
-    with instead(ruleset(clauses)):
-        Fuse(rules=("t",)).run(g, ctx)
-    verify(g)
-    journal = ctx.products[JOURNAL]
-    assert isinstance(journal, Journal)
-    return journal
-
-
-def fires(clauses: str, text: str) -> bool:
-    g = graph(text)
-    return bool(run(clauses, g).firings)
-
-
-def why_not(clauses: str, text: str, at: str = "y") -> str:
-    g = graph(text)
-    node = next(n for n in g.nodes if at in {r.name for r in n.results})
-    found = attempt(ruleset(clauses).rules[0], g, node)
-    assert isinstance(found, Refusal)
-    return found.reason
-
+from dfc.ir.graph import Node
+from dfc.rewrite.deciding import base_of
+from dfc.rewrite.match import Match, attempt
+from tests.rule_graphs import (
+    DOUBLE,
+    ONE,
+    fires,
+    graph,
+    rewritten,
+    ruleset,
+    run,
+    shown,
+    why_not,
+)
 
 # Patterns
-
-DOUBLE = "match y = neg(neg(x))\nrewrite y = x"
-ONE = "x: f32[2, 3]\n"
 
 
 def test_a_rule_is_applied_and_what_it_replaces_is_gone() -> None:
@@ -393,187 +280,6 @@ def test_a_root_that_is_needed_before_the_others_are_known() -> None:
     assert rewritten(BOTH, text)  # done or not, the graph is valid and means what it meant
 
 
-# Conditions
-
-ADD = "match y = add(a, b)\n{}\nrewrite y = a"
-
-
-def held(condition: str, a: str = "f32[2, 3]", b: str = "f32[3]", more: str = "") -> bool:
-    return fires(ADD.format(f"where {condition}"), f"a: {a}\nb: {b}\n{more}y = add(a, b)\nreturn y")
-
-
-@pytest.mark.parametrize(
-    "condition",
-    [
-        "rank(a) == 2", "shape(a) == [2, 3]", "dim(a, -1) == dim(b, 0)", "numel(a) == 6",
-        "dtype(a) == f32", "dtype(a) in [f16, f32]", "floating(a)", "not constant(a)",
-        "dim(a, 0) < dim(a, 1) and rank(b) == 1", "rank(a) == 9 or rank(b) == 1",
-        "dim(a, 0) * 3 == numel(a)", "dim(a, 1) % 2 == 1", "dim(a, 1) // 2 == 1",
-        "max(rank(a), 5) == 5", "leading(a, 1) == [2]", "broadcasts(b, a)",
-        "broadcast(a, b) == shape(a)", "static(a)", "users(a) == 1", "sqrt(4) ~= 2",
-        "shape(a) != [3, 2]", "item(shape(a), 0) == 2", "not same(a, b)", "present(a)",
-    ],
-)  # fmt: skip
-def test_conditions_that_hold(condition: str) -> None:
-    assert held(condition)
-
-
-@pytest.mark.parametrize(
-    "condition",
-    [
-        "rank(a) == 3", "dim(a, 5) == 2", "dtype(a) == f16", "constant(b)", "finite(a)",
-        "value(a) == 1", "broadcasts(a, b)", "not (rank(a) == 2)", "dim(a, 0) / 0 == 1",
-        "absent(a)", "rank(a) == 2 and rank(b) == 2", "sqrt(0 - 1) == 1",
-    ],
-)  # fmt: skip
-def test_conditions_that_do_not(condition: str) -> None:
-    assert not held(condition)
-
-
-@pytest.mark.parametrize(
-    "condition, holds",
-    [
-        ("dim(a, 0) == dim(b, 0)", True),  # one symbol
-        ("dim(a, 0) * 2 == dim(a, 0) + dim(b, 0)", True),
-        ("dim(a, 0) == 4", False),  # for one size alone
-        ("dim(a, 0) >= 1", True),  # the range says so
-        ("dim(a, 0) <= 64", True),
-        ("dim(a, 0) > 1", False),
-        ("dim(a, 0) < 100 and dim(a, 0) > 0", True),
-        ("dim(a, 0) == 4 or dim(a, 0) >= 1", True),  # undecided, then sure
-        ("static(a)", False),
-    ],
-)
-def test_conditions_on_symbolic_sizes_hold_for_every_size(condition: str, holds: bool) -> None:
-    assert held(condition, "f32[B, 3]", "f32[B, 1]") == holds
-
-
-def test_a_refusal_shows_what_the_condition_saw() -> None:
-    text = "a: f32[2, 3]\nb: f32[3]\ny = add(a, b)\nreturn y"
-    reason = why_not(ADD.format("where dim(a, 0) == dim(b, 0)"), text)
-    assert reason == "dim(a, 0) is 2, dim(b, 0) is 3"
-    text = "a: f32[B, 3]\nb: f32[3]\ny = add(a, b)\nreturn y"
-    assert why_not(ADD.format("where dim(a, 0) == 4"), text) == "B and 4 may be equal or not"
-
-
-def test_a_condition_on_the_op_that_made_a_value() -> None:
-    clauses = "match y = add(a, b)\nwhere op(a) == relu\nrewrite y = a"
-    assert fires(clauses, "x: f32[3]\nb: f32[3]\ny = add(relu(x), b)\nreturn y")
-    assert not fires(clauses, "x: f32[3]\nb: f32[3]\ny = add(tanh(x), b)\nreturn y")
-
-
-def test_finite_looks_at_constants() -> None:
-    clauses = "match y = add(a, b)\nwhere finite(b)\nrewrite y = a"
-    assert fires(clauses, "a: f32[3]\n!b: f32[3]\ny = add(a, b)\nreturn y")
-    assert not fires(clauses, "a: f32[3]\n!b: f32[] = inf\ny = add(a, b)\nreturn y")
-
-
-# Right sides
-
-
-def test_a_right_side_has_names_of_its_own() -> None:
-    clauses = "match y = mul(x, 4.0)\nrewrite t = add(x, x)\nrewrite y = add(t, t)"
-    assert rewritten(clauses, ONE + "y = mul(x, 4.0)\nreturn y")[1].startswith("y = add(")
-
-
-def test_a_right_side_that_is_used_twice_is_written_once() -> None:
-    clauses = "match y = mul(x, 4.0)\nrewrite t = add(x, x)\nrewrite y = add(t, t)"
-    assert len(rewritten(clauses, ONE + "y = mul(x, 4.0)\nreturn y")) == 2
-
-
-SCALE = """
-match   y = mul(linear(x, w), 2.0)
-where   constant(w)
-rewrite y = linear(x, mul!(w, 2.0))
-"""
-
-
-def test_compile_time_values_become_parameters() -> None:
-    g = graph("x: f32[5, 4]\n!w: f32[3, 4]\ny = mul(linear(x, w), 2.0)\nreturn y")
-    run(SCALE, g)
-    (node,) = g.nodes
-    made = node.inputs[1]
-    assert made.name == "w.mul" and "w.mul" in g.parameters  # type: ignore[union-attr]
-    data = g.parameters["w.mul"].data
-    old = g.parameters["w"].data if "w" in g.parameters else None
-    assert data is not None and (old is None or torch.equal(data.tensor(), old.tensor() * 2))
-
-
-def test_equal_compile_time_values_are_one_parameter() -> None:
-    g = graph("""
-        x: f32[5, 4]
-        z: f32[5, 4]
-        !w: f32[3, 4]
-        a = mul(linear(x, w), 2.0)
-        b = mul(linear(z, w), 2.0)
-        return a, b""")
-    run(SCALE, g)
-    assert len({n.inputs[1] for n in g.nodes}) == 1
-
-
-def test_what_is_not_known_at_compile_time_is_not_computed_then() -> None:
-    clauses = "match y = mul(linear(x, w), 2.0)\nrewrite y = linear(x, mul!(w, 2.0))"
-    g = graph("x: f32[5, 4]\nw: f32[3, 4]\ny = mul(linear(x, w), 2.0)\nreturn y")
-    before = shown(g)
-    journal = run(clauses, g)
-    assert [reason for _, _, reason in journal.refused] == ["%w is not known at compile time"]
-    assert shown(g) == before
-
-
-def test_a_compile_time_value_that_overflows_is_refused() -> None:
-    clauses = "match y = mul(mul(x, c), 1e30)\nwhere constant(c)\nrewrite y = mul(x, mul!(c, 1e30))"
-    g = graph("x: f32[3]\n!c: f32[] = 1e20\ny = mul(mul(x, c), 1e30)\nreturn y")
-    assert "overflows" in run(clauses, g).refused[0][2]
-
-
-@pytest.mark.parametrize(
-    "rewrite, reason",
-    [
-        ("sum(x, [0])", "is rewritten|its replacement"),
-        ("reshape(x, [7])", "refuses"),
-        ("matmul(x, x)", "refuses"),
-        ("linear(x)", "takes"),
-        ("dim(x, 0)", "no value"),
-    ],
-)
-def test_a_right_side_that_cannot_be_written_leaves_the_graph_alone(
-    rewrite: str, reason: str
-) -> None:
-    g = graph(ONE + "y = relu(x)\nreturn y")
-    before = str(g)
-    journal = run(f"match y = relu(x)\nrewrite t = exp(x)\nrewrite y = {rewrite}", g)
-    assert re.search(reason, journal.refused[0][2])
-    assert str(g) == before
-
-
-def test_sizes_may_be_symbolic() -> None:
-    clauses = "match y = flatten(x, 1)\nrewrite y = view(x, [dim(x, 0), dim(x, 1) * dim(x, 2)])"
-    g = graph("x: f32[B, S, 4]\ny = flatten(x, 1)\nreturn y")
-    run(clauses, g)
-    (node,) = g.nodes
-    assert node.op == "aten.view.default"
-    for shape in ((2, 3, 4), (5, 1, 4)):
-        (y,) = interpret(g, [torch.ones(shape)])
-        assert y.shape == (shape[0], shape[1] * 4)
-
-
-def test_attributes_are_carried_over() -> None:
-    clauses = "match y = relu(transpose(x, a, b))\nrewrite y = transpose(relu(x), a, b)"
-    g = graph(ONE + "y = relu(transpose(x, 0, 1))\nreturn y")
-    run(clauses, g)
-    last = next(g.reversed_nodes)
-    assert (last.attributes["dim0"], last.attributes["dim1"]) == (0, 1)
-
-
-def test_new_nodes_stand_for_the_old_one() -> None:
-    g = graph(ONE + "y = relu(x)\nreturn y")
-    (node,) = g.nodes
-    node.loc, node.stage = Loc("net.py", 7, "block"), 3
-    run("match y = relu(x)\nrewrite y = clamp(x, 0.0)", g)
-    (made,) = g.nodes
-    assert (made.loc, made.stage) == (Loc("net.py", 7, "block"), 3)
-
-
 # Which rule, and how often
 
 
@@ -614,26 +320,3 @@ def test_a_match_tells_what_its_names_stand_for() -> None:
     assert found.env["x"] is g.inputs[0] and found.env["s"] == 3.0
     assert [base_of(n.op) for n in found.nodes] == ["mul", "relu"]
     assert attempt(ruleset("match y = exp(x)\nrewrite y = x").rules[0], g, node) is None
-
-
-def test_a_size_that_the_ranges_decide_is_settled() -> None:
-    """MPT cuts its bias of 64 positions to `64 - max(0, 64 - S)`, which is S for up to 64."""
-    condition = s.Call(
-        (0, 0), s.Word((0, 0), "broadcasts"), (s.Word((0, 0), "a"), s.Word((0, 0), "b"))
-    )
-    size = symbol("S")
-    cut = 64 - call("max", 0, 64 - size)
-    for most, fits in ((32, True), (64, True), (65, False), (None, False)):
-        ending = "" if most is None else str(most)
-        graph = dfc.parse(
-            f"dfc 1 graph @f(%x: f32[S]) -> f32[S] where S in 1..{ending} {{ return %x }}"
-        )
-        assert holds(condition, {"a": (1, cut), "b": (2, size)}, Facts(graph)) == fits
-
-
-def test_padding_is_known_for_all_sizes() -> None:
-    graph = dfc.parse(
-        "dfc 1 graph @f(%x: f32[B, S]) -> f32[B, S + 1] where B in 1..8, S in 1..8 {"
-        " %y: f32[B, S + 1] = aten.constant_pad_nd.default(%x, pad=[0, 1], value=0.0) return %y }"
-    )
-    verify(graph)
