@@ -190,6 +190,8 @@ def test_orders_that_are_illegal(more_passes: None) -> None:
     (found,) = problems("recipe r {\nq: freeze\ndce\ndistil\n}")
     assert (found.code, found.message) == ("Q016", "`distil` cannot come after `q`")
     assert place(found) == (5, "Q016", "distil")
+    (found,) = problems("recipe r {\nq: freeze\np: freeze\ndistil\n}")  # one error, both places
+    assert found.notes == ("`q` stands at t.dfc:3:1", "`p` stands at t.dfc:4:1")
     when = "when size > 3MiB { freeze } else { distil }"
     assert codes(f"recipe r {{\n{when}\n}}") == []
     assert codes(f"recipe r {{\n{when}\ndistil\n}}") == ["Q016"]

@@ -54,9 +54,8 @@ def check_emits(steps: Sequence[p.PlanStep], problems: Problems) -> None:
 
 def _one(step: p.PassStep, before: Sequence[p.PassStep], problems: Problems) -> None:
     forbidden = pass_classes()[step.name].not_after
-    for earlier in before if forbidden else ():
-        if earlier.name in forbidden:
-            message = f"`{step.label}` cannot come after `{earlier.label}`"
-            place = f"`{earlier.label}` stands at {earlier.span}" if earlier.span else ""
-            notes = (place,) if place else ()
-            problems.add([Diagnostic("Q016", message, step.span, "change the order", notes=notes)])
+    met = [b for b in before if b.name in forbidden]
+    if met:
+        message = f"`{step.label}` cannot come after `{met[0].label}`"
+        notes = tuple(f"`{b.label}` stands at {b.span}" for b in met if b.span)
+        problems.add([Diagnostic("Q016", message, step.span, "change the order", notes=notes)])
