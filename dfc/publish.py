@@ -99,6 +99,23 @@ def publish_file(final: AnyPath, *, force: bool = False, expect_bytes: int = 0) 
         yield temp
 
 
+def require_usable(final: AnyPath, *, folder: bool, force: bool = False) -> None:
+    """Refuse before the work what could not be put in place after it.
+
+    Raises:  DfcError D010, D011; D013 where nothing can be written.
+    """
+    target = Path(final).absolute()
+    if not os.fspath(final):
+        raise DfcError("D011", "the path of an output is empty", help="name a file or a folder")
+    _require_usable(final, target, folder, force)
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        where = os.path.dirname(final) or "."
+        raise DfcError(
+            "D013", f"cannot write `{os.fspath(final)}`: nothing can be written in `{where}`",
+            help="write somewhere else", status=7,
+        )  # fmt: skip
+
+
 def require_space(folder: AnyPath, need_bytes: int) -> None:
     """Refuse a large write before it starts, saying how many bytes are missing."""
     if need_bytes <= 0:
@@ -216,7 +233,6 @@ def _publish(final: AnyPath, *, folder: bool, force: bool, expect_bytes: int) ->
 
 
 def _require_usable(final: AnyPath, target: Path, folder: bool, force: bool) -> None:
-    """Refuse before the work what could not be put in place after it."""
     if target.name in ("", "..") or target.name.startswith((".tmp-", ".old-")):
         raise DfcError("D011", f"`{os.fspath(final)}` cannot be the name of an output")
     try:
@@ -225,8 +241,9 @@ def _require_usable(final: AnyPath, target: Path, folder: bool, force: bool) -> 
         os.lstat(target)
     except FileNotFoundError:
         if not os.path.isdir(target.parent):
+            where = os.path.dirname(os.fspath(final))
             raise DfcError(
-                "D011", f"there is no folder `{target.parent}`", help="create it first"
+                "D011", f"there is no folder `{where}`", help="create it first"
             ) from None
     except OSError as error:
         reason = (error.strerror or str(error)).lower()

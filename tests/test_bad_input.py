@@ -3,6 +3,7 @@ exit status, and nothing half-written."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -101,6 +102,17 @@ def uncapturable():
 def slow():
     Path("ready").touch()
     time.sleep(60)
+
+
+class Loud(torch.nn.Module):
+    def forward(self, x):
+        print("inside forward")
+        return x + 1
+
+
+def loud():
+    print("building")
+    return Loud(), (torch.ones(2),)
 
 
 class Slow(torch.nn.Module):
@@ -233,6 +245,51 @@ def test_an_existing_target_is_kept(fails: Try, made: Path) -> None:
     assert "D010" in err and "--force" in err
     fails(2, "compile", f"{made}/nets.py:build", "-o", "out.dfcpkg", "--force")
     assert Path("out.dfcpkg").read_text() == "mine"
+
+
+def refused_before_the_work(fails: Try, made: Path, status: int, *argv: object) -> str:
+    """The message, without the model ever having been built."""
+    err = fails(status, "compile", f"{made}/nets.py:slow", *argv)
+    assert not Path("ready").exists()
+    return err
+
+
+def test_targets_that_cannot_be_written_are_refused_before_the_work(
+    fails: Try, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "an output is empty" in refused_before_the_work(fails, made, 2, "-o", "")
+    err = refused_before_the_work(fails, made, 2, "-o", "m.x", "--html", "./m.x")
+    assert "`-o` and `--html` both write `./m.x`" in err
+    Path("work").mkdir()
+    Path("work/thesis.txt").write_text("years")
+    err = refused_before_the_work(fails, made, 2, "-o", "work", "--force")
+    assert "was not written by dfc" in err
+    err = refused_before_the_work(fails, made, 2, "--onnx", "work", "--force")
+    assert "is not a plain file" in err
+    Path("r.dfc").write_text("dfc 1\nrecipe r {\n  cse\n  emit onnx\n}\n")
+    argv = ("-r", "r.dfc", "-o", "m.dfcpkg", "--onnx", "m.onnx")
+    err = refused_before_the_work(fails, made, 2, *argv)
+    assert "`--onnx` and `emit onnx` both write `m.onnx`" in err
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    err = refused_before_the_work(fails, made, 7, "-o", "m.dfcpkg")
+    assert "error[D013]: cannot write `m.dfcpkg`: nothing can be written in `.`" in err
+
+
+def test_what_the_users_code_prints_is_no_data(
+    made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("print('at import')\n")
+    argv = ["--json", "--engine", "eager", "--use", "mine.py"]
+    assert main(["compile", f"{made}/nets.py:loud", *argv]) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out)["model"].endswith("nets.py:loud")
+    assert all(text in err for text in ("at import", "building", "inside forward"))
+
+
+def test_what_only_another_option_reads_is_not_left_unread(fails: Try, made: Path) -> None:
+    err = fails(2, "explain", f"{made}/nets.py:build", "-o", "plot.svg")
+    assert "-o is for --sensitivity" in err
 
 
 # inputs

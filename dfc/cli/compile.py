@@ -120,19 +120,23 @@ def compile(
       dfc compile encoder.py:build -r small.dfc --data val=data.py:val --metric top1=data.py:top1
       dfc compile graph.dfc -p 'canonicalize,fuse{rules=attention}' --print-after fuse
     """
-    from dfc.cli.outputs import require_writable
+    from dfc.cli.outputs import require_apart, require_writable
     from dfc.cli.progress import Progress
     from dfc.cli.recipes import choose_recipe, emit_paths
 
     load_used(use)
-    for path in (output, onnx, html):
-        require_writable(path, force)
     parts = _stages(stages, onnx)
+    named = (("-o", output), ("--onnx", onnx), ("--html", html))
+    require_apart(*named)
+    require_writable(output, force, folder=True)
+    require_writable(onnx, force, folder=parts is not None)
+    require_writable(html, force)
     with Progress() as say:
         say("reading the options")
         chosen = choose_recipe(recipe, name, level, passes, target, settings)
-        for path in emit_paths(chosen.plan, output):
-            require_writable(path, force)
+        for what, path, is_folder in emit_paths(chosen.plan, output):
+            require_apart(*named, (what, path))
+            require_writable(path, force, folder=is_folder)
         job = _Job(
             chosen, data, metric, function, budget, engine, verify, strict, device, reproducers, say
         )

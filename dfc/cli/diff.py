@@ -26,7 +26,9 @@ def diff(
     text: Annotated[
         bool, typer.Option("--text", help="Graph text with - and +, as in a patch.")
     ] = False,
-    context: Annotated[int, typer.Option("--context", help="Unchanged lines around a change.")] = 2,
+    context: Annotated[
+        int, typer.Option("--context", min=0, help="Unchanged lines around a change.")
+    ] = 2,
     use: Use = None,
     as_json: Json = False,
 ) -> None:

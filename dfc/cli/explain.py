@@ -101,6 +101,7 @@ def explain(
     if sensitivity:
         _sensitivity(model, recipe, metric, data, step, engine, times, output, force, all_, as_json)
         return
+    _nothing_else(metric, step, output)
     from dfc.cli.progress import Progress
 
     with Progress() as say:
@@ -124,6 +125,18 @@ def explain(
     from dfc.cli.tables import print_text
 
     print_text(str(found))
+
+
+def _nothing_else(metric: list[str] | None, step: str | None, output: str | None) -> None:
+    """Refuse what only --sensitivity reads, rather than leave it unread.
+
+    Raises:  DfcError D054.
+    """
+    given = [o for o, x in (("--metric", metric), ("--step", step), ("-o", output)) if x]
+    if given:
+        from dfc.errors import DfcError
+
+        raise DfcError("D054", f"{given[0]} is for --sensitivity", help="add --sensitivity")
 
 
 def _sensitivity(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -46,7 +47,10 @@ def load_used(names: list[str] | None) -> None:
     Raises:  DfcError K040 when the user's code raises; Q, R and P for what is wrong in it.
     """
     if names:
+        from contextlib import redirect_stdout
+
         from dfc.cli.extensions import load_extension
 
-        for name in names:
-            load_extension(name)
+        with redirect_stdout(sys.stderr):  # what it prints is no data
+            for name in names:
+                load_extension(name)

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from dfc.errors import DfcError
 
 
-def require_writable(path: str | None, force: bool) -> None:
-    """Refuse a target that exists, or whose folder does not; `dfc.publish` checks again.
+def require_writable(path: str | Path | None, force: bool, *, folder: bool = False) -> None:
+    """Refuse a target that cannot be put in place; `dfc.publish` checks again.
 
-    Raises:  DfcError D010, D011.
+    Raises:  DfcError D010, D011, D013.
     """
-    if path is None:
-        return
-    target = Path(path).absolute()
-    if os.path.lexists(target) and not force:
-        raise DfcError("D010", f"`{path}` exists", help="`--force` replaces it")
-    if not target.parent.is_dir():
-        raise DfcError("D011", f"there is no folder `{os.path.dirname(path)}`")
+    if path is not None:
+        from dfc.publish import require_usable
+
+        require_usable(path, folder=folder, force=force)
+
+
+def require_apart(*outputs: tuple[str, str | Path | None]) -> None:
+    """Refuse two outputs of one path, each told with what names it: `--html`, `emit onnx`.
+
+    Raises:  DfcError D011.
+    """
+    taken: dict[Path, str] = {}
+    for what, path in outputs:
+        if path is None:
+            continue
+        first = taken.setdefault(Path(path).absolute(), what)
+        if first != what:
+            message = f"`{first}` and `{what}` both write `{path}`"
+            raise DfcError("D011", message, help="give each a path of its own")
 
 
 def write_text(path: str, text: str, force: bool) -> None:

@@ -98,12 +98,16 @@ def plan(
     from dfc.api import plan as make
     from dfc.cli.inputs import parse_sizes
     from dfc.cli.measured import measure_times, measured_data, measured_text, read_times
+    from dfc.cli.outputs import require_apart, require_writable
     from dfc.cli.progress import Progress
     from dfc.cli.sources import open_source
     from dfc.planning.fewer import fewer_devices, fewer_text
 
     load_used(use)
     wanted = _wanted(pin, together)
+    require_apart(("--svg", svg), ("--trace", trace))
+    require_writable(svg, force)
+    require_writable(trace, force)
     with Progress() as say:
         say(f"reading {model}")
         source = open_source(model)

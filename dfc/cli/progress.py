@@ -15,15 +15,19 @@ class Progress:
 
     with Progress() as say:
         say("tracing")
+
+    What the user's code prints meanwhile is no data: it goes to stderr, too.
     """
 
     def __init__(self) -> None:
+        self._stdout = sys.stdout
         self._tty = sys.stderr.isatty()
         self._live: Any = None
         self._task: Any = None
         self._timer: threading.Timer | None = None
 
     def __enter__(self) -> Progress:
+        self._stdout, sys.stdout = sys.stdout, sys.stderr
         return self
 
     def __call__(self, what: str) -> None:
@@ -42,8 +46,12 @@ class Progress:
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def pause(self) -> None:
-        """Leave the terminal to what is printed next; the following step begins anew."""
+    def result(self, text: str) -> None:
+        """A line of data, on stdout, before all is done."""
+        self._stop()
+        print(text, file=self._stdout, flush=True)
+
+    def _stop(self) -> None:
         self._cancel()
         if self._live is not None:
             self._live.stop()
@@ -55,7 +63,8 @@ class Progress:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        self.pause()
+        self._stop()
+        sys.stdout = self._stdout
 
     def _spin(self, what: str) -> None:
         from rich.console import Console

@@ -38,7 +38,7 @@ Settings = Annotated[
 Level = Annotated[
     int | None,
     typer.Option(
-        "-O", min=0, max=3, metavar="0..3", help="A preset: O0 nothing to O3 everything; -O2."
+        "-O", min=0, max=3, metavar="0..3", help="A preset, as in -O2: from nothing to everything."
     ),
 ]
 Steps = Annotated[
@@ -146,19 +146,20 @@ def _function(option: str, text: str) -> tuple[Callable[..., Any], str]:
     return found, file
 
 
-def emit_paths(plan: Plan, output: str | None) -> list[str]:
-    """Every file that the plan may write beside the package."""
+def emit_paths(plan: Plan, output: str | None) -> list[tuple[str, str, bool]]:
+    """What the plan may write beside the package: by which line, where, and whether a folder."""
     from dfc.compiled import emitted_path
     from dfc.recipe.plan import EmitStep, WhenStep
 
     if output is None:
         return []
 
-    def inside(steps: Sequence[Any]) -> list[str]:
-        found = []
+    def inside(steps: Sequence[Any]) -> list[tuple[str, str, bool]]:
+        found: list[tuple[str, str, bool]] = []
         for step in steps:
             if isinstance(step, EmitStep):
-                found.append(emitted_path(stem_of(output), step.format, step.options))
+                path = emitted_path(stem_of(output), step.format, step.options)
+                found.append((f"emit {step.format}", path, "stages" in step.options))
             elif isinstance(step, WhenStep):
                 found += [*inside(step.then), *inside(step.otherwise)]
         return found

@@ -99,14 +99,16 @@ def run(
     rewrite is wrong, and with 0 when it no longer is.
     """
     from dfc.cli.inputs import output_names
-    from dfc.cli.outputs import require_writable
+    from dfc.cli.outputs import require_apart, require_writable
     from dfc.cli.progress import Progress
 
     check_place(on, pipeline, use)
     load_used(use)
     if is_reproducer(model):
         raise typer.Exit(replay_folder(model, as_json))
+    require_apart(("-o", output), ("--trace", trace))
     require_writable(output, force)
+    require_writable(trace, force)
     if output and Path(output).suffix not in _FORMATS:
         raise DfcError("D056", f"`{output}` ends with neither {' nor '.join(_FORMATS)}")
     with Progress() as say:

@@ -102,8 +102,7 @@ def _proved(rules: list[Rule], quiet: bool) -> list[Proof]:
             say(f"proving {rule.full_name} ({i + 1} of {len(rules)})")
             found.append(prove(rule))
             if not quiet:
-                say.pause()
-                print(_line(found[-1]), flush=True)
+                say.result(_line(found[-1]))
     return found
 
 

@@ -58,7 +58,7 @@ def tune(
     from dfc.cli.progress import Progress
 
     load_used(use)
-    require_writable(output, force)
+    require_writable(output, force, folder=True)
     with Progress() as say:
         budget_s = _seconds(budget)
         say("loading PyTorch")
