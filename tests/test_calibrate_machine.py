@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,14 @@ from dfc.recipe.calibrated import fact_text, require_word, target_text
 from dfc.recipe.machines import machine_of
 from dfc.recipe.sources import plan_of
 from dfc.recipe.targets import RATES
-from dfc.runtime.calibrate.blocks import blocks, stretch
-from dfc.runtime.calibrate.device import CPU, Measured, _chains, _readings
+from dfc.runtime.calibrate.blocks import Block, blocks
+from dfc.runtime.calibrate.device import Measured
+from dfc.runtime.calibrate.equations import readings_of
+from dfc.runtime.calibrate.fitting import fitted, solve
+from dfc.runtime.calibrate.inplace import clocked
 from dfc.runtime.calibrate.links import MeasuredLink, loopback
-from dfc.runtime.calibrate.sampling import Reading, reading, sample_all
+from dfc.runtime.calibrate.probes import CPU, chains_of
+from dfc.runtime.calibrate.sampling import Reading, quiet, reading, sample_all
 
 FACTS = {"cores": 2.0, "mem": 24e9, "cache": 32e6}
 
@@ -31,6 +36,7 @@ def test_a_reading_is_the_median_and_how_far_the_quartiles_are_apart() -> None:
     found = reading([5.0, 1.0, 2.0, 4.0, 300.0])
     assert (found.value, found.spread, found.samples) == (4.0, 0.75, 5)
     assert found.per(8.0).value == 2.0 and found.per(8.0).spread == 0.75
+    assert quiet([5.0, 1.0, 2.0, 4.0, 300.0]).value == 2.0
 
 
 def test_samples_are_taken_in_turns_and_time_ends_them() -> None:
@@ -46,7 +52,7 @@ def modelled_times(device: Device) -> dict[str, Reading]:
     """The time of every chain on a device that is as the model says."""
     return {
         fact: Reading(sum(work_of(n, {}).seconds(device) for n in chain.graph().nodes), 0.01, 9)
-        for fact, chain in _chains(CPU).items()
+        for fact, chain in chains_of(CPU, "cpu").items()
     }
 
 
@@ -56,35 +62,65 @@ def test_facts_are_those_of_a_device_that_is_as_the_model_says() -> None:
     device = Device(
         "d", "cpu", 24e9, 11e9, {"f32": 80e9, "f16": 3e9, "bf16": 5e9, "f64": 40e9}, 4e-6,
         rates={"conv": 60e9, "attention": 50e9, "math": 6e9}, launches=launches,
-        grain=6.0, cache=32e6, cache_bandwidth=90e9, layout_bandwidth=8e9, each_matrix=7e-7,
+        grain=6.0, cache=8e6, cache_bandwidth=90e9, layout_bandwidth=8e9, each_matrix=7e-7,
+        each_product=2e-7, fresh_bandwidth=3e9,
     )  # fmt: skip
-    facts = _readings(modelled_times(device), CPU, 32e6)
+    facts = readings_of(modelled_times(device), CPU, 32e6, "cpu")
     found = {k: r.value for k, r in facts.items()}
     wanted: Mapping[str, float] = {
         "peak": 80e9, "peak_f16": 3e9, "peak_bf16": 5e9, "peak_f64": 40e9, "bw": 11e9,
         "rate_conv": 60e9, "rate_attention": 50e9, "rate_math": 6e9, "launch": 4e-6,
         "bw_cache": 90e9, "bw_conv": 8e9, "launch_each": 7e-7, "grain": 6.0,
+        "launch_product": 2e-7, "bw_fresh": 3e9, "cache": 8e6,
         **{f"launch_{k}": v for k, v in launches.items()},
     }  # fmt: skip
     for fact, value in wanted.items():
         assert found[fact] == pytest.approx(value, rel=0.1), fact
 
 
-def test_starts_are_stretched_to_what_blocks_of_mixed_operators_take() -> None:
-    device = Device(
-        "d", "cpu", 1e9, 1e10, {"f32": 1e11}, 5e-6,
+@cache
+def traced_blocks() -> dict[str, Block]:
+    return blocks()
+
+
+def test_a_device_is_fitted_to_what_blocks_of_mixed_operators_take() -> None:
+    rates = {"math": 6e9, "norm": 6e9, "reduce": 6e9, "attention": 5e10, "conv": 6e10}
+    start = Device(
+        "d", "cpu", 1e9, 1e10, {"f32": 1e11}, 5e-6, rates=rates, grain=8.0, cache=1e7,
         launches={"view": 4e-6, "matmul": 8e-6, "conv": 5e-5, "norm": 9e-6, "attention": 2e-5},
+        cache_bandwidth=5e10, layout_bandwidth=1e10,
     )  # fmt: skip
-    works = {name: block.works() for name, block in blocks().items()}
-    kinds = {w.kind for mine in works.values() for w in mine}
-    assert {"view", "matmul", "conv", "norm", "attention", "plain"} <= kinds
-    slow = replace(
-        device, launch=device.launch * 1.5,
-        launches={k: v * (2.0 if k == "conv" else 1.5) for k, v in device.launches.items()},
+    kinds = ("view", "matmul", "conv", "norm", "attention", "reduce", "gather")
+    real = replace(
+        start, launch=7e-6, launches={k: (6 + 3 * i) * 1e-6 for i, k in enumerate(kinds)},
+        rates={**rates, "math": 4e9, "norm": 4e9, "reduce": 4e9, "gather": 1e9},
+        cache_bandwidth=5e10 / 1.5, layout_bandwidth=5e9,
     )  # fmt: skip
-    took = {n: Reading(sum(x.seconds(slow) for x in w), 0.0, 9) for n, w in works.items()}
-    plain, conv = stretch(device, works, took)
-    assert (plain, conv) == (pytest.approx(1.5), pytest.approx(2.0))
+    mixed = traced_blocks()
+    assert {w.kind for b in mixed.values() for w in b.works} >= {*kinds, "plain", "math"}
+    nodes = {name: [(w, w.seconds(real)) for w in b.works] for name, b in mixed.items()}
+    totals = {name: sum(t for _, t in mine) for name, mine in nodes.items()}
+    found = fitted(start, nodes, totals)
+    for name, mine in nodes.items():
+        assert sum(w.seconds(found) for w, _ in mine) == pytest.approx(totals[name], rel=0.1), name
+    assert found.launch == pytest.approx(7e-6, rel=0.1)
+    for kind in kinds:
+        assert found.launches[kind] == pytest.approx(real.launches[kind], rel=0.25), kind
+    assert found.rates["gather"] == pytest.approx(1e9, rel=0.1)
+    assert found.rates["conv"] == 6e10 and found.peaks == start.peaks
+
+
+def test_where_a_function_takes_a_value() -> None:
+    assert solve(lambda x: x * x, 9.0, 0.0, 10.0) == pytest.approx(3.0)
+    assert solve(lambda x: x, 20.0, 0.0, 10.0) == pytest.approx(10.0)
+
+
+def test_nodes_are_timed_where_they_stand() -> None:
+    block = traced_blocks()["lookups"]
+    run = clocked(block.graph, block.inputs)
+    first, second = run(), run()
+    assert len(first) == len(second) == len(block.works)
+    assert all(0 < t < 10 for t in second)
 
 
 def measured(name: str = "cpu0") -> Measured:
@@ -155,7 +191,10 @@ def test_small_matrices_cached_bytes_and_classes_have_times_of_their_own() -> No
         launches={"view": 1e-6, "conv": 9e-6}, grain=10.0, cache=1e3, cache_bandwidth=1e10,
     )  # fmt: skip
     product = Work(2e3, 0.0, 0.0, "f32", "matmul", (10.0, 10.0, 10.0))
-    assert product.seconds(device) == pytest.approx(8 * 2e-6 + 5e-6)
+    assert product.seconds(replace(device, kind="cuda")) == pytest.approx(8 * 2e-6 + 5e-6)
+    assert product.seconds(device) == pytest.approx(1.25 * 4 * 2 * 2e-6 + 5e-6)
+    inside = Work(0.0, 0.0, 0.0, "f32", "attention", inner=2, fresh=1e3)  # a mask, and new pages
+    assert inside.seconds(replace(device, fresh_bandwidth=1e9)) == pytest.approx(15e-6 + 1e-6)
     assert Work(1e3, 0.0, 0.0, "f32", "conv").seconds(device) == pytest.approx(1e-5 + 9e-6)
     assert Work(0.0, 0.0, 0.0, "f32", "view").seconds(device) == 1e-6
     heads = Work(0.0, 0.0, 0.0, "f32", "attention", matrices=8.0)
@@ -187,7 +226,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert found.peak("f32") == pytest.approx(device["measured"]["peak"]["value"], rel=1e-3)
     machine_of(target).check()  # what a plan asks of it
     assert set(found.launches) == {
-        "view", "matmul", "conv", "unfold", "attention", "norm"
+        "view", "matmul", "conv", "unfold", "attention", "norm", "reduce", "gather"
     }  # fmt: skip
     assert main(["check", path]) == 0 and main(["fmt", "--check", path]) == 0
     before = Path(path).read_text()

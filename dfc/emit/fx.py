@@ -46,12 +46,18 @@ _SYMBOLIC: dict[str, Callable[..., Any]] = {
 _SIZE_OF = torch.ops.aten.sym_size.int
 
 
-def to_fx(graph: Graph, device: str = "cpu", kernels: Kernels | None = None) -> fx.GraphModule:
+def to_fx(
+    graph: Graph,
+    device: str = "cpu",
+    kernels: Kernels | None = None,
+    mark: Callable[[], None] | None = None,
+) -> fx.GraphModule:
     """The graph as a module on one device; `kernels` run the nodes that they take.
 
+    `mark` is called before the first node and after each one: a clock for whoever measures.
     Raises:  DfcError K021 for a parameter without data.
     """
-    return _Emitter(graph, device, {}, kernels or {}).module()
+    return _Emitter(graph, device, {}, kernels or {}, mark).module()
 
 
 def _python_name(name: str) -> str:
@@ -62,11 +68,17 @@ def _python_name(name: str) -> str:
 
 class _Emitter:
     def __init__(
-        self, graph: Graph, device: str, outer: dict[str, fx.Proxy], kernels: Kernels
+        self,
+        graph: Graph,
+        device: str,
+        outer: dict[str, fx.Proxy],
+        kernels: Kernels,
+        mark: Callable[[], None] | None = None,
     ) -> None:
         self.graph = graph
         self.device = device
         self.kernels = kernels
+        self.mark = mark
         self.root = torch.nn.Module()
         self.fx = fx.Graph()
         self.env: dict[Value, Any] = {}
@@ -82,9 +94,13 @@ class _Emitter:
         for i, p in enumerate(self.graph.parameters.values()):
             if p.use_count:
                 self.parameter(i, p)
+        if self.mark:
+            self.fx.call_function(self.mark)
         for node in self.graph.nodes:
             last = next(iter(reversed(self.fx.nodes)), None)
             self.node(node)
+            if self.mark:
+                self.fx.call_function(self.mark)
             if node.loc is not None:
                 self.locate(node.loc, last)
         self.fx.output(tuple(self.env[v] for v in self.graph.result.operands))

@@ -1,11 +1,12 @@
 """What a node costs: arithmetic, bytes moved, and the time of both on a device.
 
 Time is the longer of computing and moving (the roofline), plus what starting a kernel takes, which
-differs by the operator's class. A matrix product of sides m, n and k is charged for one of m + g,
-n + g and k + g, where g is the device's grain: small sides leave it idle. Bytes that fit the cache
-move at its speed. Convolutions change layouts before they compute, so their bytes come on top;
-small ones on a processor unfold their input and multiply instead, as PyTorch chooses. Views are
-free where nobody measured them. Measured times take the place of all this where there are some.
+differs by the operator's class (`kinds`). A matrix product of sides m, n and k is charged for a
+larger one, by the device's grain: small sides leave it idle (`padding`). Bytes that fit the cache
+move at its speed; results that malloc maps anew each time take their page faults. Convolutions
+change layouts before they compute, so their bytes come on top; small ones on a processor unfold
+their input and multiply instead, as PyTorch chooses. Views are free where nobody measured them.
+Measured times take the place of all this where there are some.
 """
 
 from __future__ import annotations
@@ -20,30 +21,12 @@ from dfc.ir.expr import evaluate
 from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.op import DeclaredOp
 from dfc.ir.types import TensorType
+from dfc.planning.kinds import EACH, INDEXED, INNER, KINDS, VIEWS
 from dfc.planning.machine import Device
 
-VIEWS = frozenset([
-    "view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice",
-    "select", "split", "split_with_sizes", "chunk", "detach", "alias", "unbind", "unflatten",
-    "flatten", "movedim", "swapaxes", "diagonal", "narrow", "_unsafe_view", "expand_as",
-    "view_as", "unsafe_split", "lift_fresh", "numpy_T", "mT", "matrix_H",
-])  # fmt: skip
-_EXPENSIVE = {"exp": 8, "gelu": 14, "erf": 10, "tanh": 10, "sigmoid": 10, "silu": 11, "log": 8,
-              "pow": 10, "sin": 10, "cos": 10, "layer_norm": 8, "native_layer_norm": 8,
-              "rms_norm": 6, "group_norm": 8, "batch_norm": 4}  # fmt: skip
-
-_KINDS = {name: kind for kind, names in {
-    "matmul": "linear matmul mm bmm mv addmm baddbmm dot einsum",
-    "conv": "convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
-    "attention": "scaled_dot_product_attention",
-    "norm": "layer_norm native_layer_norm group_norm native_group_norm batch_norm rms_norm "
-            "_native_batch_norm_legit_no_training instance_norm softmax _softmax log_softmax "
-            "_log_softmax mean var var_mean std gelu max_pool1d max_pool2d avg_pool1d avg_pool2d "
-            "adaptive_avg_pool2d",
-    "math": "exp erf tanh sigmoid silu log pow sin cos",
-}.items() for name in names.split()}  # fmt: skip
-
 Sizes = Mapping[str, int]
+# Larger allocations are mapped and unmapped each time. Source: glibc, DEFAULT_MMAP_THRESHOLD_MAX.
+MAPPED = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -54,9 +37,11 @@ class Work:
     read: float
     written: float
     dtype: str  # what is computed in
-    kind: str = "plain"  # view, matmul, conv, unfold, attention, norm, math or plain
+    kind: str = "plain"  # view, matmul, conv, unfold, attention, or another of `kinds`
     sides: tuple[float, float, float] | None = None  # m, n, k of a matrix product
     matrices: float = 1.0  # products of a batch, heads of attention
+    inner: int = 0  # more operators that run inside
+    fresh: float = 0.0  # bytes of results that are mapped for it
 
     @property
     def bytes(self) -> float:
@@ -73,19 +58,32 @@ class Work:
         """Seconds of arithmetic, small sides padded."""
         if not self.flops:
             return 0.0
-        padded = self.flops
-        for side in self.sides or ():
-            padded *= 1 + device.grain / max(side, 1.0)
+        padded = self.flops * self._padding(device)
         return padded / device.rate(self.kind, self.dtype)
 
+    def _padding(self, device: Device) -> float:
+        return padding(device.grain, device.kind, self.kind, self.sides) if self.sides else 1.0
+
     def moving(self, device: Device) -> float:
+        mapping = self.fresh / device.fresh_bandwidth
         if self.kind == "conv" and device.layout_bandwidth:
-            return self.bytes / device.layout_bandwidth
-        return device.moving(self.bytes)
+            return self.bytes / device.layout_bandwidth + mapping
+        return device.moving(self.bytes) + mapping
 
     def launching(self, device: Device) -> float:
-        more = self.matrices * device.each_matrix if self.matrices > 1 else 0.0
-        return device.launching(self.kind) + more
+        each = device.each_product if self.kind == "matmul" else device.each_matrix
+        more = self.matrices * each if self.matrices > 1 else 0.0
+        return device.launching(self.kind) + more + self.inner * device.launch
+
+
+def padding(grain: float, device: str, kind: str, sides: tuple[float, float, float]) -> float:
+    """How many times its flops a product is charged for on a kind of device.
+
+    A processor's kernels for products take columns by vectors and rows almost one by one; what
+    is contracted, and the sides of other kernels, count as they are.
+    """
+    weights = (0.25, 3.0, 1.0) if kind == "matmul" and device == "cpu" else (1.0, 1.0, 1.0)
+    return prod(1 + w * grain / max(n, 1.0) for w, n in zip(weights, sides, strict=True))
 
 
 def default_sizes(graph: Graph, given: Sizes | None = None) -> dict[str, int]:
@@ -132,9 +130,26 @@ def work_of(node: Node, sizes: Sizes) -> Work:
     read = sum(_read(node, v, sizes) for v in node.operands)
     written = sum(bytes_of(r, sizes) for r in node.results)
     sides = _SIDES[name](node, sizes) if name in _SIDES else None
-    kind = "unfold" if _unfolds(node, name, sizes) else _KINDS.get(name, "plain")
-    matrices = _matrices(node, kind, sizes)
-    return Work(_flops(node, name, sizes), read, written, dtype, kind, sides, matrices)
+    kind = "unfold" if _unfolds(node, name, sizes) else KINDS.get(name, "plain")
+    return Work(
+        _flops(node, name, sizes), read, written, dtype, kind, sides,
+        _matrices(node, kind, sizes), _inner(node, name, sizes), _fresh(node, sizes),
+    )  # fmt: skip
+
+
+def _inner(node: Node, name: str, sizes: Sizes) -> int:
+    """Operators inside a composite one; a mask of attention is turned into numbers to add."""
+    if name == "scaled_dot_product_attention":
+        return 2 if len(node.inputs) > 3 and node.inputs[3] is not None else 0
+    if name == "matmul":  # of batches: both are expanded and flattened, the result is unflattened
+        return 3 if len(_shape(node.inputs[1], sizes)) > 2 else 0
+    return INNER.get(name, 0)
+
+
+def _fresh(node: Node, sizes: Sizes) -> float:
+    """Bytes of results that malloc does not keep for the next one when they are freed."""
+    all_sizes = (bytes_of(r, sizes) for r in node.results)
+    return sum(size for size in all_sizes if size > MAPPED)
 
 
 def _read(node: Node, value: Value, sizes: Sizes) -> float:
@@ -159,8 +174,20 @@ def _flops(node: Node, name: str, sizes: Sizes) -> float:
     counted = _COUNTED.get(name)
     if counted is not None:
         return counted(node, sizes)
+    kind = KINDS.get(name)
+    if kind == "reduce" or name == "adaptive_avg_pool2d":
+        return _reduction(node, name, sizes)
+    if kind == "gather" and name not in INDEXED:
+        return 0.0
     elements = sum(prod(_shape(r, sizes)) for r in node.results)
-    return float(elements * _EXPENSIVE.get(name, 1))
+    return float(elements * EACH.get(name, 1))
+
+
+def _reduction(node: Node, name: str, sizes: Sizes) -> float:
+    """Each element that is read, and what a result takes however few it is of; variances are of
+    running sums."""
+    read, results = prod(_shape(node.inputs[0], sizes)), prod(_shape(node.results[0], sizes))
+    return (46 if name.startswith(("var", "std")) else 1) * read + 70 * results
 
 
 def _shape(value: Any, sizes: Sizes) -> list[float]:

@@ -9,10 +9,12 @@ from dfc.errors import DfcError
 from dfc.planning.machine import Device
 
 PEAKS = {"peak": "f32", "peak_f16": "f16", "peak_bf16": "bf16", "peak_i8": "i8", "peak_f64": "f64"}
-RATES = {"rate_conv": ("conv",), "rate_attention": ("attention",), "rate_math": ("math", "norm")}
-LAUNCHES = {
-    f"launch_{kind}": kind for kind in ("view", "matmul", "conv", "unfold", "attention", "norm")
-}
+RATES = {
+    "rate_conv": ("conv",), "rate_attention": ("attention",), "rate_gather": ("gather",),
+    "rate_math": ("math", "norm", "reduce"),
+}  # fmt: skip
+_LAUNCHED = ("view", "matmul", "conv", "unfold", "attention", "norm", "reduce", "gather")
+LAUNCHES = {f"launch_{kind}": kind for kind in _LAUNCHED}
 
 
 def device_of(name: str, kind: str, facts: Mapping[str, float]) -> Device:
@@ -45,5 +47,18 @@ def with_details(device: Device, facts: Mapping[str, float]) -> Device:
         cache=facts.get("cache", 0.0),
         cache_bandwidth=facts.get("bw_cache", float("inf")),
         each_matrix=facts.get("launch_each", 0.0),
+        each_product=facts.get("launch_product", facts.get("launch_each", 0.0)),
+        fresh_bandwidth=facts.get("bw_fresh", float("inf")),
         layout_bandwidth=facts.get("bw_conv", 0.0),
     )
+
+
+def facts_of(device: Device) -> dict[str, float]:
+    """The facts that `with_details` made rates and times to start of."""
+    found = {f: device.rates[kinds[0]] for f, kinds in RATES.items() if kinds[0] in device.rates}
+    found |= {f: device.launches[kind] for f, kind in LAUNCHES.items() if kind in device.launches}
+    return found | {
+        "launch": device.launch,
+        "bw_cache": device.cache_bandwidth,
+        "bw_conv": device.layout_bandwidth,
+    }

@@ -22,9 +22,11 @@ class Device:
 
     What a calibrated device also knows, by class of operator (`cost.work_of` names them): `rates`
     in flops a second, f32; `launches` in seconds, where starting one does not take `launch`; each
-    matrix of a batch of products adds `each_matrix`. `grain` is the side of a matrix with which
-    half of the peak is reached. Up to `cache` bytes of an operator move with `cache_bandwidth`; a
-    convolution's change their layout with `layout_bandwidth`, 0 where that is part of computing.
+    head of attention adds `each_matrix`, each matrix of a batch of products `each_product`.
+    `grain` is the side of a matrix with which half of the peak is reached. Up to `cache` bytes of
+    an operator move with `cache_bandwidth`; a convolution's change their layout with
+    `layout_bandwidth`, 0 where that is part of computing. Results too large for malloc to keep are
+    mapped with `fresh_bandwidth`.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Device:
     dtypes: tuple[str, ...] = ()  # what it can compute in; none: everything
     layout_bandwidth: float = 0.0
     each_matrix: float = 0.0
+    each_product: float = 0.0
+    fresh_bandwidth: float = float("inf")
     cores: float = 0.0  # of a processor; 0 is unknown
 
     def peak(self, dtype: str) -> float:
@@ -86,7 +90,8 @@ class Device:
             rates={k: v / of for k, v in self.rates.items()}, cache=self.cache / of,
             cache_bandwidth=self.cache_bandwidth / of,
             layout_bandwidth=self.layout_bandwidth / of, cores=self.cores / of,
-            launch=self.launch * waits, each_matrix=self.each_matrix * waits,
+            fresh_bandwidth=self.fresh_bandwidth / of, launch=self.launch * waits,
+            each_matrix=self.each_matrix * waits, each_product=self.each_product * waits,
             launches={k: v * waits for k, v in self.launches.items()},
         )  # fmt: skip
 

@@ -20,10 +20,12 @@ RATES = {
     "peak": "flops/s", "peak_f16": "flops/s", "peak_bf16": "flops/s", "peak_i8": "flops/s",
     "peak_f64": "flops/s",
     "rate_conv": "flops/s", "rate_attention": "flops/s", "rate_math": "flops/s",
+    "rate_gather": "flops/s",
     "launch_view": "time", "launch_matmul": "time", "launch_conv": "time",
     "launch_unfold": "time", "launch_attention": "time", "launch_norm": "time",
-    "launch_each": "time",
-    "grain": "number", "cache": "bytes", "bw_cache": "bytes/s", "bw_conv": "bytes/s",
+    "launch_reduce": "time", "launch_gather": "time", "launch_each": "time",
+    "launch_product": "time", "grain": "number", "cache": "bytes", "bw_cache": "bytes/s",
+    "bw_conv": "bytes/s", "bw_fresh": "bytes/s",
     "price": "number",
 }  # fmt: skip
 DEVICES: Mapping[str, Mapping[str, str]] = {

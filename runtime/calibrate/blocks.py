@@ -1,23 +1,23 @@
 """Blocks of mixed operators: what is left to start one when another one was started before it.
 
-A chain of one operator finds its code in the caches of the processor, a model's operators do not,
-and a model also reads parameters and sizes. Times to start are stretched so that the model of costs
-says of these blocks what they take.
+A chain of one operator finds its code and its operands in the caches of the processor, a model's
+operators do not, and a model also reads parameters and sizes. So times to start are taken from
+nodes of small blocks, where they stand; then they are stretched so that the model of costs says of
+these blocks what they take, and rates are slowed so that it does of the blocks with many items.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from dfc.ir.graph import Graph
 from dfc.ir.interpret import bind_inputs
 from dfc.planning.cost import Work, work_of
-from dfc.planning.machine import Device
-from dfc.runtime.calibrate.sampling import Reading
 
-_LEAST, _MOST = 0.5, 4.0  # of a stretch; beyond, something else is wrong
+_FEW, _MANY = 2, 64  # items of a batch: nothing to compute, and as much as small models have
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Block:
     """A traced module with the inputs that it is measured on."""
 
     graph: Graph
-    inputs: list[Any]
+    inputs: Sequence[Any]
 
     def runner(self, device: str) -> Callable[[], None]:
         """Runs the block once on a device, and waits for it."""
@@ -43,14 +43,23 @@ class Block:
 
         return once
 
+    @cached_property
     def works(self) -> list[Work]:
         sizes = bind_inputs(self.graph, self.inputs)
         return [work_of(n, sizes) for n in self.graph.nodes]
 
 
 def blocks() -> dict[str, Block]:
-    """An encoder layer, and convolutions with their norms; tiny, with a dynamic batch."""
-    return {"encoder": _encoder(), "convolutions": _convolutions()}
+    """An encoder, convolutions with their norms, lookups; and each with many items."""
+    import torch
+
+    ids = torch.arange(_FEW * 8).reshape(_FEW, 8)
+    made = {
+        "encoder": _traced(_encoder(), torch.ones(_FEW, 8, 32)),
+        "convolutions": _traced(_convolutions(), torch.ones(_FEW, 8, 16, 16)),
+        "lookups": _traced(_lookups(), ids),
+    }
+    return made | {f"many {name}": _many(block) for name, block in made.items()}
 
 
 def _traced(model: Any, x: Any) -> Block:
@@ -58,29 +67,33 @@ def _traced(model: Any, x: Any) -> Block:
 
     from dfc.capture.torch_export import trace
 
+    batch = torch.export.Dim("B", min=1, max=_MANY)
     with torch.random.fork_rng(devices=[]):
-        graph = trace(model.eval(), (x,), None, ({0: torch.export.Dim("B", min=1, max=64)},))
-    return Block(graph, [x])
+        return Block(trace(model.eval(), (x,), None, ({0: batch},)), [x])
 
 
-def _encoder() -> Block:
+def _many(block: Block) -> Block:
+    (x,) = block.inputs
+    return Block(block.graph, [x.repeat_interleave(_MANY // _FEW, 0)])
+
+
+def _encoder() -> Any:
     import torch
     from torch import nn
     from torch.nn.functional import gelu, scaled_dot_product_attention
 
-    class Layer(nn.Module):
-        def __init__(self, width: int = 16, heads: int = 2) -> None:
+    class Layers(nn.Module):
+        def __init__(self, width: int = 32, heads: int = 4) -> None:
             super().__init__()
             self.heads = heads
             self.before, self.after = nn.LayerNorm(width), nn.LayerNorm(width)
-            self.q, self.k, self.v, self.out, self.up, self.down = (
-                nn.Linear(width, width) for _ in range(6)
-            )
+            self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+            self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
-        def split(self, x: Any) -> Any:
+        def split(self, x: torch.Tensor) -> torch.Tensor:
             return x.view(x.shape[0], x.shape[1], self.heads, -1).transpose(1, 2)
 
-        def forward(self, x: Any) -> Any:
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
             for _ in range(2):
                 y = self.before(x)
                 q, k, v = (self.split(f(y)) for f in (self.q, self.k, self.v))
@@ -89,41 +102,39 @@ def _encoder() -> Block:
                 x = x + self.down(gelu(self.up(self.after(x)), approximate="tanh"))
             return x
 
-    return _traced(Layer(), torch.ones(2, 8, 16))
+    return Layers()
 
 
-def _convolutions() -> Block:
-    import torch
+def _convolutions() -> Any:
     from torch import nn
 
     def part(width_in: int, width: int, stride: int) -> list[nn.Module]:
         conv = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
         return [conv, nn.BatchNorm2d(width), nn.ReLU()]
 
-    net = nn.Sequential(*part(8, 8, 1), *part(8, 16, 2), *part(16, 16, 1), *part(16, 24, 2))
-    return _traced(net, torch.ones(2, 8, 8, 8))
+    return nn.Sequential(*part(8, 8, 1), *part(8, 16, 2), *part(16, 16, 1), *part(16, 24, 2))
 
 
-def stretch(
-    device: Device, works: Mapping[str, list[Work]], took: Mapping[str, Reading]
-) -> tuple[float, float]:
-    """How many times as long as alone operators take to start in a model; and convolutions.
+def _lookups() -> Any:
+    """A table, the best places of a row, masks, root mean squares: what decoders do beside."""
+    import torch
+    from torch import nn
 
-    The encoder tells the first; what the convolutions' block then lacks is put on convolutions.
-    """
-    plain = _factor(device, works["encoder"], took["encoder"].value, lambda w: True)
-    stretched = replace(
-        device, launch=device.launch * plain,
-        launches={k: v * (1 if k == "conv" else plain) for k, v in device.launches.items()},
-    )  # fmt: skip
-    block = works["convolutions"], took["convolutions"].value
-    return plain, _factor(stretched, *block, lambda w: w.kind == "conv")
+    class Lookups(nn.Module):
+        def __init__(self, width: int = 32) -> None:
+            super().__init__()
+            self.table = nn.Embedding(8 * _MANY, width)
 
+        def scaled(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 
-def _factor(
-    device: Device, works: list[Work], seconds: float, counts: Callable[[Work], bool]
-) -> float:
-    """What the starts that count are to be multiplied with, so that all takes `seconds`."""
-    starts = sum(w.launching(device) for w in works if counts(w))
-    rest = sum(w.seconds(device) for w in works) - starts
-    return min(max((seconds - rest) / starts, _LEAST), _MOST) if starts else 1.0
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.scaled(self.table(ids))
+            places = x.sum(-1).topk(4, -1).indices
+            wide = places.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+            found = torch.cat([x.gather(1, wide), self.table.weight[places]], 1)
+            here = torch.arange(8, device=ids.device)[None, :, None] < 6
+            kept = torch.where(here, self.scaled(found), found.amax(-1, keepdim=True))
+            return torch.cat([x, kept], -1).softmax(-1)
+
+    return Lookups()

@@ -25,6 +25,7 @@ _TEXT = {
     "view": "aten.view.default({p}, size={shape})",
     "linear": "aten.linear.default({p}, %a, %b)",
     "mm": "aten.mm.default({p}, %a)",
+    "bmm": "aten.bmm.default({p}, %a)",
     "conv": (
         "aten.conv2d.default({p}, %a, None, stride=[1, 1], padding=[{half}, {half}], "
         "dilation=[1, 1], groups=1)"
