@@ -134,4 +134,9 @@ def test_the_command_measures_and_reads_what_it_printed(
     assert total == pytest.approx(sum(data["nodes"].values()))
     times = write(tmp_path / "t.json", printed)
     assert main([*arguments, "--measured", str(times)]) == 0
-    assert "measured times: all of stage 0" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "measured times: all of stage 0" in told
+    classes = data["classes"]
+    assert set(classes) == {"matmul", "plain"} and classes["matmul"]["predicted"] > 0
+    assert sum(c["measured"] for c in classes.values()) == pytest.approx(total)
+    assert "the target's own figures give" in told and "matmul" in told.splitlines()[-1]

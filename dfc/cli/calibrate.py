@@ -40,9 +40,9 @@ def calibrate(
 
     \b
     Rates by dtype and class of operator, memory and cache bandwidth, the time to start an
-    operator, copies to and between GPUs, messages between processes. Everything is sampled in
-    turns; a value is the median, and one whose quartiles lie apart says so. A minute for each
-    device: let nothing else run meanwhile.
+    operator between others, copies to and between GPUs, messages between processes. Everything
+    is sampled in turns; a value is the lower quartile of its samples, and one whose quartiles
+    lie apart says so. A minute for each device: let nothing else run meanwhile.
 
     \b
     Examples:

@@ -73,14 +73,47 @@ def measured_data(found: Plan, times: Mapping[Node, float]) -> dict[str, Any]:
     return {
         "nodes": {n.results[0].name: t for n, t in times.items() if n.results},
         "measured_nodes": counts,
+        "classes": _by_class(found, times),
     }
 
 
+def _by_class(found: Plan, times: Mapping[Node, float]) -> dict[str, dict[str, float]]:
+    """Seconds of measured nodes by class of operator, beside those that the target promised."""
+    from dfc.planning.cost import work_of
+
+    classes: dict[str, dict[str, float]] = {}
+    for node, stage in zip(found.graph.nodes, found.partition.stage, strict=True):
+        device = found.machine.devices[stage]
+        if node in times and device.kind == "cpu":
+            work = work_of(node, found.sizes)
+            sums = classes.setdefault(work.kind, {"measured": 0.0, "predicted": 0.0})
+            sums["measured"] += times[node]
+            sums["predicted"] += work.seconds(device)
+    return classes
+
+
 def measured_text(found: Plan, data: Mapping[str, Any]) -> str:
-    """The same in a sentence."""
+    """The same in sentences: the target's figures are as good as they are for these operators."""
     parts = [
         f"{'all' if n == s.nodes else n or 'none'} of stage {s.index}"
         for n, s in zip(data["measured_nodes"], found.stages, strict=True)
     ]
     rest = "" if sum(data["measured_nodes"]) == len(found.graph) else "; the others are the model's"
-    return f"measured times: {', '.join(parts)}{rest}"
+    lines = [f"measured times: {', '.join(parts)}{rest}"]
+    sums = data["classes"]
+    if any(c["measured"] for c in sums.values()):
+        lines.append(f"the target's own figures give {_compared(sums)}")
+    return "\n".join(lines)
+
+
+def _compared(sums: Mapping[str, Mapping[str, float]]) -> str:
+    """Predicted over measured: of everything, and of the three classes that are most wrong."""
+    from dfc.lang.units import amount_text
+
+    measured, predicted = (sum(c[k] for c in sums.values()) for k in ("measured", "predicted"))
+    wrong = sorted(sums.items(), key=lambda x: -abs(x[1]["predicted"] - x[1]["measured"]))
+    worst = ", ".join(
+        f"{kind} {c['predicted'] / c['measured']:.2f} of {amount_text(c['measured'], 'time')}"
+        for kind, c in wrong[:3] if c["measured"]
+    )  # fmt: skip
+    return f"{predicted / measured:.2f} of that ({worst})"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import dfc
 from dfc.errors import DfcError
-from dfc.runtime.calibrate.sampling import Reading, reading, sample_all
+from dfc.runtime.calibrate.sampling import Reading, quiet, sample_all
 
 _SMALL, _LARGE = 64, 16 << 20  # bytes: one shows the latency, the other the bandwidth
 _PATIENCE_S = 60.0
@@ -99,7 +99,7 @@ def loopback(host: str, *, quick: bool = False) -> MeasuredLink:
         message = f"two processes cannot exchange messages: {last}"
         raise DfcError("K070", message, help=_NO_LOOPBACK, status=7)
     times = json.loads(out)
-    return _link(host, host, "loopback", reading(times["small"]), reading(times["large"]))
+    return _link(host, host, "loopback", quiet(times["small"]), quiet(times["large"]))
 
 
 _NO_LOOPBACK = "`--no-links` leaves links out"
