@@ -4,11 +4,12 @@ python benchmarks/predictions.py [MODEL ...] [--by-op] [--target FILE] [--second
 
 The machine is measured, with one thread, as `dfc calibrate --threads 1` does. Models of the zoo,
 with their example's sizes and with a batch of 32, are cut in stages of equal predicted time; each
-stage runs alone on the eager engine, in turns with the others, and its lower quartile, as that of
-calibration, is held against the prediction. The error is exp(mean |log(predicted / measured)|) - 1.
-The blocks that calibration fitted run beside the stages: what they take now over what they took
-then is how far the machine itself drifted, and the error is told without that as well. `--by-op`
-shows which operators are wrong, timed where they stand, by class and one by one.
+stage runs alone on the eager engine, in turns with the others, and what its quickest tenth takes at
+most, as calibration tells it too, is held against the prediction. The error is
+exp(mean |log(predicted / measured)|) - 1.
+The blocks that calibration was fitted to run beside the stages: what they take now over what they
+took then is how far the machine itself drifted, and the error is told without that as well.
+`--by-op` shows which operators are wrong, timed where they stand, by class and one by one.
 
 Pipelines of two stages are simulated with the stages' own measured times, and held against the step
 that threads take. Stages are measured one at a time, and all at once, as they run in a pipeline:
@@ -49,8 +50,8 @@ from dfc.recipe.machines import machine_of
 from dfc.recipe.sources import plan_of
 from dfc.runtime.calibrate.blocks import Block, blocks
 from dfc.runtime.calibrate.device import measure_device
-from dfc.runtime.calibrate.inplace import clocked
-from dfc.runtime.calibrate.sampling import quiet, sample_all
+from dfc.runtime.calibrate.inplace import Clocked, clocked, quiet_seconds
+from dfc.runtime.calibrate.sampling import sample_all
 from dfc.runtime.engines import find_engine
 from dfc.runtime.pipeline.local import Pipeline
 from tests.zoo import cases
@@ -182,13 +183,13 @@ def predict_stages(chosen: Sequence[Subject], device: Device, seconds: float) ->
 def anchor(name: str, block: Block, device: Device) -> Case:
     """A block that the device was fitted to."""
     predicted = sum(w.seconds(device) for w in block.works)
-    return Case(name, predicted, block.runner("cpu"))
+    return Case(name, predicted, runner(block.graph, block.inputs))
 
 
 def predict_operators(chosen: Sequence[Subject], device: Device, seconds: float) -> None:
     """Every operator where it stands, in the whole graph."""
     runs = {s.name: clocked(s.graph, s.inputs) for s in chosen}
-    rows: dict[str, list[list[float]]] = {name: [] for name in runs}
+    rows: dict[str, list[Clocked]] = {name: [] for name in runs}
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds or len(rows[chosen[0].name]) < 3:
         for name, run in runs.items():
@@ -196,10 +197,9 @@ def predict_operators(chosen: Sequence[Subject], device: Device, seconds: float)
             rows[name].append(run())
     pairs: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for s in chosen:
-        for node, times in zip(s.graph.nodes, zip(*rows[s.name], strict=True), strict=True):
+        for node, took in zip(s.graph.nodes, quiet_seconds(rows[s.name]), strict=True):
             work = work_of(node, s.sizes)
-            pair = quiet(times).value, work.seconds(device)
-            pairs.setdefault((work.kind, node.op), []).append(pair)
+            pairs.setdefault((work.kind, node.op), []).append((took, work.seconds(device)))
     kinds: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for (kind, _), found in pairs.items():
         kinds.setdefault((kind, ""), []).extend(found)

@@ -41,8 +41,8 @@ def calibrate(
     \b
     Rates by dtype and class of operator, memory and cache bandwidth, the time to start an
     operator between others, copies to and between GPUs, messages between processes. Everything
-    is sampled in turns; a value is the lower quartile of its samples, and one whose quartiles
-    lie apart says so. A minute for each device: let nothing else run meanwhile.
+    is sampled in turns; a value is what the quickest tenth of its samples took at most, and one
+    whose quartiles lie apart says so. A minute for each device: let nothing else run meanwhile.
 
     \b
     Examples:

@@ -123,7 +123,8 @@ def work_of(node: Node, sizes: Sizes) -> Work:
     """What one node does, nothing for views."""
     name = node.op.split(".")[1] if "." in node.op else node.op
     dtype = _dtype(node)
-    if node.op.startswith("aten.") and name in VIEWS:
+    passes = name == "dropout" and not node.attributes.get("train")
+    if node.op.startswith("aten.") and (name in VIEWS or passes):
         return Work(0.0, 0.0, 0.0, dtype, "view")
     if not any(isinstance(v.type, TensorType) for v in node.results):
         return Work(0.0, 0.0, 0.0, dtype, "view")
@@ -141,8 +142,8 @@ def _inner(node: Node, name: str, sizes: Sizes) -> int:
     """Operators inside a composite one; a mask of attention is turned into numbers to add."""
     if name == "scaled_dot_product_attention":
         return 2 if len(node.inputs) > 3 and node.inputs[3] is not None else 0
-    if name == "matmul":  # of batches: both are expanded and flattened, the result is unflattened
-        return 3 if len(_shape(node.inputs[1], sizes)) > 2 else 0
+    if name == "matmul":  # of batches: both are flattened
+        return 1 if len(_shape(node.inputs[1], sizes)) > 2 else 0
     return INNER.get(name, 0)
 
 
@@ -175,11 +176,13 @@ def _flops(node: Node, name: str, sizes: Sizes) -> float:
     if counted is not None:
         return counted(node, sizes)
     kind = KINDS.get(name)
-    if kind == "reduce" or name == "adaptive_avg_pool2d":
+    if kind == "reduce":
         return _reduction(node, name, sizes)
     if kind == "gather" and name not in INDEXED:
         return 0.0
     elements = sum(prod(_shape(r, sizes)) for r in node.results)
+    if name == "pow" and node.attributes.get("exponent") in (0.5, -0.5, -1, -2, 2, 3):
+        return float(elements)  # no logarithm is taken
     return float(elements * EACH.get(name, 1))
 
 
@@ -275,6 +278,12 @@ def _convolution_sides(node: Node, sizes: Sizes) -> tuple[float, float, float]:
     return prod(out) / max(out[1], 1.0), weight[0], prod(weight[1:])
 
 
+def _transposed_sides(node: Node, sizes: Sizes) -> tuple[float, float, float]:
+    """As the product that is folded: places of the input, what each writes, its channels."""
+    x, weight = _shape(node.inputs[0], sizes), _shape(node.inputs[1], sizes)
+    return prod(x) / max(x[1], 1.0), prod(weight[1:]), weight[0]
+
+
 def _unfolds(node: Node, name: str, sizes: Sizes) -> bool:
     """Whether PyTorch's processor kernels unfold instead of calling oneDNN, on one thread.
 
@@ -294,4 +303,5 @@ _SIDES: Mapping[str, Callable[[Node, Sizes], tuple[float, float, float]]] = {
     **dict.fromkeys(("linear", "matmul", "mm", "bmm", "addmm", "baddbmm"), _matmul_sides),
     "scaled_dot_product_attention": _attention_sides,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution_sides),
+    "conv_transpose2d": _transposed_sides,
 }

@@ -2,13 +2,13 @@
 
 A chain of one operator finds its code and its operands in the caches of the processor, a model's
 operators do not, and a model also reads parameters and sizes. So times to start are taken from
-nodes of small blocks, where they stand; then they are stretched so that the model of costs says of
-these blocks what they take, and rates are slowed so that it does of the blocks with many items.
+nodes of small blocks, where they stand, and rates are slowed so that the model of costs says of
+these blocks with many items what they take.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,22 +26,6 @@ class Block:
 
     graph: Graph
     inputs: Sequence[Any]
-
-    def runner(self, device: str) -> Callable[[], None]:
-        """Runs the block once on a device, and waits for it."""
-        import torch
-
-        from dfc.runtime.engines import find_engine
-
-        run = find_engine("eager").build(self.graph, device)
-        inputs = [x.to(device) for x in self.inputs]
-
-        def once() -> None:
-            run(inputs)
-            if device.startswith("cuda"):
-                torch.cuda.synchronize(device)
-
-        return once
 
     @cached_property
     def works(self) -> list[Work]:
@@ -108,11 +92,12 @@ def _encoder() -> Any:
 def _convolutions() -> Any:
     from torch import nn
 
-    def part(width_in: int, width: int, stride: int) -> list[nn.Module]:
-        conv = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
+    def part(width_in: int, width: int, window: int, stride: int) -> list[nn.Module]:
+        conv = nn.Conv2d(width_in, width, window, stride, padding=window // 2, bias=False)
         return [conv, nn.BatchNorm2d(width), nn.ReLU()]
 
-    return nn.Sequential(*part(8, 8, 1), *part(8, 16, 2), *part(16, 16, 1), *part(16, 24, 2))
+    shapes = ((8, 8, 3, 1), (8, 16, 3, 2), (16, 16, 1, 1), (16, 16, 3, 1), (16, 24, 1, 1))
+    return nn.Sequential(*(m for shape in shapes for m in part(*shape)))
 
 
 def _lookups() -> Any:

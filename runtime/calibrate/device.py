@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,10 +12,10 @@ from dfc.planning.facts import device_of, facts_of
 from dfc.runtime.calibrate.blocks import Block, blocks
 from dfc.runtime.calibrate.chains import Chain
 from dfc.runtime.calibrate.equations import readings_of
-from dfc.runtime.calibrate.fitting import Node, fitted
-from dfc.runtime.calibrate.inplace import clocked
+from dfc.runtime.calibrate.fitting import fitted
+from dfc.runtime.calibrate.inplace import Clocked, clocked, quiet_seconds
 from dfc.runtime.calibrate.probes import CPU, GPU, QUICK, chains_of
-from dfc.runtime.calibrate.sampling import Reading, quiet, sample_all
+from dfc.runtime.calibrate.sampling import Reading, sample_all
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,9 @@ def measure_device(
     chains = chains_of(sizes, kind)
     runs, lacks = _runners(chains, device, sizes.other)
     mixed = blocks()
-    rows: dict[str, list[list[float]]] = {name: [] for name in mixed}
+    rows: dict[str, list[Clocked]] = {name: [] for name in mixed}
     for block_name, block in mixed.items():
-        runs[block_name] = block.runner(device)
-        runs[f"{block_name}, node by node"] = _collecting(block, device, rows[block_name])
+        runs[block_name] = _collecting(block, device, rows[block_name])
     took = sample_all(
         runs, rounds=7 if quick else 41, seconds=seconds / 4 if quick else seconds,
         say=lambda what: say(f"{name}: {what}"),
@@ -57,20 +56,18 @@ def measure_device(
     known = _known(device)
     readings = readings_of(took, sizes, known.pop("cache"), kind)
     alone = device_of(name, kind, {**known, **{f: r.value for f, r in readings.items()}})
-    nodes = {b: _nodes(block, rows[b]) for b, block in mixed.items()}
-    found = facts_of(fitted(alone, nodes, {b: took[b].value for b in mixed}))
+    few, many = (
+        [node for b, block in mixed.items() if b.startswith("many") == wide
+         for node in zip(block.works, quiet_seconds(rows[b]), strict=True)]
+        for wide in (False, True)
+    )  # fmt: skip
+    found = facts_of(fitted(alone, few, many))
     return Measured(name, kind, known, _with(readings, found, took), tuple(lacks))
 
 
-def _collecting(block: Block, device: str, rows: list[list[float]]) -> Callable[[], None]:
+def _collecting(block: Block, device: str, rows: list[Clocked]) -> Callable[[], None]:
     run = clocked(block.graph, block.inputs, device)
     return lambda: rows.append(run())
-
-
-def _nodes(block: Block, rows: Sequence[Sequence[float]]) -> list[Node]:
-    """Each node's work with its seconds."""
-    seconds = [quiet(times).value for times in zip(*rows, strict=True)]
-    return list(zip(block.works, seconds, strict=True))
 
 
 def _with(

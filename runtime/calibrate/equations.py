@@ -107,7 +107,7 @@ def _grain(small: Reading, large: Reading, start: float, sizes: Sizes, kind: str
     def charged(g: float) -> float:
         return _product(sizes.small, g, kind) / _product(sizes.side, g, kind)
 
-    return replace(small, value=solve(charged, ratio, 0.0, float(sizes.side)))
+    return replace(small, value=solve(charged, ratio, 1.0, float(sizes.side)))
 
 
 def _per_product(

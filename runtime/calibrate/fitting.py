@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import mean
 
@@ -10,25 +10,15 @@ from dfc.planning.cost import Work
 from dfc.planning.facts import LAUNCHES
 from dfc.planning.machine import Device
 
-_LEAST, _MOST = 0.5, 4.0  # of a stretch; beyond, something else is wrong
+_LEAST, _MOST = 1.0, 3.0  # times as slow as in caches; beyond, something else is wrong
 _COLD = ("math", "norm", "reduce")  # classes whose rates were measured in a cache
 
 Node = tuple[Work, float]  # a node of a block, and its seconds where it stands
 
 
-def fitted(
-    device: Device, nodes: Mapping[str, Sequence[Node]], totals: Mapping[str, float]
-) -> Device:
-    """The device that blocks show: `totals` are their seconds without clocks between the nodes."""
-    many = {name for name in nodes if name.startswith("many")}
-    device = _starting(device, [n for name in nodes if name not in many for n in nodes[name]])
-    device = _gathering(device, [n for name in many for n in nodes[name]])
-    for fit, some in ((_stretched, nodes.keys() - many), (_slowed, many)):
-        for convolves in (False, True):
-            names = [name for name in some if name.endswith("convolutions") == convolves]
-            works = [work for name in names for work, _ in nodes[name]]
-            device = fit(device, works, sum(totals[name] for name in names), convolves)
-    return device
+def fitted(device: Device, few: Sequence[Node], many: Sequence[Node]) -> Device:
+    """The device that nodes show: of blocks with few items, and with many."""
+    return _slowed(_gathering(_starting(device, few), many), many)
 
 
 def _starting(device: Device, nodes: Sequence[Node]) -> Device:
@@ -53,34 +43,19 @@ def _gathering(device: Device, nodes: Sequence[Node]) -> Device:
     return replace(device, rates={**device.rates, "gather": rate})
 
 
-def _stretched(device: Device, works: Sequence[Work], seconds: float, convolves: bool) -> Device:
-    """Starts so that all takes `seconds`: of convolutions, or of everything else."""
-
-    def stretched(k: float) -> Device:
-        launches = {
-            kind: start * (k if (kind == "conv") == convolves else 1.0)
-            for kind, start in device.launches.items()
-        }
-        return replace(device, launch=device.launch * (1.0 if convolves else k), launches=launches)
-
-    return _solved(stretched, works, seconds)
-
-
-def _slowed(device: Device, works: Sequence[Work], seconds: float, convolves: bool) -> Device:
-    """Rates of what was measured in caches so that all takes `seconds`, likewise."""
+def _slowed(device: Device, nodes: Sequence[Node]) -> Device:
+    """Rates of what was measured in caches so that all nodes but convolutions take their time."""
+    chosen = [(w, t) for w, t in nodes if w.kind != "conv"]
 
     def slowed(k: float) -> Device:
-        if convolves:
-            return replace(device, layout_bandwidth=device.layout_bandwidth / k)
         rates = {kind: r / (k if kind in _COLD else 1.0) for kind, r in device.rates.items()}
         return replace(device, rates=rates, cache_bandwidth=device.cache_bandwidth / k)
 
-    return _solved(slowed, works, seconds)
+    def takes(k: float) -> float:
+        slower = slowed(k)
+        return sum(w.seconds(slower) for w, _ in chosen)
 
-
-def _solved(make: Callable[[float], Device], works: Sequence[Work], seconds: float) -> Device:
-    """The device whose factor lets the works take so many seconds, within bounds."""
-    return make(solve(lambda k: sum(w.seconds(make(k)) for w in works), seconds, _LEAST, _MOST))
+    return slowed(solve(takes, sum(t for _, t in chosen), _LEAST, _MOST))
 
 
 def solve(f: Callable[[float], float], wanted: float, low: float, high: float) -> float:

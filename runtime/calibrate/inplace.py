@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from dfc.ir.graph import Graph
+from dfc.runtime.calibrate.sampling import quiet
 
 
-def clocked(graph: Graph, inputs: Sequence[Any], device: str = "cpu") -> Callable[[], list[float]]:
-    """Runs a graph on the eager engine, and gives the seconds of its nodes, in order.
+@dataclass(frozen=True)
+class Clocked:
+    """Seconds of one run: of each node, in order, and of what comes before and after them."""
+
+    nodes: tuple[float, ...]
+    around: float  # the call itself, parameters that are looked up
+
+
+def clocked(graph: Graph, inputs: Sequence[Any], device: str = "cpu") -> Callable[[], Clocked]:
+    """Runs a graph on the eager engine with a clock behind every node.
 
     A GPU is waited for behind every node, so that its launches are not hidden.
     Cost:    a tenth of a microsecond a node more than the engine takes, and the waits.
@@ -32,10 +42,23 @@ def clocked(graph: Graph, inputs: Sequence[Any], device: str = "cpu") -> Callabl
     module = to_fx(graph, device, kernels(device), mark)
     given = [x.to(device) if isinstance(x, torch.Tensor) else x for x in inputs]
 
-    def run() -> list[float]:
+    def run() -> Clocked:
         stamps.clear()
+        begin = time.perf_counter()
         with torch.no_grad():
             module(*given)
-        return [b - a for a, b in pairwise(stamps)]
+        end = time.perf_counter()
+        around = stamps[0] - begin + end - stamps[-1]
+        return Clocked(tuple(b - a for a, b in pairwise(stamps)), around)
 
     return run
+
+
+def quiet_seconds(runs: Sequence[Clocked]) -> list[float]:
+    """Each node's, as `quiet` tells it, with its share of what is around them.
+
+    Needs:  one run at least.
+    """
+    around = quiet([r.around for r in runs]).value / max(len(runs[0].nodes), 1)
+    columns = zip(*(r.nodes for r in runs), strict=True)
+    return [quiet(times).value + around for times in columns]

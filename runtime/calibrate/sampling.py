@@ -9,7 +9,7 @@ from statistics import median
 
 _SAMPLE_S = 3e-4  # what one sample takes at least: long beside the clock, short beside a preemption
 _MOST_CALLS = 100
-_QUIET = 0.25  # the quantile that is taken of what other work on the machine can only lengthen
+_QUIET = 0.1  # the quantile that is taken of what other work on the machine can only lengthen
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def reading(values: Sequence[float], at: float = 0.5) -> Reading:
 
 
 def quiet(values: Sequence[float]) -> Reading:
-    """The lower quartile: what it takes when little else happens on the machine.
+    """The lowest tenth: what it takes when little else happens on the machine.
 
     Why:  a preemption lengthens long samples and misses most short ones, so that medians of short
           samples promise more than medians of long ones keep.
