@@ -12,12 +12,12 @@ import contextlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from _timing import ROUNDS, alternating, ratio, say, threads, write
 from torch import nn
 
 import dfc
@@ -32,41 +32,8 @@ from dfc.runtime.pipeline.local import Pipeline
 from dfc.runtime.pipeline.routes import Edge
 
 M = 16  # microbatches
-ROUNDS = 9
 TRAINED = ("gpipe", "1f1b", "zb1p", "interleaved", "interleaved_zb", "breadth_first", "zb_v",
            "dualpipe_v")  # fmt: skip
-_out: list[str] = []
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
-    _out.append(line)
-
-
-def alternating(runs: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Seconds of each, in turn, after one warm round."""
-    took: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            took[name].append(time.perf_counter() - start)
-    return {name: times[1:] for name, times in took.items()}
-
-
-def ratio(slow: Sequence[float], fast: Sequence[float]) -> str:
-    each = [s / f for s, f in zip(slow, fast, strict=True)]
-    return f"{median(slow) / median(fast):.2f} ({min(each):.2f} to {max(each):.2f})"
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def chain_edges(stages: int) -> list[Edge]:
@@ -257,7 +224,7 @@ def main() -> None:
     if torch.cuda.is_available():
         one_gpu()
     for file in sys.argv[1:]:
-        Path(file).write_text("\n".join(_out) + "\n")
+        write(file)
 
 
 if __name__ == "__main__":

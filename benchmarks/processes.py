@@ -8,59 +8,31 @@ ratio of a single round. Wants two idle cores; four minutes.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
+from _ping import Ring
+from _timing import alternating, ratio, say, stolen, threads, write
 from torch import nn
 
 import dfc
+from dfc.ir.types import TensorType
 from dfc.planning.balanced import balanced
 from dfc.planning.host import machine_text, this_machine
 from dfc.runtime.engines import find_engine
+from dfc.runtime.pipeline.linking import KINDS
 from dfc.runtime.pipeline.local import Pipeline
+from dfc.runtime.pipeline.messages import Layout
 from dfc.runtime.pipeline.processes import Processes
 
 M = 16  # microbatches
-ROUNDS = 9
 STEPS = 1000
-_out: list[str] = []
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
-    _out.append(line)
-
-
-def alternating(runs: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Seconds of each, in turn, after one warm round."""
-    took: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            took[name].append(time.perf_counter() - start)
-    return {name: times[1:] for name, times in took.items()}
-
-
-def ratio(slow: Sequence[float], fast: Sequence[float]) -> str:
-    each = [s / f for s, f in zip(slow, fast, strict=True)]
-    return f"{median(slow) / median(fast):.2f} ({min(each):.2f} to {max(each):.2f})"
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Blocks(nn.Module):
@@ -95,31 +67,39 @@ def two_stages() -> None:
                 whole([part])
 
     with (
-        Processes(graph, placed, microbatches=M, threads=2) as processes,
+        Processes(graph, placed, microbatches=M, threads=2) as local,
+        Processes(graph, placed, microbatches=M, threads=2, links="gloo") as gloo,
         Pipeline(graph, placed, microbatches=M, threads=2) as lanes,
     ):
         took = alternating({
             "one process, one thread": lambda: one(1),
             "one process, two threads": lambda: one(2),
             "two threads as lanes": lambda: lanes(x),
-            "two processes": lambda: processes(x),
+            "two processes": lambda: local(x),
+            "two processes over gloo": lambda: gloo(x),
         })  # fmt: skip
-        report = processes.report()
-    say(f"two balanced stages, {M} microbatches (theory: {2 * M / (M + 1):.2f} times one thread)")
+        reports = {"two processes": local.report(), "two processes over gloo": gloo.report()}
+    alone = median(took["one process, one thread"]) / M / 2
+    say(f"two balanced stages, {M} microbatches, one thread each (theory: {2 * M / (M + 1):.2f} "
+        "times one thread, goal 1.75)")  # fmt: skip
     for name, times in took.items():
         speed = ratio(took["one process, one thread"], times)
         say(f"  {name:26} {median(times) * 1e3:8.1f} ms  {speed} times one thread")
-    stages = ", ".join(f"{s * 1e3:.2f} ms" for s in report.stage_seconds)
-    busy = ", ".join(f"{b:.0%}" for b in report.busy)
-    say(f"  stages of the last step: {stages}; predicted {report.predicted * 1e3:.1f} ms, took "
-        f"{report.seconds * 1e3:.1f} ms; busy {busy}")  # fmt: skip
+    say(f"  half of the model alone takes {alone * 1e3:.2f} ms a microbatch")
+    for name, report in reports.items():
+        stages = ", ".join(f"{s * 1e3:.2f} ms" for s in report.stage_seconds)
+        busy = ", ".join(f"{b:.0%}" for b in report.busy)
+        say(f"  {name}, last step: stages {stages}; predicted {report.predicted * 1e3:.1f} ms, "
+            f"took {report.seconds * 1e3:.1f} ms; busy {busy}")  # fmt: skip
 
 
 def small_actions() -> None:
     """Stages that compute next to nothing: what is left is taking, giving and waiting.
 
-    A chain of two ranks with many microbatches is limited by its slower rank: its step divided by
-    the microbatches is what one action with its messages takes.
+    An action is one RECV, F or SEND of a rank; a microbatch is three of them on either rank, and a
+    message each from the host to the first, between them, and back to the host. A chain is limited
+    by its slower rank: its step divided by the microbatches, and by three, is what an action takes.
+    Beside it a ring of three processes that pass such a message on and compute nothing.
     """
     graph, _ = traced(2, 8, 8)
     count = 256
@@ -132,14 +112,27 @@ def small_actions() -> None:
         for part in x.split(1):
             whole([part])
 
-    with threads(1), Processes(graph, placed, microbatches=count, threads=2) as pipeline:
-        took = alternating({"one": one, "two": lambda: pipeline(x)})
-        spans = pipeline.report().step.spans
-    computing = median([s.end - s.start for s in spans])
-    each = [t / count * 1e6 for t in took["two"]]
-    say(f"small tensors, {count} microbatches on two ranks: {median(each):.0f} us an action "
-        f"({min(each):.0f} to {max(each):.0f}), of which {computing * 1e6:.0f} us compute; "
-        f"in one process {median(took['one']) / count * 1e6:.0f} us for both stages")  # fmt: skip
+    options: dict[str, Any] = {"microbatches": count, "threads": 2}
+    with ExitStack() as stack, threads(1):
+        runs: dict[str, Callable[[], Any]] = {"one": one}
+        pipelines = {k: stack.enter_context(Processes(graph, placed, links=k, **options))
+                     for k in KINDS}  # fmt: skip
+        for kind, pipeline in pipelines.items():
+            runs[kind] = partial(pipeline, x)
+            ring = stack.enter_context(Ring(kind, Layout([TensorType.of(x[:1])], {}).nbytes or 0))
+            runs[f"{kind} ring"] = partial(ring.laps, count)
+        took = alternating(runs)
+        spans = {kind: pipeline.report().step.spans for kind, pipeline in pipelines.items()}
+    each = {name: [t / count * 1e6 for t in times] for name, times in took.items()}
+    say(f"small tensors, {count} microbatches on two ranks (goal 250 us an action over gloo); in "
+        f"one process {median(each['one']):.0f} us for both stages")  # fmt: skip
+    for kind in KINDS:
+        computing = median([s.end - s.start for s in spans[kind]]) * 1e6
+        whole_, ring_ = each[kind], each[f"{kind} ring"]
+        say(f"  {kind:5}: {median(whole_) / 3:.0f} us an action ({min(whole_) / 3:.0f} to "
+            f"{max(whole_) / 3:.0f}), {median(whole_):.0f} us a microbatch, of which a rank "
+            f"computes {computing:.0f}; the three messages alone, around a ring: "
+            f"{median(ring_):.0f} us ({min(ring_):.0f} to {max(ring_):.0f})")  # fmt: skip
 
 
 def many_steps() -> None:
@@ -181,10 +174,13 @@ def recovery() -> None:
 
 def main() -> None:
     say(machine_text(this_machine()))
+    before, start = stolen()
     for part in (two_stages, small_actions, many_steps, recovery):
         part()
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text("\n".join(_out) + "\n", encoding="utf-8")
+    after, end = stolen()
+    say(f"the host took {(after - before) / (end - start):.1%} of the time meanwhile")
+    for file in sys.argv[1:]:
+        write(file)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,16 @@ def test_values_keep_their_bits_and_their_layout() -> None:
         for x in values
     ]  # fmt: skip
     layout = Layout(types, {})
+    tensors = Layout([TensorType.of(x) for x in values if isinstance(x, torch.Tensor)], {})
+    for one in (layout, tensors):
+        given = values if one is layout else [x for x in values if isinstance(x, torch.Tensor)]
+        came_back(one, given)
+    rows = [x.contiguous() for x in values if isinstance(x, torch.Tensor)]
+    came_back(tensors, rows)  # the header that is known beforehand
+    assert tensors._plain is not None and tensors._plain.fits(rows)
+
+
+def came_back(layout: Layout, values: Sequence[Any]) -> None:
     block = layout.pack(values)
     assert block.nbytes == layout.nbytes
     for x, y in zip(values, layout.unpack(block), strict=True):
@@ -143,11 +153,12 @@ def test_a_rank_with_other_versions_says_so(tmp_path: Path) -> None:
         read_assembly(tmp_path)
 
 
-def test_tied_weights_skips_and_several_stages_a_rank() -> None:
+@pytest.mark.parametrize("links", ["local", "gloo"])
+def test_tied_weights_skips_and_several_stages_a_rank(links: str) -> None:
     """Three stages on two ranks; inputs to all of them, any batch, an uneven last microbatch."""
     _, args, graph = captured("tied")
-    placed = stages(graph, 3)
-    with Processes(graph, placed, placement=[0, 1, 0], microbatches=4, threads=2) as pipeline:
+    options: dict[str, Any] = {"placement": [0, 1, 0], "microbatches": 4, "threads": 2}
+    with Processes(graph, stages(graph, 3), links=links, **options) as pipeline:
         for size in (6, 7, 1, 3):
             equal(pipeline, (torch.randint(40, (size, 5)), args[1]))
         report = pipeline.report()
@@ -246,6 +257,17 @@ def test_without_restarts_the_loss_is_raised_in_two_seconds(
     finally:
         pipeline._ranks.restarts = 3
     equal(pipeline, args)
+
+
+def test_over_gloo_too_a_killed_rank_is_mended() -> None:
+    graph, args = heavy()
+    options: dict[str, Any] = {"microbatches": 16, "threads": 2, "links": "gloo"}
+    with Processes(graph, stages(graph, 2), **options) as pipeline:
+        pipeline(*args)
+        thread, _ = during(pipeline, 1, signal.SIGKILL)
+        equal(pipeline, args)
+        thread.join()
+        assert "rank 1 lost" in pipeline.incidents[0] and "SIGKILL" in pipeline.incidents[0]
 
 
 _HOST = """

@@ -11,28 +11,27 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from statistics import median
 from typing import Any
 
 from dfc.errors import DfcError
 from dfc.planning.actions import Action, Kind, Program
 from dfc.planning.stages import HOST
-from dfc.runtime.pipeline.carrying import carry
+from dfc.runtime.pipeline.carrying import Carriers
 from dfc.runtime.pipeline.control import Message
 from dfc.runtime.pipeline.crew import AT_LEAST, LATE, Crew, RankLost, lost_error
 from dfc.runtime.pipeline.lanes import Span, Step, Values
-from dfc.runtime.pipeline.links import Doing, Links, Traffic, gloo_device
+from dfc.runtime.pipeline.linking import Meeting
+from dfc.runtime.pipeline.links import Doing, Linked, Traffic
 from dfc.runtime.pipeline.routes import Routes
 from dfc.runtime.pipeline.wiring import Numbered, Wiring
-from dfc.runtime.pipeline.worker import LINKING
 
 FRUITLESS = 3  # times that ranks may be lost without any result between
 
 
 @dataclass
 class _Attempt:
-    """A step, or what is left of it, under way."""
+    """A step, or what is left of it, under way; its results are its own."""
 
     number: int
     routes: Routes
@@ -51,17 +50,18 @@ class ProcessLanes:
     `restarts` is how often ranks may be lost without any new result.
     """
 
-    def __init__(self, wiring: Wiring, crew: Crew, restarts: int = FRUITLESS) -> None:
-        self.wiring, self.crew, self.restarts = wiring, crew, restarts
+    def __init__(
+        self, wiring: Wiring, crew: Crew, meeting: Meeting, restarts: int = FRUITLESS
+    ) -> None:
+        self.wiring, self.crew, self.meeting, self.restarts = wiring, crew, meeting, restarts
         self.incidents: list[str] = []
-        self._device = gloo_device(crew.door.address[0])
-        self._store = _store(crew.door.address[0])
-        self._links: Links | None = None
+        self._links: Linked | None = None
+        self._carriers: Carriers | None = None
         self._linked = 0  # how often links were made
+        self._broken = False  # whether they must be made anew
         self._steps = 0
         self._told: Program | None = None  # the program that the ranks know
         self._lock = threading.Lock()
-        self._threads: list[threading.Thread] = []
         self._closed = False
 
     def step(self, program: Program, given: Sequence[Values]) -> Step:
@@ -77,34 +77,32 @@ class ProcessLanes:
             began = time.perf_counter()
             results: list[Numbered] = [{} for _ in given]
             spans: list[Span] = []
+            sent: dict[int, int] = {}
             left, fruitless = list(range(len(given))), 0
-            while True:
-                attempt = _Attempt(0, found, given, left, results, began)
+            while left:
+                attempt = _Attempt(0, found, given, left, [{} for _ in given], began)
                 try:
                     self._run(attempt)
-                    break
                 except RankLost as lost:
-                    spans += attempt.spans
-                    still = [b for b in left if not self._complete(attempt, b)]
-                    fruitless = fruitless + 1 if len(still) == len(left) else 0
+                    whole = self._whole(attempt)
+                    fruitless = 0 if whole else fruitless + 1
                     self._mourn(lost, raises=fruitless > self.restarts or not self.restarts)
-                    left = still
-                    for b in left:
-                        results[b].clear()
-                    if not left:
-                        break
+                else:
+                    whole = self._whole(attempt)
+                    self._learn(attempt)
+                for b in whole:
+                    results[b] = attempt.results[b]
+                spans += attempt.spans
+                sent.update(attempt.sent)
+                left = [b for b in left if b not in whole]
             seconds = time.perf_counter() - began
-            self._learn(attempt)
-            sent = self.wiring.by_edge(attempt.sent)
-            return Step(self.wiring.named(results), spans + attempt.spans, seconds, sent)
+            return Step(self.wiring.named(results), spans, seconds, self.wiring.by_edge(sent))
 
     def close(self) -> None:
         """End the processes. They have nothing to lose."""
         self._closed = True
         self.crew.close()
-        self._links = None
-        for thread in self._threads:
-            thread.join(timeout=AT_LEAST)  # Python must not end while one is in gloo
+        self._unlink()
 
     def ready(self) -> None:
         """Every rank there, loaded and linked.
@@ -118,6 +116,8 @@ class ProcessLanes:
                     if rank not in self.crew.members:
                         self.crew.start(rank)
                 self._await(lambda: all(m.loaded for m in self.crew.members.values()), {})
+                if self._broken:
+                    self._unlink()
                 if self._links is None:
                     self._link()
                 return
@@ -130,14 +130,12 @@ class ProcessLanes:
         self._linked += 1
         name = f"links{self._linked}"
         self._told = None
-        self.crew.tell({"do": "link", "name": name, "store": list(self._store[1])})
-        made: list[Links] = []
+        self.crew.tell({"do": "link", "name": name, "meeting": self.meeting.told})
+        made: list[Linked] = []
 
         def mine() -> None:
             try:
-                made.append(
-                    Links(HOST, self.wiring.pairs, self._store[0], name, self._device, LINKING)
-                )  # fmt: skip
+                made.append(self.meeting.links(HOST, self.wiring.pairs, name))
                 self.crew.put(HOST, {"did": "linked", "name": name})
             except RuntimeError as e:
                 self.crew.put(HOST, {"did": "unlinked", "name": name, "why": str(e)})
@@ -155,6 +153,17 @@ class ProcessLanes:
         everybody = {HOST, *range(self.crew.ranks)}
         self._await(lambda: linked == everybody, {"linked": hear, "unlinked": hear})
         self._links = made[0]
+        self._carriers = Carriers(self.wiring.pairs)
+
+    def _unlink(self) -> None:
+        """Let the host's links go, and the threads that wait in them."""
+        if self._links is not None:
+            self._links.interrupt()
+        if self._carriers is not None:
+            self._carriers.close()
+        if self._links is not None:
+            self._links.close()
+        self._links, self._carriers, self._broken = None, None, False
 
     def _await(
         self, ready: Callable[[], bool], heard: Mapping[str, Callable[[int, Message], None]]
@@ -183,7 +192,7 @@ class ProcessLanes:
         Raises:  RankLost; DfcError K050.
         """
         self.ready()
-        assert self._links is not None
+        assert self._links is not None and self._carriers is not None
         self._steps += 1
         attempt.number = self._steps
         program = attempt.routes.program
@@ -201,10 +210,9 @@ class ProcessLanes:
             [distinct[i] for i in size_of], Doing(),
         )  # fmt: skip
         number = attempt.number
-        self._threads = carry(
-            traffic, attempt.microbatches, self.wiring.numbered(attempt.given),
-            lambda b, x: self._put("result", number, microbatch=b, values=x),
-            lambda why: self._put("broken", number, why=why),
+        self._carriers.carry(
+            traffic, self.wiring.numbered(attempt.given), attempt.results,
+            lambda: self._put("came", number), lambda why: self._put("broken", number, why=why),
         )  # fmt: skip
         try:
             self._collect(attempt)
@@ -212,8 +220,7 @@ class ProcessLanes:
             traffic.abandoned = True
             raise
         except KeyboardInterrupt:  # the ranks are told to stop what they do
-            traffic.abandoned = True
-            self._links = None
+            traffic.abandoned = self._broken = True
             self.crew.tell({"do": "abandon"})
             raise
         attempt.sent.update(traffic.sent)
@@ -226,17 +233,11 @@ class ProcessLanes:
         began = time.monotonic()
         done: set[int] = set()
         broken_since: float | None = None
-        left = {b for b in attempt.microbatches if not self._complete(attempt, b)}
-        while left or len(done) < self.crew.ranks:
+        while len(done) < self.crew.ranks or len(self._whole(attempt)) < len(attempt.microbatches):
             found = self.crew.next(0.2)
             if found is not None and found[1].get("number") in (attempt.number, None):
                 source, message = found
                 match message["did"]:
-                    case "result":
-                        b = message["microbatch"]
-                        attempt.results[b].update(message["values"])
-                        if self._complete(attempt, b):
-                            left.discard(b)
                     case "done":
                         done.add(source)
                         self._note(attempt, source, message)
@@ -260,10 +261,10 @@ class ProcessLanes:
             attempt.spans.append(Span(action, rank, start + attempt.late, end + attempt.late))
         attempt.sent.update({int(e): n for e, n in message["sent"]})
 
-    def _complete(self, attempt: _Attempt, microbatch: int) -> bool:
-        """Whether every result of a microbatch has come."""
-        result = attempt.results[microbatch]
-        return all(n in result for e in self.wiring.edges if e.target == HOST for n in e.values)
+    def _whole(self, attempt: _Attempt) -> set[int]:
+        """The microbatches of which every result has come."""
+        wanted = {n for e in self.wiring.edges if e.target == HOST for n in e.values}
+        return {b for b in attempt.microbatches if wanted <= attempt.results[b].keys()}
 
     def _learn(self, attempt: _Attempt) -> None:
         """What actions take, for the deadlines of the next step."""
@@ -289,7 +290,6 @@ class ProcessLanes:
         """Every rank gives up the step, or is ended. What each of them waited for."""
         for rank in lost:
             self.crew.bury(rank)
-        self._links = None
         asked = {r: m for r, m in self.crew.members.items() if m.loaded}
         self.crew.tell({"do": "abandon"}, list(asked))
         until = time.monotonic() + self._patience()
@@ -305,25 +305,9 @@ class ProcessLanes:
                 asked.pop(found[0], None)
         for rank in asked:
             self.crew.bury(rank)  # deaf: it is started again
+        self._unlink()
         return [
             f"rank {m.rank} waits in {m.doing}"
             for m in self.crew.members.values()
             if m.what in ("RECV", "SEND")
         ]
-
-
-def _store(host: str) -> tuple[Any, tuple[str, int]]:
-    """A store for links to be made, at that address alone, and where it is."""
-    import socket
-
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    with socket.socket() as listener:
-        listener.bind((host, 0))
-        listener.listen(128)
-        port = listener.getsockname()[1]
-        store = TCPStore(
-            host, port, is_master=True, wait_for_workers=False,
-            timeout=timedelta(seconds=LINKING), master_listen_fd=listener.detach(),
-        )  # fmt: skip
-    return store, (host, port)

@@ -32,9 +32,7 @@ from typing import Any, Protocol
 from dfc.errors import DfcError
 from dfc.planning.actions import Action, Kind, Program
 from dfc.planning.stages import HOST
-from dfc.runtime.pipeline.routes import Edge, Routes, Task, routes
-
-_KEPT = 64  # programs whose check is remembered
+from dfc.runtime.pipeline.routes import Edge, Routed, Routes, Task
 
 Values = Mapping[Any, Any]
 Run = Callable[[Action, Values], Values]
@@ -123,7 +121,7 @@ class Lanes:
         self.carrier = carrier or SharedMemory()
         self._lock = threading.Lock()
         self._closed = False
-        self._routes: dict[int, tuple[Program, Routes]] = {}
+        self._routed = Routed(self.edges)
         self._work: list[SimpleQueue[_Job | None]] = [SimpleQueue() for _ in threads]
         ready: SimpleQueue[int] = SimpleQueue()
         self._threads = [
@@ -161,12 +159,7 @@ class Lanes:
                 f"the program is for {len(program.ranks)} ranks and {program.microbatches} "
                 f"microbatches, there are {len(self._threads)} and {given}",
             )
-        found = self._routes.get(id(program))
-        if found is None:
-            if len(self._routes) >= _KEPT:
-                self._routes.clear()
-            found = self._routes[id(program)] = program, routes(program, self.edges)
-        return found[1]
+        return self._routed[program]
 
     def close(self) -> None:
         """End the threads; they cannot be used again."""

@@ -12,10 +12,10 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dfc.planning.stages import HOST
-from dfc.runtime.pipeline.messages import Layout
+from dfc.runtime.pipeline.messages import Layout, layout_of
 from dfc.runtime.pipeline.routes import Key, Routes
 
 if TYPE_CHECKING:
@@ -74,8 +74,28 @@ def pairs_of(edges: Sequence[Any], placement: Sequence[int]) -> list[Pair]:
     return sorted((a, b) for a, b in found if a != b)
 
 
-def orders(routes: Routes, microbatches: Sequence[int]) -> dict[Pair, list[Key]]:
-    """The messages of each link, in the order of the sender's program."""
+@dataclass(frozen=True)
+class Order:
+    """The messages of a link in a step, in the order of the sender's program."""
+
+    keys: list[Key]
+    place: dict[Key, int]
+
+
+def orders(routes: Routes, microbatches: Sequence[int]) -> dict[Pair, Order]:
+    """The messages of each link, the host's first."""
+    kept = tuple(microbatches)
+    found = routes.orders.get(kept)
+    if found is None:
+        routes.orders.clear()  # what follows a loss is not asked for again
+        made = {pair: list(keys) for pair, keys in _orders(routes, microbatches).items()}
+        found = routes.orders[kept] = {
+            pair: Order(keys, {key: i for i, key in enumerate(keys)}) for pair, keys in made.items()
+        }
+    return found
+
+
+def _orders(routes: Routes, microbatches: Sequence[int]) -> dict[Pair, list[Key]]:
     edges, placement = routes.edges, routes.program.placement
     found: dict[Pair, list[Key]] = {}
     for b in microbatches:
@@ -91,6 +111,22 @@ def orders(routes: Routes, microbatches: Sequence[int]) -> dict[Pair, list[Key]]
                     if to != rank:
                         found.setdefault((rank, to), []).append((e, task.action.microbatch))
     return found
+
+
+class Linked(Protocol):
+    """The links of one member, whatever they are made of."""
+
+    me: int
+
+    def post(self, pair: Pair, block: torch.Tensor, tag: int) -> Any:
+        """Begin to send or to receive a block; what is returned is waited for."""
+        ...
+
+    def interrupt(self) -> None:
+        """Whoever waits in a link is told that it is over, where that can be done."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class Links:
@@ -122,6 +158,9 @@ class Links:
             return group.send([block], 1, tag)
         return group.recv([block], 0, tag)
 
+    def interrupt(self) -> None:
+        """Nothing: who waits in gloo is told when the other end lets go."""
+
     def close(self) -> None:
         self.groups.clear()
 
@@ -137,8 +176,7 @@ def gloo_device(address: str = "127.0.0.1") -> Any:
 class _Incoming:
     """One link's messages, those with room in memory, and how many were asked for."""
 
-    order: list[Key]
-    place: dict[Key, int]
+    order: Order
     posted: int = 0
     waiting: dict[Key, tuple[Any, Any]] = field(default_factory=dict)
 
@@ -153,7 +191,7 @@ class Traffic:
 
     def __init__(
         self,
-        links: Links,
+        links: Linked,
         routes: Routes,
         microbatches: Sequence[int],
         types: Mapping[int, Sequence[Any]],
@@ -166,16 +204,10 @@ class Traffic:
         self.timeout = timedelta(seconds=seconds)
         self.abandoned = False
         self.sent: dict[int, int] = {}
+        self.orders = orders(routes, microbatches)
         self._layouts: dict[tuple[int, int], Layout] = {}
         self._under_way: dict[int, deque[tuple[int, Any, Any]]] = {}
-        self._tags: dict[tuple[Pair, Key], int] = {}
-        self._incoming: dict[Pair, _Incoming] = {}
-        for pair, order in orders(routes, microbatches).items():
-            place = {key: i for i, key in enumerate(order)}
-            if pair[1] == links.me:
-                self._incoming[pair] = _Incoming(order, place)
-            elif pair[0] == links.me:
-                self._tags.update(((pair, key), i) for key, i in place.items())
+        self._incoming = {p: _Incoming(o) for p, o in self.orders.items() if p[1] == links.me}
 
     def send(self, edge: int, microbatch: int, values: Sequence[Any]) -> None:
         """Hand values to the link; they may be used further, the message has a copy.
@@ -186,7 +218,7 @@ class Traffic:
         pair = self._pair(edge)
         layout = self._layout(edge, microbatch)
         block = layout.pack(values)
-        tag = 2 * self._tags[pair, (edge, microbatch)]
+        tag = 2 * self.orders[pair].place[edge, microbatch]
         slots = max(self.routes.slots[edge] or _HOST_SLOTS, _that_are_small(block.nbytes))
         under_way = self._under_way.setdefault(edge, deque())
         self.doing.set("SEND", edge, microbatch)
@@ -211,15 +243,16 @@ class Traffic:
         pair = self._pair(edge)
         incoming = self._incoming[pair]
         key = edge, microbatch
+        place = incoming.order.place[key]
         self.doing.set("RECV", edge, microbatch)
         try:
-            while incoming.posted <= incoming.place[key]:
+            while incoming.posted <= place:
                 self._post_next(pair, incoming)
             work, block = incoming.waiting.pop(key)
             work.wait(self.timeout)
             ahead = max(_AHEAD, _that_are_small(block.nbytes))
-            if incoming.posted <= incoming.place[key] + ahead // 2:
-                self._post_ahead(pair, incoming, incoming.place[key] + ahead)
+            if incoming.posted <= place + ahead // 2:
+                self._post_ahead(pair, incoming, place + ahead)
         except (RuntimeError, KeyError) as e:
             raise LinkLost(edge, microbatch, pair[0], True, str(e)) from e
         return self._layout(edge, microbatch).unpack(block)
@@ -246,8 +279,8 @@ class Traffic:
 
     def _post_ahead(self, pair: Pair, incoming: _Incoming, until: int) -> None:
         """Room for messages that will come, while their lengths are known."""
-        while incoming.posted < min(until, len(incoming.order)):
-            edge, b = incoming.order[incoming.posted]
+        while incoming.posted < min(until, len(incoming.order.keys)):
+            edge, b = incoming.order.keys[incoming.posted]
             if self._layout(edge, b).nbytes is None:
                 return
             self._post_next(pair, incoming)
@@ -255,7 +288,7 @@ class Traffic:
     def _post_next(self, pair: Pair, incoming: _Incoming) -> None:
         import torch
 
-        edge, b = key = incoming.order[incoming.posted]
+        edge, b = key = incoming.order.keys[incoming.posted]
         nbytes = self._layout(edge, b).nbytes
         tag = 2 * incoming.posted
         if nbytes is None:
@@ -276,7 +309,7 @@ class Traffic:
         key = edge, id(sizes)
         found = self._layouts.get(key)
         if found is None:
-            found = self._layouts[key] = Layout(self.types[edge], sizes)
+            found = self._layouts[key] = layout_of(tuple(self.types[edge]), tuple(sizes.items()))
         return found
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from dfc.ir.types import NoneType, ScalarType, TensorType, Type
@@ -17,6 +19,12 @@ if TYPE_CHECKING:
     import torch
 
 _ALIGN = 64
+
+
+@lru_cache(maxsize=1024)
+def layout_of(types: tuple[Type, ...], sizes: tuple[tuple[str, Any], ...]) -> Layout:
+    """The layout of an edge's values; equal ones are made once."""
+    return Layout(types, dict(sizes))
 
 
 class Layout:
@@ -36,6 +44,20 @@ class Layout:
 
     def pack(self, values: Sequence[Any]) -> torch.Tensor:
         """One block with all values."""
+        plain = self._plain
+        if plain is not None and plain.fits(values):
+            return plain.pack(values)
+        return self._packed(values)
+
+    @cached_property
+    def _plain(self) -> _Plain | None:
+        """What is known beforehand where nothing but sizes decides how values lie."""
+        tensors = [t for t in self.types if isinstance(t, TensorType)]
+        if self.nbytes is None or len(tensors) < len(self.types):
+            return None
+        return _Plain(tensors, self.nbytes)
+
+    def _packed(self, values: Sequence[Any]) -> torch.Tensor:
         import torch
 
         words: list[int] = []
@@ -57,6 +79,12 @@ class Layout:
 
     def unpack(self, block: torch.Tensor) -> list[Any]:
         """The values of a block; tensors share its memory."""
+        plain = self._plain
+        if plain is not None and plain.heads(block):
+            return plain.views(block)
+        return self._unpacked(block)
+
+    def _unpacked(self, block: torch.Tensor) -> list[Any]:
         import torch
 
         words = block[: 8 * self.words].view(torch.int64).tolist()
@@ -73,6 +101,62 @@ class Layout:
                 values.append(_number(t, words[word]) if isinstance(t, ScalarType) else None)
             word += _words(t)
         return values
+
+
+class _Plain:
+    """Tensors in row-major order, of sizes that are known: the same header each time.
+
+    Why:  reading and writing headers takes longer than small tensors do.
+    """
+
+    def __init__(self, types: Sequence[TensorType], nbytes: int) -> None:
+        import torch
+
+        words: list[int] = []
+        self._tensors: list[_Lying] = []
+        at = _aligned(8 * sum(_words(t) for t in types))
+        for t in types:
+            shape = tuple(int(n) for n in t.shape)  # type: ignore[arg-type]
+            words += [*shape, *range(t.rank)]
+            dtype = t.dtype.to_torch()
+            stride = torch.empty(shape, device="meta").stride()
+            self._tensors.append(_Lying(dtype, shape, stride, at // dtype.itemsize))
+            at += _aligned(_bytes(t))
+        self._nbytes = max(nbytes, 8)
+        self._header = struct.pack(f"<{len(words)}q", *words)
+
+    def fits(self, values: Sequence[torch.Tensor]) -> bool:
+        return all(
+            x.stride() == lying.stride and x.shape == lying.shape and x.dtype == lying.dtype
+            for x, lying in zip(values, self._tensors, strict=True)
+        )
+
+    def heads(self, block: torch.Tensor) -> bool:
+        """Whether a block begins as such a one does."""
+        size = len(self._header)
+        return block.nbytes == self._nbytes and block.numpy()[:size].tobytes() == self._header
+
+    def pack(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        import torch
+
+        block = torch.empty(self._nbytes, dtype=torch.uint8)
+        block.numpy().data[: len(self._header)] = self._header
+        for x, there in zip(values, self.views(block), strict=True):
+            there.copy_(x)
+        return block
+
+    def views(self, block: torch.Tensor) -> list[torch.Tensor]:
+        return [block.view(t.dtype).as_strided(t.shape, t.stride, t.at) for t in self._tensors]
+
+
+@dataclass(frozen=True)
+class _Lying:
+    """How a tensor lies in a block, from its element `at` on."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    at: int
 
 
 def memory_order(x: torch.Tensor) -> list[int]:

@@ -19,6 +19,7 @@ from dfc.planning.actions import Kind
 from dfc.runtime.pipeline.crew import Crew, Launcher
 from dfc.runtime.pipeline.folder import assembly, write_assembly
 from dfc.runtime.pipeline.host import FRUITLESS, ProcessLanes
+from dfc.runtime.pipeline.linking import meeting
 from dfc.runtime.pipeline.local import Pipeline, Runs
 from dfc.runtime.pipeline.spawn import Spawner, private_folder
 from dfc.runtime.pipeline.wiring import Wiring
@@ -30,6 +31,8 @@ class Processes(Pipeline):
     `restarts` is how often ranks may be lost in a call without any new result; 0 raises at the
     first. `expected` are the seconds of a microbatch at each stage, for the deadlines of the first
     call; later ones take what was measured. `incidents` tells of every loss that was mended.
+    `links` are `local` (sockets of this host) or `gloo`; by default local where the address is
+    this host's own.
     Needs:   a graph with a dynamic batch dimension, unless every call is one microbatch.
     Ensures: results equal those of the stages run one after another on the same microbatches; all
              processes end with the pipeline, or with this process.
@@ -45,9 +48,11 @@ class Processes(Pipeline):
         expected: Sequence[float] = (),
         launcher: Callable[[Path, list[int]], Launcher] = Spawner,
         address: str = "127.0.0.1",
+        links: str | None = None,
         **options: Any,
     ) -> None:
         self.restarts, self._launcher, self._address = restarts, launcher, address
+        self._links = links
         self._expected = {(Kind.F, s): t for s, t in enumerate(expected)}
         super().__init__(graph, stage_of, **options)
 
@@ -58,10 +63,11 @@ class Processes(Pipeline):
             self.stages, self.edges, self.placement, self.engines, self.threads
         )  # fmt: skip
         write_assembly(folder, made, self.stages)
+        where = meeting(self._links, folder, self._address)
         crew = Crew(len(self.threads), self._launcher(folder, self.threads), self._address)
         crew.expected = dict(self._expected)
         wiring = Wiring(self.graph, made, numbers)
-        lanes = self._ranks = ProcessLanes(wiring, crew, self.restarts)
+        lanes = self._ranks = ProcessLanes(wiring, crew, where, self.restarts)
         with ExitStack() as failing:
             failing.callback(self._end)
             lanes.ready()

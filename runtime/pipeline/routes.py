@@ -8,7 +8,7 @@ end is found here, by going through it once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dfc.errors import DfcError
@@ -18,6 +18,8 @@ from dfc.planning.simulate import Costs
 from dfc.planning.stages import HOST, StageGraph
 
 SLOTS = 2  # microbatches between two stages: one that is read, one that is ready
+
+_KEPT = 64  # programs whose check is remembered
 
 Key = tuple[int, int]  # the number of an edge, and the microbatch
 
@@ -54,6 +56,26 @@ class Routes:
     edges: tuple[Edge, ...]
     ranks: tuple[tuple[Task, ...], ...]
     slots: tuple[int | None, ...]
+    orders: dict[Any, Any] = field(default_factory=dict, compare=False)  # kept by `links.orders`
+
+
+class Routed:
+    """The routes of programs over the same edges: each program is checked once."""
+
+    def __init__(self, edges: Sequence[Edge]) -> None:
+        self.edges = tuple(edges)
+        self._known: dict[int, Routes] = {}
+
+    def __getitem__(self, program: Program) -> Routes:
+        """
+        Raises:  DfcError N020.. for what is wrong with the program.
+        """
+        found = self._known.get(id(program))
+        if found is None:
+            if len(self._known) >= _KEPT:
+                self._known.clear()
+            found = self._known[id(program)] = routes(program, self.edges)
+        return found  # it holds the program, whose number nobody else gets
 
 
 def stage_edges(stages: Sequence[StageGraph], outputs: Sequence[Any]) -> list[Edge]:

@@ -24,7 +24,7 @@ from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.planning.actions import Action, Kind, Program, parse_program
 from dfc.planning.stages import HOST
-from dfc.runtime.pipeline.carrying import carry
+from dfc.runtime.pipeline.carrying import Carriers
 from dfc.runtime.pipeline.control import Message
 from dfc.runtime.pipeline.crew import AT_LEAST, LATE, UNKNOWN
 from dfc.runtime.pipeline.folder import Stages, assembly, stages_of, versions
@@ -191,11 +191,12 @@ class LaunchedRanks:
         self.deadline = UNKNOWN
         self._steps = 0
         self._ended = threading.Event()
-        self._threads: list[threading.Thread] = []
+        self._rows: list[threading.Thread] = []
         self._failed = False
         torch.set_num_threads(stages.made.threads[world.rank])
         self._types = stages.types(wiring.edges)
         self._links, self._host_links = self._linked()
+        self._carriers = Carriers(wiring.pairs) if world.rank == 0 else None
         self._beats = threading.Thread(target=self._beat, name="dfc-beat", daemon=True)
         self._beats.start()
 
@@ -204,7 +205,7 @@ class LaunchedRanks:
 
         Raises:  DfcError K050, K051, K058; N054 for a program that is not of these ranks.
         """
-        if self._failed or self._ended.is_set():
+        if self._failed or self._ended.is_set() or self._carriers is None:
             raise DfcError("K051", "the pipeline is closed, or has failed before")
         self.wiring.routes(program, len(given))
         self._steps += 1
@@ -218,17 +219,17 @@ class LaunchedRanks:
             self._host_links, self.wiring.routes(program, len(given)), range(len(given)),
             self.wiring.types, [distinct[i] for i in size_of], Doing(), self.deadline,
         )  # fmt: skip
-        self._threads = carry(
-            host, range(len(given)), self.wiring.numbered(given),
-            lambda b, x: events.put({"did": "result", "microbatch": b, "values": x}),
+        results: list[Numbered] = [{} for _ in given]
+        self._carriers.carry(
+            host, self.wiring.numbered(given), results,
+            lambda: events.put({"did": "came"}),
             lambda why: events.put({"did": "broken", "why": why}),
         )  # fmt: skip
         mine = threading.Thread(
             target=lambda: events.put(self._row(number, order)), name="dfc-rank", daemon=True
         )
         mine.start()
-        self._threads.append(mine)
-        results: list[Numbered] = [{} for _ in given]
+        self._rows = [mine]
         self._collect(events, results)
         patience = max(2 * AT_LEAST, time.perf_counter() - began)
         spans, sent = self._others(number, dict(host.sent), patience)
@@ -258,8 +259,10 @@ class LaunchedRanks:
             if self.world.rank == 0:
                 self.world.put(f"step/{self._steps + 1}", {"do": "end"})
         self._drop()
-        for thread in (self._beats, *self._threads):
+        for thread in (self._beats, *self._rows):
             thread.join(timeout=AT_LEAST)  # Python must not end while one is in gloo
+        if self._carriers is not None:
+            self._carriers.close()
 
     def _row(self, number: int, order: Message) -> Message:
         """This rank's row of the program; what came of it is in the store too."""
@@ -313,8 +316,8 @@ class LaunchedRanks:
             except Empty:
                 continue
             match event["did"]:
-                case "result":
-                    results[event["microbatch"]].update(event["values"])
+                case "came":
+                    continue
                 case "done":
                     own = True
                 case _:

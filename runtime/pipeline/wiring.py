@@ -12,10 +12,9 @@ from dfc.planning.actions import Program
 from dfc.runtime.pipeline.folder import Assembly
 from dfc.runtime.pipeline.lanes import Values
 from dfc.runtime.pipeline.links import pairs_of
-from dfc.runtime.pipeline.routes import Edge, Routes, routes
+from dfc.runtime.pipeline.routes import Edge, Routed, Routes
 
 Numbered = dict[Hashable, Any]
-_KEPT = 64  # programs whose check is remembered
 
 
 class Wiring:
@@ -29,7 +28,7 @@ class Wiring:
         self._numbers = numbers
         self._values: dict[Hashable, Any] = {n: v for v, n in numbers.items()}
         self.types = {i: [self._values[n].type for n in e.values] for i, e in enumerate(self.edges)}
-        self._routes: dict[int, tuple[Program, Routes]] = {}
+        self._routed = Routed(self.edges)
 
     @property
     def ranks(self) -> int:
@@ -49,9 +48,17 @@ class Wiring:
     def sizes(self, given: Sequence[Values]) -> tuple[list[dict[str, Any]], list[int]]:
         """The sizes that there are, and which of them each microbatch has."""
         inputs = self.graph.inputs
-        each = [bind_inputs(self.graph, [part[v] for v in inputs]) for part in given]
-        distinct = list({str(s): s for s in each}.values())
-        return distinct, [distinct.index(s) for s in each]
+        known: dict[tuple[Any, ...], int] = {}
+        distinct: list[dict[str, Any]] = []
+        size_of: list[int] = []
+        for part in given:
+            values = [part[v] for v in inputs]
+            like = tuple([getattr(x, "shape", (type(x), x)) for x in values])
+            if like not in known:
+                known[like] = len(distinct)
+                distinct.append(bind_inputs(self.graph, values))
+            size_of.append(known[like])
+        return distinct, size_of
 
     def routes(self, program: Program, microbatches: int) -> Routes:
         """A program's routes, checked once.
@@ -65,9 +72,4 @@ class Wiring:
                 f"{program.microbatches} microbatches, there are {list(self.placement)} and "
                 f"{microbatches}",
             )
-        found = self._routes.get(id(program))
-        if found is None:
-            if len(self._routes) >= _KEPT:
-                self._routes.clear()
-            found = self._routes[id(program)] = program, routes(program, self.edges)
-        return found[1]
+        return self._routed[program]

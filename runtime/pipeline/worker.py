@@ -5,7 +5,7 @@
 The key of the control channel is in DFC_RANK_KEY. The process ends with its host, whatever it is
 doing. What it is told and what it answers:
 
-    link(name, store)                      linked, unlinked(why)
+    link(name, meeting)                    linked, unlinked(why)
     program(text, name)
     step(number, microbatches, sizes)      done(spans, sent), failed(error), broken(doing)
     abandon                                abandoned
@@ -20,15 +20,12 @@ import signal
 import sys
 import threading
 import time
-from datetime import timedelta
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NoReturn
 
 from dfc.errors import DfcError
 from dfc.runtime.pipeline.control import BEAT, Channel, Message, knock
-
-LINKING = 20.0  # seconds for both ends of a link to come
 
 
 class Worker:
@@ -43,7 +40,7 @@ class Worker:
         self.commands: SimpleQueue[Message] = SimpleQueue()
         self.traffic: Any = None
         self.links: Any = None
-        self.store: Any = None
+        self.meeting: Any = None
         self.routes: Any = None
 
     def serve(self) -> None:
@@ -74,12 +71,20 @@ class Worker:
                 command = self.channel.receive()
                 if command is None:
                     self._orphaned()
-                if command["do"] == "abandon" and self.traffic is not None:
-                    self.traffic.abandoned = True
+                if command["do"] == "abandon":
+                    self._interrupt()
                 self.commands.put(command)
             if time.monotonic() >= due:
                 self._tell("alive")
                 due = time.monotonic() + BEAT
+
+    def _interrupt(self) -> None:
+        """End what the rank waits for, if it waits."""
+        traffic, links = self.traffic, self.links
+        if traffic is not None:
+            traffic.abandoned = True
+        if links is not None:
+            links.interrupt()
 
     def _orphaned(self) -> NoReturn:
         """The host is gone: nobody wants what this process does, nor the folder it left behind."""
@@ -98,7 +103,6 @@ class Worker:
         import torch
 
         from dfc.runtime.pipeline.folder import Stages, read_assembly, read_stage, stages_of
-        from dfc.runtime.pipeline.links import gloo_device
 
         began = time.perf_counter()
         try:
@@ -111,24 +115,20 @@ class Worker:
             self._tell("failed", number=0, **_error(e))
             return False
         self.types = self.stages.types(self.edges)
-        self.device = gloo_device(self.channel.address)
         self.doing.set("idle")
         self._tell("loaded", seconds=time.perf_counter() - began, digest=made.digest)
         return True
 
     def _link(self, command: Message) -> None:
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-        from dfc.runtime.pipeline.links import Links, pairs_of
+        from dfc.runtime.pipeline.linking import joined
+        from dfc.runtime.pipeline.links import pairs_of
 
         self.doing.set("link")
+        pairs = pairs_of(self.edges, self.made.placement)
         try:
-            host, port = command["store"]
-            if self.store is None:
-                wait = timedelta(seconds=LINKING)
-                self.store = TCPStore(host, port, is_master=False, timeout=wait)
-            pairs = pairs_of(self.edges, self.made.placement)
-            self.links = Links(self.rank, pairs, self.store, command["name"], self.device, LINKING)
+            if self.meeting is None:
+                self.meeting = joined(command["meeting"], self.folder, self.channel.address)
+            self.links = self.meeting.links(self.rank, pairs, command["name"])
         except RuntimeError as e:
             self._tell("unlinked", name=command["name"], why=str(e))
         else:

@@ -1,0 +1,96 @@
+"""How the processes of a pipeline find each other to make links, anew whenever one was lost.
+
+local   Unix sockets in the pipeline's folder, for ranks of this host
+gloo    process groups of `torch.distributed`, made by way of a store, wherever ranks are
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+from dfc.errors import DfcError
+from dfc.runtime.pipeline.links import Linked, Links, Pair, gloo_device
+from dfc.runtime.pipeline.local_links import LocalLinks
+
+LINKING = 20.0  # seconds for both ends of a link to come
+KINDS = ("local", "gloo")
+
+
+class Meeting(Protocol):
+    """Where the members of a pipeline meet; `told` is what one that comes has to know."""
+
+    told: list[Any]
+
+    def links(self, me: int, pairs: Sequence[Pair], name: str) -> Linked:
+        """
+        Raises:  RuntimeError when another member does not come in time.
+        """
+        ...
+
+
+class LocalMeeting:
+    """In a folder of this host."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.told = folder, ["local"]
+
+    def links(self, me: int, pairs: Sequence[Pair], name: str) -> Linked:
+        return LocalLinks(me, pairs, self.folder, name, LINKING)
+
+
+class GlooMeeting:
+    """At a store, which the one without `at` has; `address` is where others reach this process."""
+
+    def __init__(self, address: str, at: tuple[str, int] | None = None) -> None:
+        self._device = gloo_device(address)
+        self._store = _joined(*at) if at else None
+        if self._store is None:
+            self._store, at = _store(address)
+        self.told = ["gloo", *(at or ())]
+
+    def links(self, me: int, pairs: Sequence[Pair], name: str) -> Linked:
+        return Links(me, pairs, self._store, name, self._device, LINKING)
+
+
+def meeting(kind: str | None, folder: Path, address: str) -> Meeting:
+    """The host's: as asked for, or what suits its address.
+
+    Raises:  DfcError N059 for links that there are not.
+    """
+    if kind is None:
+        kind = "local" if address == "127.0.0.1" else "gloo"
+    if kind not in KINDS:
+        raise DfcError("N059", f"there are no links `{kind}`: {', '.join(KINDS)}", status=2)
+    return LocalMeeting(folder) if kind == "local" else GlooMeeting(address)
+
+
+def joined(told: Sequence[Any], folder: Path, address: str) -> Meeting:
+    """A rank's."""
+    kind, *at = told
+    return LocalMeeting(folder) if kind == "local" else GlooMeeting(address, (at[0], at[1]))
+
+
+def _store(host: str) -> tuple[Any, tuple[str, int]]:
+    """A store for links to be made, at that address alone, and where it is."""
+    import socket
+
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    with socket.socket() as listener:
+        listener.bind((host, 0))
+        listener.listen(128)
+        port = listener.getsockname()[1]
+        store = TCPStore(
+            host, port, is_master=True, wait_for_workers=False,
+            timeout=timedelta(seconds=LINKING), master_listen_fd=listener.detach(),
+        )  # fmt: skip
+    return store, (host, port)
+
+
+def _joined(host: str, port: int) -> Any:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=LINKING))

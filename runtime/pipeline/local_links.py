@@ -1,0 +1,276 @@
+"""Directed links between processes of one host: Unix sockets in the pipeline's private folder.
+
+A link is a stream. Both ends post in the order of the sender's program, so that what comes next is
+what was asked for first; a frame repeats the message's tag and length, and anything else is an
+error. Nothing outlives a process that is killed: the system closes its ends, and whoever waits at
+the other one is told at once.
+
+Why:  gloo takes three packets and four changes of thread for a message: a hundred microseconds and
+      more, where a stream takes ten (benchmarks/processes.py).
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+Pair = tuple[int, int]
+_FRAME = struct.Struct("<QQ")  # tag, bytes
+_ROOM = 1 << 18  # bytes that the system is asked to keep of a link: small messages, and few others
+_AGAIN = 0.002  # seconds until an end that is not there yet is looked for again
+
+
+class LocalLinks:
+    """The links of one member on this host.
+
+    Needs:   every member makes those it has part in, of the same pairs under the same name.
+    Raises:  RuntimeError when the other end does not come in time.
+    """
+
+    def __init__(
+        self, me: int, pairs: Sequence[Pair], folder: Path, name: str, seconds: float
+    ) -> None:
+        self.me = me
+        until = time.monotonic() + seconds
+        mine = folder / f"{name}.{me}"
+        incoming = [a for a, b in pairs if b == me]
+        self._in: dict[int, _Incoming] = {}
+        self._out: dict[int, _Outgoing] = {}
+        with ExitStack() as failing, socket.socket(socket.AF_UNIX) as listener:
+            failing.callback(self.close)
+            listener.bind(str(mine))
+            listener.listen(max(1, len(incoming)))
+            for a, b in pairs:
+                if a == me:
+                    self._out[b] = _Outgoing(_found(folder / f"{name}.{b}", me, until))
+            for _ in incoming:
+                who, end = _accepted(listener, until)
+                self._in[who] = _Incoming(end)
+            failing.pop_all()
+        mine.unlink(missing_ok=True)
+
+    def post(self, pair: Pair, block: torch.Tensor, tag: int) -> _Work:
+        """Begin to send or to receive a block; what is returned is waited for.
+
+        Raises:  RuntimeError when the other end is gone.
+        """
+        if pair[0] == self.me:
+            return self._out[pair[1]].post(block, tag)
+        return self._in[pair[0]].post(block, tag)
+
+    def interrupt(self) -> None:
+        """Whoever waits in a link is told that it is over; from any thread."""
+        for end in self._ends():
+            with suppress(OSError):  # the other end was first
+                end.socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Let the links go; whoever waits at their other ends is told by that.
+
+        Needs:   no other thread waits in one of them.
+        """
+        self.interrupt()
+        for end in self._ends():
+            end.close()
+
+    def _ends(self) -> list[_Incoming | _Outgoing]:
+        return [*self._in.values(), *self._out.values()]
+
+
+class _Work:
+    """A message that has been sent."""
+
+    def wait(self, timeout: timedelta) -> None:
+        """
+        Raises:  RuntimeError when the link is lost, or after that time.
+        """
+
+
+_SENT = _Work()
+
+
+@dataclass
+class _Going(_Work):
+    """A message, or the rest of one, that another thread sends."""
+
+    parts: list[memoryview]
+    error: str = ""
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def wait(self, timeout: timedelta) -> None:
+        if not self.done.wait(timeout.total_seconds()):
+            raise RuntimeError(f"not taken in {timeout.total_seconds():.3g} s")
+        if self.error:
+            raise RuntimeError(self.error)
+
+
+class _Outgoing:
+    """The sending end. What the system does not take at once is sent by a thread."""
+
+    def __init__(self, end: socket.socket) -> None:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)
+        self.socket = end
+        self._queue: SimpleQueue[_Going | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._last: _Going | None = None
+
+    def post(self, block: torch.Tensor, tag: int) -> _Work:
+        frame = memoryview(_FRAME.pack(tag, block.nbytes))
+        parts = [frame, block.numpy().data]
+        if self._last is None or self._last.done.is_set():
+            if self._last is not None and self._last.error:
+                raise RuntimeError(self._last.error)
+            parts = _rest(parts, self._at_once(parts))
+            if not parts:
+                return _SENT
+        self._last = work = _Going(parts)
+        self._queue.put(work)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._send, name="dfc-link", daemon=True)
+            self._thread.start()
+        return work
+
+    def _at_once(self, parts: Sequence[memoryview]) -> int:
+        """How much the system takes without waiting."""
+        try:
+            return self.socket.sendmsg(parts, (), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError as e:
+            raise RuntimeError(_why(e)) from e
+
+    def _send(self) -> None:
+        while (work := self._queue.get()) is not None:
+            try:
+                for part in work.parts:
+                    self.socket.sendall(part)
+            except OSError as e:
+                work.error = _why(e)
+            work.done.set()
+
+    def close(self) -> None:
+        self._queue.put(None)
+        if self._thread is not None:
+            self._thread.join()
+        self.socket.close()
+
+
+@dataclass
+class _Coming(_Work):
+    """A message that is to be read into a block."""
+
+    incoming: _Incoming
+    block: torch.Tensor
+    tag: int
+    done: bool = False
+
+    def wait(self, timeout: timedelta) -> None:
+        self.incoming.read_until(self, timeout.total_seconds())
+
+
+class _Incoming:
+    """The receiving end; messages are read when somebody waits for one."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self.socket = end
+        self._wanted: deque[_Coming] = deque()
+        self._ready = select.poll()
+        self._ready.register(end, select.POLLIN)
+
+    def post(self, block: torch.Tensor, tag: int) -> _Work:
+        work = _Coming(self, block, tag)
+        self._wanted.append(work)
+        return work
+
+    def read_until(self, work: _Coming, seconds: float) -> None:
+        """Read what was asked for, in that order, until this message is there."""
+        until = time.monotonic() + seconds
+        while not work.done:
+            first = self._wanted[0]
+            self._read(first, until)
+            first.done = True
+            self._wanted.popleft()
+
+    def _read(self, work: _Coming, until: float) -> None:
+        frame = bytearray(_FRAME.size)
+        parts = [memoryview(frame), work.block.numpy().data]
+        while parts:
+            parts = _rest(parts, self._some(parts, until))
+        found = _FRAME.unpack(frame)
+        if found != (work.tag, work.block.nbytes):
+            raise RuntimeError(f"message {found} came where {work.tag} was awaited")
+
+    def _some(self, parts: Sequence[memoryview], until: float) -> int:
+        """Read what there is; wait where there is nothing."""
+        while True:
+            try:
+                count = self.socket.recvmsg_into(parts, 0, socket.MSG_DONTWAIT)[0]
+            except BlockingIOError:
+                left = until - time.monotonic()
+                if left <= 0 or not self._ready.poll(left * 1e3):
+                    raise RuntimeError("nothing came in time") from None
+                continue
+            except OSError as e:
+                raise RuntimeError(_why(e)) from e
+            if not count:
+                raise RuntimeError("the other end is gone")
+            return count
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def _rest(parts: list[memoryview], done: int) -> list[memoryview]:
+    """What is left of parts when so many of their bytes are done."""
+    for i, part in enumerate(parts):
+        if done < part.nbytes:
+            return [part[done:], *parts[i + 1 :]]
+        done -= part.nbytes
+    return []
+
+
+def _found(path: Path, me: int, until: float) -> socket.socket:
+    """A connection to who listens there, or will."""
+    while True:
+        end = socket.socket(socket.AF_UNIX)
+        try:
+            end.connect(str(path))
+            end.sendall(struct.pack("<q", me))
+        except OSError as e:
+            end.close()
+            if time.monotonic() > until:
+                raise RuntimeError(f"{path.name} does not come: {_why(e)}") from e
+            time.sleep(_AGAIN)
+        else:
+            return end
+
+
+def _accepted(listener: socket.socket, until: float) -> tuple[int, socket.socket]:
+    """Who connects next, and the connection."""
+    listener.settimeout(max(_AGAIN, until - time.monotonic()))
+    try:
+        end, _ = listener.accept()
+        end.settimeout(max(_AGAIN, until - time.monotonic()))
+        (who,) = struct.unpack("<q", end.recv(8, socket.MSG_WAITALL))
+    except (OSError, struct.error) as e:
+        raise RuntimeError(f"a link's other end does not come: {_why(e)}") from e
+    end.settimeout(None)
+    return who, end
+
+
+def _why(e: Any) -> str:
+    return getattr(e, "strerror", None) or str(e) or type(e).__name__
