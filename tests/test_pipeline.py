@@ -16,6 +16,7 @@ from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
 from dfc.planning.actions import Action
 from dfc.planning.machine import Device, Machine, Wire
+from dfc.planning.microbatches import joined
 from dfc.planning.pipeline import plan, stage_of
 from dfc.planning.stages import split
 from dfc.runtime.pipeline.lanes import Values
@@ -126,6 +127,18 @@ def test_a_size_that_a_stage_needs_reaches_it() -> None:
         found = pipeline(*args)
         for f, x in zip(found, one_by_one(graph, pipeline, list(args)), strict=True):
             assert torch.equal(f, x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "bool", "complex64"])
+def test_parts_of_outputs_are_put_together_as_they_were(dtype: str) -> None:
+    pieces = [torch.randn(n, 3, 4, 5).to(getattr(torch, dtype)) for n in (2, 1)]
+    for dim, parts in ((0, pieces), (2, pieces[:1] * 3)):
+        found = joined(parts, dim)
+        assert found.dtype == parts[0].dtype
+        for x, y in zip(found.split([p.shape[dim] for p in parts], dim), parts, strict=True):
+            assert x.tolist() == y.tolist()
+    last = [torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last) for _ in range(2)]
+    assert joined(last, 0).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 8])
