@@ -9,7 +9,7 @@ from __future__ import annotations
 import keyword
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -51,13 +51,16 @@ def to_fx(
     device: str = "cpu",
     kernels: Kernels | None = None,
     mark: Callable[[], None] | None = None,
+    donated: Collection[Value] = (),
 ) -> fx.GraphModule:
     """The graph as a module on one device; `kernels` run the nodes that they take.
 
-    `mark` is called before the first node and after each one: a clock for whoever measures.
+    `mark` is called before the first node and after each one: a clock for whoever measures. What
+    comes in for `donated` inputs may be written over: an operator that is the only reader of one,
+    and makes a tensor of its type, has an in-place variant do so.
     Raises:  DfcError K021 for a parameter without data.
     """
-    return _Emitter(graph, device, {}, kernels or {}, mark).module()
+    return _Emitter(graph, device, {}, kernels or {}, mark, donated).module()
 
 
 def _python_name(name: str) -> str:
@@ -74,7 +77,9 @@ class _Emitter:
         outer: dict[str, fx.Proxy],
         kernels: Kernels,
         mark: Callable[[], None] | None = None,
+        donated: Collection[Value] = (),
     ) -> None:
+        self.donated = donated
         self.graph = graph
         self.device = device
         self.kernels = kernels
@@ -255,7 +260,8 @@ class _Emitter:
             return None
         if isinstance(info, AtenOp):
             args, kwargs = info.bind(operands, attributes, self.device)
-            return self.fx.call_function(info.kernel, tuple(args), kwargs)
+            own = info.in_place if self.may_write(node) else None
+            return self.fx.call_function(own or info.kernel, tuple(args), kwargs)
         assert isinstance(info, DeclaredOp)
         kernel = self.kernels.get(node.op)
         call = kernel(node) if kernel else None
@@ -263,6 +269,14 @@ class _Emitter:
             return self.kernel(call)
         instance = info.instance(node.attributes)
         return self.fx.call_function(instance.reference, tuple(operands))
+
+    def may_write(self, node: Node) -> bool:
+        """Whether the first operand's memory is there for the result."""
+        first = node.inputs[0] if node.inputs else None
+        return (
+            isinstance(first, Value) and first in self.donated and first.use_count == 1
+            and [r.type for r in node.results] == [first.type]
+        )  # fmt: skip
 
     def kernel(self, call: KernelCall) -> fx.Node:
         operands = tuple(

@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from dfc.errors import DfcError
@@ -147,6 +147,14 @@ class AtenOp:
     def kernel(self) -> torch._ops.OpOverload:
         """What engines call: the overload, or its stride-free twin."""
         return self._kernel
+
+    @cached_property
+    def in_place(self) -> torch._ops.OpOverload | None:
+        """The variant that writes its result over its first operand."""
+        import torch
+
+        packet = getattr(torch.ops.aten, f"{self._base}_", None)
+        return getattr(packet, self.overload._overloadname, None)
 
     def infer(self, node: Node) -> tuple[Type, ...]:
         if self._assertion:

@@ -2,7 +2,7 @@
 
 F makes the outputs, and what the backward pass reads of it. I makes the gradients by the inputs: an
 earlier stage waits for them. W makes the weights' gradients, for which nobody waits; what it reads
-of I is kept until then.
+of I is kept until then. W and B add to the sums over earlier microbatches, which they take.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Protocol
 from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.slice import slice_graph
 from dfc.ir.tree import LEAF, Seq
+from dfc.planning.accumulate import accumulate
 
 
 class Differentiated(Protocol):
@@ -45,7 +46,8 @@ class Part:
 class Cut:
     """The parts of one stage, by the letters of the schedules' actions, and the gradients.
 
-    All values are those of the joint graph.
+    `sums` are the weights' gradients over earlier microbatches, which W and B take;
+    `weight_gradients` are those with this one's. All values are those of the joint graph.
     """
 
     forward: Part
@@ -53,37 +55,41 @@ class Cut:
     weights: Part
     both: Part
     input_gradients: tuple[Value | None, ...]
+    sums: Mapping[str, Value]
     weight_gradients: Mapping[str, Value]
 
     @cached_property
     def saved(self) -> frozenset[Value]:
         """What is kept from F on."""
-        return self.kept_for_weights | frozenset(self.inputs.takes) | frozenset(self.both.takes)
+        every = frozenset((*self.inputs.takes, *self.weights.takes, *self.both.takes))
+        return every - frozenset(self.sums.values())
 
     @cached_property
     def kept_for_weights(self) -> frozenset[Value]:
         """What is kept from I on."""
-        return frozenset(self.weights.takes)
+        return frozenset(self.weights.takes) - frozenset(self.sums.values())
 
 
 def cut(joint: Differentiated) -> Cut:
-    """Cut a joint graph.
+    """Cut a joint graph, which then gives sums of gradients.
 
     Ensures: F reads no tangent; each backward node is in I or in W, and B does what both do, with
              operators that make several gradients left whole.
     """
     graph = joint.graph
+    sums, by_weight = accumulate(graph, joint.weight_gradients)
     forward = _needed(joint.outputs, ())
-    every = [*(v for v in joint.input_gradients if v), *joint.weight_gradients.values()]
+    every = [*(v for v in joint.input_gradients if v), *by_weight.values()]
+    results = [*joint.outputs, *every]
+    graph.set_outputs(results, Seq("tuple", (LEAF,) * len(results)))
     both = _part(graph, _needed(every, forward), "B")
     moved = split_masked(graph)
     by_input = tuple(v and moved.get(v, v) for v in joint.input_gradients)
-    by_weight = {name: moved.get(v, v) for name, v in joint.weight_gradients.items()}
     inputs = _needed((v for v in by_input if v), forward)
     weights = _needed(by_weight.values(), forward | inputs)
     return Cut(
         _part(graph, forward, "F"), _part(graph, inputs, "I"), _part(graph, weights, "W"),
-        replace(both, gives=tuple(moved.get(v, v) for v in both.gives)), by_input, by_weight,
+        replace(both, gives=tuple(moved.get(v, v) for v in both.gives)), by_input, sums, by_weight,
     )  # fmt: skip
 
 

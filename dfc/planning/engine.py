@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol, runtime_checkable
 
-from dfc.ir.graph import Graph, Node
+from dfc.ir.graph import Graph, Node, Value
 
 # Takes the graph's flat inputs; returns the outputs' leaves, then the mutations' final values.
 Runner = Callable[[Sequence[Any]], list[Any]]
@@ -26,4 +26,15 @@ class Engine(Protocol):
 
         Raises:  DfcError K family when the engine refuses it.
         """
+        ...
+
+
+@runtime_checkable
+class Donating(Protocol):
+    """An engine that can use the memory of inputs which the caller has no more use for."""
+
+    def build_donating(
+        self, graph: Graph, device: str, threads: int | None, donated: Collection[Value]
+    ) -> Runner:
+        """As `build`; what the runner is given for the donated inputs may be written over."""
         ...

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dfc.ir.graph import Graph, Node
+from dfc.ir.graph import Graph, Node, Value
 from dfc.planning.engine import Engine, Runner
 
 if TYPE_CHECKING:
@@ -30,9 +30,14 @@ class Eager(Engine):
         return {"channels_last": ChannelsLast()}
 
     def build(self, graph: Graph, device: str = "cpu", threads: int | None = None) -> Runner:
+        return self.build_donating(graph, device, threads, ())
+
+    def build_donating(
+        self, graph: Graph, device: str, threads: int | None, donated: Collection[Value]
+    ) -> Runner:
         import torch
 
-        module = self.module(graph, device)
+        module = self.module(graph, device, donated)
 
         def run(inputs: Sequence[Any]) -> list[Any]:
             with torch.no_grad():
@@ -43,11 +48,11 @@ class Eager(Engine):
     def results(self, found: Sequence[Any]) -> list[Any]:
         return list(found)
 
-    def module(self, graph: Graph, device: str) -> fx.GraphModule:
+    def module(self, graph: Graph, device: str, donated: Collection[Value] = ()) -> fx.GraphModule:
         from dfc.emit.fx import to_fx
         from dfc.runtime.kernels.graph import kernels
 
-        return to_fx(graph, device, kernels(device))
+        return to_fx(graph, device, kernels(device), donated=donated)
 
 
 class ChannelsLast(Eager):
@@ -70,7 +75,7 @@ class ChannelsLast(Eager):
 
         return [x.contiguous() if isinstance(x, torch.Tensor) else x for x in found]
 
-    def module(self, graph: Graph, device: str) -> fx.GraphModule:
+    def module(self, graph: Graph, device: str, donated: Collection[Value] = ()) -> fx.GraphModule:
         import torch
 
         from dfc.emit.fx import to_fx
@@ -81,7 +86,7 @@ class ChannelsLast(Eager):
             reason = self.supports(node)
             if reason:
                 raise DfcError("K003", f"engine `{self.name}` cannot run `{node.op}`: {reason}")
-        module = to_fx(graph, device, kernels(device))
+        module = to_fx(graph, device, kernels(device), donated=donated)
         for part in module.modules():
             if isinstance(part, torch.fx.GraphModule):
                 _turn(part)

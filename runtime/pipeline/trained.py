@@ -1,4 +1,7 @@
-"""One stage in training: runs F, I, W and B, keeps what they need of each other, adds gradients."""
+"""One stage in training: runs F, I, W and B, and keeps what they need of each other.
+
+Gradients are added up by W and B themselves, over the old sums where the engine can.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,21 @@ from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Value
 from dfc.planning.actions import Action, Kind
 from dfc.planning.backward import Part
-from dfc.planning.engine import Runner
+from dfc.planning.engine import Donating, Engine, Runner
 from dfc.planning.stages import HOST
 from dfc.runtime.pipeline.differentiated import Differentiated, Gradient
 
 if TYPE_CHECKING:
     import torch
 
-Build = Callable[[Graph], Runner]
+Build = Callable[[Graph, Collection[Value]], Runner]  # the graph, and inputs to write over
+
+
+def builder(engine: Engine, threads: int) -> Build:
+    """How a stage's parts are built: an engine that writes over no input gives new sums."""
+    if isinstance(engine, Donating):
+        return lambda graph, donated: engine.build_donating(graph, "cpu", threads, donated)
+    return lambda graph, _: engine.build(graph, "cpu", threads)
 
 
 class TrainedStage:
@@ -24,7 +34,8 @@ class TrainedStage:
 
     Needs:   all actions of a stage come from one thread, those of a microbatch as F, I, W or F, B.
     Keeps:   what I and W read, from F until W; `most` says how many microbatches at once.
-    Ensures: weights' gradients are added in the order in which W (or B) runs.
+    Ensures: weights' gradients are added in the order in which W (or B) runs; they are those of
+             the last step until the next one's first W.
     """
 
     def __init__(
@@ -35,11 +46,15 @@ class TrainedStage:
         build: Build,
         kinds: Collection[Kind],
     ) -> None:
-        joint = stage.joint
+        import torch
+
+        joint, sums = stage.joint, stage.cut.sums
         self.stage = stage
-        self._runs = {k: _Run(p, build) for k, p in _parts(stage, kinds).items()}
+        self._runs = {k: _Run(p, build, sums.values()) for k, p in _parts(stage, kinds).items()}
         self._weights = {joint.weights[name]: weights[name] for name in joint.weights}
-        self._home = tuple(stage.cut.weight_gradients)
+        self.gradients = {
+            name: torch.zeros(weights[name].shape, dtype=weights[name].dtype) for name in sums
+        }
         self._given = list(zip(stage.stage.gives, joint.outputs, strict=True))
         self._tangents = [
             (t, readers.get(v) or (Gradient(v, HOST),))
@@ -55,8 +70,7 @@ class TrainedStage:
         self.most = 0
         self.limit = 0
         self.saved_bytes = 0
-        self.gradients: dict[str, torch.Tensor] = {}
-        self._fresh = True  # nothing is in the gradients yet
+        self._fresh = True  # nothing of this step is in the gradients yet
 
     def start(self, limit: int) -> None:
         """Begin a step that keeps at most `limit` microbatches at once.
@@ -76,6 +90,8 @@ class TrainedStage:
         known = self._alive.pop(b) if action.kind != Kind.I else self._alive[b]
         if action.kind != Kind.W:
             known.update((t, _sum([values[r] for r in names])) for t, names in self._tangents)
+        if action.kind != Kind.I:
+            self._give_sums(known)
         self._runs[action.kind](known, self._weights)
         found = {}
         if action.kind != Kind.W:
@@ -83,7 +99,7 @@ class TrainedStage:
         if action.kind == Kind.I:
             self._keep(b, known, self.stage.cut.kept_for_weights)
         else:
-            self._accumulate(known)
+            self._take_sums(known)
         return found
 
     def _forward(self, b: int, values: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -103,27 +119,27 @@ class TrainedStage:
     def _keep(self, b: int, known: Mapping[Value, Any], names: Collection[Value]) -> None:
         self._alive[b] = {v: x for v, x in known.items() if v in names}
 
-    def _accumulate(self, known: Mapping[Value, Any]) -> None:
-        """Add the weights' gradients, all in one call."""
+    def _give_sums(self, known: dict[Value, Any]) -> None:
         import torch
 
-        found = [known[v] for v in self.stage.cut.weight_gradients.values()]
-        if not found:
-            return
-        if not self.gradients:
-            for name, gradient in zip(self._home, found, strict=True):
-                self.gradients[name] = torch.empty(gradient.shape, dtype=gradient.dtype)
-        add = torch._foreach_copy_ if self._fresh else torch._foreach_add_
-        add(list(self.gradients.values()), found)
+        if self._fresh and self.gradients:
+            torch._foreach_zero_(list(self.gradients.values()))
         self._fresh = False
+        known.update((v, self.gradients[name]) for name, v in self.stage.cut.sums.items())
+
+    def _take_sums(self, known: Mapping[Value, Any]) -> None:
+        for name, v in self.stage.cut.weight_gradients.items():
+            self.gradients[name] = known[v]
 
 
 class _Run:
     """A part as a function that reads values and adds those that it makes."""
 
-    def __init__(self, part: Part, build: Build) -> None:
+    def __init__(self, part: Part, build: Build, sums: Collection[Value]) -> None:
+        pairs = zip(part.graph.inputs, part.takes, strict=True)
         self.part = part
-        self.runner = build(part.graph) if part.gives else None
+        donated = [own for own, v in pairs if v in sums]
+        self.runner = build(part.graph, donated) if part.gives else None
 
     def __call__(self, known: dict[Value, Any], weights: Mapping[Value, Any]) -> None:
         if self.runner is None:

@@ -13,7 +13,6 @@ weight in the order of stages.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -36,7 +35,7 @@ from dfc.runtime.pipeline.local import thread_shares
 from dfc.runtime.pipeline.programs import Programs
 from dfc.runtime.pipeline.sequential import Sequential
 from dfc.runtime.pipeline.staged_model import StagedModel
-from dfc.runtime.pipeline.trained import TrainedStage
+from dfc.runtime.pipeline.trained import TrainedStage, builder
 from dfc.runtime.pipeline.training_report import TrainingReport
 from dfc.runtime.pipeline.training_state import optimizer_state, restore, slots_of
 
@@ -132,7 +131,7 @@ class Trainer:
         found = []
         for part in parts:
             rank = self.programs.placement[part.number]
-            build = partial(engine.build, device="cpu", threads=threads[rank])
+            build = builder(engine, threads[rank])
             kinds = self.programs.kinds
             found.append(TrainedStage(part, weights, self.model.readers, build, kinds))
         return found
