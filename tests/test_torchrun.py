@@ -19,7 +19,7 @@ import torch
 import dfc
 from dfc.cli import main
 from dfc.errors import DfcError
-from dfc.runtime.pipeline.torchrun import World
+from dfc.runtime.pipeline.world import World
 from tests.test_pipeline import captured
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,18 +91,6 @@ def test_a_world_of_another_size_is_told_before_anything_is_loaded(
     assert "N057" in err and "the plan has 2 ranks, but there are 4 processes" in err
 
 
-class _Shared(World):
-    """A rank of a world whose store is in this process."""
-
-    def __init__(self, rank: int, store: Any) -> None:
-        self.rank, self.size, self.one_host = rank, 2, True
-        self._shared = store
-
-    @property
-    def store(self) -> Any:
-        return self._shared
-
-
 @pytest.mark.parametrize("differs", ["plan", "torch"])
 def test_ranks_with_other_plans_or_versions_are_told_apart(differs: str) -> None:
     store = torch.distributed.HashStore()
@@ -111,7 +99,7 @@ def test_ranks_with_other_plans_or_versions_are_told_apart(differs: str) -> None
 
     def meet(rank: int, what: dict[str, str]) -> None:
         try:
-            _Shared(rank, store).same(what)
+            World(rank, 2, store).same(what)
         except DfcError as e:
             told.append(f"{e.code} {e.message}")
 

@@ -89,9 +89,10 @@ def _maker(
 ) -> tuple[Callable[..., Any], Mapping[Node, int], dict[str, Any]]:
     """What makes a pipeline there, and its stages with what the plan says of ranks and order."""
     if on == "torchrun":
-        from dfc.runtime.pipeline.torchrun import Launched, World, agreed_stages
+        from dfc.runtime.pipeline.torchrun import Launched, agreed_stages
+        from dfc.runtime.pipeline.world import World
 
-        world = World()
+        world = World.of_launcher()
         if stages is None:
             return partial(Launched, world=world), *_placed(compiled, stages, inputs, say)
         placed = agreed_stages(

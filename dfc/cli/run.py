@@ -169,11 +169,11 @@ def check_place(on: str | None, stages: str | None, use: list[str] | None) -> No
         help = "run it on threads, or on torchrun, whose processes all load it"
         raise DfcError("Q006", "the processes of ranks do not load what --use names", help=help)
     if on == "torchrun":
-        from dfc.runtime.pipeline.torchrun import World, check_world
+        from dfc.runtime.pipeline.world import World
 
-        world, count = World(), _count(stages)
+        world, count = World.of_launcher(), _count(stages)
         if count is not None:  # a plan's ranks are known when it is read
-            check_world(count, world.size)
+            world.expect(count)
 
 
 @dataclass

@@ -11,12 +11,9 @@ when one ends, and starts them again with `--max-restarts`.
 
 from __future__ import annotations
 
-import json
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -36,111 +33,13 @@ from dfc.runtime.pipeline.links import (
     LinkLost,
     Links,
     Traffic,
-    gloo_device,
 )
 from dfc.runtime.pipeline.local import Pipeline, Runs
 from dfc.runtime.pipeline.rank import run_rank
 from dfc.runtime.pipeline.wiring import Numbered, Wiring
+from dfc.runtime.pipeline.world import MEETING, World
 
-_MEETING = 120.0  # seconds for all ranks to come
 _BEAT = 0.5  # seconds between two notes of what a rank does
-
-
-class World:
-    """What torchrun tells a process, and its store."""
-
-    def __init__(self) -> None:
-        """
-        Raises:  DfcError N057 for a process that torchrun did not start.
-        """
-        try:
-            self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-        except (KeyError, ValueError):
-            raise DfcError(
-                "N057", "this process was not started by torchrun: RANK and WORLD_SIZE are not set",
-                help="torchrun --nproc-per-node 2 -m dfc.cli run MODEL --pipeline 2 --on torchrun",
-                status=2,
-            ) from None  # fmt: skip
-        self.one_host = local == self.size
-        self._first: Any = None
-        self._own = threading.local()
-
-    @property
-    def store(self) -> Any:
-        """The launcher's store, under a prefix of dfc's own.
-
-        Why:  each thread has its own connection: one that waits would make all others wait.
-        """
-        from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
-
-        if self._first is None:
-            wait = timedelta(seconds=_MEETING)
-            self._first, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=wait))
-        if not hasattr(self._own, "store"):
-            born = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self._own.store = PrefixStore(f"dfc/{born}", self._first.clone())
-        return self._own.store
-
-    def device(self) -> Any:
-        """Loopback when all ranks are on one host, else the interface that gloo is told."""
-        if self.one_host:
-            return gloo_device()
-        from torch.distributed import ProcessGroupGloo
-
-        interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
-        if interface:
-            return ProcessGroupGloo.create_device(interface=interface)
-        return ProcessGroupGloo.create_default_device()
-
-    def put(self, key: str, message: Any) -> None:
-        self.store.set(key, json.dumps(message))
-
-    def get(self, key: str, seconds: float) -> Any:
-        """A message of the store, None when nobody wrote it in time."""
-        try:
-            self.store.wait([key], timedelta(seconds=seconds))
-        except RuntimeError:
-            return None
-        return json.loads(self.store.get(key))
-
-    def peek(self, key: str) -> Any:
-        """A message of the store, None when it is not there yet."""
-        return json.loads(self.store.get(key)) if self.store.check([key]) else None
-
-    def same(self, what: Mapping[str, str]) -> None:
-        """Compare what every rank has.
-
-        Raises:  DfcError N055 that names the first that differs; K058 for one that did not come.
-        """
-        self.put(f"has/{self.rank}", dict(what))
-        for rank in range(self.size):
-            found = self.get(f"has/{rank}", _MEETING)
-            if found is None:
-                raise DfcError("K058", f"rank {rank} did not come in {_MEETING:.0f} s")
-            for name, mine in what.items():
-                if found.get(name) != mine:
-                    raise DfcError(
-                        "N055",
-                        f"rank {rank} has {name} {_short(found.get(name))}, "
-                        f"rank {self.rank} has {_short(mine)}",
-                        help="all ranks need the same model, plan and versions",
-                    )
-
-
-def _short(x: Any) -> str:
-    return str(x)[:16]
-
-
-def check_world(ranks: int, size: int) -> None:
-    """
-    Raises:  DfcError N057 for another number of processes than the plan has ranks.
-    """
-    if ranks != size:
-        raise DfcError(
-            "N057", f"the plan has {ranks} ranks, but there are {size} processes",
-            help=f"torchrun --nproc-per-node {ranks}, or --nnodes times --nproc-per-node", status=2,
-        )  # fmt: skip
 
 
 class Launched(Pipeline):
@@ -153,11 +52,11 @@ class Launched(Pipeline):
     def __init__(
         self, graph: Graph, stage_of: Mapping[Any, int], world: World | None = None, **options: Any
     ) -> None:
-        self.world = world or World()
+        self.world = world or World.of_launcher()
         super().__init__(graph, stage_of, **options)
 
     def _start(self) -> Runs:
-        check_world(len(self.threads), self.world.size)
+        self.world.expect(len(self.threads))
         made, numbers = assembly(
             self.stages, self.edges, self.placement, self.engines, self.threads
         )  # fmt: skip
@@ -379,13 +278,13 @@ class LaunchedRanks:
 
     def _linked(self) -> tuple[Links, Any]:
         """The rank's links, and for rank 0 the host's: both ends of some are in this process."""
-        device, pairs, world = self.world.device(), self.wiring.pairs, self.world
+        device, pairs, world = self.world.device, self.wiring.pairs, self.world
         made: dict[int, Links] = {}
         failed: list[str] = []
 
         def link(me: int) -> None:
             try:
-                made[me] = Links(me, pairs, world.store, "links", device, _MEETING)
+                made[me] = Links(me, pairs, world.store, "links", device, MEETING)
             except RuntimeError as e:
                 failed.append(str(e))
 
@@ -409,7 +308,7 @@ def agreed_stages(world: World, graph: Graph, make: Callable[[], Mapping[Any, in
         chosen = make()
         world.put("stages", [chosen[n] for n in nodes])
         return chosen
-    found = world.get("stages", _MEETING)
+    found = world.get("stages", MEETING)
     if found is None or len(found) != len(nodes):
         raise DfcError("N055", "rank 0 has another model, or chose no stages")
     return dict(zip(nodes, found, strict=True))
