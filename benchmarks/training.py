@@ -1,6 +1,10 @@
 """Training in two processes over gloo: ours beside torch.distributed.pipelining, a thousand steps.
 
-python benchmarks/training.py [FILE]     also write what is printed to FILE
+python benchmarks/training.py [FILE]                      all of it, 8 minutes; also written to FILE
+python benchmarks/training.py --only large [FILE]         one part: small, large or steps
+python benchmarks/training.py --steps zb_v,auto [FILE]    a thousand steps of these schedules alone
+
+FILE keeps what it says of parts that were not run.
 
 The same model, cut at the same place, the same microbatches and optimizer, one thread a process.
 Each round times some steps of each in turn, in the same pair of processes; ratios are of medians,
@@ -10,6 +14,7 @@ plain PyTorch is told beside them.
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -30,12 +35,13 @@ import dfc
 from dfc.ir.graph import Graph, Node
 from dfc.planning.host import machine_text, this_machine
 from dfc.runtime.pipeline.staged_model import StagedModel
-from dfc.runtime.pipeline.training_ranks import Group, RankTrainer
+from dfc.runtime.pipeline.training_ranks import RankTrainer
+from dfc.runtime.pipeline.world import World
 
 RANKS, M, ROUNDS = 2, 8, 7
-SHAPES = {"small (layers of 64)": (64, 8, 30), "large (layers of 512)": (512, 64, 5)}
-THOUSAND = ("gpipe", "1f1b", "zb1p", "interleaved", "interleaved_zb", "breadth_first", "zb_v",
-            "dualpipe_v", "auto")  # fmt: skip
+SHAPES = {"small": (64, 8, 30), "large": (512, 64, 5)}  # width, items, steps in a round
+SCHEDULES = ("gpipe", "1f1b", "zb1p", "interleaved", "interleaved_zb", "breadth_first", "zb_v",
+             "dualpipe_v", "auto")  # fmt: skip
 CHUNKED = ("interleaved", "interleaved_zb", "breadth_first", "zb_v", "dualpipe_v")
 
 
@@ -95,9 +101,9 @@ def by_block(graph: Graph, stages: int) -> dict[Node, int]:
 
 
 def ours(
-    group: Group, model: nn.Module, args: Any, schedule: str, stages: int
+    world: World, model: nn.Module, args: Any, schedule: str, stages: int
 ) -> tuple[RankTrainer, Callable[[], Any]]:
-    trainer = RankTrainer(cut(model, args, stages), group=group, schedule=schedule, microbatches=M,
+    trainer = RankTrainer(cut(model, args, stages), world=world, schedule=schedule, microbatches=M,
                           optimizer=sgd, threads=1, deadline=120)  # fmt: skip
     return trainer, lambda: trainer.step(*args)
 
@@ -169,61 +175,112 @@ def single(model: nn.Module, args: Any, steps: int, threads: int) -> float:
     return median(took[1:])
 
 
-def rank_main(rank: int, folder: Path) -> None:
+Say = Callable[[str], None]
+
+
+def compare(rank: int, world: World, name: str, say: Say) -> None:
+    """Steps of ours and of torch's in turn, for one size of layers."""
+    width, items, steps = SHAPES[name]
+    say(f"{name} (layers of {width}), {M} microbatches of {items} items")
+    for schedule, theirs, stages in (
+        ("1f1b", "Schedule1F1B", 2),
+        ("interleaved_zb", "ScheduleInterleavedZeroBubble", 4),
+    ):
+        trainer, mine = ours(world, *made(width, items), schedule, stages)
+        other = torchs(rank, *made(width, items), schedule, stages)
+        with trainer:
+            took = in_turn({"ours": mine, "theirs": other}, steps)
+        say(f"  {schedule}: {median(took['ours']) * 1e3:.2f} ms a step, torch's {theirs} "
+            f"{median(took['theirs']) * 1e3:.2f}: {ratio(took['theirs'], took['ours'])} times "
+            "as fast")  # fmt: skip
+    dist.barrier()
+    if rank == 0:
+        for threads in (1, 2):
+            seconds = single(*made(width, items), steps, threads)
+            say(f"  one process with {threads} threads: {seconds * 1e3:.2f} ms a step")
+    dist.barrier()
+
+
+def many_steps(world: World, schedules: Sequence[str], say: Say) -> None:
+    """A thousand steps of each schedule; how far it is goes to stderr."""
+    say("A thousand steps of each schedule, small, two processes")
+    model, args = made(16, 2)
+    for schedule in schedules:
+        trainer, mine = ours(world, model, args, schedule, 4 if schedule in CHUNKED else 2)
+        start = time.perf_counter()
+        losses = []
+        with trainer:
+            for step in range(1000):
+                losses.append(float(mine()))
+                if world.rank == 0 and step % 250 == 249:
+                    print(f"{schedule}: {step + 1} steps", file=sys.stderr, flush=True)
+        seconds = time.perf_counter() - start
+        say(f"  {schedule}: {seconds:.1f} s, loss {losses[0]:.4f} to {losses[-1]:.4f}")
+
+
+def rank_main(rank: int, folder: Path, parts: Sequence[str], schedules: Sequence[str]) -> None:
     torch.set_num_threads(1)
     stores = [FileStore(str(folder / name), RANKS) for name in ("torch", "dfc")]
     dist.init_process_group("gloo", store=stores[0], rank=rank, world_size=RANKS)
-    group = Group(rank, RANKS, stores[1])
-    lines: list[str] = []
+    world = World(rank, RANKS, stores[1])
 
     def say(line: str) -> None:
         if rank == 0:
             print(line, flush=True)
-            lines.append(line)
+            with (folder / "said").open("a") as f:
+                f.write(f"{line}\n")
 
-    for what, (width, items, steps) in SHAPES.items():
-        say(f"{what}, {M} microbatches of {items} items")
-        for schedule, theirs, stages in (
-            ("1f1b", "Schedule1F1B", 2),
-            ("interleaved_zb", "ScheduleInterleavedZeroBubble", 4),
-        ):
-            trainer, mine = ours(group, *made(width, items), schedule, stages)
-            other = torchs(rank, *made(width, items), schedule, stages)
-            with trainer:
-                took = in_turn({"ours": mine, "theirs": other}, steps)
-            say(f"  {schedule}: {median(took['ours']) * 1e3:.2f} ms a step, torch's {theirs} "
-                f"{median(took['theirs']) * 1e3:.2f}: {ratio(took['theirs'], took['ours'])} times "
-                "as fast")  # fmt: skip
-        dist.barrier()
-        if rank == 0:
-            for threads in (1, 2):
-                seconds = single(*made(width, items), steps, threads)
-                say(f"  one process with {threads} threads: {seconds * 1e3:.2f} ms a step")
-        dist.barrier()
-    say("A thousand steps of each schedule, small, two processes")
-    model, args = made(16, 2)
-    for schedule in THOUSAND:
-        trainer, mine = ours(group, model, args, schedule, 4 if schedule in CHUNKED else 2)
-        start = time.perf_counter()
-        with trainer:
-            losses = [float(mine()) for _ in range(1000)]
-        seconds = time.perf_counter() - start
-        say(f"  {schedule}: {seconds:.1f} s, loss {losses[0]:.4f} to {losses[-1]:.4f}")
-    if rank == 0:
-        (folder / "said").write_text("\n".join(lines) + "\n")
+    for part in parts:
+        if part == "steps":
+            many_steps(world, schedules, say)
+        else:
+            compare(rank, world, part, say)
     dist.destroy_process_group()
+
+
+def with_older(said: str, older: str) -> str:
+    """What was said now, and what an older file says of other parts: line by line, by its name."""
+    found: dict[str, dict[str, str]] = {}
+    for text in (older.partition("\n")[2], said):
+        title = ""
+        for line in text.splitlines():
+            if not line.startswith(" "):
+                title = line.partition(" (")[0]
+            found.setdefault(title, {})[line.partition(":")[0]] = line
+    return "".join(f"{line}\n" for lines in found.values() for line in lines.values())
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", nargs="?", type=Path, help="where to write what is printed")
+    parser.add_argument("--only", choices=[*SHAPES, "steps"], help="one part alone")
+    parser.add_argument("--steps", metavar="NAMES", help=f"of {','.join(SCHEDULES)}")
+    found = parser.parse_args()
+    found.schedules = found.steps.split(",") if found.steps else list(SCHEDULES)
+    unknown = set(found.schedules) - set(SCHEDULES)
+    if unknown:
+        parser.error(f"there is no schedule {unknown.pop()}: {', '.join(SCHEDULES)}")
+    only = found.only or ("steps" if found.steps else None)
+    found.parts = [only] if only else [*SHAPES, "steps"]
+    return found
 
 
 def main() -> None:
     if "DFC_BENCH_RANK" in os.environ:
-        rank_main(int(os.environ["DFC_BENCH_RANK"]), Path(sys.argv[1]))
+        folder, parts, schedules = sys.argv[1:]
+        rank = int(os.environ["DFC_BENCH_RANK"])
+        rank_main(rank, Path(folder), parts.split(","), schedules.split(","))
         return
+    chosen = options()
     head = f"{machine_text(this_machine())}, torch {torch.__version__}"
     print(head, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        told = [folder, ",".join(chosen.parts), ",".join(chosen.schedules)]
         ranks = [
-            subprocess.Popen([sys.executable, __file__, folder],
+            subprocess.Popen([sys.executable, __file__, *told],
                              env={**os.environ, **own, "DFC_BENCH_RANK": str(r)})
             for r in range(RANKS)
         ]  # fmt: skip
@@ -235,9 +292,10 @@ def main() -> None:
             for rank in ranks:
                 rank.kill()
                 rank.wait()
-        said = (Path(folder) / "said").read_text()
-    for file in sys.argv[1:]:
-        Path(file).write_text(f"{head}\n{said}")
+            said = Path(folder) / "said"
+            if chosen.file and said.exists():  # also what was done before a failure
+                older = chosen.file.read_text() if chosen.file.exists() else ""
+                chosen.file.write_text(f"{head}\n{with_older(said.read_text(), older)}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """Train a small language model in two pipeline stages on this machine.
 
-    python examples/train_pipeline.py [--schedule zb1p]
+    python examples/train_pipeline.py [--schedule zb1p] [--checkpoint FOLDER]
 
 The model returns its loss, so the loss belongs to the last stage. `balanced` measures every
 operator and cuts where both stages take as long; any schedule then runs them: forwards (F),
 gradients of inputs (I) and of weights (W), each in its own time. Gradients are those of one
 process. The table that is embedding and head belongs to the first and the last stage: its gradients
 are added up.
+
+With --checkpoint it goes on from that folder, if there is one, and writes it every ten steps.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--schedule", default="zb1p", help="gpipe, 1f1b, zb1p, auto, ...")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--checkpoint", type=Path, help="a folder to save to, and to go on from")
     options = parser.parse_args()
     torch.manual_seed(0)
     size = torch.export.Dim("B", max=256)
@@ -62,11 +66,16 @@ def main() -> None:
         graph, balanced(graph, 2, batch(0)), schedule=options.schedule, microbatches=8,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, 3e-3),
     ) as trainer:  # fmt: skip
-        for step in range(options.steps):
+        if options.checkpoint and options.checkpoint.exists():
+            trainer.load(options.checkpoint)
+        for step in range(trainer.steps, options.steps):
             loss = trainer.step(*batch(step))
             if step % 10 == 0 or step == options.steps - 1:
                 print(f"step {step:3}: loss {loss:.3f}")
-        print(trainer.report())
+                if options.checkpoint:
+                    trainer.save(options.checkpoint)
+        if trainer.last is not None:
+            print(trainer.report())
 
 
 if __name__ == "__main__":

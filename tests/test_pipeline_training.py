@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -308,6 +309,36 @@ def test_training_goes_on_from_a_state_with_other_stages() -> None:
         del state["weights"]["table.weight"]
         with pytest.raises(DfcError, match="another model"):
             second.load_state_dict(state)
+
+
+def test_a_checkpoint_is_the_models_own_state_and_training_goes_on_from_it(tmp_path: Path) -> None:
+    """Bit for bit, masks of dropout and a rate that has changed included."""
+    torch.manual_seed(1)
+    model, x, y = Dropped(), torch.randn(9, 8), torch.randint(4, (9,))
+    graph = dfc.trace(model, (x,), dynamic_shapes=({0: B},))
+    target = (TensorType(dtype_of(torch.int64), (symbol("B"),)),)
+    whole = StagedModel(graph, evenly(graph, 2), _cross_entropy, target)
+
+    def trainer(seed: int) -> Trainer:
+        return Trainer(whole, schedule="zb1p", microbatches=3, optimizer=adamw, threads=1,
+                       seed=seed)  # fmt: skip
+
+    with trainer(5) as first, trainer(0) as second:
+        for _ in range(2):
+            first.step(x, y)
+        for optimizer in first.optimizers:
+            optimizer.param_groups[0].update(lr=3e-3, betas=(0.8, 0.99))
+        first.save(tmp_path / "last")
+        second.load(tmp_path / "last")
+        model.load_state_dict(load_file(tmp_path / "last" / "model.safetensors"))
+        assert all(torch.equal(model.get_parameter(n), p) for n, p in first.parameters.items())
+        assert second.optimizers[0].param_groups[0]["betas"] == (0.8, 0.99)
+        losses = [[float(t.step(x, y)) for _ in range(3)] for t in (first, second)]
+        assert losses[0] == losses[1]
+        assert all(torch.equal(p, second.parameters[n]) for n, p in first.parameters.items())
+        (tmp_path / "last" / "training.json").write_text("{}")
+        with pytest.raises(DfcError, match=r"training\.json"):
+            second.load(tmp_path / "last")
 
 
 class Offset(nn.Module):

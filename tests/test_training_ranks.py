@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from dfc.runtime.pipeline.training import Trainer
+from tests.test_pipeline_training import adamw, captured, reference, staged
 
 ROOT = Path(__file__).parent.parent
 
 
-def run_ranks(folder: Path, size: int, job: str, name: str, seconds: float = 240) -> list[Any]:
-    """What each rank wrote; all of them end with the test."""
+def run_ranks(
+    folder: Path, size: int, job: str, name: str, seconds: float = 240, lost: Collection[int] = ()
+) -> list[Any]:
+    """What each rank wrote but the lost ones; all of them end with the test."""
     command = [sys.executable, "-m", "tests.training_rank"]
     ranks = [
         subprocess.Popen([*command, str(r), str(size), str(folder), job, name], cwd=ROOT,
@@ -22,14 +32,14 @@ def run_ranks(folder: Path, size: int, job: str, name: str, seconds: float = 240
         for r in range(size)
     ]  # fmt: skip
     try:
-        for rank in ranks:
+        for r, rank in enumerate(ranks):
             said, _ = rank.communicate(timeout=seconds)
-            assert rank.returncode == 0, said
+            assert rank.returncode == (-signal.SIGKILL if r in lost else 0), said
     finally:
         for rank in ranks:
             rank.kill()
             rank.wait()
-    return [json.loads((folder / f"{r}.json").read_text()) for r in range(size)]
+    return [json.loads((folder / f"{r}.json").read_text()) for r in range(size) if r not in lost]
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
@@ -54,12 +64,70 @@ def test_ranks_that_differ_or_fail_are_told_and_none_waits(tmp_path: Path) -> No
     found = run_ranks(tmp_path, 2, "refused", "mlp")
     for rank, other in ((0, 1), (1, 0)):
         code, message = found[rank]["seed"]
-        assert code == "N055" and f"rank {other} has other seed" in message
+        assert code == "N055"
+        assert f"rank {other} has seed {other}, rank {rank} has {rank}" in message
         assert found[rank]["size"][0] == "N073"
     assert found[1]["failed"][0] == "K050"
     assert "stage 1 failed on microbatch 1" in found[1]["failed"][1]
     code, message = found[0]["failed"]
-    assert code == "K055" and "rank 0 is in" in message
+    assert code == "K058" and "rank 1 failed: stage 1 failed on microbatch 1" in message
+
+
+def test_a_lost_rank_is_named_by_all(tmp_path: Path) -> None:
+    """The first one waits for the second, which waits for the third, which is killed."""
+    for told in run_ranks(tmp_path, 3, "lost", "mlp", lost=[2]):
+        assert told["code"] == "K058" and "rank 2 is lost" in told["message"]
+        assert "while rank 1 waits in" in told["message"]
+        assert "`load` what was saved last" in told["help"]
+
+
+_SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from dfc.runtime.pipeline.training_ranks import RankTrainer
+from tests.test_pipeline_training import adamw, captured, staged
+torch.set_num_threads(1)
+folder, (_, args) = Path(sys.argv[1]), captured("tied")
+trainer = RankTrainer(staged("tied", 2), microbatches=4, optimizer=adamw, threads=1)
+if folder.exists():
+    trainer.load(folder)
+while trainer.steps < 6:
+    trainer.step(*args)
+    if trainer.steps % 2 == 0:
+        trainer.save(folder)
+    if trainer.steps == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if trainer.world.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+print(f"rank {trainer.world.rank} ends at {trainer.steps}", flush=True)
+"""
+
+
+def test_torchrun_starts_training_again_where_it_was_saved(tmp_path: Path) -> None:
+    """A rank is killed once; the weights are those of training in one process, bit for bit."""
+    (tmp_path / "train.py").write_text(_SCRIPT)
+    last = tmp_path / "last"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts",
+         "1", "--monitor-interval", "0.1", str(tmp_path / "train.py"), str(last)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, cwd=ROOT,
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["rank 0 ends at 6", "rank 1 ends at 6"]
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["last"]  # no rank's own part
+    model, args = captured("tied")
+    model.load_state_dict(load_file(last / "model.safetensors"))  # plain PyTorch's, all names
+    with Trainer(staged("tied", 2), schedule="1f1b", microbatches=4, optimizer=adamw,
+                 threads=1) as trainer:  # fmt: skip
+        for _ in range(6):
+            trainer.step(*args)
+        for name, p in trainer.parameters.items():
+            assert torch.equal(p, model.get_parameter(name)), name
+        trainer.load(last)  # what several processes wrote goes on in one
+        assert trainer.steps == 6
+        loss, _ = reference(model, args, 4)
+        torch.testing.assert_close(trainer.step(*args), loss, rtol=1e-6, atol=0)
 
 
 @pytest.mark.slow

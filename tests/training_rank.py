@@ -6,6 +6,8 @@ It meets the others by a file, and writes what it found as JSON.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,28 +17,29 @@ import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from dfc.errors import DfcError
-from dfc.runtime.pipeline.training_ranks import Group, RankTrainer
+from dfc.runtime.pipeline.training_ranks import RankTrainer
+from dfc.runtime.pipeline.world import World
 from tests.test_pipeline_training import adamw, captured, close, reference, staged
 
 STAGES = {"1f1b": 2, "zb1p": 2, "auto": 2, "gpipe": 2, "interleaved": 4, "zb_v": 4}
 
 
-def trainer_of(group: Group, name: str, schedule: str) -> RankTrainer:
+def trainer_of(world: World, name: str, schedule: str) -> RankTrainer:
     return RankTrainer(
-        staged(name, STAGES[schedule]), group=group, schedule=schedule, microbatches=4,
+        staged(name, STAGES[schedule]), world=world, schedule=schedule, microbatches=4,
         optimizer=adamw, threads=1, deadline=90,
     )  # fmt: skip
 
 
 def gradients(
-    group: Group, name: str, schedules: Sequence[str] = ("1f1b", "zb1p", "auto")
+    world: World, name: str, schedules: Sequence[str] = ("1f1b", "zb1p", "auto")
 ) -> dict[str, Any]:
     """Each schedule's gradients beside those of plain PyTorch; curves of losses."""
     model, args = captured(name)
     loss, expected = reference(model, args, 4)
     found = {}
     for schedule in schedules:
-        with trainer_of(group, name, schedule) as trainer:
+        with trainer_of(world, name, schedule) as trainer:
             torch.testing.assert_close(trainer.backward(*args), loss)
             own = {n: p.grad for n, p in trainer.parameters.items() if p.grad is not None}
             close(own, {n: expected[n] for n in own})
@@ -49,12 +52,12 @@ def gradients(
     return found
 
 
-def refused(group: Group, name: str) -> dict[str, Any]:
+def refused(world: World, name: str) -> dict[str, Any]:
     """Ranks that differ, and a rank that fails while the other waits."""
     (_, args), found = captured(name), {}
-    options: dict[str, Any] = {"group": group, "optimizer": adamw, "threads": 1, "deadline": 30,
+    options: dict[str, Any] = {"world": world, "optimizer": adamw, "threads": 1, "deadline": 30,
                                "microbatches": 2}  # fmt: skip
-    for what, more in (("seed", {"seed": group.rank}), ("size", {"schedule": "interleaved"})):
+    for what, more in (("seed", {"seed": world.rank}), ("size", {"schedule": "interleaved"})):
         try:
             RankTrainer(staged(name, 3 if what == "size" else 2), **options, **more)
         except DfcError as e:
@@ -69,23 +72,39 @@ def refused(group: Group, name: str) -> dict[str, Any]:
     return found
 
 
-def steps(group: Group, name: str, schedule: str) -> dict[str, Any]:
+def steps(world: World, name: str, schedule: str) -> dict[str, Any]:
     """A thousand steps."""
     _, args = captured(name)
-    with trainer_of(group, name, schedule) as trainer:
+    with trainer_of(world, name, schedule) as trainer:
         return {"losses": [float(trainer.step(*args)) for _ in range(1000)]}
+
+
+def lost(world: World, name: str) -> dict[str, Any]:
+    """The last rank is killed; what the others are told."""
+    _, args = captured(name)
+    trainer = RankTrainer(staged(name, world.size), world=world, microbatches=4, optimizer=adamw,
+                          threads=1)  # fmt: skip
+    trainer.step(*args)
+    if world.rank == world.size - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        while True:
+            trainer.step(*args)
+    except DfcError as e:
+        return {"code": e.code, "message": e.message, "help": str(e)}
 
 
 def main() -> None:
     rank, size, folder, job, name = sys.argv[1:6]
     torch.set_num_threads(1)
-    group = Group(int(rank), int(size), FileStore(str(Path(folder) / "store"), int(size)))
+    world = World(int(rank), int(size), FileStore(str(Path(folder) / "store"), int(size)))
     job, _, what = job.partition(":")
     jobs: dict[str, Callable[[], dict[str, Any]]] = {
-        "gradients": lambda: gradients(group, name),
-        "every_schedule": lambda: gradients(group, name, list(STAGES)),
-        "refused": lambda: refused(group, name),
-        "steps": lambda: steps(group, name, what),
+        "gradients": lambda: gradients(world, name),
+        "every_schedule": lambda: gradients(world, name, list(STAGES)),
+        "refused": lambda: refused(world, name),
+        "steps": lambda: steps(world, name, what),
+        "lost": lambda: lost(world, name),
     }
     found = jobs[job]()
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))

@@ -12,7 +12,9 @@ weight in the order of stages.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,6 +30,7 @@ from dfc.planning.schedules import schedule
 from dfc.planning.simulate import Costs
 from dfc.planning.stages import HOST
 from dfc.runtime.engines import find_engine
+from dfc.runtime.pipeline import checkpoint
 from dfc.runtime.pipeline.differentiated import Differentiated, Gradient
 from dfc.runtime.pipeline.dropout import Mask
 from dfc.runtime.pipeline.lanes import Lanes, Step
@@ -37,7 +40,7 @@ from dfc.runtime.pipeline.sequential import Sequential
 from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.trained import TrainedStage, builder
 from dfc.runtime.pipeline.training_report import TrainingReport
-from dfc.runtime.pipeline.training_state import optimizer_state, restore, slots_of
+from dfc.runtime.pipeline.training_state import State, copied, optimizer_state, restore, slots_of
 
 if TYPE_CHECKING:
     import torch
@@ -242,20 +245,43 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, optimizer slots and options by the parameters' names, however it was cut."""
-        weights = {name: p.detach().clone() for name, p in self.parameters.items()}
-        return {
-            "weights": weights,
-            "step": self.steps,
-            **optimizer_state(self._named_slots(), self.parameters),
-        }
+        found: dict[str, Any] = copied(self._state())
+        return found
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Go on from a state, made by stages like these or others.
 
         Raises:  DfcError N075 (exit status 2) for parameters that are missing or of another shape.
         """
         restore(self.parameters, self._named_slots(), state)
-        self.steps = int(state["step"])
+        self.steps, self.seed = int(state["step"]), int(state["seed"])
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the state as a folder, between two steps; an older one there is replaced.
+
+        `model.safetensors` in it is the model's own `state_dict`, by its names and for any program:
+        model.load_state_dict(safetensors.torch.load_file("last/model.safetensors")). Buffers that
+        the model does not save itself are in it too: then say strict=False.
+        Ensures: after `load`, the same stages and program train on as if nothing had been, bit for
+                 bit.
+        Raises:  DfcError D011.. for a place that cannot be written to, N076 for optimizers' options
+                 that are not numbers, words or lists.
+        """
+        checkpoint.write(Path(folder), self._state(), self.model.graph)
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Go on from what `save` wrote, in one process or in several, with these stages or others.
+
+        Raises:  DfcError D020.. for a folder that is no checkpoint or was changed, N075 for one of
+                 another model.
+        """
+        self.load_state_dict(checkpoint.read(Path(folder)))
+
+    def _state(self) -> State:
+        """The state, whose tensors are those that are trained."""
+        weights = {name: p.detach() for name, p in self.parameters.items()}
+        slots = optimizer_state(self._named_slots(), self.parameters)
+        return {"weights": weights, "step": self.steps, "seed": self.seed, **slots}
 
     def _named_slots(self) -> Iterable[tuple[str, Any, Any]]:
         return slots_of(self.parameters, self.optimizers)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 Slots = tuple[str, Any, Any]  # a parameter's name, its optimizer, its group there
+State = Mapping[str, Any]  # `weights`, `step`, `seed`, `slots`, `options`
 
 
 def slots_of(
@@ -29,17 +30,16 @@ def slots_of(
 
 
 def optimizer_state(slots: Iterable[Slots], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """`slots` and `options` of each parameter."""
+    """`slots` and `options` of each parameter; the tensors are the optimizers' own."""
     state: dict[str, Any] = {"slots": {}, "options": {}}
     for name, optimizer, group in slots:
-        held = optimizer.state.get(parameters[name], {})
-        state["slots"][name] = {k: _copy(v) for k, v in held.items()}
+        state["slots"][name] = dict(optimizer.state.get(parameters[name], {}))
         state["options"][name] = {k: v for k, v in group.items() if k != "params"}
     return state
 
 
 def restore(
-    parameters: Mapping[str, torch.nn.Parameter], slots: Iterable[Slots], state: Mapping[str, Any]
+    parameters: Mapping[str, torch.nn.Parameter], slots: Iterable[Slots], state: State
 ) -> None:
     """Write a state into parameters and optimizers.
 
@@ -54,7 +54,7 @@ def restore(
             p.copy_(weights[name])
     for name, optimizer, group in slots:
         held = state["slots"].get(name, {})
-        optimizer.state[parameters[name]] = {k: _copy(v) for k, v in held.items()}
+        optimizer.state[parameters[name]] = copied(held)
         group.update(state["options"].get(name, {}))
 
 
@@ -70,5 +70,8 @@ def _refuse(parameters: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
                            f"{list(weights[name].shape)} in the state", status=2)  # fmt: skip
 
 
-def _copy(x: Any) -> Any:
-    return x.clone() if hasattr(x, "clone") else x
+def copied(x: Any) -> Any:
+    """A state, or a part of one, whose tensors are its own."""
+    if isinstance(x, Mapping):
+        return {k: copied(v) for k, v in x.items()}
+    return x.detach().clone() if hasattr(x, "detach") else x

@@ -1,0 +1,242 @@
+"""One rank of a training program, and what the ranks tell each other after it.
+
+Boundary tensors travel over the links of the program's edges. Then the loss's rank tells the
+losses, and whoever shares a tied weight its gradients. A rank that fails or finds another one gone
+says so in the store before it lets its links go, so that all name the one that was lost first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from dfc.errors import DfcError
+from dfc.ir.graph import Value
+from dfc.ir.interpret import bind_inputs
+from dfc.planning.actions import Program
+from dfc.planning.stages import HOST
+from dfc.runtime.pipeline.differentiated import Differentiated, Gradient
+from dfc.runtime.pipeline.lanes import Run, Span, Step
+from dfc.runtime.pipeline.links import Doing, LinkLost, Links, Pair, Traffic, pairs_of
+from dfc.runtime.pipeline.rank import run_rank
+from dfc.runtime.pipeline.routes import Routes, routes
+from dfc.runtime.pipeline.staged_model import StagedModel
+from dfc.runtime.pipeline.world import MEETING, World
+
+if TYPE_CHECKING:
+    import torch
+
+_UNKNOWN = 60.0  # seconds for a message while nothing is known of how long a step takes
+_LATE = 5.0  # times the last step's duration, and at least
+_AT_LEAST = 5.0  # seconds
+_LAST_WORDS = 1.0  # seconds in which one that is not lost says why it went
+
+Told = tuple[str, int]  # a tied weight, and the stage that has a gradient of it
+
+
+class Ranks:
+    """Runs this rank's row of a program, and says to the others what they need after it.
+
+    `name` is a prefix in the store that no other trainer has. A message may take `deadline`
+    seconds, else five times the last step.
+    Raises:  DfcError K058 for a rank that does not come.
+    """
+
+    def __init__(
+        self, world: World, name: str, model: StagedModel, placement: Sequence[int], run: Run,
+        deadline: float | None,
+    ) -> None:  # fmt: skip
+        self.world, self.name, self.model, self.run = world, name, model, run
+        self.edges, self.placement = tuple(model.edges), tuple(placement)
+        self.types = {
+            i: [v.value.type if isinstance(v, Gradient) else v.type for v in e.values]
+            for i, e in enumerate(self.edges)
+        }
+        self.last = next(e.source for e in self.edges if e.target == HOST)
+        self.owners = tied(model.parts)
+        self.doing = Doing()
+        self._routes: dict[int, tuple[Program, Routes]] = {}
+        self._fixed = deadline
+        self._deadline = deadline or _UNKNOWN
+        pairs = [p for p in pairs_of(self.edges, self.placement) if HOST not in p]
+        try:
+            self.links = self._linked(pairs, "step")
+            self.others = self._linked(self._pairs_after(), "after")
+        except RuntimeError as e:
+            raise DfcError(
+                "K058", f"the links of rank {world.rank} cannot be made: {e}"
+            ) from e  # fmt: skip
+
+    def _linked(self, pairs: Sequence[Pair], name: str) -> Links:
+        w = self.world
+        return Links(w.rank, pairs, w.store, f"{self.name}/{name}", w.device, MEETING)
+
+    def _pairs_after(self) -> list[Pair]:
+        """From the loss's rank to each other one, and between those that share a weight."""
+        loss = self.placement[self.last]
+        found = {(loss, r) for r in range(self.world.size)}
+        for stages in self.owners.values():
+            ranks = {self.placement[s] for s in stages}
+            found |= {(a, b) for a in ranks for b in ranks}
+        return sorted((a, b) for a, b in found if a != b)
+
+    def step(self, program: Program, given: Sequence[Mapping[Any, Any]]) -> Step:
+        """This rank's row; the losses are in every rank's results.
+
+        Raises:  DfcError K050 for an action that fails here, K058 for a rank that is lost.
+        """
+        if id(program) not in self._routes:
+            self._routes[id(program)] = program, routes(program, self.edges)
+        began = time.perf_counter()
+        results: list[dict[Any, Any]] = [{} for _ in given]
+        every = range(len(given))
+        traffic = _OwnHost(
+            self.links, self._routes[id(program)][1], every, self.types, self._sizes(given),
+            self.doing, self._deadline, given=given, results=results,
+        )  # fmt: skip
+        try:
+            done = run_rank(self.world.rank, traffic.routes, self.run, traffic, every, self.doing)
+        except LinkLost as e:
+            raise self._lost(e.peer, str(e)) from e
+        except DfcError as e:
+            self._leave(f"rank {self.world.rank} failed: {e.message}")
+            raise
+        self._tell_losses(results)
+        seconds = time.perf_counter() - began
+        if self._fixed is None:
+            self._deadline = max(_AT_LEAST, _LATE * seconds)
+        spans = [Span(a, self.world.rank, start, end) for a, start, end in done.spans]
+        sent = {e: done.sent.get(i, 0) for i, e in enumerate(self.edges)}
+        return Step(results, spans, seconds, sent)
+
+    def _sizes(self, given: Sequence[Mapping[Any, Any]]) -> list[Mapping[str, Any]]:
+        """The sizes of each microbatch; equal ones are one object, whose layouts are kept."""
+        model = self.model
+        found: dict[str, Mapping[str, Any]] = {}
+        sizes = []
+        for part in given:
+            own = bind_inputs(model.graph, [part[model.inputs[v]] for v in model.graph.inputs])
+            sizes.append(found.setdefault(str(own), own))
+        return sizes
+
+    def _tell_losses(self, results: Sequence[dict[Any, Any]]) -> None:
+        import torch
+
+        loss: Value = self.model.loss
+        me, rank = self.world.rank, self.placement[self.last]
+        self.doing.set("LOSS")
+        if me == rank:
+            block = torch.stack([r[loss] for r in results])
+            others = [r for r in range(self.world.size) if r != me]
+            self._wait([self._post((me, r), block, 0) for r in others])
+        else:
+            block = torch.empty(len(results), dtype=loss.tensor_type.dtype.to_torch())
+            self._wait([self._post((rank, me), block, 0)])
+            for r, x in zip(results, block, strict=True):
+                r[loss] = x
+        self.doing.set("idle")
+
+    def exchange(
+        self, told: Mapping[Told, torch.Tensor], like: Mapping[str, torch.Tensor]
+    ) -> dict[Told, torch.Tensor]:
+        """The gradients of tied weights that other ranks' stages have, for what this one has.
+
+        Raises:  DfcError K058 for a rank that is lost.
+        """
+        import torch
+
+        me, works, found = self.world.rank, [], {}
+        self.doing.set("ALLREDUCE")
+        for tag, (name, stages) in enumerate(self.owners.items(), 1):
+            ranks = sorted({self.placement[s] for s in stages})
+            for i, s in enumerate(stages if me in ranks else ()):
+                number = tag * len(self.placement) + i
+                if self.placement[s] != me:
+                    found[name, s] = torch.empty_like(like[name])
+                    works.append(self._post((self.placement[s], me), found[name, s], number))
+                    continue
+                block = told[name, s].contiguous()
+                works += [self._post((me, r), block, number) for r in ranks if r != me]
+        self._wait(works)
+        self.doing.set("idle")
+        return found
+
+    def _post(self, pair: Pair, block: torch.Tensor, tag: int) -> tuple[int, Any]:
+        """Begin a message after the step; whom it is from or for, and what is waited for."""
+        peer = pair[1] if pair[0] == self.world.rank else pair[0]
+        try:
+            return peer, self.others.post(pair, block.detach(), tag)
+        except RuntimeError as e:
+            raise self._lost(peer, str(e)) from e
+
+    def _wait(self, works: Sequence[tuple[int, Any]]) -> None:
+        for peer, work in works:
+            try:
+                work.wait(timedelta(seconds=self._deadline))
+            except RuntimeError as e:
+                raise self._lost(peer, str(e)) from e
+
+    def _lost(self, peer: int, why: str) -> DfcError:
+        """Names the rank that was lost first, which need not be the one that was waited for."""
+        waits = f"rank {self.world.rank} waits in {self.doing}"
+        found = self._last_words(peer) or f"rank {peer} is lost, or too slow, while {waits}: {why}"
+        self._leave(found)
+        return DfcError(
+            "K058", found, help="start all ranks again and `load` what was saved last; torchrun "
+            "--max-restarts 3 starts them again by itself",
+        )  # fmt: skip
+
+    def _last_words(self, rank: int) -> str | None:
+        """Why a rank that is not lost went, None for one that is (or whose store is)."""
+        try:
+            found: str | None = self.world.get(f"{self.name}/gone/{rank}", _LAST_WORDS)
+        except RuntimeError:
+            return None
+        return found
+
+    def _leave(self, why: str) -> None:
+        """Say why, then let the links go: whoever waits for this rank is told by that."""
+        try:
+            self.world.put(f"{self.name}/gone/{self.world.rank}", why)
+        except RuntimeError:
+            self.doing.set("gone")  # the store was the lost rank's: nobody can be told
+        self.close()
+
+    def close(self) -> None:
+        """Let the links go."""
+        self.links.close()
+        self.others.close()
+
+
+class _OwnHost(Traffic):
+    """Messages of a step whose caller is this process itself: inputs are at hand, results stay."""
+
+    def __init__(
+        self, *args: Any, given: Sequence[Mapping[Any, Any]], results: Sequence[dict[Any, Any]]
+    ) -> None:
+        super().__init__(*args)
+        self.given, self.results = given, results
+
+    def send(self, edge: int, microbatch: int, values: Sequence[Any]) -> None:
+        e = self.routes.edges[edge]
+        if e.target == HOST:
+            self.results[microbatch].update(zip(e.values, values, strict=True))
+            return
+        super().send(edge, microbatch, values)
+
+    def receive(self, edge: int, microbatch: int) -> list[Any]:
+        e = self.routes.edges[edge]
+        if e.source == HOST:
+            return [self.given[microbatch][v] for v in e.values]
+        return super().receive(edge, microbatch)
+
+
+def tied(parts: Sequence[Differentiated]) -> dict[str, list[int]]:
+    """The weights that several stages have gradients of, with those stages in order."""
+    found: dict[str, list[int]] = {}
+    for part in parts:
+        for name in part.cut.weight_gradients:
+            found.setdefault(name, []).append(part.number)
+    return {name: stages for name, stages in found.items() if len(stages) > 1}
