@@ -99,6 +99,7 @@ struct Job {
 
 // How many rows a tile has at most: their sums stay in the first cache.
 constexpr int64_t TILE_ROWS = 128;
+constexpr int64_t TURNED_ROWS = 16;  // a tile has a multiple of them
 constexpr int64_t TILE_K = 512;  // values of K that a tile unpacks at a time
 
 // What a thread needs for a tile.
@@ -115,8 +116,8 @@ struct Tiling {
 struct Path {
   const char* name;
   bool wants_wide;  // for many rows of int8 weights
-  // Writes the columns of a tile, values k .. k + 32; null where the path has no use for lanes.
-  void (*turn)(const Job& job, int64_t tile, int64_t k, uint8_t* columns);
+  // Writes columns of at most TURNED_ROWS rows; null where the path has no use for lanes.
+  void (*turn)(const Job& job, int64_t row, int64_t rows, uint8_t* columns);
   // One row of k floats to int8: q, a scale and a sum for each group.
   void (*quantize)(const float* x, const Layout& w, int8_t* q, float* scale, int32_t* sum);
   // One panel for one row.
@@ -132,7 +133,7 @@ extern const Path avx512vnni_path;
 // Quantizing a row, for both.
 void quantize_avx2(const float* x, const Layout& w, int8_t* q, float* scale, int32_t* sum);
 // lanes.cpp: what avx2_path does where rows came as columns too.
-void turn_avx2(const Job& job, int64_t tile, int64_t k, uint8_t* columns);
+void turn_avx2(const Job& job, int64_t row, int64_t rows, uint8_t* columns);
 void lanes_avx2(const Job& job, int64_t panel, int64_t row, int64_t rows, Tiling& scratch);
 #endif
 

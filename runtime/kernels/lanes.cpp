@@ -177,7 +177,7 @@ void finish(const Job& job, int64_t panel, int64_t row, int64_t rows, const int3
 // ---- columns
 
 // 16 values of 16 rows as 16 rows of 16 values.
-inline void turn16(const uint8_t* const (&from)[16], int64_t k, uint8_t* to) {
+inline void turn16(const uint8_t* const (&from)[TURNED_ROWS], int64_t k, uint8_t* to) {
   __m128i a[16], b[16];
   UNROLL for (int i = 0; i < 16; ++i)
     a[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from[i] + k));
@@ -196,16 +196,12 @@ inline void turn16(const uint8_t* const (&from)[16], int64_t k, uint8_t* to) {
 
 }  // namespace
 
-void turn_avx2(const Job& job, int64_t tile, int64_t k, uint8_t* columns) {
-  const int64_t first = tile * job.tile_rows, rows = least(job.tile_rows, job.rows - first);
-  for (int64_t r = 0; r < rows; r += 16) {
-    const uint8_t* from[16];
-    for (int64_t i = 0; i < 16; ++i) {  // what is beyond the rows is not used: any will do
-      const int64_t row = first + least(r + i, rows - 1);
-      from[i] = reinterpret_cast<const uint8_t*>(job.x.q + row * job.x.stride);
-    }
-    for (int64_t at = 0; at < 32; at += 16) turn16(from, k + at, columns + at * TILE_ROWS + r);
-  }
+void turn_avx2(const Job& job, int64_t row, int64_t rows, uint8_t* columns) {
+  const uint8_t* from[TURNED_ROWS];
+  for (int64_t i = 0; i < TURNED_ROWS; ++i)  // what is beyond the rows is not used: any will do
+    from[i] = reinterpret_cast<const uint8_t*>(job.x.q + (row + least(i, rows - 1)) * job.x.stride);
+  columns += row / job.tile_rows * job.w.padded_k * TILE_ROWS + row % job.tile_rows;
+  for (int64_t k = 0; k < job.w.padded_k; k += 16) turn16(from, k, columns + k * TILE_ROWS);
 }
 
 void lanes_avx2(const Job& job, int64_t panel, int64_t row, int64_t rows, Tiling& scratch) {

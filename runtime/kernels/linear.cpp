@@ -253,8 +253,7 @@ struct Call {
   int64_t tiles;  // of rows
 };
 
-void quantize_row(const void* what, int64_t row) {
-  const Call& c = *static_cast<const Call*>(what);
+void quantize_row(const Call& c, int64_t row) {
   const Layout& w = c.job.w;
   int8_t* const q = c.q + row * c.job.x.stride;
   c.path->quantize(c.x + row * w.k, w, q, c.scale + row * w.groups, c.sum + row * w.groups);
@@ -265,12 +264,16 @@ void quantize_row(const void* what, int64_t row) {
   for (int64_t k = 0; k < w.padded_k; ++k) to[k] = q[k];
 }
 
-constexpr int64_t TURNED_K = 32;  // padded_k is a multiple
-
-void turn(const void* what, int64_t index) {
+// Some rows, which one thread turns into columns while they are in its cache.
+void quantize_rows(const void* what, int64_t index) {
   const Call& c = *static_cast<const Call*>(what);
-  const int64_t tile = index % c.tiles, k = index / c.tiles * TURNED_K;
-  c.path->turn(c.job, tile, k, c.columns + (tile * c.job.w.padded_k + k) * TILE_ROWS);
+  const int64_t begin = index * TURNED_ROWS, end = least(c.job.rows, begin + TURNED_ROWS);
+  for (int64_t row = begin; row < end; ++row) quantize_row(c, row);
+  if (c.columns) c.path->turn(c.job, begin, end - begin, c.columns);
+}
+
+void quantize_one(const void* what, int64_t row) {
+  quantize_row(*static_cast<const Call*>(what), row);
 }
 
 void one_panel(const void* what, int64_t panel) {
@@ -294,8 +297,11 @@ constexpr int64_t PARTS = 4;
 void multiply(const Call& c, int32_t threads) {
   const Layout& w = c.job.w;
   const int64_t rows = c.job.rows;
-  spread(rows * w.k < 65536 ? 1 : threads, rows, rows < 16 ? 1 : 4, quantize_row, &c);
-  if (c.columns) spread(threads, w.padded_k / TURNED_K * c.tiles, 8, turn, &c);
+  const int32_t few = rows * w.k < 65536 ? 1 : threads;
+  if (c.columns)
+    spread(few, (rows + TURNED_ROWS - 1) / TURNED_ROWS, 1, quantize_rows, &c);
+  else
+    spread(few, rows, rows < 16 ? 1 : 4, quantize_one, &c);
   if (rows > 1) return spread(threads, w.panels * c.tiles, 1, one_tile, &c);
   int64_t chunk = w.panels / (PARTS * (threads > 0 ? threads : 1));
   const int64_t least_chunk = LEAST_CHUNK_BYTES / w.panel_bytes;
@@ -381,7 +387,7 @@ DFC_EXPORT int32_t dfc_linear(const uint8_t* packed, int64_t bytes, const float*
     return DFC_MALFORMED;
   if (rows == 0 || n == 0) return DFC_DONE;
   c.tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-  c.job.tile_rows = up((rows + c.tiles - 1) / c.tiles, 4);
+  c.job.tile_rows = up((rows + c.tiles - 1) / c.tiles, TURNED_ROWS);
   c.tiles = (rows + c.job.tile_rows - 1) / c.job.tile_rows;
   // Rows a multiple of 4 KiB apart would share one place in the first cache.
   const int64_t stride = up(w.padded_k, 64) + 64;
