@@ -72,7 +72,7 @@ class Quantize(Pass):
     range: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"  # of static
     format: Literal["e4m3", "e5m2"] = "e4m3"  # of fp8: more digits, or more range
     per: Literal["channel", "tensor"] = "channel"  # static, fp8: what has a weight scale of its own
-    codes: Literal["auto", "full", "pairs", "seven"] = "auto"  # static: the processor decides
+    codes: Literal["auto", "full", "pairs", "seven"] = "auto"  # auto: all, of static the processor's
     correct: bool = True  # static: biases too, so that channels keep their means
     embeddings: bool = True  # tables too
     activations: Literal["auto", "float", "int8"] = "auto"  # what linear layers multiply
@@ -85,6 +85,7 @@ class Quantize(Pass):
         found, kept = find_weighted(graph)
         device = processor_of(ctx.target)
         scheme = self._scheme(found, device)
+        self._check_codes(scheme)
         if self.to == "fp8" and scheme == "dynamic" and not device.computes(ROWS):
             ctx.tell(f"quantize: {device}, not in {ROWS}: rounding rows to it only costs time")
         if scheme == "static" and self._fold(graph, ctx):
@@ -142,6 +143,17 @@ class Quantize(Pass):
         elif self.format != "e4m3":
             raise DfcError("D097", f"`format` is for fp8, not for {self.to}")
 
+    def _check_codes(self, scheme: str) -> None:
+        """Refuse codes that this scheme does not make."""
+        if scheme == "static" or self.codes in ("auto", "full"):
+            return
+        if self.codes == "seven":
+            help = "`codes=pairs` makes codes that 16-bit sums hold"
+            raise DfcError("D097", "`codes=seven` is for `scheme=static`", help=help)
+        if self.to != "int8" or self.method != "rtn":
+            what = self.to if self.to != "int8" else f"`method={self.method}`"
+            raise DfcError("D097", f"`codes=pairs` is for int8 rounded to nearest, not for {what}")
+
     def _check_float8(self) -> None:
         """Refuse what eight-bit floats have no form of."""
         words = ""
@@ -184,7 +196,7 @@ class Quantize(Pass):
         group = self.group or (None if self.bits == 8 else _DEFAULT_GROUP)
         if layer is not None and layer.is_conv:
             group = None
-        return Grid(self.bits, group, self.symmetric)
+        return Grid(self.bits, group, self.symmetric, self.codes == "pairs")
 
     # Choosing
 

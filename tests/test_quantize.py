@@ -14,6 +14,7 @@ from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.ir.interpret import interpret
 from dfc.lang.selectors import parse_selector
+from dfc.ops.codes import fit_pairs
 from dfc.recipe.quantities import weight_bytes
 from dfc.rewrite.pass_ import Context, find_pass
 
@@ -175,6 +176,18 @@ def test_convolutions_are_stored_in_eight_bits() -> None:
     assert "no engine has convolutions" in str(refused.value.diagnostics[0].notes)
 
 
+@pytest.mark.parametrize("group", [None, 32])
+def test_pairs_of_codes_fit_sums_of_16_bits_where_they_are_asked_for(group: int | None) -> None:
+    g, ids = graph()
+    found = []
+    for codes in ("full", "pairs"):
+        small, _, _ = quantized(g, codes=codes, group=group, embeddings=False)
+        held = [p.data for p in small.parameters.values() if p.name.endswith(".codes")]
+        found.append([fit_pairs(d.tensor()) for d in held if d is not None])
+        assert relative(interpret(small, ids)[0], interpret(g, ids)[0]) < 0.05
+    assert not any(found[0]) and found[1] and all(found[1])
+
+
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
@@ -189,6 +202,8 @@ def test_convolutions_are_stored_in_eight_bits() -> None:
         ({"method": "gptq", "to": "int4"}, "D080", "needs calibration data"),
         ({"scheme": "static"}, "D080", "needs calibration data"),
         ({"symmetric": False}, "D097", "no zero point"),
+        ({"codes": "seven"}, "D097", "`codes=seven` is for `scheme=static`"),
+        ({"to": "int4", "codes": "pairs"}, "D097", "not for int4"),
     ],
 )
 def test_what_cannot_be_done_is_refused(options: dict[str, Any], code: str, said: str) -> None:

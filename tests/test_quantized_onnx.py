@@ -79,6 +79,21 @@ def test_rows_of_int8_are_multiplied_as_whole_numbers(
     assert not {"MatMul", "Gemm", "FusedMatMul", "Transpose"} & set(kernels)  # folded when loading
 
 
+@pytest.mark.parametrize("contrib", [True, False])
+def test_pairs_that_fit_16_bits_stay_int8_and_are_exact(contrib: bool, tmp_path: Path) -> None:
+    x, weight, scale = operands(64, None, -64, 64)
+    weight[:4, ::2] = torch.tensor([127, -128, 127, -128], dtype=torch.int8)[:, None]
+    weight[:4, 1::2] = torch.tensor([1, 0, -128, 127], dtype=torch.int8)[:, None]
+    for codes, signed in ((weight, True), (torch.full_like(weight, 65), False)):
+        graph = layer("dfc.linear_w8", x, [codes, scale, None], activations="int8")
+        found, _ = run(graph, x, tmp_path, contrib=contrib)
+        assert torch.equal(found, interpret(graph, [x])[0])
+        written = onnx.load(tmp_path / "optimised.onnx").graph
+        (product,) = (n for n in written.node if n.op_type.startswith("MatMulInteger"))
+        kinds = {i.name: i.data_type for i in written.initializer}
+        assert (kinds[product.input[1]] == onnx.TensorProto.INT8) is signed
+
+
 def test_layers_that_read_one_value_round_it_once(tmp_path: Path) -> None:
     x, weight, scale = operands(64, None, -127, 127)
     graph = Graph("two")

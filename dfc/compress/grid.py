@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dfc.compress.integers import pair_scales
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -26,10 +28,12 @@ class Grid:
     bits: int = 4
     group: int | None = 64  # None: one scale for each row
     symmetric: bool = True
+    pairs: bool = False  # symmetric: no two neighbours add up to more than 16-bit sums hold
 
     def __str__(self) -> str:
         per = f"groups of {self.group}" if self.group else "rows"
-        return f"int{self.bits}, {per}, {'symmetric' if self.symmetric else 'asymmetric'}"
+        pairs = ", pairs" if self.pairs else ""
+        return f"int{self.bits}, {per}, {'symmetric' if self.symmetric else 'asymmetric'}{pairs}"
 
     @property
     def low(self) -> int:
@@ -67,6 +71,8 @@ class Grid:
 
         if self.symmetric:
             scale = shrink * w.abs().amax(dim=1) / self.high
+            if self.pairs:
+                scale = torch.maximum(scale, pair_scales(w).to(scale.dtype))
             zero = torch.zeros_like(scale)
         else:
             least = shrink * w.amin(dim=1).clamp(max=0)

@@ -45,11 +45,16 @@ def scales_of(w: Tensor, bits: str, per_channel: bool) -> Tensor:
     rows = w.float().flatten(1)
     largest = rows.abs().amax(1) / (SEVEN if bits == "seven" else FULL)
     if bits == "pairs":
-        # codes round, so that two of them may be 1 more than their sum: 127 leaves room for it
-        largest = torch.maximum(largest, _pair_sums(w) / (_PAIR - 1))
+        largest = torch.maximum(largest, pair_scales(w))
     if not per_channel:
         largest = largest.amax()
     return torch.where(largest > 0, largest, torch.ones_like(largest))
+
+
+def pair_scales(w: Tensor) -> Tensor:
+    """The finest scale of each channel [N, ...] at which neighbours' codes fit pairs."""
+    # codes round, so that two of them may be 1 more than their sum: 127 leaves room for it
+    return _pair_sums(w) / (_PAIR - 1)
 
 
 def _pair_sums(w: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 OFFSET = 8  # what four-bit codes are shifted by when there is no zero point
 ACTIVATIONS = ("float", "int8")
+PAIR_SUM = 128  # 255 * 128 is below 2**15
 EXACT_IN_F32 = 1032  # products -127..127 * -128..127 whose sum stays below 2**24
 
 
@@ -54,6 +55,18 @@ def linear_cost(
 
 
 # Meaning
+
+
+def fit_pairs(codes: Tensor) -> bool:
+    """Whether int8 codes [N, K] can be multiplied with bytes and added two by two in 16 bits: no two
+    neighbours of one sign add up to more than 128.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    wide = F.pad(codes.to(torch.int16), (0, codes.shape[1] % 2))
+    sums = [s[:, ::2] + s[:, 1::2] for s in (wide.clamp(min=0), (-wide).clamp(min=0))]
+    return all(not s.numel() or int(s.max()) <= PAIR_SUM for s in sums)
 
 
 def pack4(codes: Tensor) -> Tensor:
