@@ -255,13 +255,14 @@ struct Call {
 
 void quantize_row(const Call& c, int64_t row) {
   const Layout& w = c.job.w;
+  const int64_t count = w.padded_k;  // bytes may be anything, also a size that is read again
   int8_t* const q = c.q + row * c.job.x.stride;
   c.path->quantize(c.x + row * w.k, w, q, c.scale + row * w.groups, c.sum + row * w.groups);
   if (c.columns)
-    for (int64_t k = 0; k < w.padded_k; ++k) q[k] = int8_t(q[k] ^ -128);
+    for (int64_t k = 0; k < count; ++k) q[k] = int8_t(q[k] ^ -128);
   if (!c.wide) return;
-  int16_t* to = c.wide + row * c.job.x.stride;
-  for (int64_t k = 0; k < w.padded_k; ++k) to[k] = q[k];
+  int16_t* const to = c.wide + row * c.job.x.stride;
+  for (int64_t k = 0; k < count; ++k) to[k] = q[k];
 }
 
 // Some rows, which one thread turns into columns while they are in its cache.
@@ -302,8 +303,9 @@ void multiply(const Call& c, int32_t threads) {
     spread(few, (rows + TURNED_ROWS - 1) / TURNED_ROWS, 1, quantize_rows, &c);
   else
     spread(few, rows, rows < 16 ? 1 : 4, quantize_one, &c);
-  if (rows > 1) return spread(threads, w.panels * c.tiles, 1, one_tile, &c);
-  int64_t chunk = w.panels / (PARTS * (threads > 0 ? threads : 1));
+  // Neighbours, so that a thread can ask for its next panel.
+  int64_t chunk = w.panels * c.tiles / (PARTS * (threads > 0 ? threads : 1));
+  if (rows > 1) return spread(threads, w.panels * c.tiles, chunk < 1 ? 1 : chunk, one_tile, &c);
   const int64_t least_chunk = LEAST_CHUNK_BYTES / w.panel_bytes;
   if (chunk < least_chunk) chunk = least_chunk;
   if (chunk < 1) chunk = 1;
