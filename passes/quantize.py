@@ -72,7 +72,9 @@ class Quantize(Pass):
     range: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"  # of static
     format: Literal["e4m3", "e5m2"] = "e4m3"  # of fp8: more digits, or more range
     per: Literal["channel", "tensor"] = "channel"  # static, fp8: what has a weight scale of its own
-    codes: Literal["auto", "full", "pairs", "seven"] = "auto"  # auto: all, of static the processor's
+    codes: Literal["auto", "full", "pairs", "seven"] = (
+        "auto"  # auto: all, of static the processor's
+    )
     correct: bool = True  # static: biases too, so that channels keep their means
     embeddings: bool = True  # tables too
     activations: Literal["auto", "float", "int8"] = "auto"  # what linear layers multiply

@@ -58,7 +58,7 @@ def linear_cost(
 
 
 def fit_pairs(codes: Tensor) -> bool:
-    """Whether int8 codes [N, K] can be multiplied with bytes and added two by two in 16 bits: no two
+    """Whether products of int8 codes [N, K] with bytes can be added two by two in 16 bits: no two
     neighbours of one sign add up to more than 128.
     """
     import torch

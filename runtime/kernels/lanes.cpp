@@ -80,13 +80,17 @@ __attribute__((noinline)) void multiply(const uint8_t* codes, const int8_t* q, i
   }
 }
 
-// What the next panel has, asked for while this one is multiplied: a part for every four rows.
+// What is asked for while a panel is multiplied, for every four rows a part: what the next panel
+// has, and the results that will be written.
 struct Ahead {
   const uint8_t* at;
   int64_t part;
+  const float* y;
+  int64_t n;
 
-  void fetch_part() {
+  void four_rows() {
     for (const uint8_t* const end = at + part; at < end; at += 64) fetch(at);
+    for (int i = 0; i < 4; ++i, y += n) __builtin_prefetch(y, 1, 2);
   }
 };
 
@@ -95,7 +99,7 @@ void all_rows(const uint8_t* codes, const int8_t* q, int64_t stride, int64_t cou
               int32_t* sums, Ahead& ahead) {
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) {
-    ahead.fetch_part();
+    ahead.four_rows();
     multiply<4, LANE>(codes, q + r * stride, stride, count, sums + r * PANEL);
   }
   q += r * stride;
@@ -225,10 +229,11 @@ void lanes_avx2(const Job& job, int64_t panel, int64_t row, int64_t rows, Tiling
   int32_t at[PANEL];
   for (int64_t o = 0; o < PANEL; ++o) at[o] = p.fixes.begin[o];
   const int64_t blocks = (w.padded_k + LANE_BLOCK - 1) / LANE_BLOCK, parts = blocks * (rows / 4);
-  Ahead ahead = {panel_of(job, panel + 1), up(w.panel_bytes / parts, 64)};
+  Ahead ahead = {panel_of(job, panel + 1), up(w.panel_bytes / parts, 64), nullptr, w.n};
   for (int64_t k = 0; k < w.padded_k; k += LANE_BLOCK) {
     const int64_t count = least(LANE_BLOCK, w.padded_k - k);
     const int8_t* const q = job.x.q + row * job.x.stride + k;
+    ahead.y = job.y + row * w.n + panel * PANEL;
     take_codes(p, codes + k * PANEL, k, count, at, scratch.codes);
     w.lane == 4 ? all_rows<4>(scratch.codes, q, job.x.stride, count, rows, sums, ahead)
                 : all_rows<2>(scratch.codes, q, job.x.stride, count, rows, sums, ahead);

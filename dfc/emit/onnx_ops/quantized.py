@@ -204,7 +204,7 @@ def _rows_w8(b: Builder, x: Val, weight: Val, scale: Val, bias: Val | None) -> V
 
 def _fits_pairs(b: Builder, weight: Val) -> bool:
     """Whether products of these codes with bytes are added in 16 bits without saturating."""
-    raw = getattr(weight.const_value, "raw", None)
+    raw: Any = getattr(weight.const_value, "raw", None)
     key = ("fits pairs", id(weight))
     if type(raw).__module__.partition(".")[0] != "torch":
         return False
