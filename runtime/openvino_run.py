@@ -13,6 +13,7 @@ from dfc.ir.expr import Expr, evaluate
 from dfc.ir.graph import Graph
 from dfc.ir.interpret import bind_inputs
 from dfc.ir.types import TensorType, Type
+from dfc.runtime.openvino_trial import survived
 
 if TYPE_CHECKING:
     import torch
@@ -84,14 +85,15 @@ def _compile(model: ir.Model, threads: int) -> Any:
 
     core = ov.Core()
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
-    if size <= _INLINE_BYTES:
-        return core.compile_model(
-            core.read_model(ir.to_proto(model).SerializeToString()), "CPU", _options(threads)
-        )
     with tempfile.TemporaryDirectory(prefix="dfc-openvino-") as folder:
         path = Path(folder) / "model.onnx"
-        ir.save(model, path, external_data="weights", size_threshold_bytes=1024)
-        return core.compile_model(core.read_model(path), "CPU", _options(threads))
+        if size > _INLINE_BYTES:
+            ir.save(model, path, external_data="weights", size_threshold_bytes=1024)
+            return core.compile_model(
+                core.read_model(path), "CPU", survived(path, _options(threads))
+            )
+        path.write_bytes(proto := ir.to_proto(model).SerializeToString())
+        return core.compile_model(core.read_model(proto), "CPU", survived(path, _options(threads)))
 
 
 def _options(threads: int) -> dict[str, Any]:

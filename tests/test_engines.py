@@ -212,6 +212,42 @@ def test_openvino_refuses_what_it_would_do_wrong(x, reason):
     assert e.value.code == "K003"
 
 
+class _Mlps(torch.nn.Module):
+    """OpenVINO 2026.4.1 dies compiling this for AVX2, where its snippets join the two."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64)]
+        self.first = torch.nn.Sequential(*layers)
+        self.second = torch.nn.Sequential(*layers)
+
+    def forward(self, x):
+        x = x + self.first(x)
+        return x + self.second(x)
+
+
+def test_a_model_that_openvinos_compiler_dies_of_does_not_end_the_process():
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    model = _Mlps().eval()
+    compiled = dfc.compile(model, (x,), engine="openvino")
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_openvino_is_refused_where_its_compiler_dies_and_that_is_remembered(tmp_path, monkeypatch):
+    from dfc.runtime import openvino_trial
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    dies = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+    monkeypatch.setattr(openvino_trial, "_COMPILE", dies)
+    for _ in range(2):
+        with pytest.raises(dfc.DfcError, match="compiler died of SIGSEGV") as e:
+            dfc.compile(_Adds(), (torch.ones(3),), engine="openvino", verify="none")
+        assert e.value.code == "K003"
+        monkeypatch.setattr(openvino_trial, "_COMPILE", "")  # not tried again
+    auto = dfc.compile(_Adds(), (torch.ones(3),), verify="none")
+    assert {e.name: e.verdict for e in auto.report.engines}["openvino"] == "refused"
+
+
 def test_openvino_cuts_no_integers_off():
     compiled = dfc.compile(_Adds(), (torch.tensor([1, 2]),), engine="openvino")
     assert compiled(torch.tensor([3, -(2**31)])).tolist() == [4, 1 - 2**31]

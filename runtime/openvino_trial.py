@@ -1,0 +1,102 @@
+"""Which options OpenVINO's compiler survives a model with, tried in a process of its own.
+
+Why:     a fault in its compiler ends the process, and no `except` helps: 2026.4.1 dies on two MLPs
+         with residuals in a row, where its snippets join them.
+Ensures: what dies is compiled again without snippets, and refused where that dies as well; what
+         came out is kept in the user's cache, by the model, the options, the version and the
+         processor, so that a model is tried once.
+Cost:    one more compilation and half a second, the first time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from dfc.errors import DfcError
+from dfc.rewrite.proofs import cache_folder
+
+WITHOUT_SNIPPETS = {"SNIPPETS_MODE": "DISABLE"}
+_COMPILE = """
+import json, sys
+import openvino
+core = openvino.Core()
+core.compile_model(core.read_model(sys.argv[1]), "CPU", json.loads(sys.argv[2]))
+"""
+
+
+def survived(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options to compile the ONNX at `path` with: those given, or these without snippets.
+
+    Raises:  DfcError K003 when the compiler dies on the model either way.
+    """
+    death = ""
+    for more in ({}, WITHOUT_SNIPPETS):
+        tried = {**options, **more}
+        death = _remembered(path, tried)
+        if not death:
+            return tried
+    raise DfcError("K003", f"engine `openvino` cannot take the model: its compiler died of {death}")
+
+
+def _remembered(path: Path, options: Mapping[str, Any]) -> str:
+    """What the compiler dies of, from the cache where it was tried before; "" when it lives."""
+    folder = cache_folder("openvino")
+    if folder is None:
+        return _death(path, options)
+    entry = folder / _key(path, options)
+    try:
+        return entry.read_text()
+    except OSError:
+        death = _death(path, options)
+    with contextlib.suppress(OSError), tempfile.NamedTemporaryFile("w", dir=folder) as new:
+        new.write(death)
+        new.flush()
+        os.link(new.name, entry)  # whole, or not there
+    return death
+
+
+def _key(path: Path, options: Mapping[str, Any]) -> str:
+    """By the model without the weights that lie beside it: sizes decide what is compiled."""
+    import openvino
+
+    known = [openvino.__version__, _processor(), sorted(options.items())]
+    found = sha256(json.dumps(known).encode())
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith("flags")), platform.machine())
+
+
+def _death(path: Path, options: Mapping[str, Any]) -> str:
+    """The signal that ends a compilation; an exception is no death: it comes again in here."""
+    if not sys.executable:  # embedded in another program
+        return ""
+    command = [sys.executable, "-I", "-c", _COMPILE, str(path), json.dumps(dict(options))]
+    found = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ).returncode
+    if found >= 0:
+        return ""
+    try:
+        return signal.Signals(-found).name
+    except ValueError:
+        return f"signal {-found}"
