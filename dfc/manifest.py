@@ -304,7 +304,10 @@ def _folder(folder: AnyPath) -> Iterator[int]:
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise DfcError("D020", f"there is no `{os.fspath(folder)}`") from None
+        help = None
+        if ":" in os.fspath(folder):  # a model
+            help = "a package is wanted: `dfc compile MODEL -o NAME.dfcpkg` makes one"
+        raise DfcError("D020", f"there is no `{os.fspath(folder)}`", help=help) from None
     except NotADirectoryError:
         raise DfcError(
             "D020", f"`{os.fspath(folder)}` is not a package: it is not a folder"

@@ -171,6 +171,10 @@ def parse_sizes(graph: Graph, text: str) -> dict[str, int]:
                 f"there is no dynamic dimension `{name}`: {have}",
                 help=did_you_mean(name, known),
             )
+        low, high = graph.ranges[name]
+        if int(number) < low or (high is not None and int(number) > high):
+            shown = f"{low}..{high}" if high is not None else f"at least {low}"
+            raise DfcError("D055", f"`{name}` is {number}, outside its range {shown}")
         found[name] = int(number)
     return found
 
@@ -201,14 +205,14 @@ def random_inputs(
         shape = [evaluate(s, bindings) for s in v.type.shape]
         if unknown := [s for s in shape if isinstance(s, Expr)]:
             raise DfcError("D055", f"the size {unknown[0]} of `{v.name}` follows from no dimension")
-        found.append(
-            _draw(
-                [int(s) for s in shape if not isinstance(s, Expr)],
-                v.type.dtype.to_torch(),
-                like,
-                generator,
-            )
-        )
+        sizes_ = [int(s) for s in shape if not isinstance(s, Expr)]
+        try:
+            found.append(_draw(sizes_, v.type.dtype.to_torch(), like, generator))
+        except (RuntimeError, TypeError, MemoryError) as e:  # no such memory; more than 64 bits
+            shown = " x ".join(map(str, sizes_))
+            raise DfcError(
+                "D055", f"`{v.name}` of {shown} elements cannot be drawn: is there the memory?"
+            ) from e
     return found
 
 

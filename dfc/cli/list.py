@@ -10,7 +10,8 @@ import typer
 from dfc.cli.options import Json, Use, load_used
 from dfc.errors import DfcError, did_you_mean
 
-_KINDS = ("passes", "engines", "ops")
+_ONE = {"passes": "pass", "engines": "engine", "ops": "op"}
+_KINDS = tuple(_ONE)
 
 
 def list_(
@@ -49,6 +50,9 @@ def list_(
         return
     from dfc.cli.tables import print_table, print_text
 
+    if not rows:
+        print_text(f"no {_ONE[kind]} has `{word}` in its name")
+        return
     if kind == "passes":
         shown = [
             [r["name"], r["numerics"], r["does"], _options(r["options"]),

@@ -20,12 +20,15 @@ _FORM = 'write {"nodes": {"NAME": SECONDS}}, or take what `dfc plan --measure --
 def read_times(path: Path, graph: Graph) -> dict[Node, float]:
     """The seconds of nodes, by the names of their first results.
 
-    Raises:  DfcError D058 for a file that is not one of times of this graph.
+    Raises:  DfcError D050 for no file, D058 for one that is not of times of this graph.
     """
+    from dfc.cli.sources import read_text
+
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise DfcError("D058", f"cannot read times from `{path}`: {e}", help=_FORM) from e
+        data = json.loads(read_text(path))
+    except ValueError as e:
+        why = str(e)[:1].lower() + str(e)[1:]
+        raise DfcError("D058", f"cannot read times from `{path}`: {why}", help=_FORM) from e
     times = data.get("nodes") if isinstance(data, dict) else None
     if not isinstance(times, dict):
         raise DfcError("D058", f"`{path}` has no times of nodes", help=_FORM)

@@ -30,7 +30,17 @@ Sizes = Annotated[
         "--size", metavar="B=4,S=16", help="Sizes of dynamic dimensions; implies --random."
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of random inputs and random ops.")]
+
+
+def _seed(value: int) -> int:
+    if not -(2**63) <= value < 2**64:
+        raise typer.BadParameter("a seed has 64 bits")
+    return value
+
+
+Seed = Annotated[
+    int, typer.Option("--seed", callback=_seed, help="Seed of random inputs and random ops.")
+]
 Use = Annotated[
     list[str] | None,
     typer.Option(

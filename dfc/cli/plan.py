@@ -100,7 +100,7 @@ def plan(
     from dfc.cli.measured import measure_times, measured_data, measured_text, read_times
     from dfc.cli.outputs import require_apart, require_writable
     from dfc.cli.progress import Progress
-    from dfc.cli.sources import open_source
+    from dfc.cli.sources import open_source, read_text
     from dfc.planning.fewer import fewer_devices, fewer_text
 
     load_used(use)
@@ -108,6 +108,8 @@ def plan(
     require_apart(("--svg", svg), ("--trace", trace))
     require_writable(svg, force)
     require_writable(trace, force)
+    if target is not None:
+        read_text(target)  # before the model is loaded
     with Progress() as say:
         say(f"reading {model}")
         source = open_source(model)

@@ -110,6 +110,21 @@ def named_data(given: Sequence[str] | None) -> dict[str, Any]:
     return made
 
 
+def refuse_unread(plan: Plan, data: Sequence[str] | None, metrics: Sequence[str] | None) -> None:
+    """Refuse data and metrics that no line of the recipe names: most are misspelled.
+
+    Raises:  DfcError Q051.
+    """
+    read = {v for step in plan.passes() for v in step.options.values() if isinstance(v, str)}
+    known = {"data": [*plan.data, *read], "metric": [m.name for m in plan.metrics]}
+    for kind, given in (("data", data), ("metric", metrics)):
+        for text in given or ():
+            name = text.partition("=")[0].strip()
+            if name and name not in known[kind]:
+                help = did_you_mean(name, known[kind]) or f"leave out --{kind} {name}"
+                raise DfcError("Q051", f"the recipe names no {kind} `{name}`", help=help)
+
+
 def named_metrics(given: Sequence[str] | None) -> dict[str, Callable[..., Any]]:
     """The metrics of the command line; see `named_functions`."""
     return named_functions("--metric", given)

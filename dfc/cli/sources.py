@@ -67,6 +67,9 @@ def open_source(text: str) -> Source:
         raise DfcError("D050", f"`{text}` needs a function", help=_candidates(path))
     place, colon, function = text.rpartition(":")
     if not colon or not function.isidentifier():
+        if path.suffix == ".onnx" and path.is_file():
+            help = "ONNX Runtime runs it; dfc compiles the PyTorch model that it was made from"
+            raise DfcError("D050", f"dfc writes ONNX and does not read it: `{text}`", help=help)
         if path.exists():
             raise DfcError("D050", f"dfc cannot read `{text}`", help=_FORMS)
         raise DfcError("D050", f"there is no `{text}`", help=_near(path) or _FORMS)
@@ -145,7 +148,13 @@ def _near(path: Path) -> str | None:
     folder = path.parent
     if not folder.is_dir():
         return f"there is no folder `{folder}`"
-    return did_you_mean(path.name, sorted(p.name for p in folder.iterdir()))
+    names = sorted(p.name for p in folder.iterdir() if p.name != path.name)
+    return did_you_mean(path.name, [n for n in names if _alike(path, Path(n))])
+
+
+def _alike(wanted: Path, other: Path) -> bool:
+    """A suffix that two names share makes them no more alike."""
+    return wanted.suffix != other.suffix or bool(did_you_mean(wanted.stem, [other.stem]))
 
 
 # Packages and exported programs

@@ -48,6 +48,8 @@ class Batches:
         if number == 0:
             again = f", but {self._seen} when it was read before" if self._seen else ""
             help = "it must be readable more than once: a list or a DataLoader, not a generator"
+            if self.count == 0:
+                help = "it is empty: a batch is what the model is called with"
             code = "D083" if self._seen else "D080"
             raise DfcError(code, f"data `{self.name}` gave no batch{again}", help=help)
         if self._seen not in (None, number):

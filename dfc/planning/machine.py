@@ -175,7 +175,7 @@ class Machine:
         known = [d.name for d in self.devices]
         for name in names:
             if name not in known:
-                help = did_you_mean(name, known) or f"there are {', '.join(known)}"
+                help = did_you_mean(name, known) or f"it has {', '.join(known)}"
                 raise DfcError("N046", f"`{self.name}` has no device `{name}`", help=help)
         at = [known.index(name) for name in names]
         return self.at(at)

@@ -185,9 +185,10 @@ def _chosen(names: Names, name: str | None) -> tuple[s.Recipe, Source] | None:
     if name is not None and name in names.recipes:
         return names.recipes[name]
     if name is not None:
-        help = did_you_mean(name, [*names.recipes])
+        own_names = ", ".join(e.name.name for e in own)
+        help = did_you_mean(name, [*names.recipes]) or (own_names and f"the file has {own_names}")
         message = f"there is no recipe `{name}`"
-        names.problems.add([Diagnostic("Q011", message, None, help)])
+        names.problems.add([Diagnostic("Q011", message, None, help or None)])
     elif not names.problems.found:
         listed = ", ".join(f"`{e.name.name}`" for e in own)
         message = f"the file has {len(own)} recipes: {listed}" if own else "the file has no recipe"
