@@ -79,11 +79,13 @@ class Work:
 def padding(grain: float, device: str, kind: str, sides: tuple[float, float, float]) -> float:
     """How many times its flops a product is charged for on a kind of device.
 
-    A processor's kernels for products take columns by vectors and rows almost one by one; what
-    is contracted, and the sides of other kernels, count as they are.
+    A processor's kernels for products take a block of columns or waste it, and rows almost one by
+    one; what is contracted, and the sides of other kernels, are charged for the grain on top.
     """
-    weights = (0.25, 3.0, 1.0) if kind == "matmul" and device == "cpu" else (1.0, 1.0, 1.0)
-    return prod(1 + w * grain / max(n, 1.0) for w, n in zip(weights, sides, strict=True))
+    m, n, k = (max(side, 1.0) for side in sides)
+    if kind == "matmul" and device == "cpu":
+        return (1 + grain / 4 / m) * max(1.0, 4 * grain / n) * (1 + grain / k)
+    return (1 + grain / m) * (1 + grain / n) * (1 + grain / k)
 
 
 def default_sizes(graph: Graph, given: Sizes | None = None) -> dict[str, int]:

@@ -59,6 +59,8 @@ def facts_of(device: Device) -> dict[str, float]:
     found |= {f: device.launches[kind] for f, kind in LAUNCHES.items() if kind in device.launches}
     return found | {
         "launch": device.launch,
+        "grain": device.grain,
+        "launch_each": device.each_matrix,
         "bw_cache": device.cache_bandwidth,
         "bw_conv": device.layout_bandwidth,
     }

@@ -8,9 +8,9 @@ these blocks with many items what they take.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from dfc.ir.graph import Graph
@@ -33,7 +33,8 @@ class Block:
         return [work_of(n, sizes) for n in self.graph.nodes]
 
 
-def blocks() -> dict[str, Block]:
+@cache
+def blocks() -> Mapping[str, Block]:
     """An encoder, convolutions with their norms, lookups; and each with many items."""
     import torch
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from dfc.planning.cost import padding
-from dfc.runtime.calibrate.fitting import solve
-from dfc.runtime.calibrate.probes import DTYPES, FRESH, LAUNCHED, PRODUCTS, Sizes
+from dfc.runtime.calibrate.fitting import GRAINS, solve
+from dfc.runtime.calibrate.probes import DTYPES, FRESH, HALF, LAUNCHED, PRODUCTS, Sizes
 from dfc.runtime.calibrate.sampling import Reading
 
 
@@ -17,11 +17,14 @@ def readings_of(
     """The facts that times tell: starting is taken off where it is a part of them."""
     found = {f: _each(took[f], chain.operators) for f, chain in LAUNCHED.items()}
     start = {f: r.value for f, r in found.items()}
-    found["grain"] = _grain(took["grain"], took["peak"], start["launch_matmul"], sizes, kind)
+    squares = [(took["peak"], sizes.side), (took[HALF], sizes.side // 2)]
+    best, side = min(squares, key=lambda square: square[0].value / square[1] ** 3)
+    found["grain"] = _grain(took["grain"], sizes.small, best, side, start["launch_matmul"], kind)
     g = found["grain"].value
-    for fact in ("peak", *DTYPES, "peak_i8"):
+    found["peak"] = _rate(best, _product(side, g, kind), start["launch_matmul"])
+    for fact in (*DTYPES, "peak_i8"):
         if fact in took:
-            work = _product(sizes.side if fact == "peak" else sizes.other, g, kind)
+            work = _product(sizes.other, g, kind)
             found[fact] = _rate(took[fact], work, start["launch_matmul"])
     found["launch_product"] = _per_product(took, start["launch_matmul"], found["peak"], g, kind)
     attention = 8.0 * (sizes.tokens + g) ** 2 * (4 * 64 + 12) * (1 + g / 64)
@@ -99,15 +102,16 @@ def _product(side: int, grain: float, kind: str) -> float:
     return 2 * n**3 * padding(grain, kind, "matmul", (n, n, n))
 
 
-def _grain(small: Reading, large: Reading, start: float, sizes: Sizes, kind: str) -> Reading:
-    """The one with which products of two sides take what they are charged for at one rate."""
-    seconds = max(small.value / 4 - start, small.value / 40)
-    ratio = seconds / max(large.value - start, large.value / 10)
+def _grain(four: Reading, small: int, one: Reading, large: int, start: float, kind: str) -> Reading:
+    """The one with which products of two sides, four of the small one, take what they are charged
+    for at one rate."""
+    seconds = max(four.value / 4 - start, four.value / 40)
+    ratio = seconds / max(one.value - start, one.value / 10)
 
     def charged(g: float) -> float:
-        return _product(sizes.small, g, kind) / _product(sizes.side, g, kind)
+        return _product(small, g, kind) / _product(large, g, kind)
 
-    return replace(small, value=solve(charged, ratio, 1.0, float(sizes.side)))
+    return replace(four, value=solve(charged, ratio, GRAINS[0], float(large)))
 
 
 def _per_product(

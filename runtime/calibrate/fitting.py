@@ -11,6 +11,7 @@ from dfc.planning.facts import LAUNCHES
 from dfc.planning.machine import Device
 
 _LEAST, _MOST = 1.0, 3.0  # times as slow as in caches; beyond, something else is wrong
+GRAINS = (2.0, 32.0)  # the least and the most of what kernels for products are known to take
 _COLD = ("math", "norm", "reduce")  # classes whose rates were measured in a cache
 
 Node = tuple[Work, float]  # a node of a block, and its seconds where it stands
@@ -18,6 +19,8 @@ Node = tuple[Work, float]  # a node of a block, and its seconds where it stands
 
 def fitted(device: Device, few: Sequence[Node], many: Sequence[Node]) -> Device:
     """The device that nodes show: of blocks with few items, and with many."""
+    for _ in range(2):  # starts are what work leaves, and work is what starts leave
+        device = _headed(_grained(_starting(device, few), many), many)
     return _slowed(_gathering(_starting(device, few), many), many)
 
 
@@ -31,6 +34,30 @@ def _starting(device: Device, nodes: Sequence[Node]) -> Device:
     launches = {kind: mean(times) for kind, times in found.items()}
     plain = launches.pop("plain", device.launch)
     return replace(device, launch=plain, launches={**device.launches, **launches})
+
+
+def _grained(device: Device, nodes: Sequence[Node]) -> Device:
+    """What small sides of products cost on a processor.
+
+    Why:  what a chain of products takes beyond its starts is a small difference of large numbers.
+    """
+    chosen = [(w, t) for w, t in nodes if w.kind == "matmul"]
+    if device.kind != "cpu" or not chosen:
+        return device
+
+    def takes(grain: float) -> float:
+        return sum(w.seconds(replace(device, grain=grain)) for w, _ in chosen)
+
+    return replace(device, grain=solve(takes, sum(t for _, t in chosen), *GRAINS))
+
+
+def _headed(device: Device, nodes: Sequence[Node]) -> Device:
+    """What a small head of attention takes beyond its arithmetic."""
+    alone = replace(device, each_matrix=0.0)
+    chosen = [(w, t - w.seconds(alone)) for w, t in nodes if w.kind == "attention"]
+    heads = sum(w.matrices for w, _ in chosen)
+    each = max(sum(t for _, t in chosen), 0.0) / heads if heads else device.each_matrix
+    return replace(device, each_matrix=each)
 
 
 def _gathering(device: Device, nodes: Sequence[Node]) -> Device:

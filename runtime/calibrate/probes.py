@@ -17,6 +17,7 @@ LAUNCHED = {  # classes of operators, tiny: what is left is the time to start th
     "launch_attention": Chain(("attention",), (2, 4, 8, 8), length=4),
 }
 DTYPES = {"peak_f16": "f16", "peak_bf16": "bf16", "peak_f64": "f64"}
+HALF = "peak of half the side"  # where long samples are disturbed, the shorter ones tell the peak
 PRODUCTS = 128  # matrices of a batch
 FRESH = 3 * MAPPED // 8  # elements, of more bytes than malloc keeps
 
@@ -49,13 +50,15 @@ QUICK = Sizes(
 def chains_of(sizes: Sizes, kind: str) -> dict[str, Chain]:
     """What is run, by the fact that it tells."""
     side, image = sizes.side, sizes.image
-    square, other = (Chain(("mm",), (n, n), ((n, n),)) for n in (side, sizes.other))
+    square, half, other = (Chain(("mm",), (n, n), ((n, n),)) for n in (
+        side, side // 2, sizes.other))  # fmt: skip
     few, some, many, fresh = ((n // 256, 256) for n in (
         sizes.few, sizes.some, sizes.many, FRESH))  # fmt: skip
     n = sizes.small
     found = {
         **LAUNCHED,
         "peak": square,
+        HALF: half,
         **{fact: replace(other, dtype=dtype) for fact, dtype in DTYPES.items()},
         "grain": Chain(("linear",), (1, n, n), ((n, n), (n,)), length=4),
         "rate_conv": Chain(("conv",), (2, 64, image, image), ((64, 64, 3, 3),)),
