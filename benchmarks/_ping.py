@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,11 @@ def main() -> None:
     where = joined([kind, *at[:1], *map(int, at[1:])], Path(folder), "127.0.0.1")
     member = Member(where.links(int(me), _PAIRS, "ring"), int(nbytes))
     member.ask(AHEAD)
-    while True:
-        block = member.get()
-        member.ask()
-        member.put(block)
+    with suppress(RuntimeError):  # the others are gone
+        while True:
+            block = member.get()
+            member.ask()
+            member.put(block)
 
 
 if __name__ == "__main__":

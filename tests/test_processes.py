@@ -100,15 +100,18 @@ def test_values_keep_their_bits_and_their_layout() -> None:
 
 
 def came_back(layout: Layout, values: Sequence[Any]) -> None:
-    block = layout.pack(values)
-    assert block.nbytes == layout.nbytes
-    for x, y in zip(values, layout.unpack(block), strict=True):
-        if isinstance(x, torch.Tensor):
-            assert torch.equal(x, y) and x.dtype == y.dtype
-            if x.numel() == x.untyped_storage().nbytes() // x.dtype.itemsize:
-                assert x.stride() == y.stride()
-        else:
-            assert x == y and type(x) is type(y)
+    """However they go, as one block or in parts."""
+    message = layout.message(values)
+    joined = torch.frombuffer(bytearray(b"".join(message.parts)), dtype=torch.uint8)
+    for block in (layout.pack(values), message.block(), joined):
+        assert block.nbytes == layout.nbytes == message.nbytes
+        for x, y in zip(values, layout.unpack(block), strict=True):
+            if isinstance(x, torch.Tensor):
+                assert torch.equal(x, y) and x.dtype == y.dtype
+                if x.numel() == x.untyped_storage().nbytes() // x.dtype.itemsize:
+                    assert x.stride() == y.stride()
+            else:
+                assert x == y and type(x) is type(y)
 
 
 def test_who_does_not_know_the_key_is_sent_away() -> None:

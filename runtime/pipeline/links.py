@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dfc.planning.stages import HOST
-from dfc.runtime.pipeline.messages import Layout, layout_of
+from dfc.runtime.pipeline.messages import Layout, Message, layout_of
 from dfc.runtime.pipeline.routes import Key, Routes
 
 if TYPE_CHECKING:
@@ -122,6 +122,10 @@ class Linked(Protocol):
         """Begin to send or to receive a block; what is returned is waited for."""
         ...
 
+    def send(self, pair: Pair, message: Message, tag: int) -> Any:
+        """Begin to send what `post` receives as a block."""
+        ...
+
     def interrupt(self) -> None:
         """Whoever waits in a link is told that it is over, where that can be done."""
         ...
@@ -157,6 +161,9 @@ class Links:
         if pair[0] == self.me:
             return group.send([block], 1, tag)
         return group.recv([block], 0, tag)
+
+    def send(self, pair: Pair, message: Message, tag: int) -> Any:
+        return self.post(pair, message.block(), tag)
 
     def interrupt(self) -> None:
         """Nothing: who waits in gloo is told when the other end lets go."""
@@ -210,29 +217,29 @@ class Traffic:
         self._incoming = {p: _Incoming(o) for p, o in self.orders.items() if p[1] == links.me}
 
     def send(self, edge: int, microbatch: int, values: Sequence[Any]) -> None:
-        """Hand values to the link; they may be used further, the message has a copy.
+        """Hand values to the link; they may be read further, and are not to be written to.
 
         Raises:  LinkLost, Abandoned.
         """
         self._go_on()
         pair = self._pair(edge)
         layout = self._layout(edge, microbatch)
-        block = layout.pack(values)
+        message = layout.message(values)
         tag = 2 * self.orders[pair].place[edge, microbatch]
-        slots = max(self.routes.slots[edge] or _HOST_SLOTS, _that_are_small(block.nbytes))
+        slots = max(self.routes.slots[edge] or _HOST_SLOTS, _that_are_small(message.nbytes))
         under_way = self._under_way.setdefault(edge, deque())
         self.doing.set("SEND", edge, microbatch)
         try:
             if layout.nbytes is None:
-                length = _length(block.nbytes)
+                length = _length(message.nbytes)
                 under_way.append((microbatch, self.links.post(pair, length, tag + 1), length))
-            under_way.append((microbatch, self.links.post(pair, block, tag), block))
+            under_way.append((microbatch, self.links.send(pair, message, tag), message))
             while len(under_way) > slots:
                 under_way[0][1].wait(self.timeout)
                 under_way.popleft()
         except (RuntimeError, KeyError) as e:
             raise LinkLost(edge, microbatch, pair[1], False, str(e)) from e
-        self.sent[edge] = self.sent.get(edge, 0) + block.nbytes
+        self.sent[edge] = self.sent.get(edge, 0) + message.nbytes
 
     def receive(self, edge: int, microbatch: int) -> list[Any]:
         """The values of a message.

@@ -25,6 +25,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from dfc.runtime.pipeline.messages import Message, memory_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -69,8 +71,15 @@ class LocalLinks:
         Raises:  RuntimeError when the other end is gone.
         """
         if pair[0] == self.me:
-            return self._out[pair[1]].post(block, tag)
+            return self._out[pair[1]].post(Message([memory_of(block)], block.nbytes, [block]), tag)
         return self._in[pair[0]].post(block, tag)
+
+    def send(self, pair: Pair, message: Message, tag: int) -> _Work:
+        """Begin to send what `post` receives as a block.
+
+        Raises:  RuntimeError when the other end is gone.
+        """
+        return self._out[pair[1]].post(message, tag)
 
     def interrupt(self) -> None:
         """Whoever waits in a link is told that it is over; from any thread."""
@@ -107,6 +116,7 @@ _SENT = _Work()
 class _Going(_Work):
     """A message, or the rest of one, that another thread sends."""
 
+    message: Message  # whose memory the parts are
     parts: list[memoryview]
     error: str = ""
     done: threading.Event = field(default_factory=threading.Event)
@@ -128,16 +138,15 @@ class _Outgoing:
         self._thread: threading.Thread | None = None
         self._last: _Going | None = None
 
-    def post(self, block: torch.Tensor, tag: int) -> _Work:
-        frame = memoryview(_FRAME.pack(tag, block.nbytes))
-        parts = [frame, block.numpy().data]
+    def post(self, message: Message, tag: int) -> _Work:
+        parts = [memoryview(_FRAME.pack(tag, message.nbytes)), *message.parts]
         if self._last is None or self._last.done.is_set():
             if self._last is not None and self._last.error:
                 raise RuntimeError(self._last.error)
             parts = _rest(parts, self._at_once(parts))
             if not parts:
                 return _SENT
-        self._last = work = _Going(parts)
+        self._last = work = _Going(message, parts)
         self._queue.put(work)
         if self._thread is None:
             self._thread = threading.Thread(target=self._send, name="dfc-link", daemon=True)
@@ -207,7 +216,7 @@ class _Incoming:
 
     def _read(self, work: _Coming, until: float) -> None:
         frame = bytearray(_FRAME.size)
-        parts = [memoryview(frame), work.block.numpy().data]
+        parts = [memoryview(frame), memory_of(work.block)]
         while parts:
             parts = _rest(parts, self._some(parts, until))
         found = _FRAME.unpack(frame)
