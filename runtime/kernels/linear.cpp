@@ -71,27 +71,32 @@ using Task = void (*)(const void* what, int64_t index);
 struct Work {
   Task task;
   const void* what;
-  int64_t count, chunk;
+  int64_t count, chunk, threads;
   std::atomic<int64_t> next;
 };
 
-// What each thread does: take the next few tasks until none is left.
+// What each thread does: take half of its share of what is left, and at least a chunk, until
+// nothing is left.
+// Why:  tasks side by side are read without a stop; the last to finish is waited for.
 void take(void* data) {
   Work& work = *static_cast<Work*>(data);
+  int64_t begin = work.next.load(std::memory_order_relaxed);
   for (;;) {
-    const int64_t begin = work.next.fetch_add(work.chunk, std::memory_order_relaxed);
     if (begin >= work.count) return;
-    const int64_t end = least(work.count, begin + work.chunk);
+    const int64_t share = (work.count - begin) / (2 * work.threads);
+    const int64_t end = least(work.count, begin + (share > work.chunk ? share : work.chunk));
+    if (!work.next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
     for (int64_t i = begin; i < end; ++i) work.task(work.what, i);
+    begin = work.next.load(std::memory_order_relaxed);
   }
 }
 
 // Runs task(what, 0) ... task(what, count - 1), in any order, on up to `threads` threads.
 void spread(int32_t threads, int64_t count, int64_t chunk, Task task, const void* what) {
-  Work work{task, what, count, chunk, {0}};
-  const GompParallel run = openmp.load(std::memory_order_acquire);
   const int64_t useful = (count + chunk - 1) / chunk;
   if (useful < threads) threads = int32_t(useful);
+  Work work{task, what, count, chunk, threads > 0 ? threads : 1, {0}};
+  const GompParallel run = openmp.load(std::memory_order_acquire);
   if (run && threads > 1)
     run(take, &work, unsigned(threads), 0);
   else
@@ -290,10 +295,8 @@ void one_tile(const void* what, int64_t index) {
   c.path->many_rows(c.job, index / c.tiles, row, rows, scratch);
 }
 
-// Threads take this many bytes of weights at a time at least: each time, reading ahead begins anew.
+// A thread takes this many bytes of weights at least: each time, reading ahead begins anew.
 constexpr int64_t LEAST_CHUNK_BYTES = 64 * 1024;
-// And at most one of so many parts of a thread's share: the last to finish is waited for.
-constexpr int64_t PARTS = 4;
 
 void multiply(const Call& c, int32_t threads) {
   const Layout& w = c.job.w;
@@ -303,13 +306,9 @@ void multiply(const Call& c, int32_t threads) {
     spread(few, (rows + TURNED_ROWS - 1) / TURNED_ROWS, 1, quantize_rows, &c);
   else
     spread(few, rows, rows < 16 ? 1 : 4, quantize_one, &c);
-  // Neighbours, so that a thread can ask for its next panel.
-  int64_t chunk = w.panels * c.tiles / (PARTS * (threads > 0 ? threads : 1));
-  if (rows > 1) return spread(threads, w.panels * c.tiles, chunk < 1 ? 1 : chunk, one_tile, &c);
-  const int64_t least_chunk = LEAST_CHUNK_BYTES / w.panel_bytes;
-  if (chunk < least_chunk) chunk = least_chunk;
-  if (chunk < 1) chunk = 1;
-  spread(threads, w.panels, chunk, one_panel, &c);
+  if (rows > 1) return spread(threads, w.panels * c.tiles, 1, one_tile, &c);
+  const int64_t chunk = LEAST_CHUNK_BYTES / w.panel_bytes;
+  spread(threads, w.panels, chunk < 1 ? 1 : chunk, one_panel, &c);
 }
 
 }  // namespace
