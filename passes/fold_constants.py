@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dfc.errors import DfcError
-from dfc.ir.graph import Graph, Node, Parameter, Value
+from dfc.ir.graph import RESULT, Graph, Node, Parameter, Value
 from dfc.ir.interpret import stepper
 from dfc.ir.op import DeclaredOp
 from dfc.ir.types import TensorType
@@ -117,7 +117,9 @@ def _is_second_look(node: Node, source: Parameter, views: Views) -> bool:
 
 def _is_view(node: Node, source: Parameter, views: Views) -> bool:
     """Whether what a node gives lies in a parameter's memory."""
-    if not isinstance(node.info, AtenOp) or not node.info.may_view or node.symbols:
+    if node.op == RESULT or node.graphs or node.symbols:
+        return False
+    if not isinstance(node.info, AtenOp) or not node.info.may_view:
         return False
     if any(v is not source and v not in views for v in node.operands):
         return False
