@@ -8,8 +8,8 @@ engine runs the same chain of the same random codes: queries, keys and values as
 gate and up as one. Engines alternate in one process, each after one run that does not count; times
 are medians, the spread is the distance between the quartiles. With fewer --layers (less memory)
 the time of a layer is measured, and the whole is told. `GB/s` are bytes of int4 or int8 weights
-with float16 scales over time, to be seen beside what the memory gives to reading. `error` is the
-distance from float32 over its size.
+with float16 scales over time, to be seen beside what the memory gives to reading and what one core
+computes. `error` is the distance from float32 over its size.
 
 Peers: ONNX Runtime (MatMulNBits, accuracy_level 4, threads that do not spin), OpenVINO where it is
 installed, llama.cpp where --ggml says where its libraries are, for example from
@@ -136,6 +136,42 @@ def reading(rounds: int = 9) -> tuple[float, float]:
     return median(seen), max(seen)
 
 
+def one_core(bits: int, group: int, rows: int, n: int, k: int) -> float:
+    """Seconds of the kernel alone, at best: codes lie as trained ones do, in a core's caches."""
+    from dfc.runtime.kernels import linear
+    from dfc.runtime.kernels.library import library
+
+    found = library()
+    assert found is not None
+    random = torch.Generator().manual_seed(1)
+    scale = torch.full((n, k // group) if group else (n,), 0.01).half()
+    if bits == 4:
+        codes = torch.randint(0, 256, (n, k // 2), generator=random, dtype=torch.uint8)
+        packed = linear.pack_w4(codes, scale, None, k, group)
+    else:
+        wide = torch.randn(n, k, generator=random)
+        codes = (wide / wide.abs().amax(1, keepdim=True) * 127).round().to(torch.int8)
+        packed = linear.pack_w8(codes, scale, group)
+    x, y = torch.randn(rows, k, generator=random), torch.empty(rows, n)
+    data = (packed.data_ptr(), packed.numel(), x.data_ptr(), rows, k, None, y.data_ptr(), n, 1)
+    seen = []
+    for _ in range(300):
+        start = time.perf_counter()
+        found.c.dfc_linear(*data, None)
+        seen.append(time.perf_counter() - start)
+    return min(seen)
+
+
+def limits() -> str:
+    """What one core computes where memory does not limit it."""
+    few = [512 * 2048 * (bits / 8 + 2 / 32) / one_core(bits, 32, 1, 512, 2048) for bits in (4, 8)]
+    many = 128 * 768 * 768 / one_core(8, 0, 128, 768, 768)
+    return (
+        f"one core, weights in its caches: one row {few[0] / 1e9:.1f} GB/s of int4 g32 and "
+        f"{few[1] / 1e9:.1f} of int8 g32; 128 rows {many / 1e9:.1f} GMAC/s of int8"
+    )
+
+
 def machine() -> Iterator[str]:
     found = state()
     name = platform.processor() or platform.machine()
@@ -147,6 +183,8 @@ def machine() -> Iterator[str]:
     yield f"torch {torch.__version__}, {torch.get_num_threads()} threads; kernels: {found.reason}"
     mid, best = reading()
     yield f"reading memory on all threads: {mid:.1f} GB/s, at best {best:.1f}"
+    if found.built:
+        yield limits()
 
 
 def numbers(text: str) -> list[int]:
