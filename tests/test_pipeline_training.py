@@ -23,8 +23,11 @@ from dfc.ir.graph import Graph, Node
 from dfc.ir.interpret import interpret
 from dfc.ir.types import TensorType, dtype_of
 from dfc.planning.actions import parse_program
+from dfc.planning.engine import Engine, Runner
 from dfc.planning.microbatches import cut
 from dfc.rewrite.pass_ import Context, find_pass
+from dfc.runtime.engines import find_engine
+from dfc.runtime.pipeline import training
 from dfc.runtime.pipeline.dropout import Mask, masked
 from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.training import Trainer
@@ -365,6 +368,32 @@ def test_gradients_that_several_read_are_added_to_each_sum() -> None:
             for _ in range(2):  # the second starts from nothing again
                 trainer.backward(x)
                 close({n: p.grad for n, p in trainer.parameters.items()}, expected)
+
+
+class Unwilling(Engine):
+    """Runs as eager does, and writes over nothing."""
+
+    name, devices = "unwilling", ("cpu",)
+
+    def supports(self, node: Node) -> str | None:
+        return None
+
+    def build(self, graph: Graph, device: str = "cpu", threads: int | None = None) -> Runner:
+        return find_engine("eager").build(graph, device, threads)
+
+
+def test_an_engine_that_writes_over_nothing_gives_the_same(monkeypatch: Any) -> None:
+    _, args = captured("branches")
+    found = []
+    for engine in (find_engine("eager"), Unwilling()):
+        monkeypatch.setattr(training, "find_engine", lambda _, engine=engine: engine)
+        with Trainer(staged("branches", 2), schedule="zb1p", microbatches=4, optimizer=adamw,
+                     threads=1) as trainer:  # fmt: skip
+            losses = [float(trainer.step(*args)) for _ in range(2)]
+            found.append((losses, [p.detach() for p in trainer.parameters.values()]))
+    (losses, weights), (others, other_weights) = found
+    assert losses == others
+    assert all(map(torch.equal, weights, other_weights))
 
 
 def test_a_gradient_is_added_where_it_is_made_and_needs_no_memory() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +66,7 @@ class Ranks:
             self.links = self._linked(pairs, "step")
             self.others = self._linked(self._pairs_after(), "after")
         except RuntimeError as e:
-            raise DfcError(
-                "K058", f"the links of rank {world.rank} cannot be made: {e}"
-            ) from e  # fmt: skip
+            raise DfcError("K058", f"the links of rank {world.rank} cannot be made: {e}") from e
 
     def _linked(self, pairs: Sequence[Pair], name: str) -> Links:
         w = self.world
@@ -198,10 +197,8 @@ class Ranks:
 
     def _leave(self, why: str) -> None:
         """Say why, then let the links go: whoever waits for this rank is told by that."""
-        try:
+        with suppress(RuntimeError):  # the store may be the lost rank's: nobody can be told then
             self.world.put(f"{self.name}/gone/{self.world.rank}", why)
-        except RuntimeError:
-            self.doing.set("gone")  # the store was the lost rank's: nobody can be told
         self.close()
 
     def close(self) -> None:
