@@ -88,7 +88,7 @@ def test_a_device_is_fitted_to_what_blocks_of_mixed_operators_take() -> None:
     real = replace(
         start, launch=7e-6, launches={k: (6 + 3 * i) * 1e-6 for i, k in enumerate(kinds)},
         rates={**rates, "math": 4e9, "norm": 4e9, "reduce": 4e9, "gather": 1e9},
-        cache_bandwidth=5e10 / 1.5, grain=12.0, each_matrix=5e-7,
+        cache_bandwidth=5e10 / 1.5, grain=12.0, each_matrix=5e-7, layout_bandwidth=6e9,
     )  # fmt: skip
     works = {wide: [w for name, b in blocks().items() for w in b.works
                     if name.startswith("many") == wide] for wide in (False, True)}  # fmt: skip
@@ -101,6 +101,7 @@ def test_a_device_is_fitted_to_what_blocks_of_mixed_operators_take() -> None:
     assert found.launch == pytest.approx(7e-6, rel=0.1)
     for kind in kinds:
         assert found.launches[kind] == pytest.approx(real.launches[kind], rel=0.1), kind
+    assert found.layout_bandwidth == pytest.approx(6e9, rel=0.15)
     assert found.each_matrix == pytest.approx(5e-7, rel=0.1)
     assert found.grain == pytest.approx(12.0, rel=0.1)
     assert found.rates["gather"] == pytest.approx(1e9, rel=0.1)

@@ -19,9 +19,13 @@ Node = tuple[Work, float]  # a node of a block, and its seconds where it stands
 
 def fitted(device: Device, few: Sequence[Node], many: Sequence[Node]) -> Device:
     """The device that nodes show: of blocks with few items, and with many."""
-    for _ in range(2):  # starts are what work leaves, and work is what starts leave
-        device = _headed(_grained(_starting(device, few), many), many)
-    return _slowed(_gathering(_starting(device, few), many), many)
+    # Views do no work whatever their sizes, but start later where others left the caches full.
+    few = [*few, *(node for node in many if node[0].kind == "view")]
+    for _ in range(3):  # starts are what work leaves, and work is what starts leave
+        device = _starting(device, few)
+        for fit in (_grained, _headed, _gathering, _laid_out):
+            device = fit(device, many)
+    return _slowed(_starting(device, few), many)
 
 
 def _starting(device: Device, nodes: Sequence[Node]) -> Device:
@@ -68,6 +72,23 @@ def _gathering(device: Device, nodes: Sequence[Node]) -> Device:
         return device
     rate = sum(w.flops for w, _ in chosen) / seconds
     return replace(device, rates={**device.rates, "gather": rate})
+
+
+def _laid_out(device: Device, nodes: Sequence[Node]) -> Device:
+    """With what bandwidth convolutions change layouts, so that all of them take their time."""
+    chosen = [(w, t) for w, t in nodes if w.kind == "conv"]
+    if not device.layout_bandwidth or not chosen:
+        return device
+
+    def laid_out(seconds_a_byte: float) -> Device:
+        return replace(device, layout_bandwidth=1 / seconds_a_byte)
+
+    def takes(seconds_a_byte: float) -> float:
+        slower = laid_out(seconds_a_byte)
+        return sum(w.seconds(slower) for w, _ in chosen)
+
+    memory = 1 / device.bandwidth
+    return laid_out(solve(takes, sum(t for _, t in chosen), memory / 10, memory * 10))
 
 
 def _slowed(device: Device, nodes: Sequence[Node]) -> Device:
