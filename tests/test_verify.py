@@ -283,3 +283,18 @@ def test_no_swapped_type_goes_unnoticed(seed: int) -> None:
         graph.set_type(changed.results[0], t.with_dtype(other))
         with pytest.raises(DfcError):
             verify(graph)
+
+
+def test_a_type_rule_that_looks_at_numbers_leaves_what_is_declared() -> None:
+    """`istft` asks whether its window's sums are 0: sizes cannot tell."""
+    import torch
+
+    class Sound(torch.nn.Module):
+        def forward(self, wave: torch.Tensor) -> torch.Tensor:
+            window = torch.ones(32)
+            spectrum = torch.stft(wave, 32, 8, window=window, return_complex=True)
+            return torch.istft(spectrum, 32, 8, window=window, length=160)
+
+    graph = dfc.trace(Sound(), (torch.randn(2, 160),))
+    assert any(n.op == "aten.istft.default" for n in graph.nodes)
+    verify(graph, types=True)

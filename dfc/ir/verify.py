@@ -182,7 +182,7 @@ def _decided_by_data(graph: Graph) -> frozenset[str]:
 def _types(
     nodes: Iterable[Node], bindings: Mapping[str, int], unknown: frozenset[str]
 ) -> Iterator[Diagnostic]:
-    from dfc.ops.aten import sample_types
+    from dfc.ops.aten import sample_types, waits_for_data
 
     for node in nodes:
         if unknown and not unknown.isdisjoint(_symbols(node)):
@@ -203,6 +203,8 @@ def _types(
             yield _problem(e.code, node, e.message, e.diagnostics[0].help)
             continue
         except _REFUSALS as e:
+            if waits_for_data(e):
+                continue  # what is declared stands
             reason = str(e).splitlines()[0] if str(e) else type(e).__name__
             shown = ", ".join(str(v.type) for v in node.operands)
             yield _problem("V020", node, f"refuses ({shown}): {reason}")

@@ -402,6 +402,13 @@ def sample_types(node: Node, bindings: Mapping[str, int]) -> tuple[Type, ...] | 
     return _infer_fake(op.name, types, attributes, (), ())
 
 
+def waits_for_data(error: Exception) -> bool:
+    """Whether a type rule gave up since it looks at numbers: `istft` at its window's sums."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException
+
+    return isinstance(error, DataDependentOutputException)
+
+
 def _bound(value: Any, bindings: Mapping[str, int]) -> Any:
     if isinstance(value, tuple):
         return tuple(_bound(v, bindings) for v in value)
