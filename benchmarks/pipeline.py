@@ -173,8 +173,10 @@ def onnx_stages(each: int = 96) -> None:
                 "torch": lambda: pipeline.run_flat([x]),
             })  # fmt: skip
     say("A folder of two ONNX stages, one thread each")
-    say(f"  over the whole model there with one thread: {ratio(took['one'], took['stages'])}")
-    say(f"  over the pipeline in PyTorch: {ratio(took['torch'], took['stages'])} (goal 0.9)")
+    say(f"  {ratio(took['one'], took['stages'])} times as fast as the whole model there with one "
+        "thread")  # fmt: skip
+    say(f"  {ratio(took['torch'], took['stages'])} times as fast as the pipeline in PyTorch (goal "
+        "0.9 at least)")  # fmt: skip
 
 
 def one_gpu(each: int = 4096) -> None:
