@@ -120,8 +120,10 @@ def test_nodes_are_timed_where_they_stand() -> None:
     first, second = run(), run()
     assert len(first.nodes) == len(second.nodes) == len(block.works)
     assert all(0 < t < 10 for t in (*second.nodes, second.around))
-    runs = [Clocked((1.0, 2.0), 1.0), Clocked((3.0, 1.0), 9.0)]
-    assert quiet_seconds(runs) == [1.5, 1.5]  # half of the least around for each
+    runs = [Clocked((2.0, 3.0), 1.0), Clocked((3.0, 2.5), 9.0)]
+    # The quickest of each, 2 and 2.5, as the run of 5 has them; half of the least around for each.
+    assert quiet_seconds(runs) == pytest.approx([2.0 / 0.9 + 0.5, 2.5 / 0.9 + 0.5])
+    assert quiet_seconds([Clocked((1.0, 9.0), 0.0), Clocked((9.0, 1.0), 0.0)]) == [1.3, 1.3]
 
 
 def measured(name: str = "cpu0") -> Measured:

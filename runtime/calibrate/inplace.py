@@ -11,6 +11,8 @@ from typing import Any
 from dfc.ir.graph import Graph
 from dfc.runtime.calibrate.sampling import quiet
 
+_INTERRUPTED = 1.3  # times what nodes alone take: such a run was not left alone
+
 
 @dataclass(frozen=True)
 class Clocked:
@@ -57,8 +59,12 @@ def clocked(graph: Graph, inputs: Sequence[Any], device: str = "cpu") -> Callabl
 def quiet_seconds(runs: Sequence[Clocked]) -> list[float]:
     """Each node's, as `quiet` tells it, with its share of what is around them.
 
+    Why:    nodes have their quiet moments in different runs: together they are brought to what the
+            nodes of one run take, as far as that is not a run which was interrupted.
     Needs:  one run at least.
     """
     around = quiet([r.around for r in runs]).value / max(len(runs[0].nodes), 1)
-    columns = zip(*(r.nodes for r in runs), strict=True)
-    return [quiet(times).value + around for times in columns]
+    nodes = [quiet(times).value for times in zip(*(r.nodes for r in runs), strict=True)]
+    whole = quiet([sum(r.nodes) for r in runs]).value
+    scale = min(whole / max(sum(nodes), 1e-9), _INTERRUPTED)
+    return [t * scale + around for t in nodes]
