@@ -13,7 +13,7 @@ import dfc
 from dfc.compress.calibrate import batches_of
 from dfc.compress.hessian import Hessian
 from dfc.compress.sequential import Group, groups_of, layer_by_layer, weight_of
-from dfc.compress.sparse import Sparsity, magnitude, sparsegpt, wanda
+from dfc.compress.sparse import Sparsity, magnitude, settled, sparsegpt, wanda
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
 from dfc.ir.interpret import interpret
@@ -71,6 +71,27 @@ def test_wanda_is_best_where_inputs_are_independent() -> None:
     choices = itertools.combinations(range(6), 3)
     losses = [hessian.loss(-w * torch.isin(torch.arange(6), torch.tensor(c))) for c in choices]
     assert hessian.loss(wanda(w, hessian, HALF) - w) == pytest.approx(min(losses))
+
+
+@pytest.mark.parametrize("sparsity", [HALF, PAIRS], ids=str)
+def test_weights_that_stay_are_the_best_for_their_zeros(sparsity: Sparsity) -> None:
+    """Beside a solution of each row alone, in double precision."""
+    w, hessian = layer(12, 160)
+    sparse, used = sparsegpt(w, hessian, sparsity)
+    h = hessian.sum + used.damping * hessian.sum.diagonal().mean() * torch.eye(160)
+    best = torch.zeros(12, 160, dtype=torch.float64)
+    for row, goal, kept in zip(best, w.double(), sparse != 0, strict=True):
+        row[kept] = torch.linalg.solve(h[kept][:, kept], (h @ goal)[kept])
+    lost, least = hessian.loss(sparse - w), hessian.loss(best - w)
+    assert least * 0.999 < lost < least * 1.01, (lost, least)
+
+
+def test_zeros_stay_where_a_layer_is_settled() -> None:
+    w, hessian = layer(12, 160)
+    sparse = magnitude(w, HALF)
+    better = settled(w, sparse, hessian, damping=0.0)
+    assert ((better == 0) == (sparse == 0)).all()
+    assert hessian.loss(better - w) < 0.7 * hessian.loss(sparse - w)
 
 
 def test_sparsegpt_compensates_as_least_squares_would() -> None:
