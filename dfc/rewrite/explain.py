@@ -36,8 +36,8 @@ class Site:
         return Site(name, node.op, loc.module if loc else "", line)
 
     def __str__(self) -> str:
-        at = f" at {self.place}" if self.place else ""
-        return f"{self.value} ({self.op}{at})"
+        known = " at ".join(x for x in (self.op, self.place) if x)
+        return f"{self.value} ({known})" if known else self.value
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,9 @@ def run_through(
         say(f"running {p}")
         ctx = Context(target=target, decisions=[], data=data or {}, products=products)
         changes = p.run(copy, ctx)
-        decisions = [*(ctx.decisions or ()), *_fused(ctx)]
-        products = {k: v for k, v in ctx.products.items() if not isinstance(v, Journal)}
         after = _values(copy)
+        decisions = [*(ctx.decisions or ()), *_fused(ctx, {**after, **before})]
+        products = {k: v for k, v in ctx.products.items() if not isinstance(v, Journal)}
         tells = bool(decisions) or not changes
         if not tells:
             decisions = _differences(before, after)
@@ -73,8 +73,8 @@ def _values(graph: Graph) -> dict[str, str]:
     return {named(r): n.op for n in graph.walk() for r in n.results}
 
 
-def _fused(ctx: Context) -> list[Decision]:
-    """The journal of `fuse` as decisions."""
+def _fused(ctx: Context, ops: Mapping[str, str]) -> list[Decision]:
+    """The journal of `fuse` as decisions; `ops` by the values that they made or make."""
     from dfc.passes.fuse import JOURNAL, Journal
 
     journal = ctx.products.get(JOURNAL)
@@ -85,18 +85,18 @@ def _fused(ctx: Context) -> list[Decision]:
         loc = _loc(f)
         value = f"%{f.value}"
         reason = f"`{f.rule.full_name}` makes {_count(len(f.made))} of {_count(len(f.gone))}"
-        found.append(Decision(value, "", "fused", reason, value, loc))
+        found.append(Decision(value, ops.get(value, ""), "fused", reason, value, loc))
         for name in f.gone:
             if name != f.value:
-                found.append(
-                    Decision(f"%{name}", "", "fused", f"by `{f.rule.full_name}`", value, loc)
-                )
+                by, op = f"by `{f.rule.full_name}`", ops.get(f"%{name}", "")
+                found.append(Decision(f"%{name}", op, "fused", by, value, loc))
         for name in f.made:
             if name != f.value:
                 reason = f"by `{f.rule.full_name}` for {value}"
-                found.append(Decision(f"%{name}", "", "made", reason, "", loc))
+                found.append(Decision(f"%{name}", ops.get(f"%{name}", ""), "made", reason, "", loc))
     for rule, name, reason in journal.refused:
-        found.append(Decision(f"%{name}", "", KEPT, f"`{rule.full_name}` fits, but {reason}"))
+        why, op = f"`{rule.full_name}` fits, but {reason}", ops.get(f"%{name}", "")
+        found.append(Decision(f"%{name}", op, KEPT, why))
     return found
 
 
