@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["DFC_REPRODUCERS"] = "none"  # tests of reproducers say where
+# Shells start background jobs with Ctrl-C ignored; the commands that tests interrupt must not be.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # torch writes thousands of structured trace records; a failing test would show them all.
 logging.getLogger("torch.__trace").propagate = False
 

@@ -122,7 +122,7 @@ def _command(words: str) -> list[str]:
     if found is None:
         help = "make it executable: chmod +x" if Path(command[0]).is_file() else None
         if help and command[0].endswith(".py"):
-            help = f"name a function of it: {command[0]}:FUNCTION"
+            help += f", or name a function of it: {command[0]}:FUNCTION"
         raise DfcError("D050", f"there is no program `{command[0]}`", help=help)
     return [str(Path(found).absolute()), *command[1:]]
 
