@@ -32,6 +32,8 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests
+
 import dfc
 from dfc.calling import flat_inputs
 from dfc.cli.inputs import random_inputs
