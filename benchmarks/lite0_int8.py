@@ -28,6 +28,8 @@ import numpy as np
 import onnxruntime
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests
+
 import dfc
 from dfc.compress.integers import has_dot_products
 from dfc.compress.statistics import paired

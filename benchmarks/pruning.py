@@ -18,6 +18,7 @@ import logging
 import os
 import platform
 import random
+import sys
 import tempfile
 import time
 import warnings
@@ -25,6 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests
 os.environ["HF_HUB_OFFLINE"] = "1"
 warnings.simplefilter("ignore")
 logging.disable(logging.WARNING)
