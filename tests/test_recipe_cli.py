@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 
 import dfc
-from dfc.cli import main
 from dfc.cli.steps import parse_pipeline
 from dfc.recipe.plan import Hole
+from tests.command import Run
 
 NET = """
 import torch
@@ -68,29 +65,6 @@ recipe hopeless {
   dce
 }
 """
-
-
-class Ran(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-    @property
-    def data(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Ran]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    def call(*argv: object) -> Ran:
-        capfd.readouterr()
-        status = main([str(a) for a in argv])
-        return Ran(status, *capfd.readouterr())
-
-    return call
 
 
 @pytest.fixture
