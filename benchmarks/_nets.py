@@ -6,6 +6,19 @@ import torch
 from torch import nn
 
 
+class Layers(nn.Module):
+    """Linear layers of one width, each with a ReLU."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return x
+
+
 class Bottleneck(nn.Module):
     """Three convolutions beside a shortcut (He and others, 2015, table 1)."""
 

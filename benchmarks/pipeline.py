@@ -17,8 +17,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from _nets import Layers
 from _timing import ROUNDS, alternating, ratio, say, threads, write
-from torch import nn
 
 import dfc
 from dfc.planning.actions import Action, Kind
@@ -75,17 +75,6 @@ def steps(count: int = 1000) -> None:
                 assert len(lanes.step(program, [{}] * 8).spans) == len(program)
             took = time.perf_counter() - start
         say(f"  {name:15} {len(program):3} actions a step: all ended, {took / count * 1e3:.2f} ms")
-
-
-class Layers(nn.Module):
-    def __init__(self, width: int, layers: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = torch.relu(layer(x))
-        return x
 
 
 def traced(each: int, width: int = 768, layers: int = 8) -> tuple[Any, torch.Tensor]:
@@ -179,25 +168,6 @@ def onnx_stages(each: int = 96) -> None:
         "0.9 at least)")  # fmt: skip
 
 
-def one_gpu(each: int = 4096) -> None:
-    """Four stages on streams of one device, beside the unsplit graph on the same microbatches."""
-    graph, x = traced(each, width=4096)
-    x = x.cuda()
-    whole = find_engine("eager").build(graph, "cuda")
-    nodes = list(graph.nodes)
-    placed = {n: i * 4 // len(nodes) for i, n in enumerate(nodes)}
-
-    def unsplit() -> None:
-        for part in x.split(each):
-            whole([part])
-        torch.cuda.synchronize()
-
-    with Pipeline(graph, placed, microbatches=M, devices="cuda:0") as pipeline:
-        took = alternating({"unsplit": unsplit, "stages": lambda: pipeline.run_flat([x])})
-    say(f"Four stages on one {torch.cuda.get_device_name()} over the unsplit graph (goal 1.02)")
-    say(f"  {ratio(took['stages'], took['unsplit'])} times as long")
-
-
 def chunks(each: int = 96) -> None:
     """Two stages a rank, as schedules with chunks have them."""
     graph, x = traced(each)
@@ -223,8 +193,6 @@ def main() -> None:
     buckets()
     onnx_stages()
     steps()
-    if torch.cuda.is_available():
-        one_gpu()
     for file in sys.argv[1:]:
         write(file)
 

@@ -28,6 +28,11 @@ ENGINE_RTOL = 3e-5
 # What `auto` tries. Inductor compiles for half a minute and more: by name, or by `dfc tune`.
 CANDIDATES = ("eager", "onnxruntime", "openvino")
 LAYOUTS = ("eager:channels_last",)  # and where there are images
+# On a GPU, a small batch waits for Python unless its kernels are recorded; and what fuses kernels
+# is so much faster there that the last choice waits for it.
+RECORDED = ("eager:cuda_graph",)
+RECORDED_LAYOUTS = ("eager:channels_last:cuda_graph",)
+FINALISTS = ("inductor:cuda_graph",)
 _KEPT = 6  # runners; each may hold the weights in a form of its own
 
 Progress = Callable[[str], None]
@@ -118,8 +123,13 @@ class Bench:
             return self.engine.split(",")
         from dfc.runtime.engines import installed_engines
 
-        layouts = LAYOUTS if self.device == "cpu" and has_images(self.original) else ()
-        return [*(n for n in CANDIDATES if n in installed_engines()), *layouts]
+        found = [n for n in CANDIDATES if n in installed_engines()]
+        return [*found, *forms(self.original, self.device)]
+
+    def finalists(self) -> list[str]:
+        """The candidates, and what is worth its time once: for the result."""
+        compiled = self.engine == "auto" and self.device.startswith("cuda")
+        return [*self.candidates(), *(FINALISTS if compiled else ())]
 
     def lead(self) -> str:
         """The engine that steps are measured on: the one named, or the original's fastest.
@@ -216,6 +226,12 @@ def engine_rtol(graph: Graph) -> float:
     from dfc.ops.quantized import ROUNDED_RTOL, rounds_values
 
     return ROUNDED_RTOL if rounds_values(graph) else ENGINE_RTOL
+
+
+def forms(graph: Graph, device: str) -> list[str]:
+    """The forms of a graph that are tried on a device beside the plain one."""
+    layouts, recorded = (LAYOUTS, ()) if device == "cpu" else (RECORDED_LAYOUTS, RECORDED)
+    return [*recorded, *(layouts if has_images(graph) else ())]
 
 
 def has_images(graph: Graph) -> bool:

@@ -69,7 +69,7 @@ def _candidates(
     for version in (graph, original):
         if version is None or found:
             continue
-        for name in bench.candidates():
+        for name in bench.finalists():
             bench.say(f"building for {name}")
             try:
                 ready = bench.ready(version, name)
@@ -82,7 +82,7 @@ def _candidates(
                 message = f"engine `{name}` gives other results: {ready.wrong}"
                 refusals.setdefault(name, DfcError("V033", message))
     if not found:
-        raise _none(bench.candidates(), refusals)
+        raise _none(bench.finalists(), refusals)
     verdicts = {n: "wrong" if e.code == "V033" else "refused" for n, e in refusals.items()}
     return found, [
         EngineReport(n, verdicts[n], e.message) for n, e in refusals.items() if n not in found

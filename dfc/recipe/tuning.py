@@ -16,7 +16,7 @@ from dfc.compiled import Compiled
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.package import Package, read_package
-from dfc.recipe.bench import LAYOUTS, Bench, has_images, own_probes
+from dfc.recipe.bench import FINALISTS, Bench, forms, own_probes
 from dfc.report import Decision, EngineReport
 from dfc.rewrite.probe import Probes
 
@@ -26,7 +26,9 @@ SECONDS = 1.0  # of measuring, for each engine
 # What building takes at the least: not begun with less time left.
 _LEAST_S = {"inductor": 30.0}
 # Cheap ones first: when the budget ends, most has been tried.
-_ORDER = ("eager", "eager:channels_last", "onnxruntime", "openvino", "inductor")
+_ORDER = ("eager", "eager:channels_last", "eager:cuda_graph", "eager:channels_last:cuda_graph",
+          "onnxruntime", "openvino", "inductor", "inductor:cuda_graph")  # fmt: skip
+_LONGEST = ("inductor:max_autotune:cuda_graph",)  # measures kernels: on GPUs, where that pays
 
 
 @dataclass
@@ -114,7 +116,9 @@ class _Tuning:
         return list(dict.fromkeys([current, *wanted]))
 
     def _all(self, installed: list[str]) -> list[str]:
-        return [*installed, *(LAYOUTS if has_images(self.graph) else ())]
+        device = self.bench.device
+        compiled = (*FINALISTS, *_LONGEST) if device.startswith("cuda") else ()
+        return [*installed, *forms(self.graph, device), *compiled]
 
     @property
     def graph(self) -> Graph:

@@ -26,8 +26,15 @@ class Eager(Engine):
 
     @property
     def variants(self) -> Mapping[str, Engine]:
-        """The other forms of the graph: `eager:channels_last`."""
-        return {"channels_last": ChannelsLast()}
+        """The other forms of the graph: `eager:channels_last`, `eager:cuda_graph`, and both."""
+        from dfc.runtime.cuda_graph import CudaGraph
+
+        images = ChannelsLast()
+        return {
+            "channels_last": images,
+            "cuda_graph": CudaGraph(self),
+            "channels_last:cuda_graph": CudaGraph(images),
+        }
 
     def build(self, graph: Graph, device: str = "cpu", threads: int | None = None) -> Runner:
         return self.build_donating(graph, device, threads, ())

@@ -7,19 +7,37 @@ dfc's own folder of the user's cache, unless TORCHINDUCTOR_CACHE_DIR says otherw
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
 from dfc.planning.engine import Engine, Runner
 
+# What torch.compile's mode "max-autotune" sets; its CUDA graphs are `:cuda_graph`.
+MAX_AUTOTUNE = {"max_autotune": True, "coordinate_descent_tuning": True}
+
 
 class Inductor(Engine):
     """Compiles the whole graph without breaks, for half a minute and more."""
 
-    name = "inductor"
-    devices = ("cpu", "cuda")
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    def __init__(self, name: str = "inductor", **options: Any) -> None:
+        self.name = name
+        self.options = options
+
+    @property
+    def variants(self) -> Mapping[str, Engine]:
+        """On GPUs: replayed as one CUDA graph, and with kernels chosen by measuring."""
+        from dfc.runtime.cuda_graph import CudaGraph
+
+        measured = Inductor("inductor:max_autotune", **MAX_AUTOTUNE)
+        return {
+            "cuda_graph": CudaGraph(self),
+            "max_autotune": measured,
+            "max_autotune:cuda_graph": CudaGraph(measured),
+        }
 
     def supports(self, node: Node) -> str | None:
         if node.graphs:
@@ -36,12 +54,12 @@ class Inductor(Engine):
         for node in graph.nodes:
             reason = self.supports(node)
             if reason:
-                raise DfcError("K003", f"engine `inductor` cannot run `{node.op}`: {reason}")
+                raise DfcError("K003", f"engine `{self.name}` cannot run `{node.op}`: {reason}")
         use_own_cache()
         lifted, messages = lift_checks(graph)
         module = to_fx(lifted, device, kernels(device, traced=True))
         dynamic = bool(graph.ranges) or any(n.binds for n in graph.nodes)
-        options: dict[str, Any] = {"freezing": device == "cpu"}  # unmeasured on others
+        options: dict[str, Any] = {"freezing": device == "cpu", **self.options}
         compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, options=options)
         patch = torch._dynamo.config.patch(
             capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True

@@ -72,9 +72,10 @@ class Pipeline:
         self.graph = graph
         self.stages: list[StageGraph] = split(graph, stage_of)
         self.placement = _checked(placement, len(self.stages))
-        self.threads = _threads(threads, self.placement)
+        ranks = 1 + max(self.placement)
+        self.devices = _one_each(devices, ranks, "devices", "ranks")
+        self.threads = _threads(threads, self.placement, self.devices)
         self.engines = _one_each(engine, len(self.stages), "engines", "stages")
-        self.devices = _one_each(devices, len(self.threads), "devices", "ranks")
         self.microbatches = microbatches
         self.batch = batch or batch_of(graph)
         self._dims = {v: batch_dim(v, self.batch) for v in graph.inputs}
@@ -195,13 +196,16 @@ def _checked(placement: Sequence[int] | None, stages: int) -> tuple[int, ...]:
     return tuple(placement)
 
 
-def _threads(given: int | Sequence[int] | None, placement: Sequence[int]) -> list[int]:
+def _threads(
+    given: int | Sequence[int] | None, placement: Sequence[int], devices: Sequence[str]
+) -> list[int]:
+    """Why:  a rank on a device other than the processor needs a thread to start its kernels."""
     import torch
 
     ranks = 1 + max(placement)
     if given is None or isinstance(given, int):
-        stages = [placement.count(r) for r in range(ranks)]
-        return thread_shares(given or torch.get_num_threads(), stages)
+        loads = [placement.count(r) if devices[r] == "cpu" else 0 for r in range(ranks)]
+        return thread_shares(given or torch.get_num_threads(), loads)
     if len(given) != ranks or min(given) < 1:
         raise DfcError("N053", f"{list(given)} are not the threads of {ranks} ranks")
     return list(given)

@@ -1,0 +1,173 @@
+"""Engines on a CUDA device: BERT-base and ResNet-50 by dfc, by PyTorch and by torch.compile.
+
+    python benchmarks/gpu_engines.py [--cases NAMES] [--seconds 240] [--no-autotune]
+
+Peers: PyTorch's eager mode, and `torch.compile(mode="max-autotune")`, which measures kernels and
+replays CUDA graphs. A time is that of one call until its results are there; calls take turns, a
+ratio is the median of those of one round. Weights are random, dtypes are the model's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+warnings.simplefilter("ignore")
+logging.disable(logging.WARNING)
+
+import torch  # noqa: E402 - after what makes it quiet
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import dfc  # noqa: E402
+from dfc.compiled import with_state_inputs  # noqa: E402
+from dfc.runtime.engines import find_engine  # noqa: E402
+
+GOAL = 1.02  # of the best peer's time
+MOST_S = 1.5  # of measuring, for each way to run a case
+BF16, F32 = torch.bfloat16, torch.float32
+Call = Callable[[], Any]
+
+
+def cases() -> dict[str, tuple[str, torch.dtype]]:
+    """By name: the model of engines.py, and its dtype; the most telling first."""
+    bert1, bert8, resnet = "bert-base-b1-s128", "bert-base-b8-s128", "resnet50-b1"
+    made = [(bert1, BF16), (bert8, BF16), (resnet, BF16), (bert8, F32), (bert1, F32), (resnet, F32)]
+    return {f"{m} {'bf16' if d is BF16 else 'f32'}": (m, d) for m, d in made}
+
+
+def build(model: str, dtype: torch.dtype) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+    from engines import models
+
+    module, args = models()[model]()
+    return module.to(dtype), tuple(x.to(dtype) if x.is_floating_point() else x for x in args)
+
+
+def peers(module: torch.nn.Module, args: Any, autotune: bool) -> dict[str, Call]:
+    found: dict[str, Call] = {"PyTorch eager": lambda: module(*args)}
+    if autotune:
+        compiled = torch.compile(module, mode="max-autotune")
+
+        def run() -> Any:
+            torch.compiler.cudagraph_mark_step_begin()
+            return compiled(*args)
+
+        found["torch.compile max-autotune"] = run
+    return found
+
+
+def ours(module: torch.nn.Module, args: Any, autotune: bool) -> tuple[dict[str, Call], str]:
+    """dfc's engines on the rewritten graph, `auto` as users call it, and what it chose."""
+    begin = time.perf_counter()
+    auto = dfc.compile(module, args, verify="end", device="cuda")
+    took = time.perf_counter() - begin
+    names = [e.name for e in auto.report.engines if e.verdict == "slower" and not e.form]
+    names += ["inductor:max_autotune:cuda_graph"] * autotune
+    graph, given = with_state_inputs(auto.graph), [x.cuda() for x in args]
+    found: dict[str, Call] = {"dfc auto": lambda: auto(*given)}
+    for name in names:
+        run = find_engine(name).build(graph, "cuda")
+        found[f"dfc {name}"] = lambda run=run: run(given)
+    told = f"auto is {auto.engine.name}, compiled in {took:.0f} s"
+    refused = [f"{e.name} {e.verdict}: {e.reason}" for e in auto.report.engines if e.p50_ms is None]
+    return found, "\n  ".join([told, *refused])
+
+
+def times(calls: Mapping[str, Call]) -> dict[str, list[float]]:
+    """Milliseconds of each call in each round."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.inference_mode():
+        for call in calls.values():
+            for _ in range(4):
+                call()
+            torch.cuda.synchronize()
+        end = time.perf_counter() + MOST_S * len(calls)
+        while time.perf_counter() < end and len(found[next(iter(found))]) < 200:
+            for name, call in calls.items():
+                call()
+                torch.cuda.synchronize()
+                begin = time.perf_counter()
+                call()
+                torch.cuda.synchronize()
+                found[name].append((time.perf_counter() - begin) * 1e3)
+    return found
+
+
+def table(found: Mapping[str, list[float]]) -> list[str]:
+    mid = {name: median(t) for name, t in found.items()}
+    best = min((n for n in mid if not n.startswith("dfc")), key=lambda n: mid[n])
+    lines = [f"  {'':<38}{'median':>9}  {'quartiles':>17}   to {best}"]
+    for name in sorted(mid, key=lambda n: mid[n]):
+        low, _, high = quantiles(found[name], n=4)
+        ratio = median(a / b for a, b in zip(found[name], found[best], strict=True))
+        lines.append(
+            f"  {name:<38}{mid[name]:>6.3f} ms  {low:>6.3f} ..{high:>6.3f} ms   {ratio:.3f}"
+        )
+    ratio = median(a / b for a, b in zip(found["dfc auto"], found[best], strict=True))
+    word = "met" if ratio <= GOAL else "NOT met"
+    return [*lines, f"  goal: auto at most {GOAL} of the best peer's time: {ratio:.3f}, {word}"]
+
+
+def error(module: torch.nn.Module, calls: Mapping[str, Call], args: Any) -> str:
+    """How far each way's first result is from float64, of its largest element."""
+    with torch.inference_mode():
+        import copy
+
+        wide = copy.deepcopy(module).double()
+        want = _first(wide(*(x.double() if x.is_floating_point() else x for x in args)))
+        size = float(want.abs().max())
+        off = {n: float((_first(c()).double() - want).abs().max()) / size for n, c in calls.items()}
+    return "error " + ", ".join(f"{n} {e:.1e}" for n, e in off.items())
+
+
+def _first(results: Any) -> torch.Tensor:
+    while not isinstance(results, torch.Tensor):
+        results = results[0]
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", default="", help="parts of names, separated by commas")
+    parser.add_argument("--seconds", type=float, default=240, help="begin no case after these")
+    parser.add_argument("--no-autotune", action="store_true")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing to measure")
+        return
+    start = time.perf_counter()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    for name, (model, dtype) in cases().items():
+        if not any(part in name for part in options.cases.split(",")):
+            continue
+        if time.perf_counter() - start > options.seconds:
+            print(f"\n{name}: left out, no time was left")
+            continue
+        measured(name, model, dtype, not options.no_autotune)
+
+
+def measured(name: str, model: str, dtype: torch.dtype, autotune: bool) -> None:
+    begin = time.perf_counter()
+    module, args = build(model, dtype)
+    calls, told = ours(module, args, autotune)
+    module, args = module.cuda(), tuple(x.cuda() for x in args)
+    torch._dynamo.reset()
+    calls |= peers(module, args, autotune)
+    found = times(calls)
+    print(f"\n{name}; {told}; {len(found['dfc auto'])} rounds")
+    print("\n".join(table(found)))
+    print(f"  {error(module, calls, args)}")
+    print(f"  ({time.perf_counter() - begin:.0f} s in all)", flush=True)
+    torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Pipelines with a CUDA device: stages on streams of one, and a processor beside one.
+
+python benchmarks/gpu_pipelines.py [FILE]     also write what is printed to FILE
+
+Ratios are of medians of alternating rounds in one run; in brackets the lowest and the highest
+ratio of a single round.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from _nets import Layers
+from _timing import alternating, ratio, say, write
+
+import dfc
+from dfc.ir.graph import Graph
+from dfc.runtime.engines import find_engine
+from dfc.runtime.pipeline.local import Pipeline
+
+M = 64  # microbatches: filling and emptying two stages is 1.6 % of a step
+
+
+def traced(each: int, width: int, layers: int) -> tuple[Graph, torch.Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(M * each, width)
+    dim = torch.export.Dim("B", min=1, max=1 << 20)
+    return dfc.trace(Layers(width, layers).eval(), (x[:each],), dynamic_shapes=({0: dim},)), x
+
+
+def one_gpu(each: int, width: int, dtype: torch.dtype) -> None:
+    """Four stages on streams of one device, beside the unsplit graph on the same microbatches."""
+    torch.manual_seed(0)
+    x = torch.randn(M * each, width, device="cuda", dtype=dtype)
+    dim = torch.export.Dim("B", min=1, max=1 << 20)
+    model = Layers(width, 8).eval().to(dtype)
+    graph = dfc.trace(model, (x[:each].cpu(),), dynamic_shapes=({0: dim},))
+    nodes = list(graph.nodes)
+    placed = {n: i * 4 // len(nodes) for i, n in enumerate(nodes)}
+    for engine in ("eager", "eager:cuda_graph"):
+        whole = find_engine(engine).build(graph, "cuda")
+
+        def unsplit(whole: Any = whole) -> None:
+            for part in x.split(each):
+                whole([part])
+            torch.cuda.synchronize()
+
+        devices = ["cuda:0"] * 4
+        with Pipeline(graph, placed, engine=engine, microbatches=M, devices=devices) as pipeline:
+            took = alternating({"unsplit": unsplit, "stages": lambda: pipeline.run_flat([x])})
+        say(f"  {each} x {width} {str(dtype)[6:]}, {engine}: "
+            f"{ratio(took['stages'], took['unsplit'])} times the unsplit graph")  # fmt: skip
+
+
+def beside(each: int, width: int, layers: int, on_cpu: int) -> None:
+    """The first layers on the processor, the others on the device; each stage's time alone."""
+    graph, x = traced(each, width, layers)
+    nodes = list(graph.nodes)
+    cut = len(nodes) * on_cpu // layers
+    placed = {n: int(i >= cut) for i, n in enumerate(nodes)}
+    half = torch.relu(x.cuda())
+    parts: Sequence[torch.Tensor] = x.split(each)
+    with Pipeline(graph, placed, microbatches=M, devices=["cpu", "cuda:0"]) as pipeline:
+        first, second = (
+            find_engine("eager").build(s.graph, d)
+            for s, d in zip(pipeline.stages, ("cpu", "cuda:0"), strict=True)
+        )
+
+        def processor() -> None:
+            for part in parts:
+                first([part])
+
+        def device() -> None:
+            for part in half.split(each):
+                second([part])
+            torch.cuda.synchronize()
+
+        took = alternating({
+            "cpu": processor, "gpu": device, "both": lambda: pipeline.run_flat([x]),
+        })  # fmt: skip
+    slow = max(("cpu", "gpu"), key=lambda n: sum(took[n]))
+    a, b = (sorted(took[n])[len(took[n]) // 2] / M * 1e3 for n in ("cpu", "gpu"))
+    say(f"  {on_cpu} of {layers} layers on the processor, {each} x {width}: {a:.2f} and {b:.2f} ms "
+        f"alone; together {ratio(took['both'], took[slow])} times the slower")  # fmt: skip
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing to measure")
+        return
+    say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {torch.get_num_threads()} "
+        f"threads, {M} microbatches")  # fmt: skip
+    say("four stages on streams of one device (goal 1.02)")
+    one_gpu(4096, 4096, torch.float32)
+    one_gpu(4096, 4096, torch.bfloat16)
+    one_gpu(256, 1024, torch.bfloat16)
+    say("a processor and a device (goal 1.05)")
+    beside(256, 1024, 33, 1)
+    beside(1024, 2048, 65, 1)
+    for file in sys.argv[1:]:
+        write(file)
+
+
+if __name__ == "__main__":
+    main()
