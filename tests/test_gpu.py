@@ -43,7 +43,9 @@ class SpelledOut(torch.nn.Module):
         return torch.matmul(torch.softmax(scores, dim=-1), v).transpose(1, 2).reshape(b, t, 64)
 
 
-@pytest.mark.parametrize("engine", ["eager", "inductor", "onnxruntime"])
+@pytest.mark.parametrize(
+    "engine", ["eager", "inductor", "onnxruntime", "eager:cuda_graph", "inductor:cuda_graph"]
+)
 def test_engine_on_cuda_gives_the_models_results(engine):
     if engine == "onnxruntime" and not _onnxruntime_has_cuda():
         pytest.skip("this ONNX Runtime has no CUDA provider")
@@ -125,6 +127,62 @@ def test_layers_in_eight_bit_floats_run_on_tensor_cores(dtype):
     assert any(n.target is linear_f8 for n in module.graph.nodes)
     (got,), (want,) = module(x.cuda()), interpret(graph, [x.float()], double=True)
     torch.testing.assert_close(got.cpu().double(), want, rtol=2e-2, atol=2e-2)
+
+
+# CUDA graphs
+
+
+def test_a_recorded_graph_is_replayed_for_each_set_of_sizes_and_results_are_the_callers():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU()).eval()
+    dim = torch.export.Dim("B", min=1, max=4096)
+    compiled = dfc.compile(
+        model, (torch.randn(4, 64),), dynamic_shapes=({0: dim},), engine="eager:cuda_graph",
+        device="cuda",
+    )  # fmt: skip
+    kept = []
+    with torch.no_grad():
+        for size in (4, 7, 4, 1, 33, 7, 4):
+            x = torch.randn(size, 64)
+            kept.append((compiled(x.cuda()), model(x)))
+    for got, want in kept:  # none was written over by a later call
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_recordings_are_few_and_the_oldest_are_given_up():
+    from dfc.runtime import cuda_graph
+    from dfc.runtime.engines import find_engine
+
+    graph = dfc.trace(
+        torch.nn.Linear(8, 8), (torch.randn(2, 8),),
+        dynamic_shapes=({0: torch.export.Dim("B", min=1, max=4096)},),
+    )  # fmt: skip
+    made = find_engine("eager:cuda_graph").inner.build(graph, "cuda")
+    run = cuda_graph.Replayed(made, "eager:cuda_graph", "cuda")
+    for size in range(1, cuda_graph.RECORDED + 4):
+        run([torch.randn(size, 8, device="cuda")])
+    assert len(run._recorded) == cuda_graph.RECORDED
+
+
+def test_what_waits_for_the_device_is_not_recorded():
+    class Chosen(torch.nn.Module):
+        def forward(self, x):
+            return x[x > 0].sum()
+
+    with pytest.raises(dfc.DfcError, match="cuda_graph` cannot"):
+        dfc.compile(Chosen(), (torch.randn(8),), engine="eager:cuda_graph", device="cuda")
+    got = dfc.compile(Chosen(), (torch.randn(8),), engine="eager", device="cuda")(
+        torch.ones(8, device="cuda")
+    )
+    assert float(got) == 8
+
+
+def test_auto_tries_recorded_and_compiled_kernels():
+    model, x = _model(), torch.randn(2, 10, 64)
+    compiled = dfc.compile(model, (x,), device="cuda")
+    tried = {e.name for e in compiled.report.engines if e.p50_ms is not None}
+    assert {"eager", "eager:cuda_graph", "inductor:cuda_graph"} <= tried
+    torch.testing.assert_close(compiled(x.cuda()).cpu(), model(x), rtol=1e-3, atol=1e-4)
 
 
 # Pipelines over streams
