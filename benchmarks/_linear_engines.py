@@ -263,6 +263,7 @@ def _ggml_cpu() -> str:
     """Which of its builds llama.cpp would choose here: the newest that the CPU can run."""
     flags = cpu_flags()
     for name, needs in (
+        ("sapphirerapids", ("avx512f", "avx512_vnni", "avx512_bf16", "avx512_vbmi", "amx_int8")),
         ("zen4", ("avx512f", "avx512_vnni", "avx512_bf16", "avx512_vbmi")),
         ("icelake", ("avx512f", "avx512_vnni", "avx512_vbmi")),
         ("cascadelake", ("avx512f", "avx512_vnni")),
