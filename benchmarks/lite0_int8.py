@@ -31,7 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests
 
 import dfc
-from dfc.compress.integers import has_dot_products
+from dfc.compress.processor import this_processor
 from dfc.compress.statistics import paired
 from dfc.runtime.measure import measure
 from tests.assets import path
@@ -202,11 +202,12 @@ def table(v: Variants, names: list[str]) -> str:
     times = measure(runs, [next(iter(batches(v.pictures[:1])))], seconds=4.0, most=400)
     load = os.getloadavg()[0]
     busy = load > torch.get_num_threads() + 1
+    dots = this_processor().computes("i8")
     head = f"{'':28} {'images':>6} {'top1 %':>6} {'MB':>6} {'ms b1':>7} {'speed':>7} {'drop pp':>7}"
     return "\n".join([
         "EfficientNet-Lite0 at 128 px, linear probe on CIFAR-10, in ONNX Runtime",
         "bound: of the drop, 95 %, one-sided, paired; agree: same class as fp32",
-        f"{machine()}, dot products of int8: {'yes' if has_dot_products() else 'no'}",
+        f"{machine()}, dot products of int8: {'yes' if dots else 'no'}",
         f"onnxruntime {onnxruntime.__version__}, torch {torch.__version__}, load {load:.1f}"
         + (" (other work was on the machine)" if busy else ""),
         "", f"{head} {'bound':>7} {'agree %':>7}",
