@@ -299,6 +299,21 @@ def test_only_standard_ops(tmp_path: Path) -> None:
     assert not model.functions
 
 
+@pytest.mark.parametrize("act", [nn.ReLU6(), nn.Hardtanh(-1.0, 2.0), lambda v: v.clamp(0, 6)])
+def test_bounds_are_one_op_that_convolutions_take_in(act: Any) -> None:
+    class Bounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, v: torch.Tensor) -> torch.Tensor:
+            return act(self.conv(v))
+
+    model = build_onnx(trace(Bounded().eval(), (x(1, 3, 8, 8),)))
+    kinds = [n.op_type for n in model.graph if n.op_type != "Constant"]
+    assert kinds == ["Conv", "Clip"]
+
+
 def test_external_data_is_named_by_content(tmp_path: Path) -> None:
     model = nn.Linear(64, 64).eval()
     graph = trace(model, (x(3, 64),))

@@ -403,6 +403,8 @@ def clamp(b: Builder, x: Val, call: Call) -> Val:
     )
     x = b.cast(x, dtype)
     low, high = given.get("min"), given.get("max")
+    if _clips(low, high, dtype):
+        return b.op("Clip", x, b.const(low, dtype), b.const(high, dtype))
     if low is not None:
         x = extremum(b, "Max", x, operand(b, low, dtype))
     if high is not None:
@@ -415,8 +417,16 @@ def hardtanh(b: Builder, x: Val, call: Call) -> Val:
     dtype = result_work(call)
     low = call.attributes.get("min_val", 0)
     high = call.attributes.get("max_val", 6)
-    x = b.cast(x, dtype)
-    return extremum(b, "Min", extremum(b, "Max", x, b.const(low, dtype)), b.const(high, dtype))
+    x, lowest, highest = b.cast(x, dtype), b.const(low, dtype), b.const(high, dtype)
+    if _clips(low, high, dtype):
+        return b.op("Clip", x, lowest, highest)
+    return extremum(b, "Min", extremum(b, "Max", x, lowest), highest)
+
+
+def _clips(low: Any, high: Any, dtype: ir.DataType) -> bool:
+    """Whether `Clip` does it: ONNX Runtime fuses that into convolutions. NaN stays NaN."""
+    numbers = isinstance(low, int | float) and isinstance(high, int | float)
+    return numbers and dtype in (D.FLOAT, D.DOUBLE) and bool(low <= high)
 
 
 @translates("relu")
