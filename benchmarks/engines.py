@@ -5,12 +5,16 @@
 Everything of one model runs in one process and takes turns; each timed run begins when the threads
 of the others sleep. Goal: dfc with `engine="auto"` is never more than 2 % behind the best peer.
 A peer is what its own documentation says: `torch.compile(model)`; `torch.onnx.export(dynamo=True)`
-in ONNX Runtime; `openvino.convert_model`; sizes fixed, as many threads, float32.
+in ONNX Runtime; `openvino.convert_model`; sizes fixed, as many threads, asked for the same
+arithmetic (left to itself, OpenVINO computes in bfloat16 where the processor has it). In bfloat16,
+where the processor has instructions for it: `model.bfloat16()` for PyTorch and torch.compile, its
+precision hint for OpenVINO, `autocast bf16` for dfc, and nothing for ONNX Runtime, which lacks it.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import os
 import sys
@@ -18,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -30,6 +35,7 @@ import torch  # noqa: E402 - after what makes it quiet
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 GOAL = 1.02  # of the best peer's time
+BF16 = "dfc 1\nrecipe half {\n  apply simplify\n  autocast bf16\n}\n"
 
 Call = Callable[[], Any]
 
@@ -84,7 +90,7 @@ def onnx_runtime(model: Any, args: Any) -> Call:
     return lambda: session.run(None, feeds)
 
 
-def openvino(model: Any, args: Any) -> Call:
+def openvino(model: Any, args: Any, precision: str = "f32") -> Call:
     import openvino as ov
 
     core = ov.Core()
@@ -94,22 +100,33 @@ def openvino(model: Any, args: Any) -> Call:
     converted.validate_nodes_and_infer_types()
     compiled = core.compile_model(
         converted, "CPU",
-        {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()},
+        {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+         "INFERENCE_PRECISION_HINT": precision},
     )  # fmt: skip
     request = compiled.create_infer_request()
     feeds = [x.numpy() for x in args]
     return lambda: request.infer(feeds, share_inputs=True, share_outputs=True)
 
 
-def peers(inductor: bool) -> dict[str, Callable[[Any, Any], Call]]:
-    found = {"PyTorch": eager, "ONNX Runtime": onnx_runtime, "OpenVINO": openvino}
+def peers(inductor: bool, half: bool) -> dict[str, Callable[[Any, Any], Call]]:
+    found: dict[str, Callable[[Any, Any], Call]] = {"PyTorch": eager, "OpenVINO": openvino}
+    if half:
+        found["OpenVINO"] = partial(openvino, precision="bf16")
+    else:
+        found["ONNX Runtime"] = onnx_runtime
     return found | ({"torch.compile": torch_compile} if inductor else {})
+
+
+def in_bf16(model: torch.nn.Module, args: Any) -> tuple[torch.nn.Module, tuple[Any, ...]]:
+    """As people cast a model of PyTorch's; its inputs with it."""
+    cast = tuple(x.bfloat16() if x.is_floating_point() else x for x in args)
+    return copy.deepcopy(model).bfloat16(), cast
 
 
 # dfc
 
 
-def ours(model: Any, args: Any, inductor: bool) -> tuple[dict[str, Call], str]:
+def ours(model: Any, args: Any, inductor: bool, half: bool) -> tuple[dict[str, Call], str]:
     """dfc's engines on the rewritten graph, `auto` as users call it, and what it chose."""
     import dfc
     from dfc.compiled import with_state_inputs
@@ -117,7 +134,7 @@ def ours(model: Any, args: Any, inductor: bool) -> tuple[dict[str, Call], str]:
     from dfc.runtime.engines import find_engine
 
     begin = time.perf_counter()
-    auto = dfc.compile(model, args, verify="end")
+    auto = dfc.compile(model, args, recipe=BF16 if half else None, verify="end")
     took = time.perf_counter() - begin
     names = ["eager", "onnxruntime", "openvino"] + ["inductor"] * inductor
     if has_images(auto.graph):
@@ -127,7 +144,11 @@ def ours(model: Any, args: Any, inductor: bool) -> tuple[dict[str, Call], str]:
     for name in names:
         if name == auto.engine.name:
             continue
-        run = find_engine(name).build(graph)
+        try:
+            run = find_engine(name).build(graph)
+        except dfc.DfcError as e:
+            print(f"  {name}: {e.message}")
+            continue
         found[f"dfc {name}"] = lambda run=run: run(list(args))
     return found, f"auto is {auto.engine.name}, compiled in {took:.0f} s"
 
@@ -181,20 +202,27 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     print(f"{machine_text(this_machine())}; load {os.getloadavg()[0]:.1f} as it began", flush=True)
     wanted = options.models.split(",")
+    dtypes = ["float32", "bfloat16"] if _has_bf16() else ["float32"]
     for name, build in models().items():
-        if not any(w in name for w in wanted):
-            continue
-        model, args = build()
-        inductor = not options.no_inductor
-        print(f"\n{name}, float32", flush=True)
-        calls, told = ours(model, args, inductor)
-        with torch.no_grad():
-            calls |= {n: make(model, args) for n, make in peers(inductor).items()}
-        found = times(calls, options.rounds, options.seconds)
-        print(f"  {told}; {len(found['dfc auto'])} rounds, load {os.getloadavg()[0]:.1f}")
-        print("\n".join(table(found)), flush=True)
+        for dtype in dtypes:
+            if any(w in f"{name} {dtype}" for w in wanted):
+                measured(f"{name} {dtype}", build, dtype == "bfloat16", options)
     if not _has_bf16():
         print("\nbfloat16: left out, this processor has no instructions for it")
+
+
+def measured(name: str, build: Callable[[], Any], half: bool, options: Any) -> None:
+    model, args = build()
+    inductor = not options.no_inductor
+    print(f"\n{name}", flush=True)
+    calls, told = ours(model, args, inductor, half)
+    torchs = in_bf16(model, args) if half else (model, args)
+    with torch.no_grad():
+        for peer, make in peers(inductor, half).items():
+            calls[peer] = make(*((model, args) if peer == "OpenVINO" else torchs))
+    found = times(calls, options.rounds, options.seconds)
+    print(f"  {told}; {len(found['dfc auto'])} rounds, load {os.getloadavg()[0]:.1f}")
+    print("\n".join(table(found)), flush=True)
 
 
 def _has_bf16() -> bool:

@@ -30,9 +30,9 @@ class Session:
     Raises:  DfcError K003 when OpenVINO refuses the model.
     """
 
-    def __init__(self, model: ir.Model, graph: Graph, threads: int) -> None:
+    def __init__(self, model: ir.Model, graph: Graph, threads: int, precision: str) -> None:
         try:
-            self._compiled = _compile(model, threads)
+            self._compiled = _compile(model, _options(threads, precision))
         except RuntimeError as e:
             raise DfcError("K003", f"engine `openvino` refuses the model: {_reason(e)}") from e
         self._graph = graph
@@ -79,7 +79,7 @@ class Session:
         return [_memory(t, bindings) for t in self._types]
 
 
-def _compile(model: ir.Model, threads: int) -> Any:
+def _compile(model: ir.Model, options: Mapping[str, Any]) -> Any:
     import openvino as ov
     from onnxscript import ir
 
@@ -89,19 +89,17 @@ def _compile(model: ir.Model, threads: int) -> Any:
         path = Path(folder) / "model.onnx"
         if size > _INLINE_BYTES:
             ir.save(model, path, external_data="weights", size_threshold_bytes=1024)
-            return core.compile_model(
-                core.read_model(path), "CPU", survived(path, _options(threads))
-            )
+            return core.compile_model(core.read_model(path), "CPU", survived(path, options))
         path.write_bytes(proto := ir.to_proto(model).SerializeToString())
-        return core.compile_model(core.read_model(proto), "CPU", survived(path, _options(threads)))
+        return core.compile_model(core.read_model(proto), "CPU", survived(path, options))
 
 
-def _options(threads: int) -> dict[str, Any]:
+def _options(threads: int, precision: str) -> dict[str, Any]:
     return {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         "KV_CACHE_PRECISION": "f32",
         "CPU_DENORMALS_OPTIMIZATION": False,

@@ -344,3 +344,25 @@ def test_an_input_may_be_called_like_a_word_of_python() -> None:
     x = torch.tensor([[-1.0, 2.0]])
     assert torch.equal(find_engine("eager").build(graph)([x])[0], torch.relu(x))
     assert "sym_size" not in find_engine("eager").module(graph, "cpu").code
+
+
+@pytest.mark.parametrize(
+    ("features", "step", "want"),
+    [
+        ("avx2 amx_bf16", "autocast bf16", "bf16"),
+        ("avx2 avx512_bf16", "autocast bf16 except op(linear)", "f32"),
+        ("avx2 amx_bf16", "fuse", "f32"),
+        ("avx2", "autocast bf16", "f32"),
+    ],
+)
+def test_openvino_computes_in_bf16_what_multiplies_in_bf16(monkeypatch, features, step, want):
+    pytest.importorskip("openvino")
+    from dfc.planning import host
+    from dfc.runtime.engines.openvino_ import precision
+
+    monkeypatch.setattr(host, "cpu_features", lambda: features)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 9))
+    recipe = f"dfc 1\nrecipe half {{\n  {step}\n}}\n"
+    made = dfc.compile(model.eval(), (torch.randn(64, 256),), recipe=recipe, engine="eager")
+    assert precision(made.graph) == want

@@ -1,7 +1,8 @@
 """OpenVINO on the CPU: the emitted ONNX, compiled for the machine, tensors in and out in place.
 
-It is asked for float32 arithmetic: left to itself it computes in bfloat16 where the machine has
-it, quantizes activations beside compressed weights, and keeps attention's cache in 8 bits.
+It is asked for float32 arithmetic, but for graphs that multiply in bfloat16: left to itself it
+computes in bfloat16 wherever the machine has it, quantizes activations beside compressed weights,
+and keeps attention's cache in 8 bits.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ if find_spec("openvino") is None:  # importing it takes half a second
 
 _WIDE = ("f64", "c128")
 _INT32 = 2**31
+_PRODUCTS = ("aten.linear", "aten.mm", "aten.bmm", "aten.addmm", "aten.matmul", "aten.conv",
+             "aten.scaled_dot_product_attention", "dfc.multi_head_attention")  # fmt: skip
 
 
 class OpenVino(Engine):
@@ -50,8 +53,28 @@ class OpenVino(Engine):
             raise DfcError("K003", f"engine `openvino` cannot run on {device}: it is for the cpu")
         _refuse(self, graph)
         lifted, messages = lift_checks(graph)
-        session = Session(build_onnx(lifted), lifted, threads or torch.get_num_threads())
+        count = threads or torch.get_num_threads()
+        session = Session(build_onnx(lifted), lifted, count, precision(lifted))
         return checked(session.run, len(graph.outputs), messages)
+
+
+def precision(graph: Graph) -> str:
+    """What its CPU plugin computes in: "bf16" where the graph multiplies so and the machine can.
+
+    Why:  asked for f32 it turns values of bf16 into floats, and has lost what they were cast for;
+          asked for bf16 it rounds more than the graph says, and the proof tells whether too much.
+    """
+    from dfc.planning.host import cpu_features
+
+    if not any(f in cpu_features() for f in ("avx512_bf16", "amx_bf16")):
+        return "f32"
+    products = (n for n in graph.walk() if n.op.startswith(_PRODUCTS))
+    halves = any(_is_bf16(n.result.type) for n in products if n.results)
+    return "bf16" if halves else "f32"
+
+
+def _is_bf16(type: Type) -> bool:
+    return isinstance(type, TensorType) and type.dtype.name == "bf16"
 
 
 def _why_not(type: Type) -> str | None:
