@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA device, in one call of at most five minutes:
+# Everything that needs a CUDA device, in one call of at most BUDGET_S seconds (default 540):
 #
-#     bash benchmarks/gpu.sh
+#     bash benchmarks/gpu.sh [PART ...]
 #
+# Parts are tests, pipelines, linear, tiers, predictions, engines, fusions; without names, all.
 # Runs the GPU tests, then the GPU benchmarks, and writes benchmarks/results/gpu-DEVICE.txt (also
 # into $OUT, where that is set). A part that fails or takes too long is reported, and the next runs.
 # PYTHON is the interpreter (default python3); wheels of what it lacks may lie in .whl.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-BUDGET_S=${BUDGET_S:-290}
+BUDGET_S=${BUDGET_S:-540}
+wanted=" $* "
 began=$SECONDS
 
 for part in passes runtime; do # the two links of the package, where a copy has lost them
@@ -34,6 +36,7 @@ say() { echo "$@" | tee -a "$log"; }
 part() { # NAME SECONDS COMMAND...: at most SECONDS, less where less of the budget is left
   local name=$1 limit=$2 left=$((BUDGET_S - (SECONDS - began))) start=$SECONDS status
   shift 2
+  [ "$wanted" = "  " ] || [ "$name" = machine ] || [[ "$wanted" == *" $name "* ]] || return 0
   [ "$limit" -gt "$left" ] && limit=$left
   say ""
   say "== $name"
@@ -66,8 +69,13 @@ for name in "lark interegular typer rich onnx onnxscript onnxruntime networkx sa
 print("missing:", ", ".join(missing) or "nothing")
 raise SystemExit(bool(missing))
 '
-part "tests" 130 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider -rs tests/test_gpu.py
-part "fusions" 150 "$PYTHON" benchmarks/gpu_fusions.py "$((BUDGET_S - (SECONDS - began) > 150 ? 125 : BUDGET_S - (SECONDS - began) - 20))"
+part tests 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider -rs --durations=5 tests/test_gpu*.py
+part pipelines 60 "$PYTHON" benchmarks/gpu_pipelines.py
+part linear 60 "$PYTHON" benchmarks/gpu_linear.py
+part tiers 90 "$PYTHON" benchmarks/tiers.py --gpu
+part predictions 70 "$PYTHON" benchmarks/gpu_predictions.py --seconds 20
+part engines 240 "$PYTHON" benchmarks/gpu_engines.py --seconds 150
+part fusions 60 "$PYTHON" benchmarks/gpu_fusions.py 45
 
 device=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "none")' 2>/dev/null | tr -c 'A-Za-z0-9\n' '-' | tr -s - | tr 'A-Z' 'a-z')
 mkdir -p benchmarks/results
