@@ -117,12 +117,34 @@ def compile(
 
 
 def load(
-    path: str | os.PathLike[str], *, engine: str | None = None, device: str = "cpu"
+    path: str | os.PathLike[str],
+    *,
+    engine: str | None = None,
+    device: str = "cpu",
+    memory: str | int | None = None,
 ) -> Compiled:
     """Read a package and build it for an engine (default: the one that it was compiled for).
 
-    Raises:  DfcError D family for a damaged package.
+    With `memory` ("2GiB") it never takes more of the device than that: weights that do not fit are
+    streamed (`Compiled.within`), by the engine "eager".
+    Raises:  DfcError D family for a damaged package, and those of `Compiled.within`.
     """
+    if memory is None:
+        return opened(path, engine=engine, device=device)
+    if engine not in (None, "eager"):
+        message = f"the `{engine}` engine cannot stream weights: `eager` can"
+        raise DfcError("K073", message, help="leave out the engine, or the memory", status=2)
+    return opened(path, engine="eager", device=device, build=False).within(memory)
+
+
+def opened(
+    path: str | os.PathLike[str],
+    *,
+    engine: str | None = None,
+    device: str = "cpu",
+    build: bool = True,
+) -> Compiled:
+    """A package as it was read, with an engine's runner or without any."""
     from dfc.package import read_package
 
     package = read_package(Path(path))
@@ -132,7 +154,7 @@ def load(
         report.notes.append(ELSEWHERE.format(name, machine_text(report.machine)))
     has_data = all(p.data is not None for p in package.graph.parameters.values())
     found = find_engine("eager" if name == "auto" else name)
-    runner = found.build(with_state_inputs(package.graph), device) if has_data else None
+    runner = found.build(with_state_inputs(package.graph), device) if has_data and build else None
     return Compiled(
         package.graph, found, runner, report, package.probes, device, package.recipe,
         plan=package.plan,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfc.calling import build_outputs, flat_inputs, own_outputs
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter
-from dfc.planning.engine import Engine, Runner
+from dfc.planning.engine import Engine, Holding, Runner
 from dfc.report import Report
 
 if TYPE_CHECKING:
@@ -84,21 +84,30 @@ class Compiled:
     def run_flat(self, inputs: Sequence[Any]) -> list[Any]:
         """Flat inputs to output leaves and mutations, without checks or state changes."""
         if self._runner is None:
-            missing = [p.name for p in self.graph.parameters.values() if p.data is None]
+            self.require_weights()
+            raise DfcError("K021", "the model was opened without an engine", status=2)
+        try:
+            return self._runner([*inputs, *self._state.values()])
+        except RuntimeError as e:
+            raise DfcError("K023", f"the `{self.engine.name}` engine failed: {e}") from e
+
+    def require_weights(self) -> None:
+        """Raises:  DfcError K021 for a model on the meta device."""
+        missing = [p.name for p in self.graph.parameters.values() if p.data is None]
+        if missing:
             raise DfcError(
                 "K021",
                 f"the model has no weights (`{missing[0]}` is on the meta device)",
                 help="compile it with weights to run it",
                 status=2,
             )
-        try:
-            return self._runner([*inputs, *self._state.values()])
-        except RuntimeError as e:
-            raise DfcError("K023", f"the `{self.engine.name}` engine failed: {e}") from e
 
     @property
     def owned(self) -> frozenset[int]:
         """The addresses of the weights' memory."""
+        if self._owned is None and isinstance(self._runner, Holding):
+            memory = self._runner.memory()
+            self._owned = frozenset(x.untyped_storage().data_ptr() for x in memory)
         if self._owned is None:
             self._owned = frozenset(
                 p.data.tensor().untyped_storage().data_ptr()
@@ -106,6 +115,60 @@ class Compiled:
                 if p.data is not None
             )
         return self._owned
+
+    def within(
+        self,
+        memory: str | int,
+        *,
+        device: str | None = None,
+        inputs: Sequence[Any] | None = None,
+        slots: int | None = None,
+        placement: str = "even",
+        say: Callable[[str], None] = lambda what: None,
+    ) -> Compiled:
+        """The same model in so much memory of a device ("2GiB"), by streaming weights to it.
+
+        The memory is for weights and for what is computed of inputs as large as `inputs` (flat;
+        default: the example). What does not fit comes from the package's file, or, to a GPU, from
+        pinned memory of the host, while other layers compute. Parts are timed, and as few weights
+        are streamed as the memory allows; `slots` and `placement` ("even", "tail") take choices
+        from the planner. It runs on PyTorch's operators, and is closed by `close`.
+        Raises:  DfcError Q010 for a size that is none, N064 (status 6) for one that is too small,
+                 K070 for weights that are nowhere else, K021 for a model without weights.
+        """
+        from dfc.lang.units import byte_count
+        from dfc.runtime.engines import find_engine
+        from dfc.runtime.tiers.within import Wanted, within
+
+        wanted = Wanted(byte_count(memory), slots, placement)
+        self.require_weights()
+        to = device or self.device
+        if inputs is None and self.probes:
+            inputs = self.probes[0].inputs
+        found = Compiled(
+            self.graph, find_engine("eager"), None, self.report, self.probes, to, self.recipe,
+            self.emits, self.passes, self.plan,
+        )  # fmt: skip
+        flat = None if inputs is None else found._on_device(inputs)
+        found._runner = within(with_state_inputs(self.graph), wanted, to, flat, say)
+        return found
+
+    def _on_device(self, inputs: Sequence[Any]) -> list[Any]:
+        """Inputs and state as the runner takes them."""
+        import torch
+
+        moved = [x.to(self.device) if isinstance(x, torch.Tensor) else x for x in inputs]
+        return [*moved, *self._state.values()]
+
+    @property
+    def runner(self) -> Runner | None:
+        """What runs the graph's flat inputs; None without weights."""
+        return self._runner
+
+    def close(self) -> None:
+        """End what the runner has open: threads and files of streamed weights. It is then over."""
+        if isinstance(self._runner, Holding):
+            self._runner.close()
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
         """Write the package.

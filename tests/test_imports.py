@@ -39,6 +39,7 @@ LATE = {
     ("rewrite", "passes"): "passes are found by walking the package",
     ("planning", "runtime"): "engines are found by walking the package",
     ("emit", "capture"): "a decomposition is traced, and read as captured graphs are",
+    ("compiled", "runtime"): "`Compiled.within` has its runner built anew, in parts",
     ("compiled", "explaining"): "`Compiled.explain` asks it about the passes that were kept",
 }
 # Members of one layer that may know each other.

@@ -149,7 +149,7 @@ def test_waves_and_lanes_one_by_one_give_the_same_times(monkeypatch: pytest.Monk
         costs = Costs(f, i, w, Link(1, Fraction(1, 3)), edges=edges, activations=a)
         found = []
         for wide in (0, 10**9):
-            monkeypatch.setattr("dfc.planning.tasks._WIDE", wide)
+            monkeypatch.setattr("dfc.planning.lanes._WIDE", wide)
             found.append(simulate(schedule(name, p, m, v), costs))
         assert found[0].start.tolist() == found[1].start.tolist()
         assert found[0].makespan == found[1].makespan and found[0].busy == found[1].busy

@@ -72,7 +72,19 @@ def run(
     ] = None,
     trace: Annotated[
         str | None,
-        typer.Option("--trace", metavar="FILE", help="Write the pipeline's times for Perfetto."),
+        typer.Option(
+            "--trace",
+            metavar="FILE",
+            help="Write the pipeline's times for Perfetto; with --memory the plan's, or an .svg.",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="Take no more of the device: weights that do not fit are streamed.",
+        ),
     ] = None,
     use: Use = None,
     force: Force = False,
@@ -85,7 +97,7 @@ def run(
       dfc run encoder.dfcpkg inputs.npz -o outputs.npz
       dfc run encoder.dfcpkg --random --size B=4,S=16 --seed 0
       dfc run encoder.dfcpkg --size B=32,S=16 --pipeline 2 --trace step.json
-      dfc run encoder.stages inputs.npz -m 4
+      dfc run decoder.dfcpkg inputs.npz --memory 8GB --device cuda --trace passes.svg
       torchrun --nproc-per-node 2 -m dfc.cli run encoder.dfcpkg --pipeline 2 --on torchrun
 
     \b
@@ -93,6 +105,11 @@ def run(
     of `partition`; `--on processes` gives each rank a process; `--engine eager,onnxruntime` gives
     each stage an engine. A folder of ONNX stages (`dfc compile --stages`) is a pipeline already,
     and runs in ONNX Runtime.
+
+    \b
+    With --memory a model runs that does not fit: as many weights as can stay, the others come from
+    the package's file, or from this machine's memory to a GPU, while other layers compute. It tells
+    what a pass took beside the plan and the bound, and what would make it faster.
 
     \b
     A reproducer is what dfc writes when it finds a rewrite to be wrong. It exits with 4 while the
@@ -103,6 +120,8 @@ def run(
     from dfc.cli.progress import Progress
 
     check_place(on, pipeline, use)
+    if memory is not None:
+        check_memory(memory, pipeline, microbatches)
     load_used(use)
     if is_reproducer(model):
         raise typer.Exit(replay_folder(model, as_json))
@@ -114,7 +133,7 @@ def run(
     with Progress() as say:
         job = _Job(
             inputs, random, size, seed, engine, device, microbatches, on or PLACES[0], trace, force,
-            say,
+            say, memory,
         )  # fmt: skip
         ran = job.run(model, pipeline)
         named = dict(zip(output_names(ran.graph), ran.results, strict=True))
@@ -127,7 +146,7 @@ def run(
 
         print_json(
             {"model": model, "engine": ran.engine, "inputs": ran.origin, "outputs": rows,
-             "written": output, **({"pipeline": ran.measured} if ran.measured else {})}
+             "written": output, **ran.told}
         )  # fmt: skip
         return
     from dfc.cli.tables import print_table, print_text
@@ -141,10 +160,7 @@ def run(
         ],
         right=(2, 3, 4),
     )
-    if ran.measured:
-        from dfc.cli.pipelined import show
-
-        show(ran.measured)
+    ran.show()
     for row in rows:
         if row["not_finite"]:
             print_text(f"note: {row['not_finite']} elements of {row['name']} are not finite")
@@ -176,6 +192,16 @@ def check_place(on: str | None, stages: str | None, use: list[str] | None) -> No
             world.expect(count)
 
 
+def check_memory(memory: str, stages: str | None, microbatches: int | None) -> None:
+    """Raises:  DfcError Q010 for what is no size, Q006 for a pipeline, which is planned whole."""
+    from dfc.lang.units import byte_count
+
+    byte_count(memory)
+    if stages is not None or microbatches is not None:
+        option = "--pipeline" if stages is not None else "--microbatches"
+        raise DfcError("Q006", f"--memory and {option} do not go together")
+
+
 @dataclass
 class _Ran:
     """What was run, on what, and what came out."""
@@ -185,6 +211,17 @@ class _Ran:
     origin: str
     results: list[Any]
     measured: dict[str, Any] | None = None
+    kind: str = "pipeline"  # what was measured: it, or "tiers"
+
+    @property
+    def told(self) -> dict[str, Any]:
+        return {self.kind: self.measured} if self.measured else {}
+
+    def show(self) -> None:
+        from dfc.cli import pipelined, streamed
+
+        if self.measured:
+            (streamed if self.kind == "tiers" else pipelined).show(self.measured)
 
 
 @dataclass
@@ -202,6 +239,7 @@ class _Job:
     trace: str | None
     force: bool
     say: Progress
+    memory: str | None = None
     origin: str = ""
 
     def run(self, model: str, stages: str | None) -> _Ran:
@@ -213,6 +251,8 @@ class _Job:
         if len(engines) > 1 and not stages:
             help = "with --pipeline N, each of N stages may have its own"
             raise DfcError("K001", f"`{self.engine}` are several engines", help=help, status=2)
+        if self.memory is not None:
+            return self.streamed(model)
         compiled = open_compiled(model, engines[0] or None, self.device, self.say)
         example = compiled.probes[0].inputs if compiled.probes else None
         given = self.inputs(compiled.graph, example)
@@ -239,6 +279,17 @@ class _Job:
         results = _call(compiled, on_device(given, self.device), self.seed)
         return _Ran(compiled.graph, compiled.engine.name, self.origin, results)
 
+    def streamed(self, model: str) -> _Ran:
+        from dfc.cli.streamed import open_unbuilt, run_streamed
+
+        compiled = open_unbuilt(model, self.engine, self.device, self.say)
+        given = self.inputs(compiled.graph, compiled.probes[0].inputs if compiled.probes else None)
+        results, measured = run_streamed(
+            compiled, self.memory or "", self.device, given, self.seed, self.trace, self.force,
+            self.say,
+        )  # fmt: skip
+        return _Ran(compiled.graph, "eager", self.origin, results, measured, "tiers")
+
     def pipelined(
         self, compiled: Compiled, given: list[Any], stages: int | None, engines: list[str]
     ) -> _Ran:
@@ -257,9 +308,11 @@ class _Job:
     def stages(self, folder: str, stages: str | None) -> _Ran:
         from dfc.cli.pipelined import run_stages
 
-        if stages or self.engine or self.device != "cpu":
+        if stages or self.engine or self.device != "cpu" or self.memory:
             message = f"`{folder}` is cut into its stages already, and runs in ONNX Runtime"
-            raise DfcError("Q006", message, help="leave out --pipeline, --engine and --device")
+            raise DfcError(
+                "Q006", message, help="leave out --pipeline, --engine, --device, --memory"
+            )
         graph, results, measured = run_stages(
             folder, self.inputs, self.microbatches, self.trace, self.force, self.say
         )

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from dfc.emit.kernels import KernelCall, Kernels
+from dfc.emit.supply import Supply, Visit
 from dfc.errors import DfcError
 from dfc.ir.expr import FUNCTIONS, Call, Expr, Scalar
 from dfc.ir.graph import Graph, Input, Loc, Node, Parameter, Value
@@ -52,15 +53,17 @@ def to_fx(
     kernels: Kernels | None = None,
     mark: Callable[[], None] | None = None,
     donated: Collection[Value] = (),
+    supply: Supply | None = None,
 ) -> fx.GraphModule:
     """The graph as a module on one device; `kernels` run the nodes that they take.
 
     `mark` is called before the first node and after each one: a clock for whoever measures. What
     comes in for `donated` inputs may be written over: an operator that is the only reader of one,
-    and makes a tensor of its type, has an in-place variant do so.
+    and makes a tensor of its type, has an in-place variant do so. `supply` says which weights are
+    not the module's own, and when those come that are not always there.
     Raises:  DfcError K021 for a parameter without data.
     """
-    return _Emitter(graph, device, {}, kernels or {}, mark, donated).module()
+    return _Emitter(graph, device, {}, kernels or {}, mark, donated, supply).module()
 
 
 def _python_name(name: str) -> str:
@@ -78,8 +81,13 @@ class _Emitter:
         kernels: Kernels,
         mark: Callable[[], None] | None = None,
         donated: Collection[Value] = (),
+        supply: Supply | None = None,
     ) -> None:
         self.donated = donated
+        self.supply = supply or Supply()
+        self.visits = {v.first: v for v in self.supply.visits}
+        self.leaving = {v.last: v for v in self.supply.visits}
+        self.visiting = {p for v in self.supply.visits for p in v.weights}
         self.graph = graph
         self.device = device
         self.kernels = kernels
@@ -97,13 +105,17 @@ class _Emitter:
             self.env[v] = self.fx.placeholder(_python_name(v.name))
         self.bind_inputs()
         for i, p in enumerate(self.graph.parameters.values()):
-            if p.use_count:
+            if p.use_count and p not in self.visiting:
                 self.parameter(i, p)
         if self.mark:
             self.fx.call_function(self.mark)
         for node in self.graph.nodes:
             last = next(iter(reversed(self.fx.nodes)), None)
+            if node in self.visits:
+                self.visit(self.visits[node])
             self.node(node)
+            if node in self.leaving:
+                self.fx.call_function(self.leaving[node].leave)
             if self.mark:
                 self.fx.call_function(self.mark)
             if node.loc is not None:
@@ -124,7 +136,15 @@ class _Emitter:
             if loc.module:
                 node.meta["nn_module_stack"] = {loc.module: (loc.module, "")}
 
+    def visit(self, visit: Visit) -> None:
+        tensors = self.fx.call_function(visit.take)
+        for i, p in enumerate(visit.weights):
+            self.env[p] = self.fx.call_function(operator.getitem, (tensors, i))
+
     def parameter(self, i: int, p: Parameter) -> None:
+        if p in self.supply.held:
+            self.env[p] = self.constant(self.supply.held[p])
+            return
         if p.data is None:
             raise DfcError(
                 "K021",

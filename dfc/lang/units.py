@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dfc.errors import Diagnostic, did_you_mean
+from dfc.errors import DfcError, Diagnostic, did_you_mean
 from dfc.lang import syntax as s
 from dfc.lang.source import Source
 from dfc.lang.wording import number_text
@@ -39,6 +40,8 @@ _WRITTEN = {
     "points": ("pp",),
     "share": ("%",),
 }
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z/]*)")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,27 @@ def amount(x: s.Number, source: Source) -> Amount | Diagnostic:
         return Diagnostic("Q010", f"unknown unit `{x.unit}`", span, help or "write 12GiB, 0.5pp")
     dimension, factor = found
     return Amount(x.value * factor if x.unit else x.value, dimension, number_text(x))
+
+
+def byte_count(size: str | int) -> int:
+    """A number of bytes, or text as `2GiB`.
+
+    Raises:  DfcError Q010 for what is no size, or none that memory can have.
+    """
+    help = "write a number with a unit, as in 2GiB or 800MB"
+    if isinstance(size, str):
+        found = _SIZE.fullmatch(size.strip())
+        unit = found[2] if found else ""
+        if found is None or UNITS.get(unit, ("", 0))[0] not in ("bytes", "number"):
+            known = [u for u, (of, _) in UNITS.items() if of == "bytes"]
+            help = did_you_mean(unit, known) or help
+            raise DfcError("Q010", f"`{size}` is no size of memory", help=help, status=2)
+        value = float(found[1]) * UNITS[unit][1]
+    else:
+        value = size
+    if not 0 < value < float("inf"):
+        raise DfcError("Q010", f"`{size}` is no size of memory", help=help, status=2)
+    return int(value)
 
 
 def fits(a: str, b: str) -> bool:

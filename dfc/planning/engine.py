@@ -38,3 +38,14 @@ class Donating(Protocol):
     ) -> Runner:
         """As `build`; what the runner is given for the donated inputs may be written over."""
         ...
+
+
+@runtime_checkable
+class Holding(Protocol):
+    """A runner that has its weights in memory of its own, and threads or files that it can end."""
+
+    def memory(self) -> Sequence[Any]:
+        """The tensors that weights are in."""
+        ...
+
+    def close(self) -> None: ...

@@ -98,7 +98,7 @@ def modelled(
     if wish.trains:
         for t in tensors:
             kept[t.producer] += t.bytes
-    live = _live_bytes(graph, sizes)
+    live = live_bytes(graph, sizes)
     pins, together = _pins(limits, group_of, machine), _together(limits, group_of)
     names = tuple(_name(nodes[0]) for nodes in groups)
     problem = Problem(
@@ -289,7 +289,7 @@ def _slots(
     return tuple(found)
 
 
-def _live_bytes(graph: Graph, sizes: Sizes) -> float:
+def live_bytes(graph: Graph, sizes: Sizes) -> float:
     """The most bytes of activations that are alive at once, in the graph's order."""
     last: dict[Value, int] = {}
     nodes = list(graph.nodes)

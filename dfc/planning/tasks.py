@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dfc.planning.actions import JOINED, Kind, Program
+from dfc.planning.lanes import times
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dfc.planning.simulate import Costs
-
-_WIDE = 40  # lanes; below, waves are too narrow for numpy to pay
 
 
 @dataclass
@@ -43,64 +42,7 @@ class Tasks:
 
     def run(self) -> tuple[NDArray[Any], NDArray[Any], list[int]]:
         """Start and end of each task, and the tasks that never start: a deadlock's."""
-        return self._narrow() if len(self.lanes) < _WIDE else self._waves()
-
-    def _waves(self) -> tuple[NDArray[Any], NDArray[Any], list[int]]:
-        """All lanes whose next task can start, at once."""
-        n = len(self.took)
-        start = np.zeros(n, dtype=self.took.dtype)
-        end = np.full(n + 1, -1, dtype=self.took.dtype)
-        end[n] = 0  # what nothing waits for
-        head = np.array([a for a, _ in self.lanes], dtype=np.int64)
-        stop = np.array([b for _, b in self.lanes], dtype=np.int64)
-        clock = np.zeros(len(self.lanes), dtype=self.took.dtype)
-        active = np.flatnonzero(head < stop)
-        while len(active):
-            tasks = head[active]
-            ended = end[self.waits[tasks]]
-            able = (ended >= 0).all(axis=1)
-            if not able.any():
-                return start, end[:n], tasks.tolist()
-            lanes, tasks = active[able], tasks[able]
-            ready = (ended[able] + self.delay[tasks]).max(axis=1, initial=0)
-            begin = np.maximum(ready, clock[lanes])
-            start[tasks] = begin
-            clock[lanes] = end[tasks] = begin + self.took[tasks]
-            head[lanes] += 1
-            active = active[head[active] < stop[active]]
-        return start, end[:n], []
-
-    def _narrow(self) -> tuple[NDArray[Any], NDArray[Any], list[int]]:
-        """Lane by lane, each as far as it comes."""
-        n = len(self.took)
-        took, waits, delay = self.took.tolist(), self.waits.tolist(), self.delay.tolist()
-        start: list[Any] = [0] * n
-        end: list[Any] = [None] * n + [0]
-        head, clock = [a for a, _ in self.lanes], [0] * len(self.lanes)
-        stop = [b for _, b in self.lanes]
-        todo = [i for i in range(len(self.lanes)) if head[i] < stop[i]]
-        sleeping: dict[int, list[int]] = {}  # the task that lanes wait for
-        while todo:
-            i = todo.pop()
-            while head[i] < stop[i]:
-                task, begin = head[i], clock[i]
-                for other, gap in zip(waits[task], delay[task], strict=True):
-                    ended = end[other]
-                    if ended is None:
-                        sleeping.setdefault(other, []).append(i)
-                        break
-                    if ended + gap > begin and other != n:
-                        begin = ended + gap
-                else:
-                    start[task] = begin
-                    end[task] = clock[i] = begin + took[task]
-                    head[i] += 1
-                    todo.extend(sleeping.pop(task, ()))
-                    continue
-                break
-        stuck = [head[i] for i in range(len(self.lanes)) if head[i] < stop[i]]
-        found = np.array([-1 if e is None else e for e in end[:n]], dtype=self.took.dtype)
-        return np.array(start, dtype=self.took.dtype), found, stuck
+        return times(self.lanes, self.took, self.waits, self.delay)
 
     def name(self, task: int) -> str:
         kind, stage, b = self.rows[task].tolist()

@@ -12,6 +12,7 @@ import threading
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 HUGE = 1 << 21  # bytes of a huge page
@@ -36,9 +37,14 @@ def huge(size: int) -> Tensor:
 
 
 def _chunk(size: int) -> Tensor:
+    return torch.from_numpy(pages(size))
+
+
+def pages(size: int) -> NDArray[np.uint8]:
+    """At least `size` bytes of fresh memory: whole huge pages, where the system has them."""
     # Private: what could be shared with a child is never on huge pages.
     block = mmap.mmap(-1, -(-size // HUGE) * HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages
             block.madvise(mmap.MADV_HUGEPAGE)
-    return torch.from_numpy(np.frombuffer(block, np.uint8))
+    return np.frombuffer(block, np.uint8)

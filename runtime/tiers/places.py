@@ -1,0 +1,126 @@
+"""Where a model runs: how weights that stay get there, and what brings the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from dfc.ir.graph import Parameter
+from dfc.ir.weights import SafetensorsData
+from dfc.planning.here import here
+from dfc.planning.machine import Device
+from dfc.runtime.tiers.clock import Clock, CudaClock, HostClock
+from dfc.runtime.tiers.slots import Carrier, Load, flat, load_bytes, numbers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DISK = 1e9  # bytes a second, before a disk is measured
+
+
+class Place(Protocol):
+    """A device with a memory, and the tier above it that everything comes from."""
+
+    device: str
+    source: str  # the tier's name
+    guess: float  # bytes a second from there, before anything is measured
+
+    def model(self) -> Device:
+        """What is computed how fast, before anything is measured."""
+        ...
+
+    def clock(self) -> Clock: ...
+
+    def hold(self, weight: Parameter) -> Tensor:
+        """A weight that stays, in memory of its own."""
+        ...
+
+    def carrier(self, loads: Sequence[Load], slots: int, slot_bytes: int) -> Carrier: ...
+
+    def finish(self) -> None:
+        """Wait until what was computed is there."""
+        ...
+
+
+class Processor:
+    """This machine's memory; weights come from files."""
+
+    device, source, guess = "cpu", "disk", DISK
+
+    def model(self) -> Device:
+        return next(d for d in here().devices if d.kind == "cpu")
+
+    def clock(self) -> Clock:
+        return HostClock()
+
+    def hold(self, weight: Parameter) -> Tensor:
+        """Read, and not mapped: what is mapped may be dropped by the system, and read again."""
+        import torch
+
+        from dfc.runtime.tiers.files import Files, extents_of
+
+        if not isinstance(weight.data, SafetensorsData):
+            return numbers(weight)
+        extent = extents_of([weight])[weight]
+        memory = torch.empty(extent.bytes, dtype=torch.uint8)
+        files = Files([extent.path])
+        try:
+            files.read(extent, memory)
+        finally:
+            files.close()
+        t = weight.tensor_type
+        return memory.view(t.dtype.to_torch()).view([int(s) for s in t.shape])  # type: ignore[arg-type]
+
+    def carrier(self, loads: Sequence[Load], slots: int, slot_bytes: int) -> Carrier:
+        from dfc.runtime.tiers.files import Files, extents_of
+        from dfc.runtime.tiers.reader import Reader
+
+        extents = extents_of(piece.weight for load in loads for piece in load)
+        files = Files(e.path for e in extents.values())
+        return Reader(loads, extents, files, slots, slot_bytes)
+
+    def finish(self) -> None:
+        return None
+
+
+class Cuda:
+    """A CUDA device; weights come from pinned memory, which is kept while it may be used again."""
+
+    source = "memory"
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._pinned: dict[tuple[Parameter, ...], Tensor] = {}
+        self.guess = 25e9
+
+    def model(self) -> Device:
+        import torch
+
+        index = torch.device(self.device).index or 0
+        return [d for d in here().devices if d.kind == "cuda"][index]
+
+    def clock(self) -> Clock:
+        return CudaClock(self.device)
+
+    def hold(self, weight: Parameter) -> Tensor:
+        return numbers(weight).to(self.device)
+
+    def carrier(self, loads: Sequence[Load], slots: int, slot_bytes: int) -> Carrier:
+        from dfc.runtime.tiers.cuda import Copies, pinned
+
+        wanted = {}
+        for load in loads:
+            key = tuple(piece.weight for piece in load)
+            known = self._pinned.pop(key, None)
+            wanted[key] = flat(load, pinned(load_bytes(load))) if known is None else known
+        self._pinned = wanted
+        return Copies(list(wanted.values()), self.device, slots, slot_bytes)
+
+    def finish(self) -> None:
+        import torch
+
+        torch.cuda.current_stream(torch.device(self.device)).synchronize()
+
+
+def place_of(device: str) -> Place:
+    return Cuda(device) if device.startswith("cuda") else Processor()

@@ -1,0 +1,49 @@
+"""What passes within a memory took, beside what was planned."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from dfc.planning.tier_words import advice, limit
+from dfc.runtime.tiers.streamed import Streamed
+
+PASSES = 5
+
+
+def passes_taken(runner: Streamed, inputs: Sequence[Any], passes: int = PASSES) -> list[float]:
+    """Seconds of each of several passes after a warm one."""
+    found = []
+    for _ in range(passes + 1):
+        start = time.perf_counter()
+        runner(inputs)
+        runner.finish()
+        found.append(time.perf_counter() - start)
+    return found[1:]
+
+
+def measured(runner: Streamed, inputs: Sequence[Any], passes: int = PASSES) -> dict[str, Any]:
+    """The plan and what was measured, as data."""
+    took = median(passes_taken(runner, inputs, passes))
+    copied = runner.carrier.copied()
+    bytes_, seconds = sum(b for b, _ in copied), sum(s for _, s in copied)
+    plan = runner.plan
+    return {
+        "memory": plan.memory,
+        "held_bytes": runner.held_bytes,
+        "resident_bytes": plan.resident_bytes,
+        "streamed": [plan.layers[i].name for i in plan.streamed],
+        "slots": plan.slots,
+        "slot_bytes": plan.slot_bytes,
+        "bytes_per_pass": plan.bytes_per_pass,
+        "from": plan.hop.name,
+        "bandwidth": bytes_ / seconds if seconds else None,
+        "pass_seconds": took,
+        "predicted_seconds": float(plan.pass_seconds) if plan.streamed else None,
+        "bound_seconds": float(plan.bound) if plan.streamed else None,
+        "limit": limit(plan),
+        "break_even": plan.break_even if plan.streamed else 1,
+        "advice": advice(plan),
+    }

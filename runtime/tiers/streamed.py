@@ -1,0 +1,102 @@
+"""A graph that runs with part of its weights streamed: PyTorch's operators, one after the other.
+
+What stays lies in memory of its own, the rest comes into slots when it is read. Results are those
+of the same operators with all weights at hand, bit for bit.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dfc.emit.supply import Supply, Visit
+from dfc.ir.graph import Graph, Parameter
+from dfc.planning.tiers import Tiers
+from dfc.planning.weight_blocks import Block, resident_weights
+from dfc.runtime.tiers.cycle import Cycle
+from dfc.runtime.tiers.slots import pieces_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dfc.runtime.tiers.clock import Clock
+    from dfc.runtime.tiers.places import Place
+
+
+class Streamed:
+    """A runner of the eager engine within the memory of a plan.
+
+    Blocks are those that the plan was made of. With a `clock`, every block is timed.
+    """
+
+    def __init__(
+        self, graph: Graph, blocks: Sequence[Block], plan: Tiers, place: Place,
+        clock: Clock | None = None,
+    ) -> None:  # fmt: skip
+        from dfc.emit.fx import to_fx
+
+        self.plan, self.clock, self._finish = plan, clock, place.finish
+        streamed = {blocks[i]: j for j, i in enumerate(plan.streamed)}
+        brought = [[p for p in blocks[i].weights if p.name in names]
+                   for i, names in zip(plan.streamed, plan.loads, strict=True)]  # fmt: skip
+        loads = [pieces_of(weights) for weights in brought]
+        gone = {p for weights in brought for p in weights}
+        stay = [*resident_weights(graph, blocks), *(p for b in blocks for p in b.weights)]
+        self.held = {p: place.hold(p) for p in dict.fromkeys(stay) if p not in gone}
+        self.carrier = place.carrier(loads, plan.slots, plan.slot_bytes)
+        self._finalizer = weakref.finalize(self, self.carrier.close)
+        self.cycle = Cycle(self.carrier, loads)
+        visits = [
+            self._visit(b, tuple(brought[streamed[b]]) if b in streamed else (), streamed.get(b))
+            for b in blocks if b in streamed or (clock is not None and b.first is not None)
+        ]  # fmt: skip
+        self._module = to_fx(graph, place.device, supply=Supply(self.held, tuple(visits)))
+
+    def _visit(self, block: Block, weights: tuple[Parameter, ...], load: int | None) -> Visit:
+        assert block.first is not None and block.last is not None
+        cycle, clock = self.cycle, self.clock
+
+        def take() -> tuple[Tensor, ...]:
+            if clock is not None:
+                clock.stamp()
+            found = cycle.take(load) if load is not None else ()
+            if clock is not None:
+                clock.stamp()
+            return found
+
+        leave = cycle.leave if load is not None else _nothing
+        return Visit(block.first, block.last, weights, take, leave)
+
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+        """One pass.
+
+        Raises:  DfcError K071 when the weights' files are not what they were.
+        """
+        import torch
+
+        self.carrier.begin()
+        if not self.cycle.between_passes:  # the last pass was ended by an error
+            self.cycle.restart()
+        with torch.no_grad():
+            return list(self._module(*inputs))
+
+    def finish(self) -> None:
+        """Wait until what was called is computed; copies for the next pass may go on."""
+        self._finish()
+
+    def memory(self) -> list[Tensor]:
+        """All memory that weights are in: what stays, and the slots."""
+        return [*self.held.values(), *self.carrier.slots]
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(x.untyped_storage().nbytes() for x in self.memory())
+
+    def close(self) -> None:
+        """End what brings weights; it cannot be called any more."""
+        self._finalizer()
+
+
+def _nothing() -> None:
+    return None

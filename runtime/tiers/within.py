@@ -1,0 +1,105 @@
+"""A graph within a memory: planned by the model's costs, measured, planned again, and built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dfc.ir.graph import Graph
+from dfc.ir.interpret import bind_inputs
+from dfc.planning.cost import Sizes, default_sizes, work_of
+from dfc.planning.model import live_bytes
+from dfc.planning.streaming import Hop, Layer
+from dfc.planning.tiers import Tiers, aligned, plan_tiers
+from dfc.planning.weight_blocks import Block, resident_weights, weight_blocks, weight_bytes
+from dfc.runtime.tiers.clock import block_seconds
+from dfc.runtime.tiers.places import Place, place_of
+from dfc.runtime.tiers.streamed import Streamed
+
+_WARM = 1  # passes before the one that is measured
+_BETTER = 1.02  # times as fast a plan must be that replaces one
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be held, in how much memory, and how: the planner's free choices may be taken."""
+
+    memory: int
+    slots: int | None = None
+    placement: str = "even"
+
+
+def within(
+    graph: Graph,
+    wanted: Wanted,
+    device: str = "cpu",
+    inputs: Sequence[Any] | None = None,
+    say: Callable[[str], None] = lambda what: None,
+    place: Place | None = None,
+) -> Streamed:
+    """A runner that never holds more than the memory for weights and what is computed of `inputs`.
+
+    With `inputs`, blocks and copies are timed, and the plan is made of those times.
+    Raises:  DfcError N064 (status 6) for a memory that is too small, K070 for weights that are
+             nowhere else, K021 for a model without weights.
+    """
+    place = place or place_of(device)
+    blocks = weight_blocks(graph)
+    sizes = bind_inputs(graph, inputs) if inputs is not None else {}
+    plan = first_plan(graph, blocks, wanted, place, {**default_sizes(graph), **sizes})
+    if inputs is None or not plan.streamed:
+        return Streamed(graph, blocks, plan, place)
+    say("timing each part of the model")
+    measured = measured_plan(graph, blocks, plan, place, wanted, inputs)
+    return Streamed(graph, blocks, measured, place)
+
+
+def first_plan(
+    graph: Graph, blocks: Sequence[Block], wanted: Wanted, place: Place, sizes: Sizes
+) -> Tiers:
+    """By the costs of operators, and a guess of the link."""
+    device = place.model()
+    layers = [
+        Layer(float(sum(work_of(n, sizes).seconds(device) for n in b.nodes)), b.bytes, b.name)
+        for b in blocks
+    ]
+    weights = [{p.name: weight_bytes(p) for p in b.weights} for b in blocks]
+    fixed = sum(aligned(weight_bytes(p)) for p in resident_weights(graph, blocks))
+    fixed += int(live_bytes(graph, sizes))
+    hop = Hop(1 / place.guess, name=place.source)
+    return plan_tiers(
+        layers, weights, wanted.memory, hop, fixed, wanted.slots, wanted.placement
+    )  # fmt: skip
+
+
+def measured_plan(
+    graph: Graph, blocks: Sequence[Block], plan: Tiers, place: Place, wanted: Wanted,
+    inputs: Sequence[Any],
+) -> Tiers:  # fmt: skip
+    """The plan by what blocks and copies take; another one only where it is clearly faster."""
+    import torch
+
+    clock = place.clock()
+    runner = Streamed(graph, blocks, plan, place, clock)
+    try:
+        with torch.random.fork_rng(enabled=True):
+            for _ in range(_WARM + 1):
+                clock.seconds()
+                clock.stamp()
+                runner(inputs)
+                clock.stamp()
+            between = clock.seconds()
+            copied = runner.carrier.copied()
+    finally:
+        runner.close()
+    timed = [i for i, b in enumerate(blocks) if b.first is not None]
+    seconds, _ = block_seconds(between, len(timed))
+    found = dict(zip(timed, seconds, strict=True))
+    layers = [replace(x, seconds=found.get(i, 0.0)) for i, x in enumerate(plan.layers)]
+    rate = sum(s for _, s in copied) / max(1, sum(b for b, _ in copied))
+    now = replace(plan, layers=tuple(layers), hop=replace(plan.hop, per_byte=rate))
+    other = plan_tiers(
+        layers, plan.weights, plan.memory, now.hop, plan.fixed, wanted.slots, wanted.placement
+    )  # fmt: skip
+    return other if other.pass_seconds * _BETTER < now.pass_seconds else now
