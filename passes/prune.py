@@ -13,7 +13,7 @@ from dfc.compress.groups import Group, Groups, find_groups
 from dfc.compress.importance import by_activation, by_magnitude, by_taylor
 from dfc.compress.refit import prepare, refit
 from dfc.compress.shrink import shrink
-from dfc.compress.work import work_of
+from dfc.compress.work import device_of, forecast, work_of
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.lang.selectors import Selector
@@ -36,7 +36,7 @@ class Prune(Pass):
     Needs:    weights; data for `by taylor`, `by activation` and `refit`.
     Ensures:  counts are multiples of `align` (heads are whole); weights keep their names.
     Keeps:    inputs and outputs; what is frozen, each with its reason.
-    Raises:   DfcError Q070 for options, Q071 where nothing that is selected can be pruned, Q072
+    Raises:   DfcError Q070 for options, Q071 where nothing (that is selected) can be pruned, Q072
               where alignment leaves nothing to do, Q073 for data that is missing.
     """
 
@@ -65,16 +65,12 @@ class Prune(Pass):
             return remove_blocks(graph, self, ctx)
         groups = find_groups(graph)
         chosen = self._chosen(graph, groups, ctx)
-        if not chosen:
-            return 0
         scores = self._scores(groups, chosen, ctx)
         wanted = counts(scores, self.ratio, self.align, self.scope)
         shrinking = [g for g in chosen if wanted[g] < g.size]
         self._tell(chosen, scores, wanted, ctx)
         if not shrinking:
-            if self.select is not None:
-                raise self._nothing_left(chosen)
-            return 0
+            raise self._nothing_left(chosen)
         kept = {g: keep_best(scores[g], wanted[g]) for g in shrinking}
         self._apply(groups, kept, ctx)
         return len(shrinking)
@@ -107,7 +103,7 @@ class Prune(Pass):
             refused.append((g, reason))
             if g.size > 1:
                 ctx.decided(g.node or g.members[0][0], KEPT, f"{g.kind}: {reason}")
-        if not chosen and inside is not None:
+        if not chosen:
             raise self._refused(refused)
         return chosen
 
@@ -125,12 +121,16 @@ class Prune(Pass):
         return None
 
     def _refused(self, refused: Sequence[tuple[Group, str]]) -> DfcError:
-        notes = [f"`{g.name}`: {g.size} {g.kind}: {reason}" for g, reason in refused[:_SHOWN]]
-        if len(refused) > _SHOWN:
-            notes.append(f"and {len(refused) - _SHOWN} more")
+        several = [(g, reason) for g, reason in refused if g.size > 1]
+        notes = [f"`{g.name}`: {g.size} {g.kind}: {reason}" for g, reason in several[:_SHOWN]]
+        if len(several) > _SHOWN:
+            notes.append(f"and {len(several) - _SHOWN} more")
         what = "units" if self.what == "auto" else self.what
-        message = f"nothing that `{self.select}` selects can be pruned"
-        if not refused:
+        if self.select is None:
+            message = f"no {what} of this model can be pruned"
+        elif refused:
+            message = f"nothing that `{self.select}` selects can be pruned"
+        else:
             message = f"what `{self.select}` selects makes no {what} of its own"
         help = "`dfc explain MODEL --pass prune` lists every group, and why others stay"
         return DfcError("Q071", message, span=self._span(), notes=tuple(notes), help=help)
@@ -175,13 +175,13 @@ class Prune(Pass):
 
     def _apply(self, groups: Groups, kept: dict[Group, list[bool]], ctx: Context) -> None:
         graph = groups.analysis.graph
-        before = work_of(graph, ctx.examples)
+        device = device_of(ctx.target)
+        before = work_of(graph, ctx.examples, device)
         refits = []
         if self.refit:
             refits = prepare(groups, list(kept), self.batches(graph, ctx), ctx)
         shrink(groups, kept)
-        after = work_of(graph, ctx.examples)
-        ctx.tell(f"prune: predicted {before} -> {after}: {_share(before, after)}")
+        ctx.tell(f"prune: {forecast(before, work_of(graph, ctx.examples, device), device)}")
         masks = {g.axis: mask for g, mask in kept.items()}
 
         def stays(axis: Axis) -> list[bool]:
@@ -214,9 +214,3 @@ class Prune(Pass):
 
 def _spread(score: Tensor) -> Sequence[Tensor]:
     return score.min(), score.median(), score.max()
-
-
-def _share(before: Any, after: Any) -> str:
-    macs = after.macs / before.macs if before.macs else 1.0
-    weights = after.weight_bytes / before.weight_bytes if before.weight_bytes else 1.0
-    return f"{1 - macs:.1%} fewer multiply-adds, {1 - weights:.1%} fewer bytes"

@@ -170,8 +170,9 @@ BAD = {
     "nan": ([torch.ones(5, 4), torch.full((5, 4), torch.nan)], "D082", "batch 2 of data"),
     "inf": ([infinite()], "D082", r"`input` has 1 numbers .* the first at \[2, 1\]"),
     "empty": ([], "D080", "gave no batch"),
+    "one tensor": (torch.ones(5, 4), "D081", "put it into a list"),
     "generator": ((x for x in data()), "D083", "only once: it is a generator"),
-    "number": (3, "D084", "is a int, which holds no batches"),
+    "number": (3, "D084", "is of type int, which holds no batches"),
     "raises": (Broken(), "K040", "raised OSError: the file is gone"),
 }
 

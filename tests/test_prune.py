@@ -240,7 +240,7 @@ def test_a_recipe_prunes_predicts_and_packs_what_is_left(net: Net, tmp_path: Pat
         "data calib", data={"calib": [X]}, progress=said.append,
     )  # fmt: skip
     (note,) = [n for n in small.report.notes if "predicted" in n]
-    assert note in said and "fewer multiply-adds" in note
+    assert note in said and "fewer multiply-adds" in note and "x as fast by the roofline" in note
     whole.save(tmp_path / "whole.dfcpkg")
     small.save(tmp_path / "small.dfcpkg")
     small.export(tmp_path / "small.onnx")
@@ -287,6 +287,28 @@ def test_layers_that_cannot_be_pruned_are_named_with_their_reason(graph: Graph) 
     assert error.code == "Q071" and "`head`" in "".join(error.diagnostics[0].notes)
     assert "size of the output" in "".join(error.diagnostics[0].notes)
     assert error.diagnostics[0].span is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        ({"what": "heads"}, "Q071", "no heads of this model can be pruned"),
+        ({"what": "layers", "ratio": 0.1}, "Q072", "less than one"),
+        ({"align": 256}, "Q072", "`align=256` leaves nothing to prune"),
+    ],
+)
+def test_a_step_that_can_do_nothing_is_refused(
+    graph: Graph, options: dict[str, Any], code: str, words: str
+) -> None:
+    error = refused(graph, **options)
+    assert error.code == code and words in error.message
+
+
+def test_an_error_of_a_step_stands_where_the_step_does(net: Net) -> None:
+    with pytest.raises(DfcError) as error:
+        compiled(net, "  cse\n  prune with ratio=1.5")
+    span = error.value.diagnostics[0].span
+    assert span is not None and span.text is not None and "ratio=1.5" in span.text
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.3, 30.0])

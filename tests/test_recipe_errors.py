@@ -56,6 +56,11 @@ def test_every_error_of_a_file_is_told_at_its_place(path: Path) -> None:
         assert d.render().startswith(start) and "^" in d.render()
 
 
+def test_a_metric_without_a_direction_is_told_its_form() -> None:
+    (problem,) = problems("metric top1 on val\n")
+    assert problem.help == "`metric top1 on val, higher is better`"
+
+
 def test_every_code_has_an_example() -> None:
     root = Path(dfc.__file__).parent
     files = [*root.glob("lang/[!g]*.py"), root / "lang" / "source.py", root / "rewrite/rule.py"]

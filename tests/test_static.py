@@ -317,6 +317,12 @@ def test_activations_that_are_no_numbers_are_named():
         quantized(traced(Divides(), 4), data(4))
 
 
+def test_data_in_which_a_value_never_differs_from_zero_is_said():
+    graph, ctx = tiny().copy(), Context(data={"calib": [torch.zeros(4, 3, 16, 16)]})
+    find_pass("quantize", {"data": "calib"}).run(graph, ctx)
+    assert any("never differed from 0 in data `calib`" in note for note in ctx.products["notes"])
+
+
 # As a step of a recipe
 
 

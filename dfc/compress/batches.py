@@ -80,7 +80,11 @@ class Batches:
 
     def _remedy(self, e: DfcError, args: tuple[Any, ...]) -> str:
         """What to try for a batch that does not fit."""
+        from torch import Tensor
+
         takes = sum(not a.keyword_only for a in self._graph.arguments)
+        if isinstance(self._data, Tensor):
+            return "it is one tensor, whose rows are taken for batches: put it into a list"
         if e.code == "K012" and len(args) > takes:
             return "give the inputs without labels: [x for x, _ in loader]"
         if e.code == "K014":
@@ -109,7 +113,8 @@ def batches_of(ctx: Context, name: str, graph: Graph) -> Batches:
         message = f"data `{name}` can be read only once: it is a {kind}"
         raise DfcError("D083", message, help=help)
     if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
-        raise DfcError("D084", f"data `{name}` is a {kind}, which holds no batches", help=_FORMS)
+        message = f"data `{name}` is of type {kind}, which holds no batches"
+        raise DfcError("D084", message, help=_FORMS)
     return Batches(name, data, graph)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfc.compress.axes import find, leaves
 from dfc.compress.dimensions import Analysis, analyse
-from dfc.compress.work import work_of
+from dfc.compress.work import device_of, forecast, work_of
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.interpret import interpret
@@ -98,20 +98,19 @@ def remove_blocks(graph: Graph, p: Any, ctx: Context) -> int:
     """Remove the least important share of the layers that can go; how many went.
 
     `p` is the pass `prune`: its selection, its ratio, and what importance is measured by.
-    Raises:  DfcError Q071 where nothing that is selected can go, Q072 where the ratio is too small.
+    Raises:  DfcError Q071 where nothing can go, Q072 where the ratio is too small.
     """
     blocks = find_blocks(graph)
     chosen = _chosen(graph, blocks, p, ctx)
     count = int(p.ratio * len(chosen) + 0.5)
     if not count:
-        if p.select is not None and chosen:
-            message = f"{p.ratio:.0%} of {len(chosen)} layers is less than one"
-            help = f"`ratio={1 / len(chosen):.2g}` takes one"
-            raise DfcError("Q072", message, span=p._span(), help=help)
-        return 0
+        message = f"{p.ratio:.0%} of {len(chosen)} layers is less than one"
+        help = f"`ratio={1 / len(chosen):.2g}` takes one"
+        raise DfcError("Q072", message, span=p._span(), help=help)
     scores = _scores(graph, chosen, p, ctx)
     going = set(sorted(chosen, key=lambda b: scores[b])[:count])
-    before = work_of(graph, ctx.examples)
+    device = device_of(ctx.target)
+    before = work_of(graph, ctx.examples, device)
     for b in chosen:
         score = f"importance {scores[b]:.3g}"
         at = b.exit.node if b.exit is not None else None
@@ -123,9 +122,9 @@ def remove_blocks(graph: Graph, p: Any, ctx: Context) -> int:
     for b in blocks:
         if b in going:
             _remove(graph, b)
-    after = work_of(graph, ctx.examples)
+    after = work_of(graph, ctx.examples, device)
     names = ", ".join(b.path for b in chosen if b in going)
-    ctx.tell(f"prune: {names} removed; predicted {before} -> {after}")
+    ctx.tell(f"prune: {names} removed; {forecast(before, after, device)}")
     return count
 
 
@@ -143,9 +142,11 @@ def _chosen(graph: Graph, blocks: Sequence[Block], p: Any, ctx: Context) -> list
             ctx.decided(b.nodes[0], KEPT, f"layer {b.path}: {b.reason}")
         else:
             chosen.append(b)
-    if not chosen and inside is not None:
+    if not chosen:
         message = f"no layer that `{p.select}` selects can be removed"
-        if not refused:
+        if p.select is None:
+            message = "no layer of this model can be removed"
+        elif not refused:
             message = f"`{p.select}` selects no numbered module as a whole"
         help = 'a layer is a numbered module: `prune "layers.*.**" with what=layers`'
         raise DfcError("Q071", message, span=p._span(), notes=tuple(refused[:6]), help=help)

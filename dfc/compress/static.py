@@ -71,6 +71,7 @@ def apply(graph: Graph, layers: Sequence[Node], options: Options, ctx: Context) 
     batches = batches_of(ctx, options.data, graph)
     seen = _calibrated(graph, region, batches, ctx)
     ranges = _ranges(region, seen, options)
+    _tell_constant(ranges, options.data, ctx)
     scales = _round_values(graph, region, ranges)
     made = _store_weights(graph, region.layers, scales, options, ctx)
     for node in region.layers:
@@ -124,6 +125,17 @@ def _ranges(region: Region, seen: _Seen, options: Options) -> dict[Point, Range]
         p: p.fixed if p.fixed is not None and shared[p] == 1 else choose(h)
         for p, h in seen.histograms.items()
     }
+
+
+def _tell_constant(ranges: Mapping[Point, Range], data: str, ctx: Context) -> None:
+    """Say which values the data left at 0: what other inputs make of them is clipped to it."""
+    constant = [f"%{p.value.name}" for p, r in ranges.items() if r.low == r.high]
+    if constant:
+        more = f" and {len(constant) - 1} more" if len(constant) > 1 else ""
+        ctx.tell(
+            f"quantize: {constant[0]}{more} never differed from 0 in data `{data}`, so that the "
+            "scale is a guess: calibrate with inputs that the model will see"
+        )
 
 
 # The graph

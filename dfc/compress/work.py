@@ -1,4 +1,4 @@
-"""What a graph takes to run, before it is run: multiply-adds, and bytes of weights."""
+"""What a graph takes to run, before it is run: multiply-adds, bytes of weights, seconds."""
 
 from __future__ import annotations
 
@@ -6,26 +6,59 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dfc.errors import DfcError
 from dfc.ir.expr import Size, evaluate
 from dfc.ir.graph import Graph, Node
 from dfc.ir.interpret import bind_inputs
 from dfc.ir.types import TensorType
+from dfc.planning import cost
+from dfc.planning.here import here
+from dfc.planning.machine import Device
 
 _SEEN = 128  # a size that nothing tells
 
 
 @dataclass(frozen=True)
 class Work:
-    """Multiply-adds of one call, and bytes of the weights that it reads."""
+    """Multiply-adds of one call, bytes of the weights that it reads, and its time on a device.
+
+    Units:  `seconds` are those of the device's roofline, 0 where no device is known.
+    """
 
     macs: int
     weight_bytes: int
+    seconds: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.macs / 1e6:.4g} M multiply-adds, {self.weight_bytes / 1e6:.4g} MB of weights"
 
 
-def work_of(graph: Graph, examples: Sequence[Sequence[Any]] = ()) -> Work:
+def forecast(before: Work, after: Work, device: Device | None) -> str:
+    """What is saved, in words, before anything is timed."""
+    macs = after.macs / before.macs if before.macs else 1.0
+    weights = after.weight_bytes / before.weight_bytes if before.weight_bytes else 1.0
+    saved = f"{1 - macs:.1%} fewer multiply-adds, {1 - weights:.1%} fewer bytes"
+    if device is None or not after.seconds:
+        return f"predicted {before} -> {after}: {saved}"
+    faster = before.seconds / after.seconds
+    return f"predicted {faster:.2f}x as fast by the roofline of {device.name}, {saved}: " + (
+        f"{before} -> {after}"
+    )
+
+
+def device_of(target: Any) -> Device | None:
+    """What times are predicted for: the target's first device, else this host's processors."""
+    if target is None:
+        return here().devices[-1]
+    try:
+        return target.machine().devices[0]  # type: ignore[no-any-return]
+    except DfcError:  # its facts say too little for times
+        return None
+
+
+def work_of(
+    graph: Graph, examples: Sequence[Sequence[Any]] = (), device: Device | None = None
+) -> Work:
     """What a call takes, at the sizes of the first example; open sizes are 1 or 128 without one."""
     sizes = _sizes(graph, examples)
     total: Size = 0
@@ -33,7 +66,10 @@ def work_of(graph: Graph, examples: Sequence[Sequence[Any]] = ()) -> Work:
         total = total + macs_of(node)
     found = evaluate(total, sizes)
     weights = sum(p.tensor_type.nbytes for p in graph.parameters.values() if p.use_count)
-    return Work(int(found), int(weights))  # type: ignore[arg-type]
+    seconds = 0.0
+    if device is not None:
+        seconds = sum(cost.work_of(n, sizes).seconds(device) for n in graph.nodes)
+    return Work(int(found), int(weights), seconds)  # type: ignore[arg-type]
 
 
 def _sizes(graph: Graph, examples: Sequence[Sequence[Any]]) -> Mapping[str, Any]:

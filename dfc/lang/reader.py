@@ -40,6 +40,8 @@ _SIGN_OF = {
     "COMMA": ",", "LBRACE": "{", "RBRACE": "}", "COLON": ":", "LPAR": "(", "RPAR": ")",
     "EQUAL": "=", "LSQB": "[", "RSQB": "]", "BOTH_WAYS": "<->", "ONE_WAY": "->",
 }  # fmt: skip
+# What a statement looks like whose end has to be known by heart.
+_FORMS = {"metric": "`metric top1 on val, higher is better`"}
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class _Parser:
             if self._feed(token):
                 i += 1
                 continue
-            self._report(token)
+            self._report(token, i)
             if len(self.problems) > MAX_ERRORS:
                 return self._so_far()
             start = self._start(i)
@@ -179,7 +181,7 @@ class _Parser:
         end = len(self.source.text)
         last = Token("$END", "", end, end)
         if not self._feed(last):
-            self._report(last)
+            self._report(last, i)
             return self._so_far()
         found = self.values[0]
         assert isinstance(found, s.Document)
@@ -260,13 +262,14 @@ class _Parser:
                 return j
         return len(self.tokens)
 
-    def _report(self, token: Token) -> None:
+    def _report(self, token: Token, i: int) -> None:
         if token.type == "BAD":
             return  # the lexer has said so
         takes = self._expected()
         got = {"_NL": "end of line", "$END": "end of file"}.get(token.type, f"`{token.text}`")
         words = sorted(_WORD_OF[k] for k in takes if k in _WORD_OF)
         help = did_you_mean(token.text, words) if token.type == "WORD" else None
+        help = help or _FORMS.get(self.tokens[self._start(i)].text if i < len(self.tokens) else "")
         at = (token.start, max(token.end, token.start + 1))
         self._problem("P002", f"unexpected {got}; expected {_wanted(takes, words)}", at, help)
 

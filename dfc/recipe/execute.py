@@ -141,6 +141,14 @@ class Executor:
         return found
 
 
+def _placed(e: DfcError, step: PassStep) -> DfcError:
+    """An error of a step that names no place: it stands where the step does."""
+    if step.span is None or all(d.span for d in e.diagnostics):
+        return e
+    found = [replace(d, span=d.span or step.span) for d in e.diagnostics]
+    return DfcError.of(found, status=e.status)
+
+
 _CARRIED = ("pins", "together", "plan")  # what steps leave besides the graph for those behind them
 
 
@@ -226,8 +234,11 @@ class _Run:
         before, promised, at = self.graph, self.numerics, len(self.reports)
         left = carried(self.context)
         mode = "none" if self.mode == "end" else self.mode
-        p = self._settled(step.label, step.build(self.chosen))
-        done = self.x.step(before, p, mode, promised, self.context, self.allowed)
+        try:
+            p = self._settled(step.label, step.build(self.chosen))
+            done = self.x.step(before, p, mode, promised, self.context, self.allowed)
+        except DfcError as e:
+            raise _placed(e, step) from e
         self.reports += done.reports
         self.passes += [(at, applied) for applied in done.passes]
         self.graph, self.numerics = done.graph, done.numerics

@@ -282,7 +282,10 @@ def find_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
             raise DfcError("Q002", f"`{option}` of pass `{name}` is {wanted}, got {value!r}")
     for option, f in fields.items():
         if option not in given and f.default is dataclasses.MISSING:
-            raise DfcError("Q002", f"pass `{name}` needs `{option}`: it has no default")
+            phrase = next((w for w, o in cls.phrases.items() if o == option), None)
+            words = f"{name} {phrase} NAME" if phrase else f"{name} with {option}=..."
+            message = f"pass `{name}` needs `{option}`: it has no default"
+            raise DfcError("Q002", message, help=f"`{words}`")
     return cls(**given)
 
 
