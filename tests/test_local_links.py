@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from dfc.errors import DfcError
+from dfc.runtime.pipeline import shared_blocks
 from dfc.runtime.pipeline.linking import GlooMeeting, LocalMeeting, joined, meeting
 from dfc.runtime.pipeline.local_links import LocalLinks
+from dfc.runtime.pipeline.shared_blocks import LARGE
 
 SOON, FOREVER = timedelta(seconds=5), timedelta(seconds=1e6)
 PAIRS = [(0, 1), (1, 0)]
@@ -128,3 +130,66 @@ def test_links_suit_the_address_unless_they_are_chosen(tmp_path: Path) -> None:
     assert isinstance(meeting(None, tmp_path, "127.0.0.1"), LocalMeeting)
     with pytest.raises(DfcError, match="there are no links `pigeon`: local, gloo"):
         meeting("pigeon", tmp_path, "127.0.0.1")
+
+
+def test_a_large_message_is_read_where_it_lies(ends: list[LocalLinks]) -> None:
+    """The block is used again once nothing shares its memory, and not before."""
+    n = 2 * LARGE
+
+    def through(value: int) -> torch.Tensor:
+        sent = ends[0].post((0, 1), block(n, value), value)
+        work = ends[1].receive((0, 1), n, value)
+        work.wait(SOON)
+        sent.wait(SOON)
+        assert work.block is not None
+        return work.block
+
+    first = through(1)
+    part = first[8:12].view(torch.int32)  # shares the memory, and outlives the block
+    where = first.data_ptr()
+    assert where % 64 == 0
+    del first
+    second = through(2)
+    assert second.data_ptr() != where
+    assert part.tolist() == [0x01010101] and torch.equal(second, block(n, 2))
+    del part
+    assert through(3).data_ptr() == where
+    assert torch.equal(second, block(n, 2))
+
+
+def test_where_every_block_is_in_use_the_socket_takes_the_rest(
+    ends: list[LocalLinks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_blocks, "_MOST", 2)
+    n, held = 2 * LARGE, []
+    for i in range(5):
+        sent = ends[0].post((0, 1), block(n, i), i)
+        work = ends[1].receive((0, 1), n, i)
+        work.wait(SOON)
+        sent.wait(SOON)
+        held.append(work.block)
+    for i, found in enumerate(held):
+        assert found is not None and torch.equal(found, block(n, i))
+
+
+def test_a_received_block_outlives_its_links(ends: list[LocalLinks]) -> None:
+    ends[0].post((0, 1), block(2 * LARGE, 7), 0)
+    work = ends[1].receive((0, 1), 2 * LARGE, 0)
+    work.wait(SOON)
+    for links in ends:
+        links.close()
+    assert work.block is not None and torch.equal(work.block, block(2 * LARGE, 7))
+
+
+def test_who_sends_is_told_when_a_large_message_is_taken(ends: list[LocalLinks]) -> None:
+    works = [ends[0].post((0, 1), block(2 * LARGE, i), i) for i in range(3)]
+    with pytest.raises(RuntimeError, match="not taken in"):
+        works[0].wait(timedelta(seconds=0.05))
+    for i in range(2):
+        ends[1].receive((0, 1), 2 * LARGE, i).wait(SOON)
+    works[1].wait(SOON)
+    with pytest.raises(RuntimeError, match="not taken in"):
+        works[2].wait(timedelta(seconds=0.05))
+    ends[1].close()
+    with pytest.raises(RuntimeError, match="the other end is gone|reset by peer"):
+        works[2].wait(SOON)

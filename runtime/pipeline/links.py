@@ -113,6 +113,14 @@ def _orders(routes: Routes, microbatches: Sequence[int]) -> dict[Pair, list[Key]
     return found
 
 
+class Receiving(Protocol):
+    """A message that will come; its block is there once it has been waited for."""
+
+    block: torch.Tensor | None
+
+    def wait(self, timeout: timedelta) -> Any: ...
+
+
 class Linked(Protocol):
     """The links of one member, whatever they are made of."""
 
@@ -123,7 +131,11 @@ class Linked(Protocol):
         ...
 
     def send(self, pair: Pair, message: Message, tag: int) -> Any:
-        """Begin to send what `post` receives as a block."""
+        """Begin to send what `post` or `receive` receives as a block."""
+        ...
+
+    def receive(self, pair: Pair, nbytes: int, tag: int) -> Receiving:
+        """Begin to receive a block of the link's choice."""
         ...
 
     def interrupt(self) -> None:
@@ -165,11 +177,29 @@ class Links:
     def send(self, pair: Pair, message: Message, tag: int) -> Any:
         return self.post(pair, message.block(), tag)
 
+    def receive(self, pair: Pair, nbytes: int, tag: int) -> _Posted:
+        """Begin to receive a message; what is returned is waited for, and has it as its block."""
+        import torch
+
+        block = torch.empty(nbytes, dtype=torch.uint8)
+        return _Posted(self.post(pair, block, tag), block)
+
     def interrupt(self) -> None:
         """Nothing: who waits in gloo is told when the other end lets go."""
 
     def close(self) -> None:
         self.groups.clear()
+
+
+@dataclass
+class _Posted:
+    """A block that gloo fills."""
+
+    work: Any
+    block: torch.Tensor | None
+
+    def wait(self, timeout: timedelta) -> None:
+        self.work.wait(timeout)
 
 
 def gloo_device(address: str = "127.0.0.1") -> Any:
@@ -185,7 +215,7 @@ class _Incoming:
 
     order: Order
     posted: int = 0
-    waiting: dict[Key, tuple[Any, Any]] = field(default_factory=dict)
+    waiting: dict[Key, Receiving] = field(default_factory=dict)
 
 
 class Traffic:
@@ -255,8 +285,10 @@ class Traffic:
         try:
             while incoming.posted <= place:
                 self._post_next(pair, incoming)
-            work, block = incoming.waiting.pop(key)
+            work = incoming.waiting.pop(key)
             work.wait(self.timeout)
+            block = work.block
+            assert block is not None
             ahead = max(_AHEAD, _that_are_small(block.nbytes))
             if incoming.posted <= place + ahead // 2:
                 self._post_ahead(pair, incoming, place + ahead)
@@ -293,8 +325,6 @@ class Traffic:
             self._post_next(pair, incoming)
 
     def _post_next(self, pair: Pair, incoming: _Incoming) -> None:
-        import torch
-
         edge, b = key = incoming.order.keys[incoming.posted]
         nbytes = self._layout(edge, b).nbytes
         tag = 2 * incoming.posted
@@ -302,8 +332,7 @@ class Traffic:
             length = _length(0)
             self.links.post(pair, length, tag + 1).wait(self.timeout)
             nbytes = int(length)
-        block = torch.empty(max(nbytes, 8), dtype=torch.uint8)
-        incoming.waiting[key] = self.links.post(pair, block, tag), block
+        incoming.waiting[key] = self.links.receive(pair, max(nbytes, 8), tag)
         incoming.posted += 1
 
     def _pair(self, edge: int) -> Pair:

@@ -2,8 +2,9 @@
 
 A link is a stream. Both ends post in the order of the sender's program, so that what comes next is
 what was asked for first; a frame repeats the message's tag and length, and anything else is an
-error. Nothing outlives a process that is killed: the system closes its ends, and whoever waits at
-the other one is told at once.
+error. Large messages lie in memory that both ends see (`shared_blocks`): the frame says in which
+block, and the receiver answers a byte when it has read that. Nothing outlives a process that is
+killed: the system closes its ends, and whoever waits at the other one is told at once.
 
 Why:  gloo takes three packets and four changes of thread for a message: a hundred microseconds and
       more, where a stream takes ten (benchmarks/processes.py).
@@ -11,6 +12,8 @@ Why:  gloo takes three packets and four changes of thread for a message: a hundr
 
 from __future__ import annotations
 
+import array
+import os
 import select
 import socket
 import struct
@@ -26,12 +29,16 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from dfc.runtime.pipeline.messages import Message, memory_of
+from dfc.runtime.pipeline.shared_blocks import LARGE, Reader, Shelf
 
 if TYPE_CHECKING:
     import torch
 
 Pair = tuple[int, int]
-_FRAME = struct.Struct("<QQ")  # tag, bytes
+_FRAME = struct.Struct("<QQq")  # tag, bytes, and the block that they are in or that they follow
+_FOLLOW = -1
+_TAKEN = b"!"  # what the receiver answers
+_FILE = socket.CMSG_SPACE(4)  # of the file of a block
 _ROOM = 1 << 18  # bytes that the system is asked to keep of a link: small messages, and few others
 _AGAIN = 0.002  # seconds until an end that is not there yet is looked for again
 
@@ -72,7 +79,11 @@ class LocalLinks:
         """
         if pair[0] == self.me:
             return self._out[pair[1]].post(Message([memory_of(block)], block.nbytes, [block]), tag)
-        return self._in[pair[0]].post(block, tag)
+        return self._in[pair[0]].post(block.nbytes, tag, block)
+
+    def receive(self, pair: Pair, nbytes: int, tag: int) -> _Coming:
+        """Begin to receive a message; what is returned is waited for, and has it as its block."""
+        return self._in[pair[0]].post(nbytes, tag)
 
     def send(self, pair: Pair, message: Message, tag: int) -> _Work:
         """Begin to send what `post` receives as a block.
@@ -118,14 +129,32 @@ class _Going(_Work):
 
     message: Message  # whose memory the parts are
     parts: list[memoryview]
+    file: int | None = None  # of a new block, which goes with the first byte
     error: str = ""
     done: threading.Event = field(default_factory=threading.Event)
+
+    def put_away(self) -> None:
+        """The other end has the file, or never will."""
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
 
     def wait(self, timeout: timedelta) -> None:
         if not self.done.wait(timeout.total_seconds()):
             raise RuntimeError(f"not taken in {timeout.total_seconds():.3g} s")
         if self.error:
             raise RuntimeError(self.error)
+
+
+@dataclass
+class _Lying(_Work):
+    """A message in a block, which has arrived when the receiver has taken so many."""
+
+    outgoing: _Outgoing
+    count: int
+
+    def wait(self, timeout: timedelta) -> None:
+        self.outgoing.wait_taken(self.count, timeout.total_seconds())
 
 
 class _Outgoing:
@@ -137,39 +166,79 @@ class _Outgoing:
         self._queue: SimpleQueue[_Going | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._last: _Going | None = None
+        self._shelf = Shelf()
+        self._lying = self._taken = 0  # messages in blocks, and those that the receiver has
+        self._answers = select.poll()
+        self._answers.register(end, select.POLLIN)
 
     def post(self, message: Message, tag: int) -> _Work:
-        parts = [memoryview(_FRAME.pack(tag, message.nbytes)), *message.parts]
+        if message.nbytes >= LARGE:
+            placed = self._shelf.put(message.parts, message.nbytes)
+            if placed is not None:
+                number, file = placed
+                frame = memoryview(_FRAME.pack(tag, message.nbytes, number))
+                self._send(_Going(message, [frame], file))
+                self._lying += 1
+                return _Lying(self, self._lying)
+        frame = memoryview(_FRAME.pack(tag, message.nbytes, _FOLLOW))
+        return self._send(_Going(message, [frame, *message.parts]))
+
+    def _send(self, work: _Going) -> _Work:
         if self._last is None or self._last.done.is_set():
             if self._last is not None and self._last.error:
                 raise RuntimeError(self._last.error)
-            parts = _rest(parts, self._at_once(parts))
-            if not parts:
+            try:
+                self._some(work, socket.MSG_DONTWAIT)
+            except OSError as e:
+                raise RuntimeError(_why(e)) from e
+            if not work.parts:
                 return _SENT
-        self._last = work = _Going(message, parts)
+        self._last = work
         self._queue.put(work)
         if self._thread is None:
-            self._thread = threading.Thread(target=self._send, name="dfc-link", daemon=True)
+            self._thread = threading.Thread(target=self._serve, name="dfc-link", daemon=True)
             self._thread.start()
         return work
 
-    def _at_once(self, parts: Sequence[memoryview]) -> int:
-        """How much the system takes without waiting."""
+    def _some(self, work: _Going, how: int = 0) -> None:
+        """Send what the system takes; the file goes with the first byte of it."""
+        files = array.array("i", [] if work.file is None else [work.file])
+        with_it = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)] if files else ()
         try:
-            return self.socket.sendmsg(parts, (), socket.MSG_DONTWAIT)
+            count = self.socket.sendmsg(work.parts, with_it, how)
         except BlockingIOError:
-            return 0
-        except OSError as e:
-            raise RuntimeError(_why(e)) from e
+            return
+        except OSError:
+            work.put_away()
+            raise
+        work.put_away()
+        work.parts = _rest(work.parts, count)
 
-    def _send(self) -> None:
+    def _serve(self) -> None:
         while (work := self._queue.get()) is not None:
             try:
-                for part in work.parts:
-                    self.socket.sendall(part)
+                while work.parts:
+                    self._some(work)
             except OSError as e:
                 work.error = _why(e)
             work.done.set()
+
+    def wait_taken(self, count: int, seconds: float) -> None:
+        """
+        Raises:  RuntimeError when the receiver is gone, or has not taken so many in that time.
+        """
+        until = time.monotonic() + seconds
+        while self._taken < count:
+            left = until - time.monotonic()
+            if left <= 0 or not self._answers.poll(left * 1e3):
+                raise RuntimeError(f"not taken in {seconds:.3g} s")
+            try:
+                answers = len(self.socket.recv(64))
+            except OSError as e:
+                raise RuntimeError(_why(e)) from e
+            if not answers:
+                raise RuntimeError("the other end is gone")
+            self._taken += answers
 
     def close(self) -> None:
         self._queue.put(None)
@@ -180,11 +249,13 @@ class _Outgoing:
 
 @dataclass
 class _Coming(_Work):
-    """A message that is to be read into a block."""
+    """A message that is to be read: into a block, else into one that it comes with or that is
+    made for it."""
 
     incoming: _Incoming
-    block: torch.Tensor
+    nbytes: int
     tag: int
+    block: torch.Tensor | None = None
     done: bool = False
 
     def wait(self, timeout: timedelta) -> None:
@@ -199,9 +270,10 @@ class _Incoming:
         self._wanted: deque[_Coming] = deque()
         self._ready = select.poll()
         self._ready.register(end, select.POLLIN)
+        self._reader = Reader()
 
-    def post(self, block: torch.Tensor, tag: int) -> _Work:
-        work = _Coming(self, block, tag)
+    def post(self, nbytes: int, tag: int, block: torch.Tensor | None = None) -> _Coming:
+        work = _Coming(self, nbytes, tag, block)
         self._wanted.append(work)
         return work
 
@@ -216,18 +288,38 @@ class _Incoming:
 
     def _read(self, work: _Coming, until: float) -> None:
         frame = bytearray(_FRAME.size)
-        parts = [memoryview(frame), memory_of(work.block)]
+        parts = [memoryview(frame)]
+        small = work.nbytes < LARGE
+        if small:  # in one go: no such message is in a block
+            parts.append(memory_of(_block(work)))
         while parts:
             parts = _rest(parts, self._some(parts, until))
-        found = _FRAME.unpack(frame)
-        if found != (work.tag, work.block.nbytes):
-            raise RuntimeError(f"message {found} came where {work.tag} was awaited")
+        tag, nbytes, number = _FRAME.unpack(frame)
+        if (tag, nbytes) != (work.tag, work.nbytes):
+            raise RuntimeError(f"message {tag, nbytes} came where {work.tag} was awaited")
+        if number != _FOLLOW:
+            self._take(work, self._reader.tensor(number, nbytes))
+        elif not small:
+            parts = [memory_of(_block(work))]
+            while parts:
+                parts = _rest(parts, self._some(parts, until))
+
+    def _take(self, work: _Coming, block: torch.Tensor) -> None:
+        """Have a message that lies in a block, and say so."""
+        if work.block is None:
+            work.block = block
+        else:
+            work.block.copy_(block)
+        try:
+            self.socket.send(_TAKEN)
+        except OSError as e:
+            raise RuntimeError(_why(e)) from e
 
     def _some(self, parts: Sequence[memoryview], until: float) -> int:
         """Read what there is; wait where there is nothing."""
         while True:
             try:
-                count = self.socket.recvmsg_into(parts, 0, socket.MSG_DONTWAIT)[0]
+                count, with_it, *_ = self.socket.recvmsg_into(parts, _FILE, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 left = until - time.monotonic()
                 if left <= 0 or not self._ready.poll(left * 1e3):
@@ -235,12 +327,23 @@ class _Incoming:
                 continue
             except OSError as e:
                 raise RuntimeError(_why(e)) from e
+            for _, _, files in with_it:
+                self._reader.add(*array.array("i", files))
             if not count:
                 raise RuntimeError("the other end is gone")
             return count
 
     def close(self) -> None:
         self.socket.close()
+
+
+def _block(work: _Coming) -> torch.Tensor:
+    """Where a message that comes by the socket is to go."""
+    import torch
+
+    if work.block is None:
+        work.block = torch.empty(work.nbytes, dtype=torch.uint8)
+    return work.block
 
 
 def _rest(parts: list[memoryview], done: int) -> list[memoryview]:
