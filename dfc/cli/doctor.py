@@ -59,7 +59,9 @@ def doctor(as_json: Json = False) -> None:
 
 def _look() -> dict[str, Any]:
     import dfc
+    from dfc.runtime.allocation import why_not
 
+    why = why_not()
     versions = {name: _version(name) for name in (*_NEEDED, *_OPTIONAL)}
     missing = [f"pip install {n}  # {_NEEDED[n]}" for n in _NEEDED if versions[n] is None]
     advice = [f"{how}  # optional" for n, how in _OPTIONAL.items() if versions[n] is None]
@@ -100,6 +102,7 @@ def _look() -> dict[str, Any]:
         "devices": devices,
         "engines": engines,
         "kernels": kernels,
+        "keeps_pages": {"kept": why is None, "reason": why},
         "onnxruntime_providers": _providers(),
         "cache": cache,
         "missing": missing,
@@ -165,6 +168,11 @@ def _print(data: dict[str, Any]) -> None:
     print_text(f"\nONNX Runtime providers: {', '.join(data['onnxruntime_providers']) or 'none'}")
     if data["kernels"] is not None:
         print_text(f"kernels for int4 and int8 linear layers: {data['kernels']['reason']}")
+    why = data["keeps_pages"]["reason"]
+    print_text(
+        f"memory: malloc is left as it is, since {why}" if why else
+        "memory: engines keep the pages of what is freed (DFC_KEEP_PAGES=0 gives them back)"
+    )  # fmt: skip
     print_text(f"kernel cache: {data['cache']}")
     for line in data["missing"]:
         print_text(f"missing: {line}")

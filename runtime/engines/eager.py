@@ -44,6 +44,10 @@ class Eager(Engine):
     ) -> Runner:
         import torch
 
+        from dfc.runtime.allocation import keep_pages
+
+        if device == "cpu":
+            keep_pages()
         module = self.module(graph, device, donated)
 
         def run(inputs: Sequence[Any]) -> list[Any]:

@@ -49,8 +49,11 @@ class Inductor(Engine):
 
         from dfc.emit.checks import checked, lift_checks
         from dfc.emit.fx import to_fx
+        from dfc.runtime.allocation import keep_pages
         from dfc.runtime.kernels.graph import kernels
 
+        if device == "cpu":
+            keep_pages()
         for node in graph.nodes:
             reason = self.supports(node)
             if reason:

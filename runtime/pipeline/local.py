@@ -13,6 +13,7 @@ from dfc.planning.engine import Runner
 from dfc.planning.microbatches import batch_dim, batch_of, cut, joined
 from dfc.planning.schedules import forward_program
 from dfc.planning.stages import StageGraph, split
+from dfc.runtime.allocation import keep_pages
 from dfc.runtime.engines import find_engine
 from dfc.runtime.pipeline.lanes import Lanes, Step, Values
 from dfc.runtime.pipeline.reporting import Report, report_of
@@ -69,6 +70,7 @@ class Pipeline:
         program: Callable[[int], Program] | None = None,
         build: Callable[[int, StageGraph, int], Runner] | None = None,
     ) -> None:
+        keep_pages()  # of what is put together here, whatever runs the stages
         self.graph = graph
         self.stages: list[StageGraph] = split(graph, stage_of)
         self.placement = _checked(placement, len(self.stages))

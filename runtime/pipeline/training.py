@@ -29,6 +29,7 @@ from dfc.planning.microbatches import batch_dim, batch_of, cut
 from dfc.planning.schedules import schedule
 from dfc.planning.simulate import Costs
 from dfc.planning.stages import HOST
+from dfc.runtime.allocation import keep_pages
 from dfc.runtime.engines import find_engine
 from dfc.runtime.pipeline import checkpoint
 from dfc.runtime.pipeline.differentiated import Differentiated, Gradient
@@ -93,6 +94,7 @@ class Trainer:
 
         if reduction not in ("mean", "sum"):
             raise DfcError("N073", f"reduction is `mean` or `sum`, not `{reduction}`", status=2)
+        keep_pages()
         self.model = model = _model(graph, stage_of, loss, targets)
         self.reduction, self.microbatches, self.seed = reduction, microbatches, seed
         self.programs = Programs(schedule, len(model.parts), microbatches, chunks)
