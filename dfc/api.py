@@ -69,7 +69,7 @@ def compile(
     engine: str = "auto",
     verify: str | None = None,
     strict: bool = False,
-    device: str = "cpu",
+    device: str | None = None,
     weights: str | os.PathLike[str] | None = None,
     reproducers: str | os.PathLike[str] | None = None,
     print_after: Callable[[str, Graph], None] | None = None,
@@ -94,7 +94,8 @@ def compile(
                 texts`; `module` is called like the model, and trained in place
 
     `engine` is a name, several separated by commas, or "auto": the fastest that is right on the
-    example is kept ("auto" does not try inductor, which compiles for long); `verify` is "each",
+    example is kept ("auto" tries inductor on GPUs alone: it compiles for long); `device` is "cpu",
+    "cuda", "cuda:1", or None: where the example is; `verify` is "each",
     "end" or "none", in place of what the recipe says; under `strict` a wrong rewrite is an error
     instead of being left out, told in the report, and written below `reproducers` for `dfc run` to
     show again (default: $DFC_REPRODUCERS, else the user's cache; "none" writes nothing); `weights`
@@ -111,9 +112,19 @@ def compile(
         raise DfcError("Q055", "give `passes` or `recipe`, not both")
     plan, guarded = chosen_plan(recipe, passes, target, settings)
     return Compilation(
-        plan, guarded, data or {}, metrics or {}, budget, engine, verify, strict, device,
+        plan, guarded, data or {}, metrics or {}, budget, engine, verify, strict,
+        device or _device_of(args, kwargs),
         print_after, progress or (lambda what: None), writer(reproducers), functions or {},
     ).run(model, args, kwargs, dynamic_shapes, weights)  # fmt: skip
+
+
+def _device_of(*given: Any) -> str:
+    """Where the first tensor among the arguments lies; on the host without one."""
+    import torch
+
+    leaves = torch.utils._pytree.tree_leaves(given)
+    found = (x.device for x in leaves if isinstance(x, torch.Tensor) and x.is_cuda)
+    return str(next(found, "cpu"))
 
 
 def load(

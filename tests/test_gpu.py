@@ -69,6 +69,18 @@ def test_onnxruntime_keeps_cuda_tensors_on_the_device():
     assert not copies
 
 
+@pytest.mark.parametrize("engine", ["auto", "eager"])
+def test_a_model_on_the_device_is_compiled_for_it(engine, tmp_path):
+    model, x = _model().cuda(), torch.randn(2, 10, 64, device="cuda")
+    compiled = dfc.compile(model, (x,), engine=engine)
+    assert compiled.device == "cuda:0" and compiled.report.proved
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-4)
+    compiled.save(tmp_path / "m.dfcpkg")
+    again = dfc.load(tmp_path / "m.dfcpkg", device="cuda")
+    torch.testing.assert_close(again(x), model(x), rtol=1e-3, atol=1e-4)
+    compiled.export(tmp_path / "m.onnx")
+
+
 @pytest.mark.parametrize("engine", ["eager", "inductor"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_fused_graphs_are_proved_and_run_on_cuda(engine, dtype):

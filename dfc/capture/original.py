@@ -12,13 +12,15 @@ import torch.utils._pytree as pytree
 from dfc.capture.call_structure import flat_leaves
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Parameter
+from dfc.ir.weights import on_host
 
 
 def original_runner(
     model: Any, graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Callable[[Sequence[Any]], list[Any]]:
-    """Run the model on flat inputs: its output leaves, then what it mutated.
+    """Run the model on flat inputs, where its example lies: output leaves, then what it mutated.
 
+    Ensures: results on the host.
     Keeps:   the model's buffers, and the arguments: every run starts from the same state.
     Raises:  DfcError K022 when the model itself fails on the inputs.
     """
@@ -31,7 +33,7 @@ def original_runner(
         pending = [x for x in inputs if isinstance(x, torch.Tensor)]
         numbers = iter([x for x in inputs if not isinstance(x, torch.Tensor)])
         for i, x in zip(tensors, pending, strict=True):
-            made[i] = x
+            made[i] = x.to(leaves[i].device) if leaves[i].is_cuda else x
         if any(not isinstance(x, torch.Tensor) for x in inputs):
             _fill_numbers(made, graph, numbers)
         call_args, call_kwargs = copy.deepcopy(pytree.tree_unflatten(made, spec))
@@ -60,7 +62,7 @@ def original_runner(
         # A result may be a buffer itself, which is about to be put back.
         outputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in outputs]
         _restore(model, state)
-        return [*outputs, *mutated]
+        return [on_host(x) for x in (*outputs, *mutated)]
 
     return run
 

@@ -25,14 +25,14 @@ SAFETENSORS = {
 
 
 class TensorData(ParameterData):
-    """A tensor that the model owns, shared and not copied.
+    """A tensor that the model owns, shared and not copied; of one on a GPU, the copy on the host.
 
     It is a snapshot: reading fails when the tensor was written to since.
     """
 
     def __init__(self, name: str, tensor: torch.Tensor) -> None:
         self._name = name
-        self._tensor = tensor.detach()
+        self._tensor: torch.Tensor = on_host(tensor.detach())
         self._watched = tensor
         self._version = _version(tensor)
         self._digest: str | None = None
@@ -50,6 +50,11 @@ class TensorData(ParameterData):
         if self._digest is None:
             self._digest = tensor_sha256(self.tensor())
         return self._digest
+
+
+def on_host(x: Any) -> Any:
+    """Where graphs hold their numbers and are proved; what is no tensor of a GPU as it is."""
+    return x.cpu() if getattr(x, "is_cuda", False) else x
 
 
 def _version(tensor: torch.Tensor) -> int:

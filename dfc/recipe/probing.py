@@ -27,9 +27,10 @@ def make(
     import torch
 
     from dfc.calling import flat_inputs
+    from dfc.ir.weights import on_host
     from dfc.rewrite.probe import make_probes
 
-    inputs = flat_inputs(graph, args or (), kwargs or {})
+    inputs = [on_host(x) for x in flat_inputs(graph, args or (), kwargs or {})]
     if any(isinstance(x, torch.Tensor) and x.is_meta for x in inputs):
         report.notes.append("unproved: the example inputs are on the meta device")
         return None
