@@ -67,7 +67,7 @@ class Compiled:
         return dict(self._state)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model.
+        """Run the model; inputs that lie elsewhere are moved to its device, results stay there.
 
         Raises:  DfcError K010..K016 when the arguments do not fit, K family when running fails.
         """
@@ -87,6 +87,8 @@ class Compiled:
             self.require_weights()
             raise DfcError("K021", "the model was opened without an engine", status=2)
         try:
+            if self.device != "cpu":
+                return self._runner(self._on_device(inputs))
             return self._runner([*inputs, *self._state.values()])
         except RuntimeError as e:
             raise DfcError("K023", f"the `{self.engine.name}` engine failed: {e}") from e

@@ -74,7 +74,8 @@ def test_a_model_on_the_device_is_compiled_for_it(engine, tmp_path):
     model, x = _model().cuda(), torch.randn(2, 10, 64, device="cuda")
     compiled = dfc.compile(model, (x,), engine=engine)
     assert compiled.device == "cuda:0" and compiled.report.proved
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-4)
+    for given in (x, x.cpu()):
+        torch.testing.assert_close(compiled(given), model(x), rtol=1e-3, atol=1e-4)
     compiled.save(tmp_path / "m.dfcpkg")
     again = dfc.load(tmp_path / "m.dfcpkg", device="cuda")
     torch.testing.assert_close(again(x), model(x), rtol=1e-3, atol=1e-4)
