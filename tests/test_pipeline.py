@@ -243,3 +243,75 @@ def test_the_command_runs_a_pipeline_and_says_what_it_took(
     assert "the step of 3 microbatches took" in out and "the model unsplit, on 1 thread" in out
     assert main([*given, "--engine", "eager,onnxruntime,eager"]) == 2
     assert "N053" in capsys.readouterr().err
+
+
+PAIR = "cpu(cores=1, mem=1GB, bw=1GB/s, peak=1GFLOPS)"
+GPU = "cuda(mem=1GB, bw=1GB/s, peak=2GFLOPS, launch=1us)"
+
+
+def staged(first: str, second: str, microbatches: int = 3) -> Any:
+    recipe = (
+        f"dfc 1\n\ntarget two {{\n  device a : {first}\n  device b : {second}\n"
+        "  link a <-> b : pcie(bw=1GB/s, latency=1us)\n}\n\nrecipe r for two {\n"
+        f"  partition on a, b with microbatches={microbatches}\n}}\n"
+    )
+    _, args, graph = captured("chain")
+    return dfc.compile(graph, args, recipe=recipe, engine="eager")
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "on", "status", "told"),
+    [
+        ("cpu,cpu,cpu", "cpu", "threads", 2, "3 devices are given for 2 stages"),
+        ("cpu,tpu", "cpu", "threads", 2, "stage 1 is to run on tpu: unknown device `tpu`"),
+        ("cpu:x", "cpu", "threads", 2, "stage 0 is to run on cpu:x: that is no device"),
+        ("cpu,cuda:99", "cpu", "threads", 7, "stage 1 is to run on cuda:99: torch sees"),
+    ],
+)
+def test_a_stage_whose_device_is_not_here_is_named(
+    given: str, device: str, on: str, status: int, told: str
+) -> None:
+    from dfc.cli.stage_devices import rank_devices
+
+    with pytest.raises(DfcError) as error:
+        rank_devices(given, device, None, [0, 1], on)
+    assert told in error.value.message and error.value.status == status
+
+
+def test_devices_are_those_asked_for_else_the_plans(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dfc.cli import main
+    from dfc.cli.stage_devices import rank_devices
+
+    compiled = staged(PAIR, GPU)
+    package = str(tmp_path / "chain.dfcpkg")
+    compiled.save(package)
+    if torch.cuda.is_available():
+        assert rank_devices(None, "cpu", compiled.plan, [0, 1], "threads") == ["cpu", "cuda:0"]
+    else:
+        assert main(["run", package, "--size", "B=12", "--pipeline", "plan"]) == 7
+        told = capsys.readouterr().err
+        assert "stage 1 is planned on b, which would be cuda:0 here" in told
+        assert "--devices cpu" in told
+    assert rank_devices("cpu", "cpu", compiled.plan, [0, 1], "threads") == ["cpu", "cpu"]
+    given = ["run", package, "--size", "B=12", "--pipeline", "plan", "--devices", "cpu", "--json"]
+    assert main(given) == 0
+    import json
+
+    told_of = json.loads(capsys.readouterr().out)["pipeline"]
+    assert told_of["devices"] == ["cpu", "cpu"] and told_of["microbatches"] == 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert rank_devices(None, "cpu", compiled.plan, [0, 1], "threads") == ["cpu", "cuda:0"]
+    assert rank_devices("cuda:1", "cpu", None, [0, 0, 1], "threads") == ["cuda:1"] * 2
+    with pytest.raises(DfcError, match=r"N053.*stage 2 is to run on cpu, and its rank 0"):
+        rank_devices("cuda:0,cpu,cpu", "cpu", None, [0, 1, 0], "threads")
+    with pytest.raises(DfcError, match=r"Q006.*ranks in processes have the processor"):
+        rank_devices("cpu,cuda:0", "cpu", None, [0, 1], "processes")
+
+
+def test_a_device_that_there_is_not_is_told_with_its_rank() -> None:
+    _, _, graph = captured("chain")
+    with pytest.raises(DfcError, match="rank 1 is to run on `gpu`"):
+        Pipeline(graph, stages(graph, 2), devices=["cpu", "gpu"])

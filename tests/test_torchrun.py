@@ -29,7 +29,8 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
-def test_the_command_runs_under_torchrun_as_on_threads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("links", ["sockets", "gloo"])
+def test_the_command_runs_under_torchrun_as_on_threads(links: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     _, _, graph = captured("chain")
@@ -37,10 +38,11 @@ def test_the_command_runs_under_torchrun_as_on_threads(tmp_path: Path) -> None:
     dfc.compile(graph, [torch.randn(6, 8)], engine="eager").save(package)
     given = ["run", package, "--size", "B=11", "--pipeline", "2", "-m", "3"]
     outputs = [str(tmp_path / f"{place}.safetensors") for place in ("threads", "torchrun")]
+    over = {"sockets": [], "gloo": ["--links", "gloo"]}  # of one host: sockets
     assert main([*given, "-o", outputs[0]]) == 0
     launched = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dfc.cli",
-         *given, "--on", "torchrun", "--json", "-o", outputs[1]],
+         *given, "--on", "torchrun", *over[links], "--json", "-o", outputs[1]],
         cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert launched.returncode == 0, launched.stderr
@@ -64,13 +66,49 @@ def test_the_command_runs_in_processes(tmp_path: Path, capsys: pytest.CaptureFix
     assert sum(e["ph"] == "X" and e["pid"] == 0 for e in events) == 2 * 3
 
 
+USED = """
+import torch
+
+@torch.library.custom_op("used_rank::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+@twice.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+class Model(torch.nn.Module):
+    def forward(self, x):
+        return torch.relu(twice(torch.relu(x)) + 1)
+
+def build():
+    return Model(), (torch.randn(6, 8),), {}, ({0: torch.export.Dim("B", min=1, max=64)},)
+"""
+
+
+def test_ranks_in_processes_load_what_is_used(tmp_path: Path) -> None:
+    """The op exists in the file alone: a rank that does not load it cannot run its stage."""
+    (tmp_path / "twice.py").write_text(USED)
+    given = ["run", "twice.py:build", "--use", "twice.py", "--pipeline", "2", "-m", "3",
+             "--on", "processes", "--links", "gloo", "--json"]  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, "-m", "dfc.cli", *given], cwd=tmp_path, env=environment(),
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["pipeline"]["on"] == "processes"
+
+
 @pytest.mark.parametrize(
     "given, told",
     [
         (["--pipeline", "2", "--on", "proceses"], "did you mean `processes`?"),
         (["--on", "processes"], "--on is for pipelines"),
         (["--pipeline", "2", "--on", "torchrun"], "was not started by torchrun"),
-        (["--pipeline", "2", "--on", "processes", "--use", "ops.py"], "do not load what --use"),
+        (["--pipeline", "2", "--on", "ray", "--use", "ops.py"], "do not load what --use"),
+        (["--pipeline", "2", "--links", "gloo"], "--links is for ranks in processes"),
+        (["--pipeline", "2", "--on", "processes", "--links", "glo"], "did you mean `gloo`?"),
+        (["--devices", "cpu,cpu"], "--devices is for pipelines"),
     ],
 )
 def test_what_does_not_go_together_is_told_before_anything_is_loaded(

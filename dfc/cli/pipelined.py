@@ -5,16 +5,30 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dfc.cli.stage_devices import rank_devices
 from dfc.errors import DfcError
 
 if TYPE_CHECKING:
     from dfc.compiled import Compiled
     from dfc.ir.graph import Graph, Node
     from dfc.runtime.pipeline.local import Pipeline
+
+
+@dataclass(frozen=True)
+class Where:
+    """What the options say of where stages run."""
+
+    on: str = "threads"
+    device: str = "cpu"  # of all, where neither options nor a plan say more
+    devices: str | None = None  # of all stages, or of each
+    links: str | None = None  # between ranks that are processes
+    use: Sequence[str] = ()  # files that ranks load
+
 
 _WARM = 2  # steps before those that are measured
 _STEPS = 3  # of which the one in the middle is told
@@ -27,7 +41,7 @@ def run_pipelined(
     stages: int | None,
     microbatches: int | None,
     engines: Sequence[str],
-    on: str,
+    where: Where,
     trace: str | None,
     force: bool,
     say: Say,
@@ -37,15 +51,22 @@ def run_pipelined(
     `stages` is how many of equal time; without it they are the plan's. None comes from a process
     that served another one, which tells it all.
     Raises:  DfcError N050 for a model that cannot be a pipeline, N051, N053; N056 for one without
-             a plan; D010.. for the trace; K056, K058, N055, N057 for ranks in other processes.
+             a plan; Q007, K004 for a device that is not here; D010.. for the trace; K056, K058,
+             N055, N057 for ranks in other processes.
     """
     import torch
 
-    make, placed, options = _maker(on, compiled, stages, inputs, say)
+    make, placed, options = _maker(where, compiled, stages, inputs, say)
     count = 1 + max(placed.values(), default=0)
     if len(engines) not in (1, count):
         raise DfcError("N053", f"{len(engines)} engines are given for {count} stages")
-    say(f"building {count} stages for {', '.join(engines)}, on {on}")
+    devices = rank_devices(
+        where.devices, where.device, compiled.plan if stages is None else None,
+        options.get("placement", range(count)), where.on,
+    )  # fmt: skip
+    if where.on == "threads":
+        options["devices"] = devices
+    say(f"building {count} stages for {', '.join(engines)}, on {where.on}")
     names = engines[0] if len(engines) == 1 else engines
     if microbatches:
         options["microbatches"] = microbatches
@@ -54,7 +75,7 @@ def run_pipelined(
             pipeline.serve()
             return None
         results, data = step(pipeline, inputs, trace, force, say)
-    data["on"] = on
+    data["on"], data["devices"] = where.on, devices
     data["incidents"] = list(getattr(pipeline, "incidents", ()))
     say("timing the model unsplit")
     data["unsplit_seconds"] = _seconds(lambda: compiled.run_flat(inputs))
@@ -85,28 +106,31 @@ def _placed(
 
 
 def _maker(
-    on: str, compiled: Compiled, stages: int | None, inputs: Sequence[Any], say: Say
+    where: Where, compiled: Compiled, stages: int | None, inputs: Sequence[Any], say: Say
 ) -> tuple[Callable[..., Any], Mapping[Node, int], dict[str, Any]]:
     """What makes a pipeline there, and its stages with what the plan says of ranks and order."""
-    if on == "torchrun":
+    if where.on == "torchrun":
         from dfc.runtime.pipeline.torchrun import Launched, agreed_stages
         from dfc.runtime.pipeline.world import World
 
         world = World.of_launcher()
+        make = partial(Launched, world=world, links=where.links)
         if stages is None:
-            return partial(Launched, world=world), *_placed(compiled, stages, inputs, say)
+            return make, *_placed(compiled, stages, inputs, say)
         placed = agreed_stages(
             world, compiled.graph, lambda: _placed(compiled, stages, inputs, say)[0]
         )
-        return partial(Launched, world=world), placed, {}
-    if on in ("processes", "ray"):
+        return make, placed, {}
+    if where.on in ("processes", "ray"):
         from dfc.runtime.pipeline.processes import Processes
         from dfc.runtime.pipeline.ray_ import RayLauncher
         from dfc.runtime.pipeline.spawn import Spawner
 
-        launcher = RayLauncher if on == "ray" else Spawner
-        make = partial(Processes, launcher=launcher)
-        return make, *_placed(compiled, stages, inputs, say)
+        launcher: Any = RayLauncher if where.on == "ray" else Spawner
+        if where.use:
+            launcher = partial(Spawner, entry=("dfc.cli.used_rank", *where.use, "--"))
+        made = partial(Processes, launcher=launcher, links=where.links)
+        return made, *_placed(compiled, stages, inputs, say)
     from dfc.runtime.pipeline.local import Pipeline
 
     return Pipeline, *_placed(compiled, stages, inputs, say)
@@ -156,7 +180,8 @@ def step(
             temp.write_text(json.dumps(report.trace(names)))
     return results, {
         "stages": [
-            {"nodes": len(s.graph), "rank": rank, "threads": pipeline.threads[rank],
+            {"nodes": len(s.graph), "rank": rank, "device": pipeline.devices[rank],
+             "threads": pipeline.threads[rank],
              "seconds": t, "busy": report.busy[rank], "values_in": len(s.takes)}
             for s, t, rank in zip(
                 pipeline.stages, report.stage_seconds, pipeline.placement, strict=True)
@@ -190,13 +215,13 @@ def show(data: dict[str, Any]) -> None:
         return amount_text(x, "time")
 
     print_table(
-        ["stage", "rank", "threads", "nodes", "a microbatch", "rank busy"],
+        ["stage", "rank", "device", "threads", "nodes", "a microbatch", "rank busy"],
         [
-            [str(i), str(s["rank"]), str(s["threads"]), str(s["nodes"]), seconds(s["seconds"]),
-             f"{s['busy']:.0%}"]
+            [str(i), str(s["rank"]), s["device"], str(s["threads"]), str(s["nodes"]),
+             seconds(s["seconds"]), f"{s['busy']:.0%}"]
             for i, s in enumerate(data["stages"])
         ],
-        right=(0, 1, 2, 3, 4, 5),
+        right=(0, 1, 3, 4, 5, 6),
     )  # fmt: skip
     took, predicted = data["step_seconds"], data["predicted_seconds"]
     print_text(

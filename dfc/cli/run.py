@@ -21,6 +21,7 @@ from dfc.cli.options import (
     Use,
     load_used,
 )  # fmt: skip
+from dfc.cli.pipelined import Where
 from dfc.cli.replay import is_reproducer, replay_folder
 from dfc.errors import DfcError, did_you_mean
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from dfc.ir.graph import Graph
 
 _FORMATS = (".npz", ".safetensors")
+LINKS = {"sockets": "local", "gloo": "gloo"}
 PLACES = ("threads", "processes", "torchrun", "ray")
 
 
@@ -64,6 +66,22 @@ def run(
         str | None,
         typer.Option(
             "--on", metavar="WHERE", help=f"What a pipeline's stages run on: {', '.join(PLACES)}."
+        ),
+    ] = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            "--devices",
+            metavar="cpu,cuda:0",
+            help="A device for each stage of a pipeline, or one for all; else the plan's.",
+        ),
+    ] = None,
+    links: Annotated[
+        str | None,
+        typer.Option(
+            "--links",
+            metavar="KIND",
+            help="What ranks in processes send over: sockets of this host, or gloo.",
         ),
     ] = None,
     microbatches: Annotated[
@@ -103,8 +121,8 @@ def run(
     \b
     A pipeline tells what a step took beside what was predicted. `--pipeline plan` takes the stages
     of `partition`; `--on processes` gives each rank a process; `--engine eager,onnxruntime` gives
-    each stage an engine. A folder of ONNX stages (`dfc compile --stages`) is a pipeline already,
-    and runs in ONNX Runtime.
+    each stage an engine, and `--devices cpu,cuda:0` a device. A folder of ONNX stages (`dfc compile
+    --stages`) is a pipeline already, and runs in ONNX Runtime.
 
     \b
     With --memory a model runs that does not fit: as many weights as can stay, the others come from
@@ -120,6 +138,7 @@ def run(
     from dfc.cli.progress import Progress
 
     check_place(on, pipeline, use)
+    check_links(links, devices, on, pipeline)
     if memory is not None:
         check_memory(memory, pipeline, microbatches)
     load_used(use)
@@ -132,8 +151,9 @@ def run(
         raise DfcError("D056", f"`{output}` ends with neither {' nor '.join(_FORMATS)}")
     with Progress() as say:
         job = _Job(
-            inputs, random, size, seed, engine, device, microbatches, on or PLACES[0], trace, force,
-            say, memory,
+            inputs, random, size, seed, engine, device, microbatches,
+            Where(on or PLACES[0], device, devices, LINKS[links] if links else None, use or ()),
+            trace, force, say, memory,
         )  # fmt: skip
         ran = job.run(model, pipeline)
         named = dict(zip(output_names(ran.graph), ran.results, strict=True))
@@ -181,15 +201,30 @@ def check_place(on: str | None, stages: str | None, use: list[str] | None) -> No
     if stages is None:
         help = "say into how many stages: --pipeline 2"
         raise DfcError("Q006", "--on is for pipelines", help=help)
-    if on in ("processes", "ray") and use:
-        help = "run it on threads, or on torchrun, whose processes all load it"
-        raise DfcError("Q006", "the processes of ranks do not load what --use names", help=help)
+    if on == "ray" and use:
+        help = "run it on threads, on processes, or on torchrun, which all load it"
+        raise DfcError("Q006", "the actors of ranks do not load what --use names", help=help)
     if on == "torchrun":
         from dfc.runtime.pipeline.world import World
 
         world, count = World.of_launcher(), _count(stages)
         if count is not None:  # a plan's ranks are known when it is read
             world.expect(count)
+
+
+def check_links(links: str | None, devices: str | None, on: str | None, stages: str | None) -> None:
+    """Raises:  DfcError Q006 for options that are not for this, N059 for links there are not."""
+    if devices is not None and stages is None:
+        help = "say into how many stages: --pipeline 2; for the model as a whole there is --device"
+        raise DfcError("Q006", "--devices is for pipelines", help=help)
+    if links is None:
+        return
+    if links not in LINKS:
+        help = did_you_mean(links, list(LINKS)) or f"there are {' and '.join(LINKS)}"
+        raise DfcError("N059", f"there are no links `{links}`", help=help, status=2)
+    if on not in ("processes", "torchrun"):
+        help = "run it with --on processes or --on torchrun"
+        raise DfcError("Q006", "--links is for ranks in processes", help=help)
 
 
 def check_memory(memory: str, stages: str | None, microbatches: int | None) -> None:
@@ -235,7 +270,7 @@ class _Job:
     engine: str | None
     device: str
     microbatches: int | None
-    on: str
+    where: Where
     trace: str | None
     force: bool
     say: Progress
@@ -297,7 +332,7 @@ class _Job:
 
         names = engines if len(engines) > 1 else [compiled.engine.name]
         found = run_pipelined(
-            compiled, given, stages, self.microbatches, names, self.on, self.trace, self.force,
+            compiled, given, stages, self.microbatches, names, self.where, self.trace, self.force,
             self.say,
         )  # fmt: skip
         if found is None:

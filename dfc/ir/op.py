@@ -83,6 +83,7 @@ class OpInfo(Protocol):
         ...
 
 
+ANY = "*"  # the prefix of who is asked for all others
 _NAMESPACES: dict[str, Callable[[str], OpInfo | None]] = {}
 _NAMES: dict[str, Callable[[], Sequence[str]]] = {}
 
@@ -92,7 +93,7 @@ def register_namespace(
     resolve: Callable[[str], OpInfo | None],
     names: Callable[[], Sequence[str]],
 ) -> None:
-    """Say who knows the ops whose name starts with `prefix.`."""
+    """Say who knows the ops whose name starts with `prefix.`, or with what nobody else knows."""
     _NAMESPACES[prefix] = resolve
     _NAMES[prefix] = names
     lookup.cache_clear()
@@ -110,7 +111,8 @@ def lookup(name: str) -> OpInfo:
         found = _resolved(name, prefix)
     if found is not None:
         return found
-    known = list(_NAMES[prefix]()) if prefix in _NAMES else [f"{p}." for p in _NAMESPACES]
+    others = [f"{p}." for p in _NAMESPACES if p != ANY]
+    known = list(_NAMES[prefix]()) if prefix in _NAMES else others
     help = did_you_mean(name, known)
     if help is None and prefix not in ("aten", "torch", "prims"):
         help = "an op of yours is brought by `--use FILE.py`, or by importing its module"
@@ -118,7 +120,7 @@ def lookup(name: str) -> OpInfo:
 
 
 def _resolved(name: str, prefix: str) -> OpInfo | None:
-    resolve = _NAMESPACES.get(prefix)
+    resolve = _NAMESPACES.get(prefix, _NAMESPACES.get(ANY))
     return resolve(name) if resolve else None
 
 

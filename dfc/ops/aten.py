@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dfc.errors import DfcError
 from dfc.ir.expr import Expr, evaluate
 from dfc.ir.graph import Node
-from dfc.ir.op import REQUIRED, Attribute, Operand, OpInfo, register_namespace
+from dfc.ir.op import ANY, REQUIRED, Attribute, Operand, OpInfo, register_namespace
 from dfc.ir.types import DType, TensorType, Type, dtype_of
 
 if TYPE_CHECKING:
@@ -451,3 +451,5 @@ def plain(value: Any) -> Any:
 
 for _prefix in ("aten", "prims"):
     register_namespace(_prefix, _resolve, _names)
+# Libraries that the process has loaded, or will: what is not there yet may come.
+register_namespace(ANY, _resolve.__wrapped__, _names)

@@ -6,6 +6,7 @@ gloo    process groups of `torch.distributed`, made by way of a store, wherever 
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -60,11 +61,25 @@ def meeting(kind: str | None, folder: Path, address: str) -> Meeting:
 
     Raises:  DfcError N059 for links that there are not.
     """
-    if kind is None:
-        kind = "local" if address == "127.0.0.1" else "gloo"
-    if kind not in KINDS:
+    local = links_of(kind, address == "127.0.0.1") == "local"
+    return LocalMeeting(folder) if local else GlooMeeting(address)
+
+
+def links_of(kind: str | None, one_host: bool) -> str:
+    """The kind of links: as asked for, else sockets where all ranks are here and there are any.
+
+    Raises:  DfcError N059 for links that there are not, or not between these ranks.
+    """
+    if kind not in (None, *KINDS):
         raise DfcError("N059", f"there are no links `{kind}`: {', '.join(KINDS)}", status=2)
-    return LocalMeeting(folder) if kind == "local" else GlooMeeting(address)
+    possible = one_host and hasattr(socket, "AF_UNIX")
+    if kind == "local" and not possible:
+        why = "the ranks are on several hosts" if not one_host else "this system has none"
+        help = "links over gloo go wherever ranks are"
+        raise DfcError(
+            "N059", f"ranks cannot be linked by Unix sockets: {why}", help=help, status=2
+        )
+    return kind or ("local" if possible else "gloo")
 
 
 def joined(told: Sequence[Any], folder: Path, address: str) -> Meeting:
@@ -75,8 +90,6 @@ def joined(told: Sequence[Any], folder: Path, address: str) -> Meeting:
 
 def _store(host: str) -> tuple[Any, tuple[str, int]]:
     """A store for links to be made, at that address alone, and where it is."""
-    import socket
-
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     with socket.socket() as listener:

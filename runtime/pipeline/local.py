@@ -18,7 +18,7 @@ from dfc.runtime.engines import find_engine
 from dfc.runtime.pipeline.lanes import Lanes, Step, Values
 from dfc.runtime.pipeline.reporting import Report, report_of
 from dfc.runtime.pipeline.routes import stage_edges
-from dfc.runtime.pipeline.streams import Streams, on_stream
+from dfc.runtime.pipeline.streams import Streams, device_names, on_stream
 
 
 def thread_shares(total: int, loads: Sequence[float]) -> list[int]:
@@ -75,7 +75,7 @@ class Pipeline:
         self.stages: list[StageGraph] = split(graph, stage_of)
         self.placement = _checked(placement, len(self.stages))
         ranks = 1 + max(self.placement)
-        self.devices = _one_each(devices, ranks, "devices", "ranks")
+        self.devices = device_names(_one_each(devices, ranks, "devices", "ranks"))
         self.threads = _threads(threads, self.placement, self.devices)
         self.engines = _one_each(engine, len(self.stages), "engines", "stages")
         self.microbatches = microbatches

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,10 +42,16 @@ class Spawned:
 
 
 class Spawner:
-    """Processes of this machine, each with a log in the folder."""
+    """Processes of this machine, each with a log in the folder.
 
-    def __init__(self, folder: Path, threads: list[int]) -> None:
-        self.folder, self.threads = folder, threads
+    `entry` is the module that is run, and what it is given before what `worker` takes.
+    """
+
+    def __init__(
+        self, folder: Path, threads: list[int],
+        entry: Sequence[str] = ("dfc.runtime.pipeline.worker",),
+    ) -> None:  # fmt: skip
+        self.folder, self.threads, self.entry = folder, threads, entry
 
     def start(self, rank: int, born: int, door: Door) -> Spawned:
         """A rank's process.
@@ -52,7 +59,7 @@ class Spawner:
         Raises:  DfcError K056 when the system does not start it.
         """
         host, port = door.address
-        command = [sys.executable, "-P", "-m", "dfc.runtime.pipeline.worker",
+        command = [sys.executable, "-P", "-m", *self.entry,
                    str(self.folder), str(rank), str(born), host, str(port)]  # fmt: skip
         log = self.folder / f"rank_{rank}.{born}.log"
         try:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from dfc.errors import DfcError
 from dfc.planning.actions import Action
 from dfc.planning.engine import Runner
 from dfc.planning.stages import HOST
@@ -172,6 +173,26 @@ class Streams:
                 span = replace(span, **dict(zip(("start", "end"), times, strict=True)))
             spans.append(span)
         return replace(step, spans=spans)
+
+
+def device_names(devices: Sequence[str]) -> list[str]:
+    """Devices as tensors name theirs: `cuda` is the one that PyTorch is at.
+
+    Raises:  DfcError N053 for what is neither a processor nor a CUDA device.
+    """
+    import torch
+
+    found = []
+    for rank, name in enumerate(devices):
+        kind, _, index = name.partition(":")
+        if kind not in ("cpu", "cuda") or not (index.isdigit() or name == kind):
+            message = f"rank {rank} is to run on `{name}`, which is neither cpu nor cuda:0, ..."
+            raise DfcError("N053", message, status=2)
+        if kind == "cuda":
+            found.append(f"cuda:{index or torch.cuda.current_device()}")
+        else:
+            found.append("cpu")
+    return found
 
 
 def _stream(device: torch.device) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -26,16 +27,20 @@ from dfc.runtime.pipeline.control import Message
 from dfc.runtime.pipeline.crew import AT_LEAST, LATE, UNKNOWN
 from dfc.runtime.pipeline.folder import Stages, assembly, stages_of, versions
 from dfc.runtime.pipeline.lanes import Span, Step, Values
+from dfc.runtime.pipeline.linking import links_of
 from dfc.runtime.pipeline.links import (
     FOREVER,
     Abandoned,
     Doing,
+    Linked,
     LinkLost,
     Links,
     Traffic,
 )
 from dfc.runtime.pipeline.local import Pipeline, Runs
+from dfc.runtime.pipeline.local_links import LocalLinks
 from dfc.runtime.pipeline.rank import run_rank
+from dfc.runtime.pipeline.spawn import private_folder
 from dfc.runtime.pipeline.wiring import Numbered, Wiring
 from dfc.runtime.pipeline.world import MEETING, World
 
@@ -45,14 +50,22 @@ _BEAT = 0.5  # seconds between two notes of what a rank does
 class Launched(Pipeline):
     """One graph's stages in the processes of a launcher; made by each of them alike.
 
+    `links` are `local` (sockets of this host) or `gloo`; by default local where all ranks are here.
     Raises:  DfcError N057 for a world of another size than the plan, N055 for ranks with other
              plans or versions, K058 for a rank that does not come or is lost.
     """
 
     def __init__(
-        self, graph: Graph, stage_of: Mapping[Any, int], world: World | None = None, **options: Any
+        self,
+        graph: Graph,
+        stage_of: Mapping[Any, int],
+        world: World | None = None,
+        *,
+        links: str | None = None,
+        **options: Any,
     ) -> None:
         self.world = world or World.of_launcher()
+        self._links = links_of(links, self.world.one_host)
         super().__init__(graph, stage_of, **options)
 
     def _start(self) -> Runs:
@@ -64,7 +77,8 @@ class Launched(Pipeline):
         self.world.same(has)
         graphs = {s: self.stages[s].graph for s in stages_of(made, self.world.rank)}
         stages = Stages(made, graphs, self.world.rank)
-        self._ranks = LaunchedRanks(self.world, Wiring(self.graph, made, numbers), stages)
+        wiring = Wiring(self.graph, made, numbers)
+        self._ranks = LaunchedRanks(self.world, wiring, stages, self._links)
         return self._ranks
 
     @property
@@ -82,9 +96,11 @@ class Launched(Pipeline):
 class LaunchedRanks:
     """This process's rank, and for rank 0 the host as well."""
 
-    def __init__(self, world: World, wiring: Wiring, stages: Stages) -> None:
+    def __init__(self, world: World, wiring: Wiring, stages: Stages, links: str) -> None:
         import torch
 
+        self._kind = links
+        self._folder: Any = None  # of the first rank, where sockets are found
         self.world, self.wiring, self.stages = world, wiring, stages
         self.doing = Doing()
         self.deadline = UNKNOWN
@@ -162,6 +178,10 @@ class LaunchedRanks:
             thread.join(timeout=AT_LEAST)  # Python must not end while one is in gloo
         if self._carriers is not None:
             self._carriers.close()
+        for links in self._both():
+            links.close()
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def _row(self, number: int, order: Message) -> Message:
         """This rank's row of the program; what came of it is in the store too."""
@@ -191,9 +211,13 @@ class LaunchedRanks:
     def _drop(self) -> None:
         """Let the links go: whoever waits at the other end of one is told by that."""
         self._failed = not self._ended.is_set()
-        self._links.close()
-        if self._host_links is not None:
-            self._host_links.close()
+        for links in self._both():
+            links.interrupt()  # threads may wait in them still
+            if self._kind == "gloo":
+                links.close()
+
+    def _both(self) -> list[Linked]:
+        return [links for links in (self._links, self._host_links) if links is not None]
 
     _last: tuple[str, Program] | None = None
 
@@ -276,15 +300,15 @@ class LaunchedRanks:
                 self.world.put(f"doing/{self.world.rank}", now)
                 last = now
 
-    def _linked(self) -> tuple[Links, Any]:
+    def _linked(self) -> tuple[Linked, Any]:
         """The rank's links, and for rank 0 the host's: both ends of some are in this process."""
-        device, pairs, world = self.world.device, self.wiring.pairs, self.world
-        made: dict[int, Links] = {}
+        meet = self._sockets() if self._kind == "local" else self._gloo()
+        made: dict[int, Linked] = {}
         failed: list[str] = []
 
         def link(me: int) -> None:
             try:
-                made[me] = Links(me, pairs, world.store, "links", device, MEETING)
+                made[me] = meet(me)
             except RuntimeError as e:
                 failed.append(str(e))
 
@@ -299,6 +323,23 @@ class LaunchedRanks:
                 "K058", f"the links of rank {self.world.rank} cannot be made: {failed[0]}"
             )
         return made[self.world.rank], made.get(HOST)
+
+    def _gloo(self) -> Callable[[int], Linked]:
+        device, pairs, world = self.world.device, self.wiring.pairs, self.world
+        return lambda me: Links(me, pairs, world.store, "links", device, MEETING)
+
+    def _sockets(self) -> Callable[[int], Linked]:
+        """Found in a folder of the first rank's, which tells the others where it is.
+
+        Raises:  DfcError K058 when it does not.
+        """
+        if self.world.rank == 0:
+            self._folder = private_folder()
+            self.world.put("sockets", self._folder.name)
+        folder = self.world.get("sockets", MEETING)
+        if folder is None:
+            raise DfcError("K058", f"rank 0 did not come in {MEETING:.0f} s")
+        return lambda me: LocalLinks(me, self.wiring.pairs, Path(folder), "links", MEETING)
 
 
 def agreed_stages(world: World, graph: Graph, make: Callable[[], Mapping[Any, int]]) -> Any:
