@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import dfc
+from dfc.api import opened
 from dfc.cli import main
 from dfc.compiled import Compiled, with_state_inputs
 from dfc.errors import DfcError
@@ -147,7 +148,7 @@ def test_state_batches_and_several_calls(tower: Path) -> None:
 
 
 def test_bytes_of_each_pass_are_those_of_the_plan(tower: Path) -> None:
-    compiled = dfc.api.opened(tower, build=False)
+    compiled = opened(tower, build=False)
     inputs = compiled.probes[0].inputs
     streamed = compiled.within(memory_of(compiled, 0.4, inputs))
     runner = runner_of(streamed)
@@ -163,7 +164,7 @@ def test_bytes_of_each_pass_are_those_of_the_plan(tower: Path) -> None:
 
 
 def test_what_is_tied_is_brought_to_each_of_its_readers(tower: Path) -> None:
-    compiled = dfc.api.opened(tower, build=False)
+    compiled = opened(tower, build=False)
     graph = with_state_inputs(compiled.graph)
     blocks = weight_blocks(graph)
     readers = [b for b in blocks if any(p.name == "table.weight" for p in b.weights)]
@@ -183,7 +184,7 @@ def test_what_is_tied_is_brought_to_each_of_its_readers(tower: Path) -> None:
 
 
 def test_every_node_and_weight_is_in_one_place(llama: Path) -> None:
-    graph = dfc.api.opened(llama, build=False).graph
+    graph = opened(llama, build=False).graph
     blocks = weight_blocks(graph)
     assert [n for b in blocks for n in b.nodes] == list(graph.nodes)
     inside = {p for b in blocks for p in b.weights}
@@ -291,7 +292,7 @@ def test_a_pass_that_failed_is_no_harm_to_the_next(held: Compiled) -> None:
 
 
 def test_blocks_are_timed_in_order(tower: Path) -> None:
-    compiled = dfc.api.opened(tower, build=False)
+    compiled = opened(tower, build=False)
     graph = with_state_inputs(compiled.graph)
     blocks = weight_blocks(graph)
     inputs = [*compiled.probes[0].inputs, *compiled.state.values()]
@@ -384,7 +385,7 @@ def test_a_file_that_ends_too_early_is_named(tmp_path: Path) -> None:
 
 
 def test_the_command_runs_and_reports(tower: Path, tmp_path: Path, capsys: Any) -> None:
-    compiled = dfc.api.opened(tower, build=False)
+    compiled = opened(tower, build=False)
     memory = str(memory_of(compiled, 0.5, compiled.probes[0].inputs))
     picture, out = tmp_path / "passes.svg", tmp_path / "out.npz"
     args = ["run", str(tower), "--memory", memory, "--trace", str(picture), "-o", str(out)]
@@ -404,13 +405,14 @@ def test_the_command_runs_and_reports(tower: Path, tmp_path: Path, capsys: Any) 
 
 
 _PEAK = """
-import resource, sys, torch, dfc
+import resource, sys, torch
+from dfc.api import opened
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 path, memory = sys.argv[1], sys.argv[2]
 x = torch.zeros(1, 8, dtype=torch.long)
 torch.nn.Linear(8, 8)(torch.randn(4, 8))
-before = dfc.api.opened(path, engine="eager", build=False)
+before = opened(path, engine="eager", build=False)
 start = peak()
 found = before.within(memory)
 for _ in range(3):

@@ -47,6 +47,10 @@ class Cycle:
         self._fill(self.taken + self.count)
         self.taken += 1
 
+    def forget(self) -> None:
+        """Let go of the slots."""
+        self._views.clear()
+
     @property
     def between_passes(self) -> bool:
         return not self.loads or self.taken % len(self.loads) == 0

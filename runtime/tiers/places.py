@@ -84,14 +84,16 @@ class Processor:
 
 
 class Cuda:
-    """A CUDA device; weights come from pinned memory, which is kept while it may be used again."""
+    """A CUDA device; weights come from pinned memory.
 
-    source = "memory"
+    What the last plan did not stream is let go of, unless all that was pinned is `kept`.
+    """
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    source, guess = "memory", 25e9
+
+    def __init__(self, device: str, kept: bool = False) -> None:
+        self.device, self.kept = device, kept
         self._pinned: dict[tuple[Parameter, ...], Tensor] = {}
-        self.guess = 25e9
 
     def model(self) -> Device:
         import torch
@@ -108,13 +110,15 @@ class Cuda:
     def carrier(self, loads: Sequence[Load], slots: int, slot_bytes: int) -> Carrier:
         from dfc.runtime.tiers.cuda import Copies, pinned
 
-        wanted = {}
+        sources: list[Tensor] = []
+        wanted: dict[tuple[Parameter, ...], Tensor] = {}
         for load in loads:
             key = tuple(piece.weight for piece in load)
-            known = self._pinned.pop(key, None)
+            known = wanted.get(key, self._pinned.get(key))
             wanted[key] = flat(load, pinned(load_bytes(load))) if known is None else known
-        self._pinned = wanted
-        return Copies(list(wanted.values()), self.device, slots, slot_bytes)
+            sources.append(wanted[key])
+        self._pinned = {**self._pinned, **wanted} if self.kept else wanted
+        return Copies(sources, self.device, slots, slot_bytes)
 
     def finish(self) -> None:
         import torch

@@ -95,3 +95,4 @@ class Reader:
         self._wanted.put(None)
         self._thread.join()
         self.files.close()
+        self.slots = []

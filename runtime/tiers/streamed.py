@@ -94,8 +94,13 @@ class Streamed:
         return sum(x.untyped_storage().nbytes() for x in self.memory())
 
     def close(self) -> None:
-        """End what brings weights; it cannot be called any more."""
+        """End what brings weights, and let go of all memory; it cannot be called any more."""
         self._finalizer()
+        self.cycle.forget()
+        self.held.clear()
+        # A module and its graph know each other: tensors would stay until the next collection.
+        for name in list(self._module._buffers):
+            delattr(self._module, name)
 
 
 def _nothing() -> None:
