@@ -1,7 +1,7 @@
 """The linear layers of a Llama-shaped decoder of 1.1 billion weights, in int4 and int8.
 
     python benchmarks/linear_layers.py [--layers 22] [--rounds 9] [--rows 1,128] [--bits 4,8]
-                                       [--ggml FOLDER]
+                                       [--ggml FOLDER] [--output FILE]
 
 Hidden size 2048, 22 layers, 4 heads of 64 for keys and values, 5632 inside, 32 000 words. Each
 engine runs the same chain of the same random codes: queries, keys and values as one linear layer,
@@ -30,6 +30,7 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import _linear_engines as engines
+import linear_kernels as cores
 import numpy as np
 import torch
 from _linear_engines import Run, Weight
@@ -39,6 +40,7 @@ from dfc.runtime.kernels.library import state
 HIDDEN, INSIDE, KV, WORDS, LAYERS = 2048, 5632, 4 * 64, 32_000, 22
 RESULTS = Path(__file__).parent / "results" / "linear-layers.txt"
 OURS = "dfc"
+WIDE = {"avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"}
 
 
 def layer(bits: int, seed: int) -> list[Weight]:
@@ -136,36 +138,14 @@ def reading(rounds: int = 9) -> tuple[float, float]:
     return median(seen), max(seen)
 
 
-def one_core(bits: int, group: int, rows: int, n: int, k: int) -> float:
-    """Seconds of the kernel alone, at best: codes lie as trained ones do, in a core's caches."""
-    from dfc.runtime.kernels import linear
-    from dfc.runtime.kernels.library import library
-
-    found = library()
-    assert found is not None
-    random = torch.Generator().manual_seed(1)
-    scale = torch.full((n, k // group) if group else (n,), 0.01).half()
-    if bits == 4:
-        codes = torch.randint(0, 256, (n, k // 2), generator=random, dtype=torch.uint8)
-        packed = linear.pack_w4(codes, scale, None, k, group)
-    else:
-        wide = torch.randn(n, k, generator=random)
-        codes = (wide / wide.abs().amax(1, keepdim=True) * 127).round().to(torch.int8)
-        packed = linear.pack_w8(codes, scale, group)
-    x, y = torch.randn(rows, k, generator=random), torch.empty(rows, n)
-    data = (packed.data_ptr(), packed.numel(), x.data_ptr(), rows, k, None, y.data_ptr(), n, 1)
-    seen = []
-    for _ in range(300):
-        start = time.perf_counter()
-        found.c.dfc_linear(*data, None)
-        seen.append(time.perf_counter() - start)
-    return min(seen)
-
-
 def limits() -> str:
     """What one core computes where memory does not limit it."""
-    few = [512 * 2048 * (bits / 8 + 2 / 32) / one_core(bits, 32, 1, 512, 2048) for bits in (4, 8)]
-    many = 128 * 768 * 768 / one_core(8, 0, 128, 768, 768)
+
+    def best(bits: int, group: int, rows: int, n: int, k: int) -> float:
+        return cores.seconds(cores.packed(bits, group, n, k), rows, n, k, None, 0.3)
+
+    few = [512 * 2048 * (bits / 8 + 2 / 32) / best(bits, 32, 1, 512, 2048) for bits in (4, 8)]
+    many = 128 * 768 * 768 / best(8, 0, 128, 768, 768)
     return (
         f"one core, weights in its caches: one row {few[0] / 1e9:.1f} GB/s of int4 g32 and "
         f"{few[1] / 1e9:.1f} of int8 g32; 128 rows {many / 1e9:.1f} GMAC/s of int8"
@@ -178,7 +158,7 @@ def machine() -> Iterator[str]:
     if os.path.exists("/proc/cpuinfo"):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((x.partition(":")[2].strip() for x in lines if "model name" in x), name)
-    wide = sorted(engines.cpu_flags() & {"avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni"})
+    wide = sorted(engines.cpu_flags() & WIDE)
     yield f"{name}, {engines.threads_of_this_process()} cores, {' '.join(wide)}"
     yield f"torch {torch.__version__}, {torch.get_num_threads()} threads; kernels: {found.reason}"
     mid, best = reading()
@@ -199,9 +179,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bits", type=numbers, default=[4, 8])
     parser.add_argument("--ggml", type=Path)
     parser.add_argument("--note", default="", help="a line for the top of the results")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where results are written")
     given = parser.parse_args(arguments)
     ggml = engines.Ggml(given.ggml, torch.get_num_threads()) if given.ggml else None
-    with RESULTS.open("w", encoding="utf-8") as file:
+    with given.output.open("w", encoding="utf-8") as file:
 
         def say(line: str) -> None:
             print(line, flush=True)

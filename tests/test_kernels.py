@@ -232,11 +232,18 @@ def test_what_does_not_fit_is_refused() -> None:
         linear.pack_w4(layer.codes, layer.scale, torch.zeros(3, dtype=torch.uint8), 64, 32)
 
 
-@pytest.mark.skipif("avx2" not in paths()[:1], reason="the path of this CPU has no use for lanes")
-def test_most_codes_fit_lanes_and_files_that_name_other_places_are_refused() -> None:
+def test_most_codes_fit_lanes_and_files_that_name_other_places_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     small, wide = Layer(8, None, (33, 40, 1100), small=True), Layer(8, None, (33, 40, 1100))
-    flags = {linear._lanes(layer.codes)[0] for layer in (small, wide)}
-    assert flags == {library.LANES_OF_4, 0}
+    flags = [linear._lanes(layer.codes)[0] for layer in (small, wide)]
+    if paths()[0] == "avx2":
+        assert flags == [library.LANES_OF_4, 0]
+    else:  # it has no use for lanes, and takes weights that were packed with them
+        assert flags == [0, 0]
+        monkeypatch.setattr(linear, "_lanes", lambda codes: (library.LANES_OF_4, codes.numel()))
+    for path in paths():
+        assert torch.equal(small.run(path), small.run("portable"))
     weight = small.pack()
     assert linear.is_packed(weight, 8, 40, 1100, 0)
     begin = library.HEADER + 64 + 64  # behind scales and offsets
@@ -277,11 +284,21 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     drive(tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 
-@pytest.mark.skipif(
+EMULATED = ("-DDFC_SIMDE", "-Wno-psabi")
+needs_simde = pytest.mark.skipif(
     not Path("/usr/include/simde/x86/avx512.h").exists(), reason="needs SIMDe: libsimde-dev"
 )
+
+
+@needs_simde
 def test_paths_for_other_cpus_give_the_same_bits_when_emulated(tmp_path: Path) -> None:
-    assert "paths: avx512vnni avx2 portable" in drive(tmp_path, "-DDFC_SIMDE", "-Wno-psabi")
+    assert "paths: amx avx512vnni avx2 portable" in drive(tmp_path, *EMULATED)
+
+
+@pytest.mark.slow  # a minute of compiling
+@needs_simde
+def test_sanitizers_find_nothing_in_paths_for_other_cpus(tmp_path: Path) -> None:
+    drive(tmp_path, *EMULATED, "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 
 # Threads

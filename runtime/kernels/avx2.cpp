@@ -102,13 +102,6 @@ void one_row(const Job& job, int64_t panel) {
 
 // ---- many rows: codes are unpacked once for all rows of a tile
 
-// Some whole groups, or a part of one that is longer than what is unpacked at once.
-struct Stretch {
-  int64_t group, groups;  // which, and how many
-  int64_t begin, count;   // values of K: where, and how many of each group
-  bool first, last;       // of a group
-};
-
 struct Tile {
   const Job& job;
   int64_t row;
@@ -292,14 +285,8 @@ void unpack_scales(const Tile& t, const Stretch& s) {
   }
 }
 
-// What is unpacked at once: whole groups, or a part of one.
-Stretch stretch_of(const Layout& w, int64_t k, int64_t count) {
-  const int64_t g = k / w.group;
-  if (count >= w.group) return {g, count / w.group, k, w.group, true, true};
-  return {g, 1, k, count, k == g * w.group, k + count == (g + 1) * w.group};
-}
-
-void many_rows(const Job& job, int64_t panel, int64_t row, int64_t rows, Tiling& scratch) {
+void many_rows(const Job& job, int64_t panel, int64_t, int64_t row, int64_t rows,
+               Tiling& scratch) {
   if (job.x.columns) return lanes_avx2(job, panel, row, rows, scratch);
   const Layout& w = job.w;
   const Tile t = {job, row, panel_of(job, panel), scratch};
@@ -381,7 +368,8 @@ void quantize_avx2(const float* x, const Layout& w, int8_t* q, float* scale, int
   }
 }
 
-extern const Path avx2_path = {"avx2", true, turn_avx2, quantize_avx2, one_row, many_rows};
+extern const Path avx2_path = {"avx2", true, false, 1, 0, nullptr, turn_avx2, quantize_avx2,
+                               one_row, many_rows};
 
 }  // namespace dfc
 

@@ -19,8 +19,10 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 NAME = "libdfc_kernels.so"
-SOURCES = ("linear.cpp", "fixes.cpp", "portable.cpp", "avx2.cpp", "lanes.cpp", "avx512vnni.cpp")
-HEADERS = ("kernels.h", "avx2.h", "emulated.h")
+SOURCES = (
+    "linear.cpp", "fixes.cpp", "portable.cpp", "avx2.cpp", "lanes.cpp", "avx512vnni.cpp", "amx.cpp",
+)  # fmt: skip
+HEADERS = ("kernels.h", "avx2.h", "avx512.h", "emulated.h", "emulated_tiles.h")
 # No flag says which CPU: each file says for itself what its functions may use, and the library asks
 # the CPU when it runs. Products and sums are fused only where the source says so, as on all paths.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall")

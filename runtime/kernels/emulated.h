@@ -36,6 +36,13 @@ static inline simde__m512 ints_to_floats(simde__m512i from) {
   return simde_mm512_loadu_ps(to);
 }
 
+static inline simde__m512i shifted_right(simde__m512i from, int by) {
+  int32_t ints[16];
+  simde_mm512_storeu_si512(ints, from);
+  for (int i = 0; i < 16; ++i) ints[i] >>= by;
+  return simde_mm512_loadu_si512(ints);
+}
+
 // SIMDe rounds twice here.
 static inline simde__m512 fused512(simde__m512 a, simde__m512 b, simde__m512 c) {
   float x[16], y[16], z[16];
@@ -60,10 +67,12 @@ static inline simde__m256 fused256(simde__m256 a, simde__m256 b, simde__m256 c) 
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtepu8_epi32
 #undef _mm512_cvtepi32_ps
+#undef _mm512_srai_epi32
 #undef _mm512_fmadd_ps
 #undef _mm256_fmadd_ps
 #define _mm512_cvtph_ps dfc::halves_to_floats
 #define _mm512_cvtepu8_epi32 dfc::bytes_to_ints
 #define _mm512_cvtepi32_ps dfc::ints_to_floats
+#define _mm512_srai_epi32 dfc::shifted_right
 #define _mm512_fmadd_ps dfc::fused512
 #define _mm256_fmadd_ps dfc::fused256

@@ -21,6 +21,15 @@
 #include <cstddef>
 #include <cstdint>
 
+// Compilers before these do not know AMX: the path is left out.
+#if defined(DFC_SIMDE)
+#define DFC_AMX
+#elif defined(__x86_64__) && defined(__linux__)
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define DFC_AMX
+#endif
+#endif
+
 namespace dfc {
 
 constexpr int64_t PANEL = 16;
@@ -80,7 +89,7 @@ struct Layout {
 // Rows quantized to int8, per group: x = q * scale, and sum is that of the group's q.
 struct Rows {
   int64_t stride;        // from row to row of q
-  const int8_t* q;       // [rows][padded_k]
+  const int8_t* q;       // [rows][padded_k]; x + 128 where the path or columns want that
   const int16_t* wide;   // the same, where the path wants it, else null
   const uint8_t* columns;  // [tiles][padded_k][TILE_ROWS], 128 more, for lanes; then so is q
   const float* scale;    // [rows][groups]
@@ -97,39 +106,56 @@ struct Job {
   int64_t tile_rows;  // of each tile but the last
 };
 
-// How many rows a tile has at most: their sums stay in the first cache.
+// How many rows and panels a tile has at most: their sums stay in the first cache.
 constexpr int64_t TILE_ROWS = 128;
+constexpr int64_t TILE_PANELS = 2;
 constexpr int64_t TURNED_ROWS = 16;  // a tile has a multiple of them
 constexpr int64_t TILE_K = 512;  // values of K that a tile unpacks at a time
 
 // What a thread needs for a tile.
 struct Tiling {
   alignas(64) uint8_t codes[TILE_K * PANEL * 2];  // unpacked
-  alignas(64) float scales[TILE_K / 16 * PANEL];
-  alignas(64) int32_t zeros[TILE_K / 16 * PANEL];
-  alignas(64) float total[TILE_ROWS * PANEL];
+  alignas(64) float scales[TILE_K / 16 * PANEL * TILE_PANELS];
+  alignas(64) int32_t zeros[TILE_K / 16 * PANEL * TILE_PANELS];
+  alignas(64) float total[TILE_ROWS * PANEL * TILE_PANELS];
   alignas(64) int32_t dots[TILE_K / 16 * 4 * PANEL];      // of 4 rows: [parts][4][16]
-  alignas(64) int32_t unfinished[TILE_ROWS * PANEL];      // of a group that is not at its end
+  alignas(64) int32_t unfinished[TILE_ROWS * PANEL * TILE_PANELS];  // of a group that goes on
+};
+
+// What is multiplied at once: some whole groups, or a part of one that is longer.
+struct Stretch {
+  int64_t group, groups;  // which, and how many
+  int64_t begin, count;   // values of K: where, and how many of each group
+  bool first, last;       // of a group
 };
 
 // One way to compute, for a kind of CPU.
 struct Path {
   const char* name;
-  bool wants_wide;  // for many rows of int8 weights
+  bool wants_wide;   // for many rows of int8 weights
+  bool wants_bytes;  // x + 128 as u8, for many rows
+  int64_t panels;    // of a tile
+  // Fewer rows are left to another path, if there is one.
+  int64_t least_rows;
+  const Path* few_rows;
   // Writes columns of at most TURNED_ROWS rows; null where the path has no use for lanes.
   void (*turn)(const Job& job, int64_t row, int64_t rows, uint8_t* columns);
   // One row of k floats to int8: q, a scale and a sum for each group.
   void (*quantize)(const float* x, const Layout& w, int8_t* q, float* scale, int32_t* sum);
   // One panel for one row.
   void (*one_row)(const Job& job, int64_t panel);
-  // One panel for some rows, at most TILE_ROWS.
-  void (*many_rows)(const Job& job, int64_t panel, int64_t row, int64_t rows, Tiling& scratch);
+  // Some panels, at most those of a tile, for some rows, at most TILE_ROWS.
+  void (*many_rows)(const Job& job, int64_t panel, int64_t panels, int64_t row, int64_t rows,
+                    Tiling& scratch);
 };
 
 extern const Path portable_path;
 #if defined(__x86_64__) || defined(DFC_SIMDE)
 extern const Path avx2_path;
 extern const Path avx512vnni_path;
+#if defined(DFC_AMX)
+extern const Path amx_path;
+#endif
 // Quantizing a row, for both.
 void quantize_avx2(const float* x, const Layout& w, int8_t* q, float* scale, int32_t* sum);
 // lanes.cpp: what avx2_path does where rows came as columns too.
@@ -172,6 +198,13 @@ static inline const uint8_t* ahead_of(const uint8_t* panel, const Layout& w, int
 static inline int64_t next_block(const Layout& w, int64_t k) {
   if (w.group > TILE_K) return least(TILE_K, w.group - k % w.group);
   return least(TILE_K / w.group * w.group, w.padded_k - k);
+}
+
+// The next `count` values of K: whole groups, or a part of one.
+static inline Stretch stretch_of(const Layout& w, int64_t k, int64_t count) {
+  const int64_t g = k / w.group;
+  if (count >= w.group) return {g, count / w.group, k, w.group, true, true};
+  return {g, 1, k, count, k == g * w.group, k + count == (g + 1) * w.group};
 }
 
 }  // namespace dfc

@@ -8,6 +8,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(DFC_AMX) && !defined(DFC_SIMDE)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace dfc {
 namespace {
@@ -16,8 +20,18 @@ namespace {
 
 #if defined(__x86_64__)
 struct Features {
-  bool avx2 = false, avx512vnni = false;
+  bool avx2 = false, avx512vnni = false, amx = false;
 };
+
+// Asks the system for the registers of AMX, which a process has only then. It may refuse.
+bool may_use_tiles() {
+#if defined(DFC_AMX) && !defined(DFC_SIMDE)
+  constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // of arch_prctl
+  return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
 
 // Asks the CPU, and the system whether it saves the wide registers.
 Features look() {
@@ -32,20 +46,26 @@ Features look() {
   found.avx2 = b >> 5 & 1;
   const bool f = b >> 16 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1, vnni = c >> 11 & 1;
   found.avx512vnni = found.avx2 && f && bw && vl && vnni && (low & 0xe6) == 0xe6;
+  const bool tile = d >> 24 & 1, int8 = d >> 25 & 1, saved = (low & 0x60000) == 0x60000;
+  found.amx = found.avx512vnni && tile && int8 && saved && may_use_tiles();
   return found;
 }
 #endif
 
 // The paths that this CPU can run, best first, then null.
 const Path* const* paths() {
-  static const Path* found[4] = {};
+  static const Path* found[5] = {};
   static const bool once = [] {
     int count = 0;
 #if defined(DFC_SIMDE)  // instructions that the CPU may lack are emulated: for tests
+    found[count++] = &amx_path;
     found[count++] = &avx512vnni_path;
     found[count++] = &avx2_path;
 #elif defined(__x86_64__)
     const Features cpu = look();
+#if defined(DFC_AMX)
+    if (cpu.amx) found[count++] = &amx_path;
+#endif
     if (cpu.avx512vnni) found[count++] = &avx512vnni_path;
     if (cpu.avx2) found[count++] = &avx2_path;
 #endif
@@ -250,12 +270,14 @@ struct Call {
   Job job;
   const Path* path;
   const float* x;
+  bool bytes;  // q is x + 128
   int8_t* q;
   int16_t* wide;
   uint8_t* columns;
   float* scale;
   int32_t* sum;
   int64_t tiles;  // of rows
+  int64_t spans;  // of panels
 };
 
 void quantize_row(const Call& c, int64_t row) {
@@ -263,7 +285,7 @@ void quantize_row(const Call& c, int64_t row) {
   const int64_t count = w.padded_k;  // bytes may be anything, also a size that is read again
   int8_t* const q = c.q + row * c.job.x.stride;
   c.path->quantize(c.x + row * w.k, w, q, c.scale + row * w.groups, c.sum + row * w.groups);
-  if (c.columns)
+  if (c.bytes)
     for (int64_t k = 0; k < count; ++k) q[k] = int8_t(q[k] ^ -128);
   if (!c.wide) return;
   int16_t* const to = c.wide + row * c.job.x.stride;
@@ -292,7 +314,9 @@ void one_tile(const void* what, int64_t index) {
   Tiling scratch;
   const int64_t row = index % c.tiles * c.job.tile_rows;
   const int64_t rows = least(c.job.tile_rows, c.job.rows - row);
-  c.path->many_rows(c.job, index / c.tiles, row, rows, scratch);
+  const int64_t panel = index / c.tiles * c.path->panels;
+  const int64_t panels = least(c.path->panels, c.job.w.panels - panel);
+  c.path->many_rows(c.job, panel, panels, row, rows, scratch);
 }
 
 // A thread takes this many bytes of weights at least: each time, reading ahead begins anew.
@@ -306,7 +330,7 @@ void multiply(const Call& c, int32_t threads) {
     spread(few, (rows + TURNED_ROWS - 1) / TURNED_ROWS, 1, quantize_rows, &c);
   else
     spread(few, rows, rows < 16 ? 1 : 4, quantize_one, &c);
-  if (rows > 1) return spread(threads, w.panels * c.tiles, 1, one_tile, &c);
+  if (rows > 1) return spread(threads, c.spans * c.tiles, 1, one_tile, &c);
   const int64_t chunk = LEAST_CHUNK_BYTES / w.panel_bytes;
   spread(threads, w.panels, chunk < 1 ? 1 : chunk, one_panel, &c);
 }
@@ -387,9 +411,11 @@ DFC_EXPORT int32_t dfc_linear(const uint8_t* packed, int64_t bytes, const float*
   if (!read(packed, bytes, &w) || w.k != k || w.n != n || rows < 0 || rows > MOST)
     return DFC_MALFORMED;
   if (rows == 0 || n == 0) return DFC_DONE;
+  if (rows < c.path->least_rows) c.path = c.path->few_rows;
   c.tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
   c.job.tile_rows = up((rows + c.tiles - 1) / c.tiles, TURNED_ROWS);
   c.tiles = (rows + c.job.tile_rows - 1) / c.job.tile_rows;
+  c.spans = (w.panels + c.path->panels - 1) / c.path->panels;
   // Rows a multiple of 4 KiB apart would share one place in the first cache.
   const int64_t stride = up(w.padded_k, 64) + 64;
   const int64_t q_bytes = rows * stride, s_bytes = up(rows * w.groups * 4, 64);
@@ -400,6 +426,7 @@ DFC_EXPORT int32_t dfc_linear(const uint8_t* packed, int64_t bytes, const float*
   if (!memory) return DFC_NO_MEMORY;
   uint8_t* const last = memory + q_bytes + 2 * s_bytes;
   c.x = x;
+  c.bytes = lanes || (c.path->wants_bytes && rows > 1);
   c.q = reinterpret_cast<int8_t*>(memory);
   c.scale = reinterpret_cast<float*>(memory + q_bytes);
   c.sum = reinterpret_cast<int32_t*>(memory + q_bytes + s_bytes);

@@ -107,12 +107,12 @@ void one(const Job& job, int64_t panel, int64_t row) {
 
 void one_row(const Job& job, int64_t panel) { one(job, panel, 0); }
 
-void many_rows(const Job& job, int64_t panel, int64_t row, int64_t rows, Tiling&) {
+void many_rows(const Job& job, int64_t panel, int64_t, int64_t row, int64_t rows, Tiling&) {
   for (int64_t r = row; r < row + rows; ++r) one(job, panel, r);
 }
 
 }  // namespace
 
-extern const Path portable_path = {"portable", false, nullptr, quantize, one_row, many_rows};
+extern const Path portable_path = {"portable", false, false, 1, 0, nullptr, nullptr, quantize, one_row, many_rows};
 
 }  // namespace dfc

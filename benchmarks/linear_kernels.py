@@ -1,0 +1,125 @@
+"""What the kernels of linear layers reach on one core, on each path that this CPU can run.
+
+    taskset -c 3 python benchmarks/linear_kernels.py [--seconds 0.25] [--rows 8,32,128]
+                                                     [--output FILE]
+
+Weights of 512 outputs and K 2048 lie in the second cache, but for the column `memory`, where they
+are larger than all caches. Each number is the best of runs that take `--seconds` together, which
+shows what the code can do when nothing else runs. Above it stands what the instructions could do:
+the clock and sums of products in registers, measured in the same process where there is a C++
+compiler. It takes half a minute and is meant for a machine that is seen once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dfc.runtime.kernels import build, linear
+from dfc.runtime.kernels.library import library, state
+
+N, K = 512, 2048
+LARGE = 96 << 20  # bytes: more than the caches of a socket give to one core
+PEAK = Path(__file__).parent / "_peak.cpp"
+KINDS = ((4, 32), (4, 128), (8, 32), (8, 0))  # bits and group; 0: one scale for an output
+
+
+def packed(bits: int, group: int, n: int, k: int) -> Tensor:
+    """Codes that lie as trained ones do."""
+    random = torch.Generator().manual_seed(1)
+    scale = torch.full((n, k // group) if group else (n,), 0.01).half()
+    if bits == 4:
+        codes = torch.randint(0, 256, (n, k // 2), generator=random, dtype=torch.uint8)
+        return linear.pack_w4(codes, scale, None, k, group)
+    wide = torch.randn(n, k, generator=random)
+    codes = (wide / wide.abs().amax(1, keepdim=True) * 127).round().to(torch.int8)
+    return linear.pack_w8(codes, scale, group)
+
+
+def seconds(weight: Tensor, rows: int, n: int, k: int, path: str | None, budget: float) -> float:
+    """Of one call on one thread, at best."""
+    found = library()
+    assert found is not None
+    x, y = torch.randn(rows, k), torch.empty(rows, n)
+    data = (weight.data_ptr(), weight.numel(), x.data_ptr(), rows, k, None, y.data_ptr(), n, 1)
+    name = None if path is None else path.encode()
+    call: Callable[..., int] = found.c.dfc_linear
+    best, end = float("inf"), time.perf_counter() + budget
+    while (start := time.perf_counter()) < end or best == float("inf"):
+        if call(*data, name):
+            raise RuntimeError(f"{path} does not multiply {rows} x {k} by {n}")
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def name_of(bits: int, group: int) -> str:
+    return f"int{bits} " + (f"g{group}" if group else "per channel")
+
+
+def one_row(budget: float) -> Iterator[str]:
+    """GB/s of packed weights."""
+    yield f"{'one row, GB/s of weights':28}" + "".join(f"{name_of(*k):>17}" for k in KINDS)
+    held = [packed(*kind, N, K) for kind in KINDS]
+    paths = [p for p in state().paths if p not in ("portable", "amx")]  # amx is for many rows
+    for path in paths:
+        rates = [w.numel() / seconds(w, 1, N, K, path, budget) / 1e9 for w in held]
+        yield f"  {path:26}" + "".join(f"{rate:17.1f}" for rate in rates)
+    shapes = [(b, g, LARGE * 8 // (b * K)) for b, g in KINDS]
+    large = [(packed(b, g, n, K), n) for b, g, n in shapes]
+    for path in paths[:1]:
+        rates = [w.numel() / seconds(w, 1, n, K, path, 2 * budget) / 1e9 for w, n in large]
+        yield f"  {path + ', from memory':26}" + "".join(f"{rate:17.1f}" for rate in rates)
+
+
+def many_rows(rows: Sequence[int], budget: float) -> Iterator[str]:
+    """GMAC/s."""
+    yield f"{'many rows, GMAC/s':28}" + "".join(f"{name_of(*k):>17}" for k in KINDS)
+    held = [packed(*kind, N, K) for kind in KINDS]
+    for path in (p for p in state().paths if p != "portable"):
+        for count in rows:
+            work = count * N * K / 1e9
+            rates = [work / seconds(w, count, N, K, path, budget) for w in held]
+            yield f"  {path + f', {count} rows':26}" + "".join(f"{rate:17.1f}" for rate in rates)
+
+
+def peaks() -> Iterator[str]:
+    """What instructions reach in registers, by a program of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            program = build.build(Path(folder) / "peak", (), [PEAK])
+        except build.BuildError as e:
+            yield f"peaks are not measured: {str(e).splitlines()[0]}"
+            return
+        done = subprocess.run([program], capture_output=True, text=True, timeout=60, check=True)
+        yield from done.stdout.splitlines()
+
+
+def numbers(text: str) -> list[int]:
+    return [int(x) for x in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=0.25, help="for each number")
+    parser.add_argument("--rows", type=numbers, default=[8, 32, 128])
+    parser.add_argument("--output", type=Path, help="also write the lines to this file")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    lines = []
+    for part in (peaks(), one_row(given.seconds), many_rows(given.rows, given.seconds)):
+        for line in part:
+            print(line, flush=True)
+            lines.append(line)
+    if given.output:
+        given.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
