@@ -339,10 +339,22 @@ def _traced(case: Case) -> tuple[Graph, list[Any]]:
     return graph, flat_inputs(graph, b.args, b.kwargs)
 
 
-def _check(case: Case) -> int:
+# So that a rule that freezes all does not pass for one that is right.
+_PRUNABLE = {
+    "resnet18": {"channels": 12}, "mobilenet_v2": {"channels": 5}, "densenet": {"channels": 7},
+    "shufflenet": {"channels": 4}, "unet": {"channels": 12},
+    "transformer_encoder": {"heads": 2, "ffn": 2, "head_dim": 2},
+    "nano_gpt": {"heads": 2, "ffn": 2, "head_dim": 4, "width": 1},
+}  # fmt: skip
+
+
+def _check(case: Case) -> None:
     graph, inputs = _traced(case)
     assert_equals_zeroed(graph, inputs)  # every kind: valid, smaller, runs
-    return assert_equals_zeroed(graph, inputs, "heads", "ffn", "channels")
+    assert_equals_zeroed(graph, inputs, "heads", "ffn", "channels")
+    if case.name in _PRUNABLE:
+        found = Counter(g.kind for g in find_groups(graph).prunable)
+        assert dict(found) == _PRUNABLE[case.name]
 
 
 @pytest.mark.parametrize("case", _of(_LIGHT), ids=str)
@@ -356,16 +368,5 @@ def test_the_transformers_zoo_is_pruned(case: Case) -> None:
     _check(case)
 
 
-def test_what_is_pruned_in_well_known_architectures() -> None:
-    """So that a rule that freezes all does not pass for one that is right."""
-    wanted = {
-        "resnet18": {"channels": 12}, "mobilenet_v2": {"channels": 5}, "densenet": {"channels": 7},
-        "shufflenet": {"channels": 4}, "unet": {"channels": 12},
-        "transformer_encoder": {"heads": 2, "ffn": 2, "head_dim": 2},
-        "nano_gpt": {"heads": 2, "ffn": 2, "head_dim": 4, "width": 1},
-    }  # fmt: skip
-    known = {c.name: c for f in ("cnn", "attention") for c in cases(f)}
-    for name, kinds in wanted.items():
-        graph, _ = _traced(known[name])
-        found = Counter(g.kind for g in find_groups(graph).prunable)
-        assert dict(found) == kinds, name
+def test_the_zoo_has_the_well_known_architectures() -> None:
+    assert {c.name for c in _of(_LIGHT)} >= set(_PRUNABLE)
