@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from _apart import Apart, told
 from _nets import Layers
 from _timing import ROUNDS, alternating, ratio, say, threads, write
 
@@ -102,6 +103,7 @@ def two_stages(engine: str, each: int = 96) -> None:
 
     with Pipeline(graph, placed, engine=engine, microbatches=M, threads=[1, 1]) as pipeline:
         reports = []
+        apart = Apart(pipeline.stages, engine, parts)
 
         def step() -> None:
             pipeline.run_flat([x])
@@ -109,8 +111,9 @@ def two_stages(engine: str, each: int = 96) -> None:
 
         took = alternating({
             "one": lambda: one_process(1), "two": lambda: one_process(2), "whole": whole_batch,
-            "pipeline": step,
+            "pipeline": step, "apart": apart,
         })  # fmt: skip
+        apart.close()
         report = sorted(reports[1:], key=lambda r: r.seconds)[ROUNDS // 2]
     theory = 2 * M / (M + 1)
     stages = " and ".join(f"{s * 1e3:.1f} ms" for s in report.stage_seconds)
@@ -118,6 +121,7 @@ def two_stages(engine: str, each: int = 96) -> None:
     say(f"Two stages of {stages}, {M} microbatches, {engine}, one thread each")
     say(f"  over one process with one thread:   {ratio(took['one'], took['pipeline'])} times as "
         f"fast (theory {theory:.2f}, goal 1.75)")  # fmt: skip
+    say(f"  {told(took['one'], took['apart'], took['pipeline'], M)}")
     say(f"  the same on the whole batch at once: {ratio(took['whole'], took['pipeline'])}")
     say(f"  over one process with two threads:  {ratio(took['two'], took['pipeline'])}")
     say(f"  bubble {report.bubble:.1%} (theory {1 / (M + 1):.1%}); step {report.seconds * 1e3:.1f} "

@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from _apart import Apart, told
 from _ping import Ring
 from _timing import alternating, ratio, say, stolen, threads, write
 from torch import nn
@@ -55,9 +56,9 @@ def traced(layers: int, width: int, rows: int) -> tuple[dfc.Graph, torch.Tensor]
     return dfc.trace(Blocks(layers, width).eval(), (x,), dynamic_shapes=({0: batch},)), x
 
 
-def two_stages() -> None:
+def two_stages(layers: int, width: int, rows: int) -> None:
     """The same microbatches in one process with one thread, and in two with one thread each."""
-    graph, x = traced(8, 1024, M * 64)
+    graph, x = traced(layers, width, M * rows)
     placed = balanced(graph, 2, [x])
     whole = find_engine("eager").build(graph, "cpu", 1)
 
@@ -71,20 +72,27 @@ def two_stages() -> None:
         Processes(graph, placed, microbatches=M, threads=2, links="gloo") as gloo,
         Pipeline(graph, placed, microbatches=M, threads=2) as lanes,
     ):
+        apart = Apart(lanes.stages, "eager", x.split(rows))
         took = alternating({
             "one process, one thread": lambda: one(1),
             "one process, two threads": lambda: one(2),
             "two threads as lanes": lambda: lanes(x),
             "two processes": lambda: local(x),
             "two processes over gloo": lambda: gloo(x),
+            "two lanes that wait not": apart,
         })  # fmt: skip
+        apart.close()
         reports = {"two processes": local.report(), "two processes over gloo": gloo.report()}
     alone = median(took["one process, one thread"]) / M / 2
-    say(f"two balanced stages, {M} microbatches, one thread each (theory: {2 * M / (M + 1):.2f} "
-        "times one thread, goal 1.75)")  # fmt: skip
+    weights, message = layers * width**2 * 4 >> 20, rows * width * 4 >> 10
+    say(f"two balanced stages, {layers} layers of {width} ({weights} MiB), {M} microbatches of "
+        f"{message} KiB, one thread each (theory: {2 * M / (M + 1):.2f} times one thread, goal "
+        "1.75)")  # fmt: skip
     for name, times in took.items():
         speed = ratio(took["one process, one thread"], times)
         say(f"  {name:26} {median(times) * 1e3:8.1f} ms  {speed} times one thread")
+    lone, lanes_time = took["one process, one thread"], took["two lanes that wait not"]
+    say(f"  {told(lone, lanes_time, took['two processes'], M)}")
     say(f"  half of the model alone takes {alone * 1e3:.2f} ms a microbatch")
     for name, report in reports.items():
         stages = ", ".join(f"{s * 1e3:.2f} ms" for s in report.stage_seconds)
@@ -175,7 +183,9 @@ def recovery() -> None:
 def main() -> None:
     say(machine_text(this_machine()))
     before, start = stolen()
-    for part in (two_stages, small_actions, many_steps, recovery):
+    two_stages(8, 1024, 64)  # weights that no cache holds: each microbatch reads them from memory
+    two_stages(16, 512, 256)  # of half the size, for four times the rows
+    for part in (small_actions, many_steps, recovery):
         part()
     after, end = stolen()
     say(f"the host took {(after - before) / (end - start):.1%} of the time meanwhile")
