@@ -25,9 +25,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -62,6 +64,7 @@ MODELS = (  # noqa: SIM905
     "transformer_encoder nano_gpt multihead_attention linear_attention dlrm graph_convolution "
     "bert distilbert gpt2 llama qwen3 vit convnext t5_encoder whisper_encoder mixtral_batched"
 ).split()
+Lane = Callable[[], Any]
 BATCH = 32
 _TURNS = 3
 _TINY_S = 2e-5  # stages shorter than this are a few calls: not worth a device
@@ -256,20 +259,28 @@ def predict_pipelines(device: Device) -> float:
 
 
 def _pipeline(s: Subject, device: Device, microbatches: int = 8) -> tuple[float, float]:
-    """Predicted over measured, from stages measured at once and one at a time."""
+    """Predicted over measured, from stages measured at once and one at a time.
+
+    Why:  a stage is timed as a lane runs it, microbatch after microbatch, while the other computes
+          as well: alone it has the caches to itself, and on one input everything stays in them.
+    """
     part = s.inputs[0].shape[0] // microbatches
     small = Subject(s.name, s.graph, [s.inputs[0][:part].clone()])
     found = plan(s.graph, lanes(device, 2), sizes=small.sizes, wish=Wish(microbatches))
     placed = stage_of(found)
     parts = split(s.graph, placed)
-    runs = [runner(p.graph, x) for p, x in zip(parts, taken(small, parts), strict=True)]
     program = schedule("forward", len(parts), microbatches)
     measured: list[float] = []
     predicted: dict[str, list[float]] = {"together": [], "alone": []}
-    with Pipeline(s.graph, placed, microbatches=microbatches, threads=len(parts)) as pipeline:
+    with ExitStack() as stack:
+        runs = stage_lanes(parts, s.inputs, microbatches, stack)
+        pipeline = stack.enter_context(
+            Pipeline(s.graph, placed, microbatches=microbatches, threads=len(parts))
+        )
         for _ in range(11):  # in turns: what else happens on the machine happens to all
-            for how, times in (("together", at_once(runs)), ("alone", one_by_one(runs))):
-                predicted[how].append(float(simulate(program, Costs(times)).makespan))
+            for how, measure in (("together", at_once), ("alone", one_by_one)):
+                costs = Costs(measure(runs, microbatches))
+                predicted[how].append(float(simulate(program, costs).makespan))
             pipeline.run_flat(s.inputs)
             pipeline.run_flat(s.inputs)
             measured.append(pipeline.report().seconds)
@@ -285,33 +296,48 @@ def _pipeline(s: Subject, device: Device, microbatches: int = 8) -> tuple[float,
     return median(each["together"]), median(each["alone"])
 
 
-_REPEATS = 16  # of a stage, as many as two steps have
+_STEPS = 2  # of a stage, as many as are measured of the pipeline
 
 
-def one_by_one(runs: Sequence[Callable[[], None]]) -> list[float]:
-    return [median(repeated(run)) for run in runs]
+def stage_lanes(
+    parts: Sequence[StageGraph], batch: Sequence[Any], count: int, stack: ExitStack
+) -> list[Lane]:
+    """Each stage as a pipeline of its own, with what the stages before it make of a batch."""
+    found, values = [], dict(zip(parts[0].takes, batch, strict=True))
+    for part in parts:
+        given = [values[v] for v in part.takes]
+        placed = dict.fromkeys(part.graph.nodes, 0)
+        pipeline = Pipeline(part.graph, placed, microbatches=count, threads=1)
+        stack.enter_context(pipeline)
+        values.update(zip(part.gives, pipeline.run_flat(given), strict=True))
+        found.append(partial(pipeline.run_flat, given))
+    return found
 
 
-def at_once(runs: Sequence[Callable[[], None]]) -> list[float]:
-    """Seconds of each where every one has a thread that is kept busy until all have been timed."""
-    left = threading.Barrier(len(runs))
-    done = [False] * len(runs)
+def one_by_one(lanes: Sequence[Lane], count: int) -> list[float]:
+    return [mean(repeated(lane)) / count for lane in lanes]
 
-    def lane(index: int) -> float:
+
+def at_once(lanes: Sequence[Lane], count: int) -> list[float]:
+    """Seconds of a microbatch of each, all kept busy until all have been timed."""
+    left = threading.Barrier(len(lanes))
+    done = [False] * len(lanes)
+
+    def timed(index: int) -> float:
         left.wait()
-        times = repeated(runs[index])
+        times = repeated(lanes[index])
         done[index] = True
         while not all(done):
-            runs[index]()
-        return median(times)
+            lanes[index]()
+        return mean(times) / count
 
-    with ThreadPoolExecutor(len(runs), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(lane, range(len(runs))))
+    with ThreadPoolExecutor(len(lanes), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(timed, range(len(lanes))))
 
 
-def repeated(run: Callable[[], None]) -> list[float]:
+def repeated(run: Lane) -> list[float]:
     times = []
-    for _ in range(_REPEATS):
+    for _ in range(_STEPS):
         begin = time.perf_counter()
         run()
         times.append(time.perf_counter() - begin)
