@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dfc.cli import main
-from dfc.cli.calibrate import busy_text
+from dfc.cli.calibrate import _one_each, busy_text
 from dfc.errors import DfcError
 from dfc.planning.cost import Work, work_of
 from dfc.planning.machine import Device
@@ -24,7 +24,7 @@ from dfc.runtime.calibrate.device import Measured
 from dfc.runtime.calibrate.equations import readings_of
 from dfc.runtime.calibrate.fitting import fitted, solve
 from dfc.runtime.calibrate.inplace import Clocked, clocked, quiet_seconds
-from dfc.runtime.calibrate.links import MeasuredLink, loopback
+from dfc.runtime.calibrate.links import MeasuredLink, messages
 from dfc.runtime.calibrate.probes import CPU, chains_of
 from dfc.runtime.calibrate.sampling import Reading, quiet, reading, sample_all
 
@@ -207,12 +207,25 @@ def test_small_matrices_cached_bytes_and_classes_have_times_of_their_own() -> No
     assert Work(0.0, 1e3, 1e3, "f32").seconds(device) == pytest.approx(1e-7 + 1e-6 + 5e-6)
 
 
+def test_a_target_has_the_links_that_a_pipeline_takes_and_tells_of_others() -> None:
+    sockets = MeasuredLink("a", "a", "sockets", Reading(1e-5, 0, 9), Reading(5e9, 0, 9))
+    gloo = MeasuredLink("a", "a", "loopback", Reading(6e-5, 0, 9), Reading(1.5e9, 0, 9))
+    links, notes = _one_each([sockets, gloo], ["on a machine"])
+    assert links == [sockets]
+    assert notes == ["on a machine", "a -> a by loopback: 1.5 GB/s, 60 us"]
+    text = target_text("here", [measured("a")], links, notes)
+    target = plan_of("O0", target=text).target
+    assert target is not None
+    assert machine_of(target).only(["a", "a"]).wire(0, 1).bandwidth == 5e9
+
+
 def test_figures_that_were_measured_beside_other_work_say_so() -> None:
     assert busy_text(0.3, 2) == "" and "11.0 tasks on 2 cores" in busy_text(11.0, 2)
 
 
-def test_two_processes_on_loopback_are_measured() -> None:
-    link = loopback("cpu0", quick=True)
+@pytest.mark.parametrize("kind", ["local", "gloo"])
+def test_messages_between_two_processes_are_measured(kind: str) -> None:
+    link = messages("cpu0", kind, quick=True)
     assert link.latency.samples == 110 and 1e-6 < link.latency.value < 1
     assert 1e6 < link.bandwidth.value < 1e12
 

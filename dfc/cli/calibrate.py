@@ -63,7 +63,7 @@ def calibrate(
         say("loading PyTorch")
         devices, found, notes = _measured(threads, quick, gpus, links, say)
     notes += [warning] if warning else []
-    text = target_text(name, devices, found, notes)
+    text = target_text(name, devices, *_one_each(found, notes))
     write_text(str(output), text, force)
     if as_json:
         from dfc.cli.tables import print_json
@@ -71,6 +71,22 @@ def calibrate(
         print_json(_data(str(output), devices, found))
     else:
         _show(str(output), devices, found)
+
+
+def _one_each(
+    found: list[MeasuredLink], notes: list[str]
+) -> tuple[list[MeasuredLink], list[str]]:  # fmt: skip
+    """The first link of each direction, which a pipeline takes by itself; others as notes."""
+    from dfc.lang.units import amount_text
+
+    kept: dict[tuple[str, str], MeasuredLink] = {}
+    told = list(notes)
+    for x in found:
+        if kept.setdefault((x.source, x.sink), x) is not x:
+            bandwidth = amount_text(x.bandwidth.value, "bytes/s")
+            latency = amount_text(x.latency.value, "time")
+            told.append(f"{x.source} -> {x.sink} by {x.kind}: {bandwidth}, {latency}")
+    return list(kept.values()), told
 
 
 def busy_text(load: float, cores: int) -> str:
@@ -108,11 +124,15 @@ def _measured(
 
 
 def _links(gpus: int, quick: bool, say: Callable[[str], None]) -> list[MeasuredLink]:
-    """Every direction between the host and GPUs, and the loopback of processes."""
-    from dfc.runtime.calibrate.links import copies, loopback
+    """Every direction between the host and GPUs, and between processes, over sockets and gloo."""
+    import socket
 
-    say("messages between two processes")
-    found = [loopback("cpu0", quick=quick)]
+    from dfc.runtime.calibrate.links import copies, messages
+
+    found = []
+    for kind in ("local", "gloo") if hasattr(socket, "AF_UNIX") else ("gloo",):
+        say(f"messages between two processes, {kind}")
+        found.append(messages("cpu0", kind, quick=quick))
     ends = [("cpu0", "cpu"), *((f"gpu{i}", f"cuda:{i}") for i in range(gpus))]
     for source, a in ends:
         for sink, b in ends:
@@ -150,7 +170,7 @@ def _show(path: str, devices: list[Measured], links: list[MeasuredLink]) -> None
         for d in devices for fact, dimension in DEVICES[d.kind].items() if fact in d.readings
     ]  # fmt: skip
     for x in links:
-        way = f"{x.source} to {x.sink}"
+        way = f"{x.source} to {x.sink}, {x.kind}"
         for fact, r in (("bw", x.bandwidth), ("latency", x.latency)):
             rows.append([way, fact, amount_text(r.value, LINK[fact]), f"{r.spread:.0%}"])
     print_table(["of", "fact", "measured", "spread"], rows, right=(2, 3))

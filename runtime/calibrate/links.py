@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ import dfc
 from dfc.errors import DfcError
 from dfc.runtime.calibrate.sampling import Reading, quiet, sample_all
 
-_SMALL, _LARGE = 64, 16 << 20  # bytes: one shows the latency, the other the bandwidth
+SMALL, LARGE = 64, 16 << 20  # bytes: one shows the latency, the other the bandwidth
 _PATIENCE_S = 60.0
+WORDS = {"local": "sockets", "gloo": "loopback"}  # what a target calls a link
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def copies(
 
         return once
 
-    runs = {"latency": run(_SMALL), "bandwidth": run(_LARGE)}
+    runs = {"latency": run(SMALL), "bandwidth": run(LARGE)}
     took = sample_all(runs, rounds=7 if quick else 31, seconds=3.0)
     return _link(source, sink, kind, took["latency"], took["bandwidth"])
 
@@ -57,22 +57,24 @@ def copies(
 def _link(source: str, sink: str, kind: str, small: Reading, large: Reading) -> MeasuredLink:
     """The large message without the latency that the small one shows."""
     moving = max(large.value - small.value, large.value / 10)
-    rate = Reading(moving, large.spread, large.samples).per(_LARGE)
+    rate = Reading(moving, large.spread, large.samples).per(LARGE)
     return MeasuredLink(source, sink, kind, small, rate)
 
 
-def loopback(host: str, *, quick: bool = False) -> MeasuredLink:
-    """Messages between two processes of this host, by gloo as in a pipeline of processes.
+def messages(host: str, kind: str, *, quick: bool = False) -> MeasuredLink:
+    """Messages between two processes of this host, over the links that ranks have.
 
+    `kind` is `local`, as between ranks of one host, or `gloo`, as between those of several.
     Raises:  DfcError K070 (status 7) when the processes cannot talk to each other.
     """
     rounds = 11 if quick else 51
     with tempfile.TemporaryDirectory(prefix="dfc-") as folder:
-        store = os.path.join(folder, "store")
-        command = [sys.executable, "-m", "dfc.runtime.calibrate.peer", store, str(rounds)]
+        command = [
+            sys.executable, "-m", "dfc.runtime.calibrate.peer", kind, folder, str(rounds)
+        ]  # fmt: skip
         ours = str(Path(dfc.__file__).absolute().parents[1])  # the same code, wherever it lies
         path = os.pathsep.join(filter(None, [ours, os.environ.get("PYTHONPATH", "")]))
-        own = {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         env = {**os.environ, **own}
         peers = [
             subprocess.Popen(
@@ -99,26 +101,7 @@ def loopback(host: str, *, quick: bool = False) -> MeasuredLink:
         message = f"two processes cannot exchange messages: {last}"
         raise DfcError("K070", message, help=_NO_LOOPBACK, status=7)
     times = json.loads(out)
-    return _link(host, host, "loopback", quiet(times["small"]), quiet(times["large"]))
+    return _link(host, host, WORDS[kind], quiet(times["small"]), quiet(times["large"]))
 
 
 _NO_LOOPBACK = "`--no-links` leaves links out"
-
-
-def round_trips(size: int, count: int, rank: int) -> list[float]:
-    """Seconds of one way, by messages that go to and fro between two ranks of a group."""
-    import torch
-    from torch import distributed
-
-    x = torch.zeros(size, dtype=torch.uint8)
-    times = []
-    for _ in range(count + 2):
-        begin = time.perf_counter()
-        if rank == 0:
-            distributed.send(x, 1)
-            distributed.recv(x, 1)
-        else:
-            distributed.recv(x, 0)
-            distributed.send(x, 0)
-        times.append((time.perf_counter() - begin) / 2)
-    return times[2:]
