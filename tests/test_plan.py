@@ -126,6 +126,7 @@ def test_what_does_not_fit_says_by_how_much(tower: Graph) -> None:
         plan(tower, machine(2, memory=20_000), sizes={"B": 1})
     said = str(e.value)
     assert e.value.status == 6 and "too much" in said and "3 devices like `gpu0`" in said
+    assert re.search(r"weights that are streamed to `gpu.` .*from memory in each pass", said)
     kib = float(re.search(r"with ([\d.]+) KiB of memory", said)[1])  # type: ignore[index]
     for remedy in (machine(2, memory=kib * 1024 * 1.001), machine(3, memory=20_000)):
         assert plan(tower, remedy, sizes={"B": 1}).peak <= remedy.devices[0].memory

@@ -339,6 +339,22 @@ def test_what_cannot_be_is_told(tower: Path) -> None:
     assert "save the model as a package" in str(e.value)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_weights_are_brought_as_their_codes(bits: int, tmp_path: Path) -> None:
+    """Within rounding of the kernels, which order sums in their own way."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(6))).eval()
+    x = torch.randn(4, 128)
+    recipe = f"dfc 1\nrecipe small {{\n  quantize int{bits}\n}}\n"
+    whole = dfc.compile(model, (x,), recipe=recipe, engine="eager", verify="none")
+    whole.save(tmp_path / "small.dfcpkg")
+    streamed = dfc.load(tmp_path / "small.dfcpkg", memory=memory_of(whole, 0.6, [x]))
+    plan = runner_of(streamed).plan
+    assert plan.bytes_per_pass <= len(plan.streamed) * 128 * 128 * (bits + 1) // 8
+    torch.testing.assert_close(streamed(x), whole(x), rtol=1e-5, atol=1e-6)
+    streamed.close()
+
+
 def test_what_fits_is_not_streamed(tower: Path) -> None:
     streamed = dfc.load(tower, memory="1GiB")
     runner = runner_of(streamed)

@@ -10,6 +10,7 @@ from dfc.planning.machine import RESERVE, Device, Machine
 from dfc.planning.model import Modelled, Wish
 from dfc.planning.partition import Effort, partition
 from dfc.planning.problem import INFINITE, Problem, loads
+from dfc.planning.tier_plan import streamed_instead
 
 _QUICK = Effort(seconds=3.0, gap=0.02)
 _MOST = 64  # devices that are tried
@@ -40,7 +41,10 @@ def refusal(model: Modelled, machine: Machine, wish: Wish) -> DfcError:
         f"{_bytes(model.live)} of activations and a reserve: {_bytes(need - room)} too much"
     )
     ways = [_larger(need, model.live, device), _more(roomy, model, device, len(machine.devices))]
-    ways += [_fewer_bits(problem, need, room)] if not wish.trains else [_smaller(wish)]
+    if wish.trains:
+        ways.append(_smaller(wish))
+    else:
+        ways += [_fewer_bits(problem, need, room), streamed_instead(model, machine)]
     help = "; or ".join(filter(None, ways))
     return DfcError("N060", message, help=f"it would fit with {help}", status=6)
 

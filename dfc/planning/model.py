@@ -64,6 +64,7 @@ class Modelled:
     works: tuple[tuple[Work, ...], ...]
     live: float  # the most bytes that are alive during one microbatch
     pins: Mapping[int, int]  # the device that a group must be on
+    sizes: Sizes = field(default_factory=dict)
 
 
 def modelled(
@@ -112,7 +113,7 @@ def modelled(
         tied,
         names,
     )
-    return Modelled(problem, tuple(map(tuple, groups)), works, live, pins)
+    return Modelled(problem, tuple(map(tuple, groups)), works, live, pins, sizes)
 
 
 def on_row(model: Modelled, machine: Machine, row: Sequence[int], wish: Wish) -> Modelled:

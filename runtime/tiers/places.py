@@ -9,13 +9,12 @@ from dfc.ir.graph import Parameter
 from dfc.ir.weights import SafetensorsData
 from dfc.planning.here import here
 from dfc.planning.machine import Device
+from dfc.planning.tier_plan import DISK, PCIE
 from dfc.runtime.tiers.clock import Clock, CudaClock, HostClock
 from dfc.runtime.tiers.slots import Carrier, Load, flat, load_bytes, numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-DISK = 1e9  # bytes a second, before a disk is measured
 
 
 class Place(Protocol):
@@ -89,7 +88,7 @@ class Cuda:
     What the last plan did not stream is let go of, unless all that was pinned is `kept`.
     """
 
-    source, guess = "memory", 25e9
+    source, guess = "memory", PCIE
 
     def __init__(self, device: str, kept: bool = False) -> None:
         self.device, self.kept = device, kept

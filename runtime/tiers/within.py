@@ -8,11 +8,11 @@ from typing import Any
 
 from dfc.ir.graph import Graph
 from dfc.ir.interpret import bind_inputs
-from dfc.planning.cost import Sizes, default_sizes, work_of
-from dfc.planning.model import live_bytes
-from dfc.planning.streaming import Hop, Layer
-from dfc.planning.tiers import Tiers, aligned, plan_tiers
-from dfc.planning.weight_blocks import Block, resident_weights, weight_blocks, weight_bytes
+from dfc.planning.cost import Sizes, default_sizes
+from dfc.planning.streaming import Hop
+from dfc.planning.tier_plan import planned
+from dfc.planning.tiers import Tiers, plan_tiers
+from dfc.planning.weight_blocks import Block, weight_blocks
 from dfc.runtime.tiers.clock import block_seconds
 from dfc.runtime.tiers.places import Place, place_of
 from dfc.runtime.tiers.streamed import Streamed
@@ -59,18 +59,10 @@ def first_plan(
     graph: Graph, blocks: Sequence[Block], wanted: Wanted, place: Place, sizes: Sizes
 ) -> Tiers:
     """By the costs of operators, and a guess of the link."""
-    device = place.model()
-    layers = [
-        Layer(float(sum(work_of(n, sizes).seconds(device) for n in b.nodes)), b.bytes, b.name)
-        for b in blocks
-    ]
-    weights = [{p.name: weight_bytes(p) for p in b.weights} for b in blocks]
-    fixed = sum(aligned(weight_bytes(p)) for p in resident_weights(graph, blocks))
-    fixed += int(live_bytes(graph, sizes))
     hop = Hop(1 / place.guess, name=place.source)
-    return plan_tiers(
-        layers, weights, wanted.memory, hop, fixed, wanted.slots, wanted.placement
-    )  # fmt: skip
+    return planned(
+        graph, blocks, place.model(), hop, wanted.memory, sizes, wanted.slots, wanted.placement
+    )
 
 
 def measured_plan(
