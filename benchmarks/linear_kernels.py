@@ -1,6 +1,6 @@
 """What the kernels of linear layers reach on one core, on each path that this CPU can run.
 
-    taskset -c 3 python benchmarks/linear_kernels.py [--seconds 0.25] [--rows 8,32,128]
+    taskset -c 3 python benchmarks/linear_kernels.py [--seconds 0.25] [--rows 8,16,32,128]
                                                      [--output FILE]
 
 Weights of 512 outputs and K 2048 lie in the second cache, but for the column `memory`, where they
@@ -26,21 +26,22 @@ from dfc.runtime.kernels import build, linear
 from dfc.runtime.kernels.library import library, state
 
 N, K = 512, 2048
-LARGE = 96 << 20  # bytes: more than the caches of a socket give to one core
+LARGE = 192 << 20  # bytes: more than the caches of a socket give to one core
 PEAK = Path(__file__).parent / "_peak.cpp"
 KINDS = ((4, 32), (4, 128), (8, 32), (8, 0))  # bits and group; 0: one scale for an output
 
 
 def packed(bits: int, group: int, n: int, k: int) -> Tensor:
-    """Codes that lie as trained ones do."""
+    """Codes that lie as trained ones do; those of `N` outputs are repeated."""
     random = torch.Generator().manual_seed(1)
+    some, times = min(n, N), -(-n // N)
     scale = torch.full((n, k // group) if group else (n,), 0.01).half()
     if bits == 4:
-        codes = torch.randint(0, 256, (n, k // 2), generator=random, dtype=torch.uint8)
-        return linear.pack_w4(codes, scale, None, k, group)
-    wide = torch.randn(n, k, generator=random)
+        nibbles = torch.randint(0, 256, (some, k // 2), generator=random, dtype=torch.uint8)
+        return linear.pack_w4(nibbles.repeat(times, 1)[:n], scale, None, k, group)
+    wide = torch.randn(some, k, generator=random)
     codes = (wide / wide.abs().amax(1, keepdim=True) * 127).round().to(torch.int8)
-    return linear.pack_w8(codes, scale, group)
+    return linear.pack_w8(codes.repeat(times, 1)[:n], scale, group)
 
 
 def seconds(weight: Tensor, rows: int, n: int, k: int, path: str | None, budget: float) -> float:
@@ -108,7 +109,7 @@ def numbers(text: str) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=0.25, help="for each number")
-    parser.add_argument("--rows", type=numbers, default=[8, 32, 128])
+    parser.add_argument("--rows", type=numbers, default=[8, 16, 32, 128])
     parser.add_argument("--output", type=Path, help="also write the lines to this file")
     given = parser.parse_args()
     torch.set_num_threads(1)

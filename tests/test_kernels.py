@@ -284,7 +284,7 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     drive(tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 
-EMULATED = ("-DDFC_SIMDE", "-Wno-psabi")
+EMULATED = ("-DDFC_SIMDE", "-Wno-psabi", "-O0")  # optimized, it compiles for longer than it runs
 needs_simde = pytest.mark.skipif(
     not Path("/usr/include/simde/x86/avx512.h").exists(), reason="needs SIMDe: libsimde-dev"
 )

@@ -16,7 +16,10 @@ namespace {
 // int4 codes of 8 values of K for 16 outputs. The high ones stay 16 times what they are, which
 // saves a shift each: of at most 65536 products of 240 and 127 the sum is below 2^31.
 inline void step4(const uint8_t* codes, const int8_t* q, __m512i& low, __m512i& high) {
-  const __m512i two = load(codes);
+  __m512i two = load(codes);
+#if !defined(DFC_SIMDE)
+  __asm__("" : "+v"(two));  // else it is read twice
+#endif
   low = _mm512_dpbusd_epi32(low, _mm512_and_si512(two, _mm512_set1_epi8(15)), four(q));
   high = _mm512_dpbusd_epi32(high, _mm512_and_si512(two, _mm512_set1_epi8(-16)), four(q + 4));
 }
@@ -81,24 +84,6 @@ void one_row(const Job& job, int64_t panel) {
 }
 
 // ---- many rows
-
-// 12 rows that lie side by side. Why: three pointers reach them with what an address adds up by
-// itself; the compiler would take a register for each row, and there are not so many.
-template <class T>
-struct Rows12 {
-  const T *a, *b, *c;
-  int64_t stride;
-
-  Rows12(const T* first, int64_t stride)
-      : a(first), b(a + 4 * stride), c(b + 4 * stride), stride(stride) {
-#if !defined(DFC_SIMDE)
-    __asm__("" : "+r"(b));
-    __asm__("" : "+r"(c));
-#endif
-  }
-  const T* at(int i) const { return (i < 4 ? a : i < 8 ? b : c) + i % 4 * stride; }
-  void advance(int64_t by) { a += by, b += by, c += by; }
-};
 
 // Adds the products of R rows and P panels, for `count` values of K: a multiple of 16.
 template <int R, int P>
