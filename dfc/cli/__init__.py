@@ -6,6 +6,7 @@ A verb's module is light; torch and onnx are imported inside the functions that 
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -97,10 +98,11 @@ def _top(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. The console script passes it to `sys.exit`."""
     given = [*(sys.argv[1:] if argv is None else argv)]
-    return guarded(lambda: _dispatch(given), given)
+    return guarded(lambda: _dispatch(given, last=argv is None), given)
 
 
-def _dispatch(argv: Sequence[str]) -> int:
+def _dispatch(argv: Sequence[str], last: bool) -> int:
+    """One command; the `last` thing that the process does may not be interrupted twice."""
     try:
         result: Any = app([*argv], prog_name="dfc", standalone_mode=False)
     except SystemExit as e:  # typer's answer to a reader that went away
@@ -112,5 +114,7 @@ def _dispatch(argv: Sequence[str]) -> int:
             raise usage(e, [c.name or "" for c in app.registered_commands]) from e
         raise
     if result == INTERRUPTED:  # typer's answer to Ctrl-C
+        if last:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # again, while libraries wind down
         raise KeyboardInterrupt
     return result if isinstance(result, int) else 0
