@@ -35,7 +35,7 @@ from dfc.planning.host import machine_text, this_machine
 from dfc.planning.model import live_bytes
 from dfc.planning.streaming import Hop
 from dfc.planning.tiers import Tiers, slot_bytes
-from dfc.planning.weight_blocks import weight_blocks, weight_bytes
+from dfc.planning.weight_blocks import cut, weight_bytes
 from dfc.runtime.tiers.files import Extent, Files, extents_of
 from dfc.runtime.tiers.places import Processor
 from dfc.runtime.tiers.slots import Load
@@ -69,7 +69,7 @@ class Mapped:
         self.slots = [torch.empty(size, dtype=torch.uint8)]
         paths = {e.path for e in extents.values()}
         self.maps = {p: np.memmap(p, mode="r") for p in paths}
-        self.files = Files(paths)
+        self.files = Files(extents.values())
         self.load = 0
 
     def begin(self) -> None: ...
@@ -108,18 +108,18 @@ class MappedPlace(Processor):
 
 def mapped(graph: Any, ids: Tensor) -> Streamed:
     """Everything is read in every pass."""
-    blocks = weight_blocks(graph)
-    plan = first_plan(graph, blocks, Wanted(1 << 40), Processor(), bind_inputs(graph, [ids]))
+    parts = cut(graph)
+    plan = first_plan(parts, Wanted(1 << 40), Processor(), bind_inputs(graph, [ids]))
     every = tuple(i for i, w in enumerate(plan.weights) if w)
     size = max(slot_bytes(w) for w in plan.weights)
     all_of_it = Tiers(plan.layers, plan.weights, every, Hop(1e-9, slots=1), size, plan.fixed)
-    return Streamed(graph, blocks, all_of_it, MappedPlace())
+    return Streamed(parts, all_of_it, MappedPlace())
 
 
 def disk_rate(graph: Any) -> float:
     """Bytes a second of reading all weights once, into one buffer."""
     extents = extents_of(graph.parameters.values())
-    files = Files(e.path for e in extents.values())
+    files = Files(extents.values())
     into = torch.empty(max(e.bytes for e in extents.values()), dtype=torch.uint8)
     rates = []
     for _ in range(2):

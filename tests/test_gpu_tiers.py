@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 MIB = 1 << 20
-WORKSPACE = 48 * MIB  # what cuBLAS takes for itself, and the allocator's rounding
+WORKSPACE = 64 * MIB  # what cuBLAS takes for itself, and the allocator's rounding
 
 
 class Wide(nn.Module):
@@ -92,15 +92,16 @@ def test_a_language_model_with_a_tied_table() -> None:
         streamed.close()
 
 
-def test_the_device_holds_no_more_than_its_memory(wide: Compiled) -> None:
+def test_the_device_holds_no_more_than_its_memory() -> None:
     x = torch.randint(512, (2, 16), device="cuda")
-    (x.float() @ x.float().T).sum().item()  # cuBLAS has what it takes
+    many = dfc.compile(Wide(24).eval(), (x.cpu(),), engine="eager", passes=[], verify="none")
+    nn.Linear(64, 64, device="cuda")(x.new_zeros(4, 64, dtype=torch.float32))  # for its workspace
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    memory = memory_of(wide, 0.3)
-    streamed = wide.within(memory, device="cuda")
+    memory = memory_of(many, 0.3)
+    streamed = many.within(memory, device="cuda")
     for _ in range(3):
         streamed.run_flat([x])
     torch.cuda.synchronize()

@@ -23,7 +23,8 @@ from dfc.errors import DfcError
 from dfc.ir.graph import Parameter
 from dfc.planning.streaming import Hop
 from dfc.planning.tiers import Tiers
-from dfc.planning.weight_blocks import resident_weights, weight_blocks, weight_bytes
+from dfc.planning.weight_blocks import cut, weight_bytes
+from dfc.runtime.kernels.graph import are_built
 from dfc.runtime.tiers.clock import HostClock
 from dfc.runtime.tiers.places import Processor
 from dfc.runtime.tiers.reader import Reader
@@ -166,14 +167,15 @@ def test_bytes_of_each_pass_are_those_of_the_plan(tower: Path) -> None:
 def test_what_is_tied_is_brought_to_each_of_its_readers(tower: Path) -> None:
     compiled = opened(tower, build=False)
     graph = with_state_inputs(compiled.graph)
-    blocks = weight_blocks(graph)
+    parts = cut(graph)
+    blocks = parts.blocks
     readers = [b for b in blocks if any(p.name == "table.weight" for p in b.weights)]
     assert len(readers) == 2 and all(len(b.weights) == 1 for b in readers)
-    plan = first_plan(graph, blocks, Wanted(1 << 30), Processor(), {"B": 4})
+    plan = first_plan(parts, Wanted(1 << 30), Processor(), {"B": 4})
     chosen = tuple(i for i, b in enumerate(blocks) if b in readers)
     some = Tiers(plan.layers, plan.weights, chosen, Hop(1e-9, slots=1), 1 << 30, plan.fixed)
     inputs = [*compiled.probes[0].inputs, *compiled.state.values()]
-    runner = Streamed(graph, blocks, some, Processor())
+    runner = Streamed(parts, some, Processor())
     try:
         assert some.bytes_per_pass == 2 * 64 * 96 * 4
         expected = dfc.load(tower).run_flat(compiled.probes[0].inputs)
@@ -185,10 +187,9 @@ def test_what_is_tied_is_brought_to_each_of_its_readers(tower: Path) -> None:
 
 def test_every_node_and_weight_is_in_one_place(llama: Path) -> None:
     graph = opened(llama, build=False).graph
-    blocks = weight_blocks(graph)
+    _, blocks, stay, _ = cut(graph)
     assert [n for b in blocks for n in b.nodes] == list(graph.nodes)
     inside = {p for b in blocks for p in b.weights}
-    stay = resident_weights(graph, blocks)
     assert not inside & set(stay)
     assert {p for p in graph.parameters.values() if p.use_count} == inside | set(stay)
     order = {n: i for i, n in enumerate(graph.nodes)}
@@ -206,7 +207,7 @@ def test_a_weight_that_is_handed_out_stays() -> None:
             return self.b(self.a(x)), self.a.weight.t()
 
     graph = dfc.trace(Shows().eval(), (torch.randn(2, 64),))
-    inside = [p.name for b in weight_blocks(graph) for p in b.weights]
+    inside = [p.name for b in cut(graph).blocks for p in b.weights]
     assert inside == ["b.weight"]
 
 
@@ -294,14 +295,14 @@ def test_a_pass_that_failed_is_no_harm_to_the_next(held: Compiled) -> None:
 def test_blocks_are_timed_in_order(tower: Path) -> None:
     compiled = opened(tower, build=False)
     graph = with_state_inputs(compiled.graph)
-    blocks = weight_blocks(graph)
+    parts = cut(graph)
     inputs = [*compiled.probes[0].inputs, *compiled.state.values()]
-    plan = first_plan(graph, blocks, Wanted(1 << 30), Processor(), {"B": 4})
+    plan = first_plan(parts, Wanted(1 << 30), Processor(), {"B": 4})
     clock = HostClock()
-    runner = Streamed(graph, blocks, plan, Processor(), clock)
+    runner = Streamed(parts, plan, Processor(), clock)
     runner(inputs)
     runner.close()
-    assert len(clock.seconds()) == 2 * len(blocks) - 1
+    assert len(clock.seconds()) == 2 * len(parts.blocks) - 1
 
 
 def test_models_on_the_meta_device_with_a_file(tmp_path: Path) -> None:
@@ -339,19 +340,53 @@ def test_what_cannot_be_is_told(tower: Path) -> None:
     assert "save the model as a package" in str(e.value)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_weights_are_brought_as_their_codes(bits: int, tmp_path: Path) -> None:
-    """Within rounding of the kernels, which order sums in their own way."""
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Linear layers with int4 and with int8 weights, which are packed for the kernels."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(6))).eval()
-    x = torch.randn(4, 128)
-    recipe = f"dfc 1\nrecipe small {{\n  quantize int{bits}\n}}\n"
-    whole = dfc.compile(model, (x,), recipe=recipe, engine="eager", verify="none")
-    whole.save(tmp_path / "small.dfcpkg")
-    streamed = dfc.load(tmp_path / "small.dfcpkg", memory=memory_of(whole, 0.6, [x]))
+    x, found = torch.randn(4, 128), {}
+    for bits in (4, 8):
+        recipe = f"dfc 1\nrecipe small {{\n  quantize int{bits}\n}}\n"
+        compiled = dfc.compile(model, (x,), recipe=recipe, engine="eager", verify="none")
+        found[bits] = tmp_path_factory.mktemp("tiers") / "small.dfcpkg"
+        compiled.save(found[bits])
+    return found
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_weights_are_brought_as_their_codes(quantized: Any, bits: int) -> None:
+    """Where the kernels do not have them in a file: within rounding, by the operator's meaning."""
+    whole = dfc.load(quantized[bits])
+    (x,) = whole.probes[0].inputs
+    streamed = dfc.load(quantized[bits], memory=memory_of(whole, 0.6, [x]))
     plan = runner_of(streamed).plan
+    assert plan.streamed
     assert plan.bytes_per_pass <= len(plan.streamed) * 128 * 128 * (bits + 1) // 8
     torch.testing.assert_close(streamed(x), whole(x), rtol=1e-5, atol=1e-6)
+    streamed.close()
+
+
+@pytest.mark.skipif(not are_built(), reason="the kernels are not built")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_kernels_read_packed_weights_from_their_slots(
+    quantized: Any, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dfc.runtime.kernels.packed.LEAST_BYTES", 1)
+    monkeypatch.setattr("dfc.runtime.kernels.packed.cache_folder", lambda name: tmp_path)
+    whole = dfc.load(quantized[bits])
+    (x,) = whole.probes[0].inputs
+    streamed = dfc.load(quantized[bits], memory=memory_of(whole, 0.7, [x]))
+    runner = runner_of(streamed)
+    files = {f.name: f.stat().st_size for f in tmp_path.glob("*.packed")}
+    assert len(files) == 6
+    assert runner.plan.streamed
+    assert runner.plan.bytes_per_pass == len(runner.plan.streamed) * min(files.values())
+    for _ in range(3):
+        assert torch.equal(streamed(x), whole(x))
+        for file in tmp_path.glob("*.packed"):
+            os.utime(file)  # as another process does that uses it
+    assert runner.held_bytes <= runner.plan.memory
     streamed.close()
 
 
@@ -391,13 +426,14 @@ def test_a_file_that_ends_too_early_is_named(tmp_path: Path) -> None:
 
     path = tmp_path / "w"
     path.write_bytes(bytes(100))
-    files = Files([path])
+    whole = Extent(path, 0, 200)
+    files = Files([whole])
     into = torch.empty(200, dtype=torch.uint8)
     with pytest.raises(DfcError, match="has become shorter: it ends at 100 bytes"):
-        files.read(Extent(path, 0, 200), into)
+        files.read(whole, into)
     files.close()
     with pytest.raises(DfcError, match="K071"):
-        Files([tmp_path / "none"])
+        Files([Extent(tmp_path / "none", 0, 1)])
 
 
 def test_the_command_runs_and_reports(tower: Path, tmp_path: Path, capsys: Any) -> None:

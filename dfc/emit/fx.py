@@ -107,6 +107,7 @@ class _Emitter:
         for i, p in enumerate(self.graph.parameters.values()):
             if p.use_count and p not in self.visiting:
                 self.parameter(i, p)
+        self.env |= {p: self.constant(x) for p, x in self.supply.held.items() if p not in self.env}
         if self.mark:
             self.fx.call_function(self.mark)
         for node in self.graph.nodes:
@@ -284,7 +285,7 @@ class _Emitter:
             return self.fx.call_function(own or info.kernel, tuple(args), kwargs)
         assert isinstance(info, DeclaredOp)
         kernel = self.kernels.get(node.op)
-        call = kernel(node) if kernel else None
+        call = self.supply.calls.get(node) or (kernel(node) if kernel else None)
         if call is not None:
             return self.kernel(call)
         instance = info.instance(node.attributes)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from dfc.emit.kernels import KernelCall
 from dfc.ir.graph import Node, Parameter
 
 if TYPE_CHECKING:
@@ -30,8 +31,10 @@ class Visit:
 class Supply:
     """Where a module's weights come from: what is `held` is used as it is, visits do not overlap.
 
-    Weights that are in neither are the module's own.
+    Weights that are in neither are the module's own. `calls` run in place of nodes; they may read
+    weights that are not the graph's.
     """
 
     held: Mapping[Parameter, Tensor] = field(default_factory=dict)
     visits: tuple[Visit, ...] = ()
+    calls: Mapping[Node, KernelCall] = field(default_factory=dict)

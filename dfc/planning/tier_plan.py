@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from dfc.errors import DfcError
-from dfc.ir.graph import Graph
 from dfc.lang.units import amount_text
 from dfc.planning.cost import Sizes, work_of
 from dfc.planning.machine import Device, Machine
 from dfc.planning.model import Modelled, live_bytes
 from dfc.planning.streaming import Hop, Layer
 from dfc.planning.tiers import Tiers, aligned, plan_tiers
-from dfc.planning.weight_blocks import Block, resident_weights, weight_blocks, weight_bytes
+from dfc.planning.weight_blocks import Cut, cut, weight_bytes
 
 DISK = 1e9  # bytes a second, of a disk that was not measured
 PCIE = 25e9  # of a link to a GPU that was not
 
 
 def planned(
-    graph: Graph, blocks: Sequence[Block], device: Device, hop: Hop, memory: int, sizes: Sizes,
+    parts: Cut, device: Device, hop: Hop, memory: int, sizes: Sizes,
     slots: int | None = None, placement: str = "even",
 ) -> Tiers:  # fmt: skip
     """What stays in so much memory of a device, and what is streamed.
@@ -29,11 +26,11 @@ def planned(
     """
     layers = [
         Layer(float(sum(work_of(n, sizes).seconds(device) for n in b.nodes)), b.bytes, b.name)
-        for b in blocks
+        for b in parts.blocks
     ]
-    weights = [{p.name: weight_bytes(p) for p in b.weights} for b in blocks]
-    fixed = sum(aligned(weight_bytes(p)) for p in resident_weights(graph, blocks))
-    fixed += int(live_bytes(graph, sizes))
+    weights = [{p.name: weight_bytes(p) for p in b.weights} for b in parts.blocks]
+    fixed = sum(aligned(weight_bytes(p)) for p in parts.stay)
+    fixed += int(live_bytes(parts.graph, sizes))
     return plan_tiers(layers, weights, memory, hop, fixed, slots, placement)
 
 
@@ -46,7 +43,7 @@ def streamed_instead(model: Modelled, machine: Machine) -> str:
     device = machine.devices[at]
     memory, sizes = int(device.usable), model.sizes
     try:
-        plan = planned(graph, weight_blocks(graph), device, _hop(machine, at), memory, sizes)
+        plan = planned(cut(graph), device, _hop(machine, at), memory, sizes)
     except DfcError:
         return ""  # not even so
     each, size = (amount_text(x, "bytes") for x in (plan.bytes_per_pass, memory))

@@ -7,13 +7,19 @@ in, so that slots are small and copies large.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
-from dfc.ir.graph import Graph, Node, Parameter, Value
+from dfc.ir.graph import Graph, Node, Parameter
 from dfc.ir.types import TensorType
 from dfc.planning.kinds import KINDS
+
+if TYPE_CHECKING:
+    from dfc.emit.kernels import KernelCall
+
+    Calls = Mapping[Node, KernelCall]
 
 SMALL = 1 << 18  # bytes of weights that stay: more is not worth a copy, where others are larger
 _SHARE = 16  # of the largest weight, which is small as well
@@ -53,11 +59,44 @@ def weight_bytes(p: Parameter) -> int:
     return size if isinstance(size, int) else 0
 
 
-def weight_blocks(graph: Graph) -> list[Block]:
-    """All nodes in blocks; weights that are in none are small, or read by the caller."""
+class Cut(NamedTuple):
+    """A graph in blocks; `stay` are weights that are in none: small ones, and what callers see.
+
+    `calls` are what runs in place of nodes, with weights of its own.
+    """
+
+    graph: Graph
+    blocks: list[Block]
+    stay: list[Parameter]
+    calls: Calls
+
+
+def cut(graph: Graph, calls: Calls = MappingProxyType({})) -> Cut:
+    """All nodes in blocks, and where their weights are."""
+    users = _users(graph, calls)
+    blocks = _blocks(graph, users)
+    inside = {p for b in blocks for p in b.weights}
+    return Cut(graph, blocks, [p for p in users if p not in inside], calls)
+
+
+def _users(graph: Graph, calls: Calls) -> dict[Parameter, list[Node]]:
+    """The readers of every weight that has some, with what reads in place of nodes."""
+    found: dict[Parameter, list[Node]] = {}
+    for p in graph.parameters.values():
+        users = [u for u in p.users if u not in calls or p in calls[u].operands]
+        if users:
+            found[p] = users
+    for node, call in calls.items():
+        for x in call.operands:
+            if isinstance(x, Parameter) and node not in found.setdefault(x, []):
+                found[x].append(node)
+    return found
+
+
+def _blocks(graph: Graph, users: Mapping[Parameter, Sequence[Node]]) -> list[Block]:
     order = {node: i for i, node in enumerate(graph.nodes)}
     nodes = list(order)
-    spans = _spans(graph, order)
+    spans = _spans(graph, users, order)
     grain = _grain([weight_bytes(p) for p in spans])
     tied = _tied(spans)
     starts: dict[int, list[Parameter]] = {}
@@ -96,23 +135,24 @@ def _grouped(
     return found
 
 
-def _spans(graph: Graph, order: dict[Node, int]) -> dict[Parameter, list[tuple[int, int]]]:
+def _spans(
+    graph: Graph, users: Mapping[Parameter, Sequence[Node]], order: dict[Node, int]
+) -> dict[Parameter, list[tuple[int, int]]]:
     """Of each large weight the ranges of nodes that need it, one for each of its users."""
-    most = max((weight_bytes(p) for p in graph.parameters.values()), default=0)
-    least = min(SMALL, most // _SHARE)
+    least = min(SMALL, max(map(weight_bytes, users), default=0) // _SHARE)
     found = {}
-    for p in graph.parameters.values():
-        if weight_bytes(p) > least and p.use_count:
-            ranges = _ranges(p, graph, order)
+    for p, nodes in users.items():
+        if weight_bytes(p) > least:
+            ranges = _ranges(nodes, graph, order)
             if ranges:
                 found[p] = ranges
     return found
 
 
-def _ranges(p: Parameter, graph: Graph, order: dict[Node, int]) -> list[tuple[int, int]]:
-    """From each user to the last reader of what may show its memory; none where a result may."""
+def _ranges(users: Sequence[Node], graph: Graph, order: dict[Node, int]) -> list[tuple[int, int]]:
+    """From each user to the last reader of what may show a weight; none where a result may."""
     found = []
-    for user in dict.fromkeys(p.users):
+    for user in users:
         last, todo, seen = user, [user], {user}
         while todo:
             node = todo.pop()
@@ -153,9 +193,3 @@ def _grain(sizes: Sequence[int]) -> int:
         if sofar >= half:
             return size
     return 0
-
-
-def resident_weights(graph: Graph, blocks: Sequence[Block]) -> list[Parameter]:
-    """Weights that are in no block, and are read."""
-    inside: Counter[Value] = Counter(p for b in blocks for p in b.weights)
-    return [p for p in graph.parameters.values() if p.use_count and p not in inside]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dfc.emit.kernels import KernelCall, Kernels
 from dfc.ir.graph import Node, Parameter, Value
@@ -25,10 +25,10 @@ def kernels(device: str, *, traced: bool = False) -> Kernels:
         return float8_kernels(device)
     if device != "cpu":
         return {}
-    return {**UNPACKED, **(_integer_kernels(traced) if _are_built() else {})}
+    return {**UNPACKED, **(_integer_kernels(traced) if are_built() else {})}
 
 
-def _are_built() -> bool:
+def are_built() -> bool:
     from dfc.runtime.kernels.library import library
 
     return library() is not None
@@ -66,26 +66,45 @@ def _has_bias(node: Node) -> bool:
 
 
 def _linear_w4(node: Node, traced: bool) -> KernelCall | None:
-    if why_not(node):
-        return linear(node)
-    from dfc.runtime.kernels.linear import pack_w4
-
-    _, packed, scale, zero, _ = node.inputs
-    k, group = _depth(node), node.attributes["group"]
-    points = None if zero is None else _tensor(zero)
-    pack = partial(pack_w4, _tensor(packed), _tensor(scale), points, k, group)
-    return _call(node, 4, group, pack, traced)
+    return linear(node) if why_not(node) else _call(node, 4, traced)
 
 
 def _linear_w8(node: Node, traced: bool) -> KernelCall | None:
-    if why_not(node):
-        return linear(node)
-    from dfc.runtime.kernels.linear import pack_w8
+    return linear(node) if why_not(node) else _call(node, 8, traced)
 
-    _, weight, scale, _ = node.inputs
-    group = node.attributes["group"]
-    pack = partial(pack_w8, _tensor(weight), _tensor(scale), group)
-    return _call(node, 8, group or 0, pack, traced)
+
+class Packing(NamedTuple):
+    """What a weight is packed from, and how: the arguments of `packed_weight`."""
+
+    digests: tuple[str, ...]
+    bits: int
+    n: int
+    k: int
+    group: int
+    pack: Callable[[], Tensor]
+
+
+def packing(node: Node, bits: int) -> Packing | None:
+    """How the kernels have the weight of a node; None for sizes that they do not take.
+
+    Needs:   `why_not(node)` is None.
+    """
+    from dfc.runtime.kernels.linear import pack_w4, pack_w8, packed_bytes
+
+    weights = [v for v in _given(node)[1:] if isinstance(v, Parameter) and v is not node.inputs[-1]]
+    n, k, group = node.result.tensor_type.shape[-1], _depth(node), node.attributes["group"] or 0
+    assert isinstance(n, int)
+    if packed_bytes(bits, n, k, group) is None:
+        return None
+    codes, scale = _tensor(node.inputs[1]), _tensor(node.inputs[2])
+    if bits == 4:
+        zero = node.inputs[3]
+        points = None if zero is None else _tensor(zero)
+        pack = partial(pack_w4, codes, scale, points, k, group)
+    else:
+        pack = partial(pack_w8, codes, scale, node.attributes["group"])
+    digests = tuple(w.data.sha256() for w in weights if w.data is not None)
+    return Packing(digests, bits, n, k, group, pack)
 
 
 def _depth(node: Node) -> int:
@@ -99,24 +118,19 @@ def _tensor(value: object) -> Tensor:
     return value.data.tensor()
 
 
-def _call(
-    node: Node, bits: int, group: int, pack: Callable[[], Tensor], traced: bool
-) -> KernelCall | None:
+def _call(node: Node, bits: int, traced: bool) -> KernelCall | None:
     import torch
 
-    from dfc.runtime.kernels.linear import Bound, packed_bytes
+    from dfc.runtime.kernels.linear import Bound
     from dfc.runtime.kernels.packed import packed_weight
 
-    n, k = node.result.tensor_type.shape[-1], _depth(node)
-    assert isinstance(n, int)
-    if packed_bytes(bits, n, k, group) is None:
+    found = packing(node, bits)
+    if found is None:
         return None
-    weights = [v for v in _given(node)[1:] if isinstance(v, Parameter) and v is not node.inputs[-1]]
-    digests = tuple(w.data.sha256() for w in weights if w.data is not None)
-    made = packed_weight(digests, bits, n, k, group, pack)
+    made = packed_weight(*found)
     bias = node.inputs[-1]
     assert bias is None or isinstance(bias, Value)
     if not traced:
-        return KernelCall(Bound(made, n, k).run, (_given(node)[0], bias))
+        return KernelCall(Bound(made, found.n, found.k).run, (_given(node)[0], bias))
     function = getattr(torch.ops.dfc, f"linear_w{bits}").default
-    return KernelCall(function, (_given(node)[0], made, bias, n, group))
+    return KernelCall(function, (_given(node)[0], made, bias, found.n, found.group))

@@ -36,8 +36,7 @@ def packed_weight(
     digests: tuple[str, ...], bits: int, n: int, k: int, group: int, pack: Callable[[], Tensor]
 ) -> Tensor:
     """The packed weight of these digests: held, read, or packed now and kept."""
-    words = (VERSION, platform.machine(), bits, n, k, group, *digests)
-    key = hashlib.sha256(json.dumps(words).encode()).hexdigest()
+    key = _key(digests, bits, n, k, group)
     found = _held.get(key)
     if found is None:
         found = _from_disk(key, bits, n, k, group, pack)
@@ -45,14 +44,37 @@ def packed_weight(
     return found
 
 
+def packed_file(
+    digests: tuple[str, ...], bits: int, n: int, k: int, group: int, pack: Callable[[], Tensor]
+) -> Path | None:
+    """The file of a packed weight, whole, and nothing in memory; None where none is kept."""
+    file = _file(_key(digests, bits, n, k, group), bits, n, k)
+    if file is None:
+        return None
+    found = _read(file)
+    if found is None or not is_packed(found, bits, n, k, group):
+        _write(file, pack())
+    return file if file.exists() else None
+
+
+def _key(digests: tuple[str, ...], bits: int, n: int, k: int, group: int) -> str:
+    words = (VERSION, platform.machine(), bits, n, k, group, *digests)
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
+
+
+def _file(key: str, bits: int, n: int, k: int) -> Path | None:
+    """Where a weight is kept; None for a small one, or where nothing can be kept."""
+    large = n * k * bits // 8 >= LEAST_BYTES
+    folder = cache_folder("packed") if large else None
+    return None if folder is None else folder / f"{key}.packed"
+
+
 def _from_disk(
     key: str, bits: int, n: int, k: int, group: int, pack: Callable[[], Tensor]
 ) -> Tensor:
-    large = n * k * bits // 8 >= LEAST_BYTES
-    folder = cache_folder("packed") if large else None
-    if folder is None:
+    file = _file(key, bits, n, k)
+    if file is None:
         return pack()
-    file = folder / f"{key}.packed"
     found = _read(file)
     if found is not None and is_packed(found, bits, n, k, group):
         return found

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dfc.errors import DfcError
-from dfc.ir.graph import Parameter
+from dfc.ir.graph import Parameter, ParameterData
 from dfc.ir.weights import SafetensorsData
 from dfc.planning.weight_blocks import weight_bytes
 
@@ -28,6 +28,25 @@ class Extent:
     path: Path
     offset: int
     bytes: int
+    shared: bool = False  # others may set the file's times; its bytes never change
+
+
+class FileData(ParameterData):
+    """All bytes of a file that is never written to again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def tensor(self) -> Tensor:
+        import numpy as np
+        import torch
+
+        return torch.from_numpy(np.fromfile(self.path, np.uint8))
+
+    def sha256(self) -> str:
+        from dfc.ir.weights import tensor_sha256
+
+        return tensor_sha256(self.tensor())
 
 
 def extents_of(weights: Iterable[Parameter]) -> dict[Parameter, Extent]:
@@ -39,6 +58,9 @@ def extents_of(weights: Iterable[Parameter]) -> dict[Parameter, Extent]:
     found = {}
     for w in weights:
         data = w.data
+        if isinstance(data, FileData):
+            found[w] = Extent(data.path, 0, weight_bytes(w), shared=True)
+            continue
         if not isinstance(data, SafetensorsData):
             raise DfcError(
                 "K070", f"!{w.name} is in memory already: nothing is saved by streaming it",
@@ -78,13 +100,15 @@ def _always() -> bool:
 class Files:
     """Files that are open for reading, and must stay as they are."""
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    def __init__(self, extents: Iterable[Extent]) -> None:
         self._open: dict[Path, int] = {}
         self._seen: dict[Path, tuple[int, int]] = {}
+        shared = {e.path: e.shared for e in extents}
         try:
-            for path in dict.fromkeys(paths):
+            for path in shared:
                 self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-                self._seen[path] = self._state(path)
+                if not shared[path]:
+                    self._seen[path] = self._state(path)
         except OSError as e:
             self.close()
             raise DfcError("K071", f"cannot read the weights: {e}", status=8) from e

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from dfc.ir.graph import Parameter
+from dfc.emit.kernels import KernelCall
+from dfc.ir.graph import Graph, Node, Parameter
 from dfc.ir.weights import SafetensorsData
 from dfc.planning.here import here
 from dfc.planning.machine import Device
@@ -30,6 +31,10 @@ class Place(Protocol):
 
     def clock(self) -> Clock: ...
 
+    def calls(self, graph: Graph) -> dict[Node, KernelCall]:
+        """What runs in place of nodes, with weights of its own."""
+        ...
+
     def hold(self, weight: Parameter) -> Tensor:
         """A weight that stays, in memory of its own."""
         ...
@@ -52,17 +57,22 @@ class Processor:
     def clock(self) -> Clock:
         return HostClock()
 
+    def calls(self, graph: Graph) -> dict[Node, KernelCall]:
+        from dfc.runtime.tiers.packing import packed_calls
+
+        return packed_calls(graph)
+
     def hold(self, weight: Parameter) -> Tensor:
         """Read, and not mapped: what is mapped may be dropped by the system, and read again."""
         import torch
 
-        from dfc.runtime.tiers.files import Files, extents_of
+        from dfc.runtime.tiers.files import FileData, Files, extents_of
 
-        if not isinstance(weight.data, SafetensorsData):
+        if not isinstance(weight.data, (SafetensorsData, FileData)):
             return numbers(weight)
         extent = extents_of([weight])[weight]
         memory = torch.empty(extent.bytes, dtype=torch.uint8)
-        files = Files([extent.path])
+        files = Files([extent])
         try:
             files.read(extent, memory)
         finally:
@@ -75,7 +85,7 @@ class Processor:
         from dfc.runtime.tiers.reader import Reader
 
         extents = extents_of(piece.weight for load in loads for piece in load)
-        files = Files(e.path for e in extents.values())
+        files = Files(extents.values())
         return Reader(loads, extents, files, slots, slot_bytes)
 
     def finish(self) -> None:
@@ -102,6 +112,9 @@ class Cuda:
 
     def clock(self) -> Clock:
         return CudaClock(self.device)
+
+    def calls(self, graph: Graph) -> dict[Node, KernelCall]:
+        return {}
 
     def hold(self, weight: Parameter) -> Tensor:
         return numbers(weight).to(self.device)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dfc.emit.supply import Supply, Visit
-from dfc.ir.graph import Graph, Parameter
+from dfc.ir.graph import Parameter
 from dfc.planning.tiers import Tiers
-from dfc.planning.weight_blocks import Block, resident_weights
+from dfc.planning.weight_blocks import Block, Cut
 from dfc.runtime.tiers.cycle import Cycle
 from dfc.runtime.tiers.slots import pieces_of
 
@@ -27,22 +27,20 @@ if TYPE_CHECKING:
 class Streamed:
     """A runner of the eager engine within the memory of a plan.
 
-    Blocks are those that the plan was made of. With a `clock`, every block is timed.
+    The plan was made of the same parts. With a `clock`, every block is timed.
     """
 
-    def __init__(
-        self, graph: Graph, blocks: Sequence[Block], plan: Tiers, place: Place,
-        clock: Clock | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, parts: Cut, plan: Tiers, place: Place, clock: Clock | None = None) -> None:
         from dfc.emit.fx import to_fx
 
+        blocks = parts.blocks
         self.plan, self.clock, self._finish = plan, clock, place.finish
         streamed = {blocks[i]: j for j, i in enumerate(plan.streamed)}
         brought = [[p for p in blocks[i].weights if p.name in names]
                    for i, names in zip(plan.streamed, plan.loads, strict=True)]  # fmt: skip
         loads = [pieces_of(weights) for weights in brought]
         gone = {p for weights in brought for p in weights}
-        stay = [*resident_weights(graph, blocks), *(p for b in blocks for p in b.weights)]
+        stay = [*parts.stay, *(p for b in blocks for p in b.weights)]
         self.held = {p: place.hold(p) for p in dict.fromkeys(stay) if p not in gone}
         self.carrier = place.carrier(loads, plan.slots, plan.slot_bytes)
         self._finalizer = weakref.finalize(self, self.carrier.close)
@@ -51,7 +49,8 @@ class Streamed:
             self._visit(b, tuple(brought[streamed[b]]) if b in streamed else (), streamed.get(b))
             for b in blocks if b in streamed or (clock is not None and b.first is not None)
         ]  # fmt: skip
-        self._module = to_fx(graph, place.device, supply=Supply(self.held, tuple(visits)))
+        supply = Supply(self.held, tuple(visits), parts.calls)
+        self._module = to_fx(parts.graph, place.device, supply=supply)
 
     def _visit(self, block: Block, weights: tuple[Parameter, ...], load: int | None) -> Visit:
         assert block.first is not None and block.last is not None

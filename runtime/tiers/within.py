@@ -12,7 +12,7 @@ from dfc.planning.cost import Sizes, default_sizes
 from dfc.planning.streaming import Hop
 from dfc.planning.tier_plan import planned
 from dfc.planning.tiers import Tiers, plan_tiers
-from dfc.planning.weight_blocks import Block, weight_blocks
+from dfc.planning.weight_blocks import Cut, cut
 from dfc.runtime.tiers.clock import block_seconds
 from dfc.runtime.tiers.places import Place, place_of
 from dfc.runtime.tiers.streamed import Streamed
@@ -45,35 +45,30 @@ def within(
              nowhere else, K021 for a model without weights.
     """
     place = place or place_of(device)
-    blocks = weight_blocks(graph)
+    parts = cut(graph, place.calls(graph))
     sizes = bind_inputs(graph, inputs) if inputs is not None else {}
-    plan = first_plan(graph, blocks, wanted, place, {**default_sizes(graph), **sizes})
+    plan = first_plan(parts, wanted, place, {**default_sizes(graph), **sizes})
     if inputs is None or not plan.streamed:
-        return Streamed(graph, blocks, plan, place)
+        return Streamed(parts, plan, place)
     say("timing each part of the model")
-    measured = measured_plan(graph, blocks, plan, place, wanted, inputs)
-    return Streamed(graph, blocks, measured, place)
+    measured = measured_plan(parts, plan, place, wanted, inputs)
+    return Streamed(parts, measured, place)
 
 
-def first_plan(
-    graph: Graph, blocks: Sequence[Block], wanted: Wanted, place: Place, sizes: Sizes
-) -> Tiers:
+def first_plan(parts: Cut, wanted: Wanted, place: Place, sizes: Sizes) -> Tiers:
     """By the costs of operators, and a guess of the link."""
     hop = Hop(1 / place.guess, name=place.source)
-    return planned(
-        graph, blocks, place.model(), hop, wanted.memory, sizes, wanted.slots, wanted.placement
-    )
+    return planned(parts, place.model(), hop, wanted.memory, sizes, wanted.slots, wanted.placement)
 
 
 def measured_plan(
-    graph: Graph, blocks: Sequence[Block], plan: Tiers, place: Place, wanted: Wanted,
-    inputs: Sequence[Any],
-) -> Tiers:  # fmt: skip
+    parts: Cut, plan: Tiers, place: Place, wanted: Wanted, inputs: Sequence[Any]
+) -> Tiers:
     """The plan by what blocks and copies take; another one only where it is clearly faster."""
     import torch
 
     clock = place.clock()
-    runner = Streamed(graph, blocks, plan, place, clock)
+    runner = Streamed(parts, plan, place, clock)
     try:
         with torch.random.fork_rng(enabled=True):
             for _ in range(_WARM + 1):
@@ -85,7 +80,7 @@ def measured_plan(
             copied = runner.carrier.copied()
     finally:
         runner.close()
-    timed = [i for i, b in enumerate(blocks) if b.first is not None]
+    timed = [i for i, b in enumerate(parts.blocks) if b.first is not None]
     seconds, _ = block_seconds(between, len(timed))
     found = dict(zip(timed, seconds, strict=True))
     layers = [replace(x, seconds=found.get(i, 0.0)) for i, x in enumerate(plan.layers)]
