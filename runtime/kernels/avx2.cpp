@@ -310,6 +310,24 @@ void many_rows(const Job& job, int64_t panel, int64_t, int64_t row, int64_t rows
 
 // ---- activations
 
+namespace {
+
+inline uint32_t largest_of(__m256i x) {  // of eight that are not negative
+  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
+  return uint32_t(_mm_cvtsi128_si32(m));
+}
+
+inline int32_t sum_of(__m256i x) {
+  __m128i m = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  m = _mm_add_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+  m = _mm_add_epi32(m, _mm_shuffle_epi32(m, 0xb1));
+  return _mm_cvtsi128_si32(m);
+}
+
+}  // namespace
+
 void quantize_avx2(const float* x, const Layout& w, int8_t* q, float* scale, int32_t* sum) {
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
   const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
@@ -319,10 +337,7 @@ void quantize_avx2(const float* x, const Layout& w, int8_t* q, float* scale, int
     __m256i largest8 = _mm256_setzero_si256();  // as bits: a NaN is above all numbers
     for (; i + 8 <= real; i += 8)
       largest8 = _mm256_max_epi32(largest8, _mm256_and_si256(load(x + i), magnitude));
-    alignas(32) uint32_t parts[8];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(parts), largest8);
-    uint32_t largest = 0;
-    for (int64_t j = 0; j < 8; ++j) largest = parts[j] > largest ? parts[j] : largest;
+    uint32_t largest = largest_of(largest8);
     for (; i < real; ++i) {
       uint32_t bits;
       __builtin_memcpy(&bits, x + i, 4);
@@ -360,11 +375,8 @@ void quantize_avx2(const float* x, const Layout& w, int8_t* q, float* scale, int
       }
       total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(ones8, bytes), ones16));
     }
-    _mm256_store_si256(reinterpret_cast<__m256i*>(parts), total);
-    uint32_t all = 0;
-    for (int64_t j = 0; j < 8; ++j) all += parts[j];
     scale[g] = s;
-    sum[g] = int32_t(all);
+    sum[g] = sum_of(total);
   }
 }
 
