@@ -17,7 +17,7 @@ from dfc.emit.onnx import build_onnx
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.ir.interpret import interpret
-from dfc.ops.linear_f8 import LinearF8, round_rows_f8
+from dfc.ops.linear_f8 import round_rows_f8
 from dfc.recipe.sources import plan_of
 from dfc.rewrite.pass_ import Context, find_pass
 from dfc.runtime.kernels.graph import kernels
@@ -134,18 +134,6 @@ def test_eager_unpacks_weights_once() -> None:
     module = to_fx(graph, kernels=kernels("cpu"))
     assert not any(b.dtype == torch.float8_e4m3fn for b in module.buffers())
     torch.testing.assert_close(module(IDS)[0], interpret(graph, [IDS])[0], rtol=0, atol=1e-5)
-
-
-def test_the_kernel_of_gpus_gives_what_the_op_means() -> None:
-    """Where torch has it for the CPU as well; on a GPU: tests/test_gpu.py."""
-    from dfc.runtime.kernels.float8 import linear_f8
-
-    torch.manual_seed(0)
-    x, bias = torch.randn(3, 5, 64), torch.randn(32)
-    weight, scale = torch.randn(32, 64).to(torch.float8_e4m3fn), torch.rand(32)
-    x[0, 0] = 0  # a row of zeros has the scale 1
-    want = LinearF8(activations="f8").reference(x, weight, scale, bias)
-    torch.testing.assert_close(linear_f8(x, weight, scale, bias), want, rtol=1e-5, atol=1e-4)
 
 
 def test_rows_are_rounded_to_nearest_and_saturate() -> None:

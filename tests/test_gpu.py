@@ -127,19 +127,19 @@ def test_rules_write_only_what_cuda_runs():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_layers_in_eight_bit_floats_run_on_tensor_cores(dtype):
     from dfc.emit.fx import to_fx
-    from dfc.runtime.kernels.float8 import FIRST_CAPABILITY, linear_f8
+    from dfc.runtime.kernels.cuda import FIRST_FLOAT8
     from dfc.runtime.kernels.graph import kernels
 
-    if torch.cuda.get_device_capability() < FIRST_CAPABILITY:
+    if torch.cuda.get_device_capability() < FIRST_FLOAT8:
         pytest.skip("this device does not multiply eight-bit floats")
     torch.manual_seed(0)
     model, x = torch.nn.Linear(128, 64, dtype=dtype).eval(), torch.randn(3, 5, 128, dtype=dtype)
     graph = dfc.trace(model, (x,))
     find_pass("quantize", {"to": "fp8", "scheme": "dynamic"}).run(graph, Context())
     module = to_fx(graph, "cuda", kernels("cuda"))
-    assert any(n.target is linear_f8 for n in module.graph.nodes)
+    assert any(n.target is torch.ops.dfc.linear_cuda.default for n in module.graph.nodes)
     (got,), (want,) = module(x.cuda()), interpret(graph, [x.float()], double=True)
-    torch.testing.assert_close(got.cpu().double(), want, rtol=2e-2, atol=2e-2)
+    assert float((got.cpu().double() - want).norm() / want.norm()) <= 1e-2  # of ties of rounding
 
 
 # CUDA graphs

@@ -428,7 +428,7 @@ def test_what_kernels_do_not_take_is_left_to_torch() -> None:
     assert "f64" in str(why_not(node))
     module = to_fx(graph, kernels=kernels("cpu"))
     assert len(list(module.buffers())) == 2  # codes and scales as they are
-    assert kernels("cuda") == {}
+    assert kernels("xla") == {}
 
 
 @pytest.mark.parametrize("bits, group", [(4, 32), (4, 128), (8, None), (8, 64)])

@@ -69,6 +69,7 @@ def _look() -> dict[str, Any]:
     cache = None
     engines: list[dict[str, Any]] = []
     kernels = None
+    on_devices: dict[str, str] = {}
     if versions["torch"] is not None:
         import torch
         from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -80,6 +81,7 @@ def _look() -> dict[str, Any]:
         ]
         from dfc.cli.list import engine_rows
         from dfc.runtime.engines.inductor import use_own_cache
+        from dfc.runtime.kernels.cuda import kind
         from dfc.runtime.kernels.library import state
 
         use_own_cache()
@@ -87,6 +89,7 @@ def _look() -> dict[str, Any]:
         engines = engine_rows()
         found = state()
         kernels = asdict(found)
+        on_devices = {f"cuda:{i}": kind(f"cuda:{i}").reason for i in range(len(devices))}
         if found.advice:
             advice.append(f"{found.advice}  # kernels for int4 and int8 linear layers")
     return {
@@ -102,6 +105,7 @@ def _look() -> dict[str, Any]:
         "devices": devices,
         "engines": engines,
         "kernels": kernels,
+        "device_kernels": on_devices,
         "keeps_pages": {"kept": why is None, "reason": why},
         "onnxruntime_providers": _providers(),
         "cache": cache,
@@ -168,6 +172,8 @@ def _print(data: dict[str, Any]) -> None:
     print_text(f"\nONNX Runtime providers: {', '.join(data['onnxruntime_providers']) or 'none'}")
     if data["kernels"] is not None:
         print_text(f"kernels for int4 and int8 linear layers: {data['kernels']['reason']}")
+    for name, words in data["device_kernels"].items():
+        print_text(f"kernels on {name}: {words}")
     why = data["keeps_pages"]["reason"]
     print_text(
         f"memory: malloc is left as it is, since {why}" if why else

@@ -96,6 +96,7 @@ class _Emitter:
         self.fx = fx.Graph()
         self.env: dict[Value, Any] = {}
         self.sizes: dict[Scalar, Any] = {}
+        self.held: dict[int, tuple[str, torch.Tensor]] = {}  # what kernels brought along
         self.outer = outer
 
     def module(self) -> fx.GraphModule:
@@ -309,11 +310,9 @@ class _Emitter:
         """A tensor as a buffer of the module; one for all nodes that share it."""
         if not isinstance(x, torch.Tensor):
             return x
-        for name, held in self.root.named_buffers():
-            if held is x:
-                return self.fx.get_attr(name)
-        name = f"k{len(list(self.root.buffers()))}"
-        self.root.register_buffer(name, x, persistent=False)
+        name, _ = self.held.setdefault(id(x), (f"k{len(self.held)}", x))
+        if not hasattr(self.root, name):
+            self.root.register_buffer(name, x.to(self.device), persistent=False)
         return self.fx.get_attr(name)
 
     def results(self, node: Node, result: fx.Node) -> None:

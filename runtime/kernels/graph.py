@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from dfc.emit.kernels import KernelCall, Kernels
 from dfc.ir.graph import Node, Parameter, Value
 from dfc.ir.types import DTYPES
-from dfc.runtime.kernels.float8 import float8_kernels
 from dfc.runtime.kernels.unpacked import UNPACKED, linear
 
 if TYPE_CHECKING:
@@ -22,7 +21,9 @@ def kernels(device: str, *, traced: bool = False) -> Kernels:
     `traced`: what torch.compile can see through, which costs more for each call.
     """
     if device.startswith("cuda"):
-        return float8_kernels(device)
+        from dfc.runtime.kernels.cuda import cuda_kernels
+
+        return cuda_kernels(device)
     if device != "cpu":
         return {}
     return {**UNPACKED, **(_integer_kernels(traced) if are_built() else {})}
