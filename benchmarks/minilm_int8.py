@@ -32,6 +32,7 @@ TABLE = "quantize {} with scheme=weights, select=op(embedding)"
 VARIANTS = {
     "float32": "",
     "int8, rows": "quantize int8",
+    "int8, pairs": "quantize int8 with codes=pairs",  # signed weights that never saturate
     "int8, groups of 64": "quantize int8 with group=64",
     "int8 weights": "quantize int8 with scheme=weights",
     "int4 g32": "quantize int4 with group=32",
