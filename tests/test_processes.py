@@ -222,6 +222,23 @@ def test_a_killed_rank_is_named_restarted_and_nothing_is_lost(
     assert f"rank {rank} lost" in told and "SIGKILL" in told
 
 
+def test_large_values_survive_a_killed_rank() -> None:
+    """Half a megabyte each lies in memory that a rank shares; results that have come stay."""
+    torch.manual_seed(0)
+    layers = [m for _ in range(8) for m in (nn.Linear(1024, 1024), nn.Tanh())]
+    x = torch.randn(16 * 128, 1024)
+    rows = torch.export.Dim("B", min=1, max=4096)
+    graph = dfc.trace(nn.Sequential(*layers).eval(), (x,), dynamic_shapes=({0: rows},))
+    with Processes(graph, stages(graph, 2), microbatches=16, threads=2) as pipeline:
+        first = pipeline(x)
+        thread, _ = during(pipeline, 0, signal.SIGKILL)
+        equal(pipeline, [x])
+        thread.join()
+        equal(pipeline, [x + 1])
+        assert torch.equal(first, pipeline(x))
+        assert pipeline.incidents
+
+
 def test_a_rank_that_hangs_is_noticed_in_five_seconds(
     heavies: tuple[Processes, tuple[torch.Tensor]],
 ) -> None:
