@@ -12,7 +12,7 @@ import pytest
 from dfc.errors import DfcError
 from dfc.planning.stream_picture import chrome_trace, svg_timeline
 from dfc.planning.streaming import Hop, Layer, bound, break_even, evenly, stream
-from dfc.planning.tier_words import advice, words
+from dfc.planning.tier_advice import advice, limit
 from dfc.planning.tiers import ALIGN, Tiers, plan_tiers
 
 N = 32
@@ -185,10 +185,9 @@ def test_pictures_and_words_say_what_happens() -> None:
     assert sum(e["ph"] == "X" and e["tid"] == 1 for e in trace) == 12 * len(plan.streamed)
     picture = svg_timeline(plan.simulation, "<it>")
     assert picture.startswith("<svg") and "&lt;it&gt;" in picture and "disk" in picture
-    told = "\n".join(words(plan))
-    assert "come from disk" in told and "4 MiB" in told
+    assert limit(plan) == "copies from disk"
     gains = dict(advice(plan))
     assert 1.5 < gains["twice the bandwidth of disk"] <= 2.0
     assert any("holds all weights" in what for what in gains)
     whole = plan_tiers(layers, weights, 9 * MIB, Hop(1))
-    assert not advice(whole) and "everything fits" in words(whole)[0]
+    assert not advice(whole) and limit(whole) == "computing"

@@ -115,6 +115,6 @@ def show(data: dict[str, Any]) -> None:
     )  # fmt: skip
     names = data["streamed"]
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    print_text(f"streamed from {data['from']}: {shown}; {data['limit']} limit it")
+    print_text(f"streamed from {data['from']}: {shown}; limited by {data['limit']}")
     for what, gain in data["advice"][:3]:
         print_text(f"{what}: {gain:.2f} times as fast")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from dfc.planning.tier_words import advice, limit
+from dfc.planning.tier_advice import advice, limit
 from dfc.runtime.tiers.streamed import Streamed
 
 PASSES = 5

@@ -1,4 +1,4 @@
-"""A plan of tiers in words: what limits it, and what would make it faster."""
+"""Of a plan of tiers: what limits it, and what would make it faster."""
 
 from __future__ import annotations
 
@@ -50,22 +50,3 @@ def _others(plan: Tiers) -> Iterator[tuple[str, Tiers]]:
         except DfcError:
             return
         yield f"{amount_text(larger - plan.memory, 'bytes')} more memory", bigger
-
-
-def words(plan: Tiers) -> list[str]:
-    """What stays, what is streamed, and what that costs."""
-    memory = amount_text(plan.memory, "bytes")
-    if not plan.streamed:
-        return [f"everything fits in {memory}: no weights are streamed"]
-    stays, each = (amount_text(x, "bytes") for x in (plan.resident_bytes, plan.bytes_per_pass))
-    slots = f"{plan.slots} slot{'s' * (plan.slots > 1)}"
-    names = [plan.layers[i].name for i in plan.streamed]
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return [
-        f"in {memory}: {stays} stay, {slots} of {amount_text(plan.slot_bytes, 'bytes')}; "
-        f"{each} come from {plan.hop.name} in each pass ({shown})",
-        f"a pass takes {amount_text(float(plan.pass_seconds), 'time')} by the plan, and never less "
-        f"than {amount_text(float(plan.bound), 'time')}; {limit(plan)} limit"
-        f"{'s' if limit(plan) == 'computing' else ''} it",
-        *(f"{what}: {gain:.2f} times as fast" for what, gain in advice(plan)[:3]),
-    ]
