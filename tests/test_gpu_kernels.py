@@ -35,7 +35,7 @@ pytestmark = [
 on_device = pytest.mark.skipif(not HAS_DEVICE, reason="no CUDA device")
 NAMES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 DTYPES_RUN = [n for n in NAMES if HAS_DEVICE or n != "bf16"]  # interpreted bf16 is not multiplied
-WITHIN = {"f32": 3e-6, "f16": 2e-3, "bf16": 1e-2}
+WITHIN = {"f32": 1e-5, "f16": 2e-3, "bf16": 1e-2}
 SHAPES = [(64, 256), (5, 40), (70, 296)] if HAS_DEVICE else [(5, 40), (70, 296)]
 ROWS = (1, 3, 17, 129, 300) if HAS_DEVICE else (1, 3, 17)
 
@@ -84,16 +84,17 @@ class Layer:
         return [self.codes, self.scale, *zero, self.bias]
 
     def meaning(self, x: Tensor) -> Tensor:
-        """In f64."""
+        """In f64; where rows are rounded in f32, in which kernels divide too: ties fall alike."""
+        wide = torch.float64 if self.activations == "float" else torch.float32
         given = [
-            o.double() if o is not None and o.dtype in NAMES.values() else o
+            o.to(wide) if o is not None and o.dtype in NAMES.values() else o
             for o in self.operands()
         ]
         if self.op == "linear_f8":
-            return LinearF8(self.activations).reference(x.double(), *given)
+            return LinearF8(self.activations).reference(x.to(wide), *given).double()
         make: Any = LinearW4 if self.op == "linear_w4" else LinearW8
-        found: Tensor = make(self.group, self.activations).reference(x.double(), *given)
-        return found
+        found: Tensor = make(self.group, self.activations).reference(x.to(wide), *given)
+        return found.double()
 
     def run(self, x: Tensor) -> Tensor:
         from dfc.runtime.kernels.cuda import linear
@@ -126,12 +127,12 @@ def off(got: Tensor, want: Tensor) -> float:
     return float((got.cpu().double() - want).norm() / want.norm().clamp(min=1e-30))
 
 
-def check(layer: Layer, within: float | None = None) -> None:
+def check(layer: Layer) -> None:
     for rows in ROWS:
         x = layer.x(rows)
         got = layer.run(x)
         assert got.dtype == x.dtype and got.shape == (rows, layer.n)
-        assert off(got, layer.meaning(x)) <= (within or WITHIN[layer.dtype]), rows
+        assert off(got, layer.meaning(x)) <= WITHIN[layer.dtype], rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES_RUN)
@@ -176,8 +177,8 @@ def test_whole_numbers_are_exact(group: int | None) -> None:
 def test_weights_of_eight_bit_floats(dtype: str, rounded: bool) -> None:
     if HAS_DEVICE and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this device does not multiply eight-bit floats")
-    for n, k in SHAPES:  # a tie of rounding is a step of f8
-        check(Layer("linear_f8", n, k, None, dtype, rounded=rounded), 1e-2 if rounded else None)
+    for n, k in SHAPES:
+        check(Layer("linear_f8", n, k, None, dtype, rounded=rounded))
 
 
 @pytest.mark.parametrize("rounded", [False, True])
@@ -224,6 +225,8 @@ def test_weights_on_the_device_are_as_small_as_promised(op: str, group: Any, sha
 
     n, k = 4096, 2048
     layer = Layer(op, n, k, group, "bf16")
+    some = torch.ones(300, 300, dtype=torch.bfloat16, device="cuda")
+    torch.nn.functional.linear(some, some)  # cuBLAS takes its own memory once
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     run = find_engine("eager").build(layer.graph(), "cuda")
