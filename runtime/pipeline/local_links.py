@@ -38,7 +38,8 @@ Pair = tuple[int, int]
 _FRAME = struct.Struct("<QQq")  # tag, bytes, and the block that they are in or that they follow
 _FOLLOW = -1
 _TAKEN = b"!"  # what the receiver answers
-_FILE = socket.CMSG_SPACE(4)  # of the file of a block
+# What the file of a block takes beside a frame; some systems have no such thing, nor these links.
+_FILE = socket.CMSG_SPACE(4) if hasattr(socket, "CMSG_SPACE") else 0
 _ROOM = 1 << 18  # bytes that the system is asked to keep of a link: small messages, and few others
 _AGAIN = 0.002  # seconds until an end that is not there yet is looked for again
 
