@@ -1,13 +1,16 @@
 """What the kernels of linear layers reach on one core, on each path that this CPU can run.
 
     taskset -c 3 python benchmarks/linear_kernels.py [--seconds 0.25] [--rows 8,16,32,128]
-                                                     [--output FILE]
+                                                     [--ahead 0,4096,16384] [--output FILE]
 
 Weights of 512 outputs and K 2048 lie in the second cache, but for the line `from memory`, where
 they are larger than all caches. Each number is the best of runs that take `--seconds` together,
 which shows what the code can do when nothing else runs. Above it stands what the instructions could
 do: the clock and sums of products in registers, where there is a C++ compiler. It takes half a
 minute and is meant for a machine that is seen once.
+
+With `--ahead` it compares, in place of all that, how far ahead one row asks for weights, and to
+which cache: the kernels are compiled for each. `--threads` takes more cores, for this alone.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor
 
 from dfc.runtime.kernels import build, linear
-from dfc.runtime.kernels.library import library, state
+from dfc.runtime.kernels.library import Library, library, state
 
 N, K = 512, 2048
 LARGE = 384 << 20  # bytes: more than the caches of a socket give to one core
@@ -44,12 +47,25 @@ def packed(bits: int, group: int, n: int, k: int) -> Tensor:
     return linear.pack_w8(codes.repeat(times, 1)[:n], scale, group)
 
 
-def seconds(weight: Tensor, rows: int, n: int, k: int, path: str | None, budget: float) -> float:
-    """Of one call on one thread, at best."""
-    found = library()
+def seconds(
+    weight: Tensor, rows: int, n: int, k: int, path: str | None, budget: float,
+    threads: int = 1, kernels: Library | None = None,
+) -> float:  # fmt: skip
+    """Of one call, at best."""
+    found = kernels or library()
     assert found is not None
     x, y = torch.randn(rows, k), torch.empty(rows, n)
-    data = (weight.data_ptr(), weight.numel(), x.data_ptr(), rows, k, None, y.data_ptr(), n, 1)
+    data = (
+        weight.data_ptr(),
+        weight.numel(),
+        x.data_ptr(),
+        rows,
+        k,
+        None,
+        y.data_ptr(),
+        n,
+        threads,
+    )
     name = None if path is None else path.encode()
     call: Callable[..., int] = found.c.dfc_linear
     best, end = float("inf"), time.perf_counter() + budget
@@ -92,6 +108,25 @@ def many_rows(rows: Sequence[int], budget: float) -> Iterator[str]:
             yield f"  {path + f', {count} rows':26}" + "".join(f"{rate:17.1f}" for rate in rates)
 
 
+def ahead(distances: Sequence[int], threads: int, budget: float) -> Iterator[str]:
+    """GB/s of one row from memory, for each distance in bytes and each cache."""
+    yield f"{'one row from memory, GB/s':28}" + "".join(f"{name_of(*k):>17}" for k in KINDS)
+    shapes = [(b, g, LARGE * 8 // (b * K)) for b, g in KINDS]
+    held = [(packed(b, g, n, K), n) for b, g, n in shapes]
+    with tempfile.TemporaryDirectory() as folder:
+        for distance, cache in ((d, c) for d in distances for c in ((2, 3) if d else (2,))):
+            flags = (f"-DDFC_AHEAD={distance}", f"-DDFC_CACHE={cache}", "-shared")
+            file = Path(folder) / f"kernels{distance}-{cache}.so"
+            sources = [build.FOLDER / s for s in build.SOURCES]
+            kernels = Library(build.build(file, flags, sources))
+            name = f"{distance} bytes, to cache {4 - cache}" if distance else "not ahead"
+            rates = [
+                w.numel() / seconds(w, 1, n, K, None, budget, threads, kernels) / 1e9
+                for w, n in held
+            ]
+            yield f"  {name:26}" + "".join(f"{rate:17.1f}" for rate in rates)
+
+
 def peaks() -> Iterator[str]:
     """What instructions reach in registers, by a program of its own."""
     with tempfile.TemporaryDirectory() as folder:
@@ -112,11 +147,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=0.25, help="for each number")
     parser.add_argument("--rows", type=numbers, default=[8, 16, 32, 128])
+    parser.add_argument("--ahead", type=numbers, help="distances in bytes; 0: none")
+    parser.add_argument("--threads", type=int, default=1, help="with --ahead")
     parser.add_argument("--output", type=Path, help="also write the lines to this file")
     given = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(given.threads if given.ahead else 1)
     lines = []
-    for part in (peaks(), one_row(given.seconds), many_rows(given.rows, given.seconds)):
+    parts = [peaks(), one_row(given.seconds), many_rows(given.rows, given.seconds)]
+    for part in [ahead(given.ahead, given.threads, given.seconds)] if given.ahead else parts:
         for line in part:
             print(line, flush=True)
             lines.append(line)

@@ -183,10 +183,19 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // Bytes of a weight that are asked for before they are needed: by one row, which waits for memory
-// and has it brought to the second cache, and by many, to the first. Measured on AVX2 only.
-constexpr int64_t AHEAD = 16384, NEAR_AHEAD = 4096;
+// and has it brought to the second cache, and by many, to the first. Measured on AVX2 only: what
+// benchmarks/linear_kernels.py --ahead compiles compares others, and none (0).
+#if !defined(DFC_AHEAD)
+#define DFC_AHEAD 16384
+#endif
+#if !defined(DFC_CACHE)
+#define DFC_CACHE 2  // 3: the first cache, 2: the second
+#endif
+constexpr int64_t AHEAD = DFC_AHEAD, NEAR_AHEAD = 4096;
 
-static inline void fetch(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }
+static inline void fetch(const uint8_t* at) {
+  if (AHEAD > 0) __builtin_prefetch(at, 0, DFC_CACHE);
+}
 
 // What to ask for when a group begins: as far ahead in the panel, scales included, or in the next
 // one. Why: a fixed distance from the codes leaves out as many of the next panel as it has scales.
