@@ -5,10 +5,11 @@
 // through memory to the registers that scale them, while the next groups are multiplied. Of long
 // groups, four tiles of sums (32 rows, two panels) take two tiles of x and two of codes. Short ones
 // spend their time on scaling: there a tile has 12 rows, whose totals for two panels stay in registers.
+#include "kernels.h"
+
+#if defined(DFC_AMX)  // else the compiler does not know what follows
 #define DFC_TILES
 #include "avx512.h"
-
-#if defined(DFC_AMX)
 
 namespace dfc {
 namespace {
@@ -263,7 +264,7 @@ extern const Path amx_path = {"amx", false, false, TILE_PANELS, LEAST_ROWS, &avx
 
 }  // namespace dfc
 
-#endif
-#if defined(__clang__) && defined(__x86_64__) && !defined(DFC_SIMDE)
+#if defined(__clang__) && !defined(DFC_SIMDE)
 #pragma clang attribute pop
+#endif
 #endif
