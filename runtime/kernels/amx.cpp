@@ -25,8 +25,8 @@ constexpr int64_t LATE = 2;            // groups between multiplying and adding 
 constexpr int64_t RING = 4;            // buffers for that
 static_assert(RING > LATE && RING * HELD * WIDE <= 2 * BUFFER, "they fit, too");
 
-// What tiles read was written by code that the compiler sees, and they write what it will read.
-inline void settle() { __asm__ volatile("" ::: "memory"); }
+// Before tiles read `what`: to the compiler, their instructions do not say all that they read.
+inline void settle(const void* what) { __asm__ volatile("" ::"r"(what) : "memory"); }
 
 // The sizes of this thread's tiles: sums 0 to 3, x 4 and 5, codes 6 and 7.
 class Tiles {
@@ -44,7 +44,7 @@ class Tiles {
     c.set(0, first, 64), c.set(1, first, 64), c.set(2, second, 64), c.set(3, second, 64);
     c.set(4, first, k), c.set(5, second, k);
     c.set(6, k / 4, 64), c.set(7, k / 4, 64);
-    settle();
+    settle(&c);
     _tile_loadconfig(&c);
   }
 
@@ -248,7 +248,7 @@ void many_rows(const Job& job, int64_t panel, int64_t panels, int64_t row, int64
     const Stretch s = stretch_of(w, k, count);
     const Block b = {t, s, codes_of(t, s), width, ahead};
     take_scales(t, s);
-    settle();
+    settle(&scratch);
     panels == 1 ? all_rows<1>(b, tiles) : all_rows<2>(b, tiles);
     k += count;
   }
