@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t TILE = 16;           // rows of a tile
 constexpr int64_t LEAST_ROWS = 8;      // fewer are multiplied faster without tiles
+constexpr int64_t LEAST_GROUP = 128;   // scaling costs shorter ones more than tiles gain
 constexpr int64_t UNIT = 128;          // values of K between two times that memory is asked for
 constexpr int64_t SHORT = 64;          // values of a group, at most, that is called short
 constexpr int64_t HELD = 12;           // rows whose totals are held in registers
@@ -259,8 +260,8 @@ void no_row(const Job&, int64_t) {}  // few rows are another path's
 
 }  // namespace
 
-extern const Path amx_path = {"amx", false, false, TILE_PANELS, LEAST_ROWS, &avx512vnni_path, nullptr,
-                              quantize_avx2, no_row, many_rows};
+extern const Path amx_path = {"amx", false, false, TILE_PANELS, LEAST_ROWS, LEAST_GROUP,
+                              &avx512vnni_path, nullptr, quantize_avx2, no_row, many_rows};
 
 }  // namespace dfc
 

@@ -380,7 +380,7 @@ void quantize_avx2(const float* x, const Layout& w, int8_t* q, float* scale, int
   }
 }
 
-extern const Path avx2_path = {"avx2", true, false, 1, 0, nullptr, turn_avx2, quantize_avx2,
+extern const Path avx2_path = {"avx2", true, false, 1, 0, 0, nullptr, turn_avx2, quantize_avx2,
                                one_row, many_rows};
 
 }  // namespace dfc
