@@ -13,6 +13,9 @@ from torch import Tensor
 from dfc.runtime.kernels import triton_linear as kernels
 
 LARGEST_F8 = 448.0
+# What holds codes up to 256; Triton's interpreter multiplies no bf16.
+_COMPILED = isinstance(kernels.many_rows, triton.JITFunction)
+_EXACT_FLOATS = torch.bfloat16 if _COMPILED else torch.float16
 
 
 class Tiles(NamedTuple):
@@ -108,8 +111,7 @@ class Layer:
     def rounded(self, x: Tensor, y: Tensor) -> None:
         """Rows as codes too: i8 or f8 without groups, whole numbers as floats with them."""
         f8 = self.weight.dtype == torch.float8_e4m3fn
-        floats = torch.bfloat16 if x.is_cuda else torch.float16
-        kind = self.weight.dtype if not self.group else floats
+        kind = self.weight.dtype if not self.group else _EXACT_FLOATS
         codes = torch.empty(x.shape, dtype=kind, device=x.device)
         m, groups = x.shape[0], self.groups
         scales = torch.empty((m, groups), dtype=torch.float32, device=x.device)
