@@ -1,4 +1,4 @@
-"""Every launch of the kernels for CUDA devices compiles for Hopper: on a machine with no device too.
+"""Every launch of the kernels for CUDA devices compiles for Hopper, on machines with no device too.
 
 Triton makes integers that are 1, or divisible by 16, part of what it compiles, so that sizes of one
 row, one output or one group make other programs than those of many.
