@@ -1,10 +1,10 @@
 // The path of CPUs with AMX, for many rows: tiles of 16 rows of x times 64 values of K are multiplied
 // by tiles of as many codes for 16 outputs, s8 by s8 into int32, in one instruction.
 //
-// A panel's int8 codes are such tiles as they lie; int4 codes are unpacked to them. Sums of a group go
-// through memory to the registers that scale them, while the next groups are multiplied. Of long
-// groups, four tiles of sums (32 rows, two panels) take two tiles of x and two of codes. Short ones
-// spend their time on scaling: there a tile has 12 rows, whose totals for two panels stay in registers.
+// A panel's int8 codes are such tiles as they lie; int4 codes are unpacked to them. Four tiles of sums
+// (32 rows, two panels) take two tiles of x and two of codes. Sums of a group go through memory to
+// the registers that scale them: while those of a group are added up, the next is multiplied. For
+// groups of 32 that way took longer than all else, even with totals held in registers.
 #include "kernels.h"
 
 #if defined(DFC_AMX)  // else the compiler does not know what follows
@@ -14,17 +14,13 @@
 namespace dfc {
 namespace {
 
-constexpr int64_t TILE = 16;           // rows of a tile
-constexpr int64_t LEAST_ROWS = 8;      // fewer are multiplied faster without tiles
-constexpr int64_t LEAST_GROUP = 128;   // scaling costs shorter ones more than tiles gain
-constexpr int64_t UNIT = 128;          // values of K between two times that memory is asked for
-constexpr int64_t SHORT = 64;          // values of a group, at most, that is called short
-constexpr int64_t HELD = 12;           // rows whose totals are held in registers
+constexpr int64_t TILE = 16;  // rows of a tile
+// Fewer rows and shorter groups are multiplied faster without tiles: measured on a Xeon of 2023,
+// where groups of 128 took 0.6 of the time without, groups of 32 1.8 times as long.
+constexpr int64_t LEAST_ROWS = 8, LEAST_GROUP = 128;
+constexpr int64_t UNIT = 128;  // values of K between two times that memory is asked for
 constexpr int64_t BUFFER = 2 * TILE * WIDE;  // sums of a group
 static_assert(sizeof(Tiling::dots) >= 2 * BUFFER * sizeof(int32_t), "two groups fit");
-constexpr int64_t LATE = 2;            // groups between multiplying and adding up, where totals are held
-constexpr int64_t RING = 4;            // buffers for that
-static_assert(RING > LATE && RING * HELD * WIDE <= 2 * BUFFER, "they fit, too");
 
 // Before tiles read `what`: to the compiler, their instructions do not say all that they read.
 inline void settle(const void* what) { __asm__ volatile("" ::"r"(what) : "memory"); }
@@ -83,51 +79,46 @@ struct Block {
   Ahead& ahead;
 };
 
-// Tiles of rows that take part: the first (tiles 0, 1 and 4), the second (2, 3 and 5), or both.
-enum Which { FIRST = 1, SECOND = 2, BOTH = 3 };
-
-constexpr int64_t below(Which which) { return which == BOTH ? TILE : 0; }  // rows above the second
-
-// Sums of P panels, from and to i32 [rows][2][16].
-template <Which W, int P>
+// Sums of M tiles of rows and P panels, from and to i32 [rows][2][16].
+template <int M, int P>
 inline void load_sums(const int32_t* from) {
-  constexpr int64_t pitch = WIDE * 4, down = below(W) * WIDE;
-  if (W & FIRST) _tile_loadd(0, from, pitch);
-  if (W & FIRST && P == 2) _tile_loadd(1, from + PANEL, pitch);
-  if (W & SECOND) _tile_loadd(2, from + down, pitch);
-  if (W & SECOND && P == 2) _tile_loadd(3, from + down + PANEL, pitch);
+  constexpr int64_t pitch = WIDE * 4;
+  _tile_loadd(0, from, pitch);
+  if (P == 2) _tile_loadd(1, from + PANEL, pitch);
+  if (M == 2) _tile_loadd(2, from + TILE * WIDE, pitch);
+  if (M == 2 && P == 2) _tile_loadd(3, from + TILE * WIDE + PANEL, pitch);
 }
 
-template <Which W, int P>
+template <int M, int P>
 inline void store_sums(int32_t* to) {
-  constexpr int64_t pitch = WIDE * 4, down = below(W) * WIDE;
-  if (W & FIRST) _tile_stored(0, to, pitch);
-  if (W & FIRST && P == 2) _tile_stored(1, to + PANEL, pitch);
-  if (W & SECOND) _tile_stored(2, to + down, pitch);
-  if (W & SECOND && P == 2) _tile_stored(3, to + down + PANEL, pitch);
+  constexpr int64_t pitch = WIDE * 4;
+  _tile_stored(0, to, pitch);
+  if (P == 2) _tile_stored(1, to + PANEL, pitch);
+  if (M == 2) _tile_stored(2, to + TILE * WIDE, pitch);
+  if (M == 2 && P == 2) _tile_stored(3, to + TILE * WIDE + PANEL, pitch);
 }
 
-template <Which W, int P>
+template <int M, int P>
 inline void zero_sums() {
-  if (W & FIRST) _tile_zero(0);
-  if (W & FIRST && P == 2) _tile_zero(1);
-  if (W & SECOND) _tile_zero(2);
-  if (W & SECOND && P == 2) _tile_zero(3);
+  _tile_zero(0);
+  if (P == 2) _tile_zero(1);
+  if (M == 2) _tile_zero(2);
+  if (M == 2 && P == 2) _tile_zero(3);
 }
 
 // Adds the products for `count` values of K, in tiles of `width`.
-template <Which W, int P>
+template <int M, int P>
 inline void multiply(const int8_t* q, int64_t stride, Codes codes, int64_t count, int64_t width) {
   for (const int8_t* const end = q + count; q < end; q += width, codes.at += width * PANEL) {
     _tile_loadd(6, codes.at, 64);
-    if (P == 2) _tile_loadd(7, codes.at + codes.apart, 64);
-    if (W & FIRST) {
-      _tile_loadd(4, q, stride);
-      _tile_dpbssd(0, 4, 6);
-      if (P == 2) _tile_dpbssd(1, 4, 7);
+    _tile_loadd(4, q, stride);
+    _tile_dpbssd(0, 4, 6);
+    if (P == 2) {
+      _tile_loadd(7, codes.at + codes.apart, 64);
+      _tile_dpbssd(1, 4, 7);
     }
-    if (W & SECOND) {
-      _tile_loadd(5, q + below(W) * stride, stride);
+    if (M == 2) {
+      _tile_loadd(5, q + TILE * stride, stride);
       _tile_dpbssd(2, 5, 6);
       if (P == 2) _tile_dpbssd(3, 5, 7);
     }
@@ -150,74 +141,33 @@ inline void add_up(const Block& b, int64_t r, int64_t rows, int64_t g, const int
 }
 
 // A stretch for up to 32 rows. The sums of a group are added up when the next is multiplied.
-template <Which W, int P>
+template <int M, int P>
 __attribute__((noinline)) void some_rows(const Block& b, int64_t r, int64_t rows) {
   const int64_t stride = b.t.job.x.stride;
   const int8_t* q = b.t.job.x.q + (b.t.row + r) * stride + b.s.begin;
   int32_t* const unfinished = b.t.s.unfinished + r * WIDE;
   Codes codes = b.codes;
   for (int64_t g = 0; g < b.s.groups; ++g) {
-    b.s.first ? zero_sums<W, P>() : load_sums<W, P>(unfinished);
+    b.s.first ? zero_sums<M, P>() : load_sums<M, P>(unfinished);
     for (int64_t left = b.s.count; left > 0;) {
       const int64_t count = least(left, UNIT);
       b.ahead.some();
-      multiply<W, P>(q, stride, codes, count, b.k);
+      multiply<M, P>(q, stride, codes, count, b.k);
       q += count, codes.at += count * PANEL, left -= count;
     }
-    store_sums<W, P>(b.s.last ? b.t.s.dots + g % 2 * BUFFER : unfinished);
+    store_sums<M, P>(b.s.last ? b.t.s.dots + g % 2 * BUFFER : unfinished);
     if (g > 0) add_up<P>(b, r, rows, g - 1, b.t.s.dots + (g - 1) % 2 * BUFFER);
   }
   const int64_t last = b.s.groups - 1;
   if (b.s.last) add_up<P>(b, r, rows, last, b.t.s.dots + last % 2 * BUFFER);
 }
 
-// Whole groups for 12 rows, whose totals are held in registers.
-template <int P>
-__attribute__((noinline)) void held_rows(const Block& b, int64_t r) {
-  const int64_t stride = b.t.job.x.stride, groups = b.t.job.w.groups, count = b.s.count;
-  const int8_t* q = b.t.job.x.q + (b.t.row + r) * stride + b.s.begin;
-  Rows12<float> xs(b.t.job.x.scale + (b.t.row + r) * groups + b.s.group, groups);
-  const float* ws = b.t.s.scales;
-  float* const totals = b.t.s.total + r * WIDE;
-  Codes codes = b.codes;
-  __m512 total[HELD][P];
-  UNROLL for (int i = 0; i < HELD; ++i) UNROLL for (int p = 0; p < P; ++p)
-    total[i][p] = _mm512_load_ps(totals + i * WIDE + p * PANEL);
-  for (int64_t g = 0; g < b.s.groups + LATE; ++g) {
-    if (g < b.s.groups) {
-      zero_sums<FIRST, P>();
-      b.ahead.some();
-      multiply<FIRST, P>(q, stride, codes, count, b.k);
-      q += count, codes.at += count * PANEL;
-      store_sums<FIRST, P>(b.t.s.dots + g % RING * (HELD * WIDE));
-    }
-    if (g < LATE) continue;
-    const int32_t* const dots = b.t.s.dots + (g - LATE) % RING * (HELD * WIDE);
-    UNROLL for (int i = 0; i < HELD; ++i) UNROLL for (int p = 0; p < P; ++p)
-      total[i][p] = add_group(load(dots + i * WIDE + p * PANEL), *xs.at(i),
-                              _mm512_load_ps(ws + p * PANEL), total[i][p]);
-    ws += WIDE;
-    xs.advance(1);
-  }
-  UNROLL for (int i = 0; i < HELD; ++i) UNROLL for (int p = 0; p < P; ++p)
-    _mm512_store_ps(totals + i * WIDE + p * PANEL, total[i][p]);
-}
-
-template <int P>
-void short_groups(const Block& b, Tiles& tiles) {
-  const int64_t rows = b.t.rows, rest = rows % HELD;
-  tiles.shape(rows < HELD ? 0 : HELD, rest, b.k);
-  for (int64_t r = 0; r + HELD <= rows; r += HELD) held_rows<P>(b, r);
-  if (rest) some_rows<SECOND, P>(b, rows - rest, rest);
-}
-
 template <int P>
 void all_rows(const Block& b, Tiles& tiles) {
-  if (b.t.job.w.group <= SHORT) return short_groups<P>(b, tiles);
   for (int64_t r = 0; r < b.t.rows; r += 2 * TILE) {
     const int64_t rows = least(2 * TILE, b.t.rows - r), first = least(TILE, rows);
     tiles.shape(first, rows - first, b.k);
-    rows > TILE ? some_rows<BOTH, P>(b, r, rows) : some_rows<FIRST, P>(b, r, rows);
+    rows > TILE ? some_rows<2, P>(b, r, rows) : some_rows<1, P>(b, r, rows);
   }
 }
 
@@ -231,8 +181,7 @@ Ahead ahead_of(const Tile& t) {
   const uint8_t* const next = panel_of(t.job, t.panel + t.panels);
   if (t.row + t.rows < t.job.rows) return {next, 0};  // the same panels come again
   const int64_t units = w.groups * ((w.group + UNIT - 1) / UNIT);
-  const int64_t at_once = w.group <= SHORT ? HELD : 2 * TILE;
-  const int64_t parts = units * ((t.rows + at_once - 1) / at_once);
+  const int64_t parts = units * ((t.rows + 2 * TILE - 1) / (2 * TILE));
   return {next, up(t.panels * w.panel_bytes / parts, 64)};
 }
 
@@ -240,7 +189,7 @@ void many_rows(const Job& job, int64_t panel, int64_t panels, int64_t row, int64
                Tiling& scratch) {
   const Layout& w = job.w;
   const Tile t = {job, panel, panels, row, rows, scratch};
-  const int64_t width = w.group % 64 == 0 ? 64 : w.group % 32 == 0 ? 32 : 16;
+  const int64_t width = w.group % 64 == 0 ? 64 : 32;
   Tiles tiles;
   Ahead ahead = ahead_of(t);
   begin_totals(t);

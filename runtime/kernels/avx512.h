@@ -109,24 +109,6 @@ inline Codes codes_of(const Tile& t, const Stretch& s) {
   return {t.s.codes, apart};
 }
 
-// 12 rows that lie side by side. Why: three pointers reach them with what an address adds up by
-// itself; the compiler would take a register for each row, and there are not so many.
-template <class T>
-struct Rows12 {
-  const T *a, *b, *c;
-  int64_t stride;
-
-  Rows12(const T* first, int64_t stride)
-      : a(first), b(a + 4 * stride), c(b + 4 * stride), stride(stride) {
-#if !defined(DFC_SIMDE)
-    __asm__("" : "+r"(b));
-    __asm__("" : "+r"(c));
-#endif
-  }
-  const T* at(int i) const { return (i < 4 ? a : i < 8 ? b : c) + i % 4 * stride; }
-  void advance(int64_t by) { a += by, b += by, c += by; }
-};
-
 // The scales of a stretch: f32 [groups][2][16].
 inline void take_scales(const Tile& t, const Stretch& s) {
   for (int64_t p = 0; p < t.panels; ++p) {

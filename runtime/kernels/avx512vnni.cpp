@@ -85,6 +85,24 @@ void one_row(const Job& job, int64_t panel) {
 
 // ---- many rows
 
+// 12 rows that lie side by side. Why: three pointers reach them with what an address adds up by
+// itself; the compiler would take a register for each row, and there are not so many.
+template <class T>
+struct Rows12 {
+  const T *a, *b, *c;
+  int64_t stride;
+
+  Rows12(const T* first, int64_t stride)
+      : a(first), b(a + 4 * stride), c(b + 4 * stride), stride(stride) {
+#if !defined(DFC_SIMDE)
+    __asm__("" : "+r"(b));
+    __asm__("" : "+r"(c));
+#endif
+  }
+  const T* at(int i) const { return (i < 4 ? a : i < 8 ? b : c) + i % 4 * stride; }
+  void advance(int64_t by) { a += by, b += by, c += by; }
+};
+
 // Adds the products of R rows and P panels, for `count` values of K: a multiple of 16.
 template <int R, int P>
 inline void multiply(Rows12<int8_t>& q, const uint8_t*& codes, int64_t apart, int64_t count,

@@ -135,11 +135,9 @@ struct Path {
   bool wants_wide;   // for many rows of int8 weights
   bool wants_bytes;  // x + 128 as u8, for many rows
   int64_t panels;    // of a tile
-  // Fewer rows are left to another path, if there is one; shorter groups as well, unless this path
-  // was asked for by name.
-  int64_t least_rows;
-  int64_t least_group;
-  const Path* few_rows;
+  // Fewer rows and shorter groups are left to another path, if there is one.
+  int64_t least_rows, least_group;
+  const Path* other;
   // Writes columns of at most TURNED_ROWS rows; null where the path has no use for lanes.
   void (*turn)(const Job& job, int64_t row, int64_t rows, uint8_t* columns);
   // One row of k floats to int8: q, a scale and a sum for each group.

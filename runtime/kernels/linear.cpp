@@ -411,8 +411,8 @@ DFC_EXPORT int32_t dfc_linear(const uint8_t* packed, int64_t bytes, const float*
   if (!read(packed, bytes, &w) || w.k != k || w.n != n || rows < 0 || rows > MOST)
     return DFC_MALFORMED;
   if (rows == 0 || n == 0) return DFC_DONE;
-  const bool too_short = !path && w.groups > 1 && w.group < c.path->least_group;
-  if (rows < c.path->least_rows || too_short) c.path = c.path->few_rows;
+  const bool short_groups = w.groups > 1 && w.group < c.path->least_group;
+  if (rows < c.path->least_rows || short_groups) c.path = c.path->other;
   c.tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
   c.job.tile_rows = up((rows + c.tiles - 1) / c.tiles, TURNED_ROWS);
   c.tiles = (rows + c.job.tile_rows - 1) / c.job.tile_rows;

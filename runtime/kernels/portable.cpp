@@ -113,6 +113,7 @@ void many_rows(const Job& job, int64_t panel, int64_t, int64_t row, int64_t rows
 
 }  // namespace
 
-extern const Path portable_path = {"portable", false, false, 1, 0, 0, nullptr, nullptr, quantize, one_row, many_rows};
+extern const Path portable_path = {"portable", false, false, 1, 0, 0, nullptr, nullptr, quantize,
+                                   one_row, many_rows};
 
 }  // namespace dfc
