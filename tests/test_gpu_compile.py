@@ -6,6 +6,7 @@ row, one output or one group make other programs than those of many.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -41,6 +42,7 @@ class Hopper:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The kernels that launches compiled; nothing runs, but what they need is there."""
     from triton.runtime import driver
+    from triton.runtime.errors import OutOfResources
     from triton.runtime.jit import JITFunction
 
     from dfc.runtime.kernels import launch
@@ -50,12 +52,15 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         made = run(self, *args, grid=grid, warmup=True, **options)
-        assert ".target sm_90" in made.asm["ptx"] and made.metadata.shared <= SHARED
+        assert ".target sm_90" in made.asm["ptx"]
+        if made.metadata.shared > SHARED:
+            raise OutOfResources(made.metadata.shared, SHARED, "shared memory")
         names.append(self.__name__)
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
     monkeypatch.setattr(driver, "_active", Hopper())
     monkeypatch.setattr(launch, "_cores", lambda device: 132)
+    monkeypatch.setattr(launch, "_fitting", {})
     launch.tiles.cache_clear()
     yield names
     launch.tiles.cache_clear()
@@ -80,6 +85,31 @@ def launch_all(made: Any, m: int, x: torch.dtype, *, rounded: bool) -> None:
         made.few(rows, y)
         made.many(rows, None, y)
         made.floats(x)
+
+
+def test_tiles_that_need_too_much_memory_become_smaller(compiled: list[str]) -> None:
+    """Three stages of 128 rows and groups of 256 take 240 KiB, of 227."""
+    from dfc.runtime.kernels import launch
+
+    launch_all(layer(*WEIGHTS["int4 g256"], torch.bfloat16, 2560, 2048), 256, torch.bfloat16,
+               rounded=False)  # fmt: skip
+    (held,) = launch._fitting.values()
+    assert (held.bm, held.stages) == (128, 2) and "many_rows" in compiled
+
+
+def test_a_kernel_that_the_device_refuses_is_named_with_a_remedy(
+    monkeypatch: pytest.MonkeyPatch, compiled: list[str]
+) -> None:
+    import dfc
+    from dfc.runtime.kernels.cuda import linear
+
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
+    monkeypatch.setitem(globals(), "SHARED", -1)
+    weight, scale = torch.empty(8, 64, dtype=torch.int8), torch.empty(8)
+    for rows in (1, 17):
+        with pytest.raises(dfc.DfcError, match="out of resource: shared memory") as e:
+            linear(torch.empty(rows, 64), weight, scale, None, None, 8, 0, 0)
+        assert e.value.code == "K003" and "eager:floats" in str(e.value)
 
 
 WEIGHTS = {

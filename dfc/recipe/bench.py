@@ -33,6 +33,9 @@ LAYOUTS = ("eager:channels_last",)  # and where there are images
 RECORDED = ("eager:cuda_graph",)
 RECORDED_LAYOUTS = ("eager:channels_last:cuda_graph",)
 FINALISTS = ("inductor:cuda_graph",)
+# Quantized weights that meet floats are read there as they are stored, for memory's sake; unpacked
+# once they may be faster, from some number of rows on.
+FLOATS = ("eager:floats", "eager:floats:cuda_graph")
 _KEPT = 6  # runners; each may hold the weights in a form of its own
 
 Progress = Callable[[str], None]
@@ -85,14 +88,17 @@ class Bench:
     def ready(self, graph: Graph, engine: str) -> Ready:
         """A version built for an engine and judged.
 
-        Raises:  DfcError when the engine refuses it, or running it fails.
+        Raises:  DfcError when the engine refuses it, K023 when building or running it fails.
         """
         key = (id(graph), engine)  # the entry keeps the graph, so that no other gets its id
         found = self._ready.get(key)
         if found is None:
             made = find_engine(engine)
-            runner = made.build(with_state_inputs(graph), self.device)
-            found = Ready(graph, made, runner, self._judge(graph, runner))
+            try:
+                runner = made.build(with_state_inputs(graph), self.device)
+                found = Ready(graph, made, runner, self._judge(graph, runner))
+            except RuntimeError as e:  # of a library or a device: the other engines may run it
+                raise DfcError("K023", f"engine `{engine}` fails: {first_line(e)}") from e
             self._ready[key] = found
             while len(self._ready) > self.keep:
                 self._ready.popitem(last=False)
@@ -115,6 +121,8 @@ class Bench:
             return on_device(runner(given), "cpu")
 
         probes = self.probes if numerics.kind != "changes" else own_probes(self.probes, graph)
+        if self.example is not None:  # it may be larger than what the probes have
+            run(self.example)
         return probes.judge(run, rtol=max(engine_rtol(graph), numerics.rtol, self.rtol))
 
     def candidates(self) -> list[str]:
@@ -230,8 +238,11 @@ def engine_rtol(graph: Graph) -> float:
 
 def forms(graph: Graph, device: str) -> list[str]:
     """The forms of a graph that are tried on a device beside the plain one."""
-    layouts, recorded = (LAYOUTS, ()) if device == "cpu" else (RECORDED_LAYOUTS, RECORDED)
-    return [*recorded, *(layouts if has_images(graph) else ())]
+    images = has_images(graph)
+    if device == "cpu":
+        return list(LAYOUTS) if images else []
+    unpacked = FLOATS if device.startswith("cuda") and has_packed_floats(graph) else ()
+    return [*RECORDED, *(RECORDED_LAYOUTS if images else ()), *unpacked]
 
 
 def has_images(graph: Graph) -> bool:
@@ -241,6 +252,21 @@ def has_images(graph: Graph) -> bool:
         and any(isinstance(v.type, TensorType) and v.type.rank == 4 for v in n.operands)
         for n in graph.walk()
     )  # fmt: skip
+
+
+def has_packed_floats(graph: Graph) -> bool:
+    """Whether quantized weights of a graph are multiplied by floats."""
+    return any(
+        n.op in ("dfc.linear_w4", "dfc.linear_w8", "dfc.linear_f8")
+        and n.attributes["activations"] == "float"
+        for n in graph.walk()
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, or its type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def find_engine(name: str) -> Engine:

@@ -27,6 +27,7 @@ SECONDS = 1.0  # of measuring, for each engine
 _LEAST_S = {"inductor": 30.0}
 # Cheap ones first: when the budget ends, most has been tried.
 _ORDER = ("eager", "eager:channels_last", "eager:cuda_graph", "eager:channels_last:cuda_graph",
+          "eager:floats", "eager:floats:cuda_graph",
           "onnxruntime", "openvino", "inductor", "inductor:cuda_graph")  # fmt: skip
 _LONGEST = ("inductor:max_autotune:cuda_graph",)  # measures kernels: on GPUs, where that pays
 

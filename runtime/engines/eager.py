@@ -11,6 +11,8 @@ from dfc.planning.engine import Engine, Runner
 if TYPE_CHECKING:
     from torch import fx
 
+    from dfc.emit.kernels import Kernels
+
 # What reads memory as it lies: its meaning changes with the layout.
 _OF_LAYOUT = ("aten.as_strided", "aten.view.dtype", "aten.stride", "aten._reshape_alias")
 
@@ -26,14 +28,18 @@ class Eager(Engine):
 
     @property
     def variants(self) -> Mapping[str, Engine]:
-        """The other forms of the graph: `eager:channels_last`, `eager:cuda_graph`, and both."""
+        """The other forms of the graph: `eager:channels_last`, `eager:floats`, and each of them
+        recorded, as `eager:cuda_graph` is.
+        """
         from dfc.runtime.cuda_graph import CudaGraph
 
-        images = ChannelsLast()
+        images, floats = ChannelsLast(), Floats()
         return {
             "channels_last": images,
             "cuda_graph": CudaGraph(self),
             "channels_last:cuda_graph": CudaGraph(images),
+            "floats": floats,
+            "floats:cuda_graph": CudaGraph(floats),
         }
 
     def build(self, graph: Graph, device: str = "cpu", threads: int | None = None) -> Runner:
@@ -61,9 +67,28 @@ class Eager(Engine):
 
     def module(self, graph: Graph, device: str, donated: Collection[Value] = ()) -> fx.GraphModule:
         from dfc.emit.fx import to_fx
+
+        return to_fx(graph, device, self.kernels(device), donated=donated)
+
+    def kernels(self, device: str) -> Kernels:
         from dfc.runtime.kernels.graph import kernels
 
-        return to_fx(graph, device, kernels(device), donated=donated)
+        return kernels(device)
+
+
+class Floats(Eager):
+    """Runs linear layers whose quantized weights meet floats as what they were: unpacked once.
+
+    Why:  on a GPU `eager` reads such weights as they are stored, which takes a quarter of the
+          memory; which of the two is faster depends on the device and on the number of rows.
+    """
+
+    name = "eager:floats"
+
+    def kernels(self, device: str) -> Kernels:
+        from dfc.runtime.kernels.graph import unpacked_kernels
+
+        return unpacked_kernels(device)
 
 
 class ChannelsLast(Eager):
@@ -91,13 +116,12 @@ class ChannelsLast(Eager):
 
         from dfc.emit.fx import to_fx
         from dfc.errors import DfcError
-        from dfc.runtime.kernels.graph import kernels
 
         for node in graph.walk():
             reason = self.supports(node)
             if reason:
                 raise DfcError("K003", f"engine `{self.name}` cannot run `{node.op}`: {reason}")
-        module = to_fx(graph, device, kernels(device), donated=donated)
+        module = to_fx(graph, device, self.kernels(device), donated=donated)
         for part in module.modules():
             if isinstance(part, torch.fx.GraphModule):
                 _turn(part)

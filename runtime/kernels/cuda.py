@@ -12,6 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dfc.emit.kernels import KernelCall, Kernels
+from dfc.errors import DfcError
 from dfc.ir.graph import Node, Parameter, Value
 from dfc.runtime.kernels.unpacked import UNPACKED
 from dfc.runtime.kernels.unpacked import linear as unpacked
@@ -147,7 +148,24 @@ def linear(
 
     With `rounded` rows are codes as the weights are, whose products are summed without error.
     Needs:   all on the device of x; zero points and bias contiguous.
+    Raises:  DfcError K003 where a kernel does not compile, or takes more than the device has.
     """
+    from dfc.runtime.kernels.launch import FAILURES, reason
+
+    try:
+        return _linear(x, weight, scale, zero, bias, bits, group, rounded)
+    except FAILURES as e:
+        raise DfcError(
+            "K003", f"the kernel for quantized weights does not run on this device: {reason(e)}",
+            help="the engine `eager:floats` unpacks weights that meet floats, and needs no kernel",
+            status=7,
+        ) from e  # fmt: skip
+
+
+def _linear(
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
+    bits: int, group: int, rounded: int,
+) -> Tensor:  # fmt: skip
     import torch
 
     from dfc.runtime.kernels.launch import Layer

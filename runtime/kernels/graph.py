@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from dfc.emit.kernels import KernelCall, Kernels
+from dfc.emit.kernels import Kernel, KernelCall, Kernels
 from dfc.ir.graph import Node, Parameter, Value
 from dfc.ir.types import DTYPES
 from dfc.runtime.kernels.unpacked import UNPACKED, linear
@@ -27,6 +27,17 @@ def kernels(device: str, *, traced: bool = False) -> Kernels:
     if device != "cpu":
         return {}
     return {**UNPACKED, **(_integer_kernels(traced) if are_built() else {})}
+
+
+def unpacked_kernels(device: str) -> Kernels:
+    """As `kernels`, but quantized weights that meet floats are unpacked once, on any device."""
+    stored = kernels(device)
+
+    def unpacked_first(op: str) -> Kernel:
+        other = stored.get(op)
+        return lambda node: linear(node) or (other(node) if other is not None else None)
+
+    return {**stored, **{op: unpacked_first(op) for op in UNPACKED if op.startswith("dfc.linear")}}
 
 
 def are_built() -> bool:

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from subprocess import CalledProcessError
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.errors import TritonError
+from triton.runtime.errors import OutOfResources
 
 from dfc.runtime.kernels import triton_linear as kernels
 
 LARGEST_F8 = 448.0
+# What Triton raises where it cannot compile, has no C compiler or Python headers for its launcher,
+# or does not find the driver's library; a CUDA error is a RuntimeError, as everywhere in PyTorch.
+FAILURES = (TritonError, CalledProcessError, OSError, AssertionError)
 # What holds codes up to 256; Triton's interpreter multiplies no bf16.
 _COMPILED = isinstance(kernels.many_rows, triton.JITFunction)
 _EXACT_FLOATS = torch.bfloat16 if _COMPILED else torch.float16
+
+
+def reason(failure: BaseException) -> str:
+    """One line of what Triton says: its compiler shows the source first, others begin with it."""
+    lines = str(failure).strip().splitlines() or [type(failure).__name__]
+    return lines[-1 if isinstance(failure, CompilationError) else 0].strip()
 
 
 class Tiles(NamedTuple):
@@ -27,6 +40,16 @@ class Tiles(NamedTuple):
     parts: int
     warps: int
     stages: int
+
+    def smaller(self) -> Tiles | None:
+        """Tiles that need less shared memory: each device has another amount."""
+        if self.stages > 2:
+            return self._replace(stages=2)
+        return self._replace(bm=self.bm // 2) if self.bm > 16 else None
+
+
+# By tiles, types of x and weights, and device: those that are taken in their place.
+_fitting: dict[tuple[object, ...], Tiles] = {}
 
 
 @cache
@@ -87,18 +110,32 @@ class Layer:
             wide, power = x.dtype == torch.float32, triton.next_power_of_2(m)
             device = x.device.index or 0
             cut = tiles(power, self.n, self.k, self.group, wide, groupwise, device)
-        grid = (triton.cdiv(self.n, cut.bn), triton.cdiv(m, cut.bm), cut.parts)
         to: Any = y
         if cut.parts > 1:
             kind = torch.int32 if x.dtype == torch.int8 else torch.float32
             to = torch.empty((cut.parts, m, self.n), dtype=kind, device=x.device)
+        key = (cut, x.dtype, self.weight.dtype, x.device)
+        while True:
+            held = _fitting.get(key, cut)
+            try:
+                self._many(x, rows, to, held)
+                break
+            except OutOfResources:
+                less = held.smaller()
+                if less is None:
+                    raise
+                _fitting[key] = less
+        if cut.parts > 1:
+            self.finish(to, None if groupwise else rows, y)
+
+    def _many(self, x: Tensor, rows: Tensor | None, to: Tensor, cut: Tiles) -> None:
+        m = x.shape[0]
+        grid = (triton.cdiv(self.n, cut.bn), triton.cdiv(m, cut.bm), cut.parts)
         kernels.many_rows[grid](
             x, rows, self.weight, self.scale, self.zero, self.bias, to, m, self.n, self.k,
             self.groups, x.stride(0), BITS=self.bits, GROUP=self.group, BM=cut.bm, BN=cut.bn,
             BK=cut.bk, PARTS=cut.parts, num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
-        if cut.parts > 1:
-            self.finish(to, None if groupwise else rows, y)
 
     def finish(self, parts: Tensor, rows: Tensor | None, y: Tensor) -> None:
         count, m, n = parts.shape
