@@ -197,6 +197,13 @@ def test_every_node_and_weight_is_in_one_place(llama: Path) -> None:
     assert edges == sorted(edges)  # no two are needed at once
 
 
+def test_a_table_with_most_of_the_bytes_makes_no_block_of_all_the_layers() -> None:
+    layers = [m for _ in range(8) for m in (nn.Linear(256, 256), nn.ReLU())]
+    model = nn.Sequential(nn.Embedding(4000, 256), *layers).eval()
+    sizes = sorted(b.bytes for b in cut(dfc.trace(model, (ids(2),))).blocks)
+    assert sizes[-1] == 4000 * 256 * 4 and sizes[-2] <= 2 * 256 * 256 * 4 and len(sizes) >= 5
+
+
 def test_a_weight_that_is_handed_out_stays() -> None:
     class Shows(nn.Module):
         def __init__(self) -> None:

@@ -186,9 +186,14 @@ def _tied(spans: dict[Parameter, list[tuple[int, int]]]) -> set[Parameter]:
 
 
 def _grain(sizes: Sequence[int]) -> int:
-    """The size of the weights up to which half of all bytes are."""
-    half, sofar = sum(sizes) / 2, 0
-    for size in sorted(sizes):
+    """The size of the weights up to which half of all bytes are.
+
+    Why:  a table with most of a small model's bytes would make one block of all the layers: what
+          alone is more than a quarter does not count, where there are others.
+    """
+    usual = [s for s in sizes if s <= sum(sizes) / 4] or list(sizes)
+    half, sofar = sum(usual) / 2, 0
+    for size in sorted(usual):
         sofar += size
         if sofar >= half:
             return size
