@@ -174,15 +174,17 @@ def times(calls: Mapping[str, Call], rounds: int, seconds: float) -> dict[str, l
     return found
 
 
-def table(found: Mapping[str, list[float]]) -> list[str]:
+def table(found: Mapping[str, list[float]], digits: int = 1) -> list[str]:
     """Medians, quartiles, and the median of ratios to the best peer in the same round."""
     mid = {n: median(t) for n, t in found.items()}
     best = min((n for n in mid if not n.startswith("dfc")), key=lambda n: mid[n])
-    lines = [f"  {'':<24}{'median':>9}  {'quartiles':>17}   to {best}"]
+    wide = max(map(len, mid)) + 1
+    lines = [f"  {'':<{wide}}{'median':>9}  {'quartiles':>17}   to {best}"]
     for n in sorted(mid, key=lambda n: mid[n]):
         low, _, high = quantiles(found[n], n=4)
         ratio = median(a / b for a, b in zip(found[n], found[best], strict=True))
-        lines.append(f"  {n:<24}{mid[n]:>6.1f} ms  {low:>6.1f} ..{high:>6.1f} ms   {ratio:.3f}")
+        middle, low, high = (f"{t:>6.{digits}f}" for t in (mid[n], low, high))
+        lines.append(f"  {n:<{wide}}{middle} ms  {low} ..{high} ms   {ratio:.3f}")
     ratio = median(a / b for a, b in zip(found["dfc auto"], found[best], strict=True))
     word = "met" if ratio <= GOAL else "NOT met"
     lines.append(f"  goal: auto at most {GOAL} of the best peer's time: {ratio:.3f}, {word}")

@@ -17,7 +17,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,11 +26,12 @@ logging.disable(logging.WARNING)
 import torch  # noqa: E402 - after what makes it quiet
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from engines import models, table  # noqa: E402
+
 import dfc  # noqa: E402
 from dfc.compiled import with_state_inputs  # noqa: E402
 from dfc.runtime.engines import find_engine  # noqa: E402
 
-GOAL = 1.02  # of the best peer's time
 MOST_S = 1.5  # of measuring, for each way to run a case
 BF16, F32 = torch.bfloat16, torch.float32
 Call = Callable[[], Any]
@@ -45,8 +45,6 @@ def cases() -> dict[str, tuple[str, torch.dtype]]:
 
 
 def build(model: str, dtype: torch.dtype) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
-    from engines import models
-
     module, args = models()[model]()
     return module.to(dtype), tuple(x.to(dtype) if x.is_floating_point() else x for x in args)
 
@@ -101,21 +99,6 @@ def times(calls: Mapping[str, Call]) -> dict[str, list[float]]:
     return found
 
 
-def table(found: Mapping[str, list[float]]) -> list[str]:
-    mid = {name: median(t) for name, t in found.items()}
-    best = min((n for n in mid if not n.startswith("dfc")), key=lambda n: mid[n])
-    lines = [f"  {'':<38}{'median':>9}  {'quartiles':>17}   to {best}"]
-    for name in sorted(mid, key=lambda n: mid[n]):
-        low, _, high = quantiles(found[name], n=4)
-        ratio = median(a / b for a, b in zip(found[name], found[best], strict=True))
-        lines.append(
-            f"  {name:<38}{mid[name]:>6.3f} ms  {low:>6.3f} ..{high:>6.3f} ms   {ratio:.3f}"
-        )
-    ratio = median(a / b for a, b in zip(found["dfc auto"], found[best], strict=True))
-    word = "met" if ratio <= GOAL else "NOT met"
-    return [*lines, f"  goal: auto at most {GOAL} of the best peer's time: {ratio:.3f}, {word}"]
-
-
 def error(module: torch.nn.Module, calls: Mapping[str, Call], args: Any) -> str:
     """How far each way's first result is from float64, of its largest element."""
     with torch.inference_mode():
@@ -163,7 +146,7 @@ def measured(name: str, model: str, dtype: torch.dtype, autotune: bool) -> None:
     calls |= peers(module, args, autotune)
     found = times(calls)
     print(f"\n{name}; {told}; {len(found['dfc auto'])} rounds")
-    print("\n".join(table(found)))
+    print("\n".join(table(found, digits=3)))
     print(f"  {error(module, calls, args)}")
     print(f"  ({time.perf_counter() - begin:.0f} s in all)", flush=True)
     torch.cuda.empty_cache()
