@@ -156,6 +156,8 @@ class GroupedQueries(nn.Module):
             k, v = (t[:, :, None].expand(b, 2, 2, s, 8).reshape(b, 4, s, 8) for t in (k, v))
         elif self.repeat == "interleave":
             k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+        elif self.repeat == "sized":
+            k, v = (t.repeat_interleave(2, 1, output_size=4) for t in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=not self.repeat)
         return self.o(y.transpose(1, 2).reshape(b, s, 32))  # type: ignore[no-any-return]
 
@@ -165,7 +167,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
-@pytest.mark.parametrize("repeat", ["", "expand", "interleave"])
+@pytest.mark.parametrize("repeat", ["", "expand", "interleave", "sized"])
 def test_a_key_head_takes_its_query_heads_along(repeat: str) -> None:
     torch.manual_seed(0)
     args = (torch.randn(2, 5, 32), torch.randn(5, 8), torch.randn(5, 8))
@@ -187,6 +189,29 @@ def test_rotary_embedding_ties_the_halves_of_a_head() -> None:
         g.size for g in find_groups(trace(GroupedQueries(""), *args)).groups if g.kind == "head_dim"
     ]
     assert 4 in sizes, "channel j and j + 4 of a head go together"
+
+
+class Sampled(nn.Module):
+    """Each head samples its values at places of its own, as deformable attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value, self.where = nn.Conv2d(3, 24, 1), nn.Linear(6, 4 * 5 * 2)
+        self.out = nn.Linear(24, 6)
+
+    def forward(self, x: Tensor, queries: Tensor) -> Tensor:
+        b, _, h, w = x.shape
+        images = self.value(x).reshape(b * 4, 6, h, w)
+        places = self.where(queries).view(b, 5, 4, 2).transpose(1, 2).reshape(b * 4, 5, 1, 2)
+        y = F.grid_sample(images, places.tanh(), align_corners=False)
+        return self.out(y.reshape(b, 24, 5).transpose(1, 2))  # type: ignore[no-any-return]
+
+
+def test_a_head_takes_the_places_that_it_samples_along() -> None:
+    torch.manual_seed(0)
+    args = (torch.randn(2, 3, 4, 4), torch.randn(2, 1, 6))
+    graph = trace(Sampled(), *args)
+    assert assert_equals_zeroed(graph, args)
 
 
 class Residual(nn.Module):

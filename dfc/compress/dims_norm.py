@@ -142,8 +142,7 @@ _SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
       *(f"max_pool{n}_with_indices" for n in _SPATIAL), "_adaptive_avg_pool2d",
       *(f"upsample_{m}{n}" for m in ("nearest", "linear", "bilinear", "bicubic", "trilinear",
                                      "_bilinear", "_nearest_exact") for n in _SPATIAL),
-      "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "grid_sampler_2d",
-      "grid_sampler")  # fmt: skip
+      "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa")  # fmt: skip
 def spatial(a: Analysis, node: Node) -> Sequence[Dims] | None:
     """Channels and batch pass; what a window slides over, or is resampled, stays."""
     xs = a.of(node.inputs[0])
@@ -157,3 +156,14 @@ def spatial(a: Analysis, node: Node) -> Sequence[Dims] | None:
     return [
         (*lead, *(leaf(s, reason) for s in r.tensor_type.shape[len(lead) :])) for r in node.results
     ]
+
+
+@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+def grid_sampler(a: Analysis, node: Node) -> Sequence[Dims] | None:
+    """Channels pass; image i is sampled at the places of grid i."""
+    images, grids = a.of(node.inputs[0]), a.of(node.inputs[1])
+    reason = f"`{short(node.op)}` samples over it{place(node)}"
+    unite(images[0], grids[0], reason)
+    for axis in (*images[2:], *grids[1:]):
+        freeze(axis, reason)
+    return [(*images[:2], *(leaf(s, reason) for s in node.result.tensor_type.shape[2:]))]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dfc.compress.axes import Axis, cut, find, freeze, leaf, product, quotient, refine, total, unite
-from dfc.compress.dimensions import Analysis, Dims, place, pointwise, rule, short
+from dfc.compress.dimensions import Analysis, Dims, Sizes, place, pointwise, rule, short
 from dfc.ir.expr import Size
 from dfc.ir.graph import Node, Value
 
@@ -207,8 +207,13 @@ def repeat_interleave(a: Analysis, node: Node) -> Sequence[Dims] | None:
     if d is None:
         return None
     times = leaf(node.attributes["repeats"])
-    xs[d] = product([xs[d], times])
-    a.edit(node, [times], lambda size: {"repeats": size(times)})
+    xs[d] = whole = product([xs[d], times])
+
+    def repeated(size: Sizes) -> dict[str, Any]:
+        named = node.attributes.get("output_size") is not None
+        return {"repeats": size(times), **({"output_size": size(whole)} if named else {})}
+
+    a.edit(node, [times, whole], repeated)
     return [tuple(xs)]
 
 
