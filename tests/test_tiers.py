@@ -458,7 +458,7 @@ def test_the_command_runs_and_reports(tower: Path, tmp_path: Path, capsys: Any) 
     assert "streamed from disk" in capsys.readouterr().out
     assert main(["run", str(tower), "--memory", "1KB"]) == 6
     assert main(["run", str(tower), "--memory", "1KX"]) == 2
-    assert main(["run", str(tower), "--memory", "1GB", "--pipeline", "2"]) == 2
+    assert main(["run", str(tower), "--memory", "1GB", "-m", "2"]) == 2
     assert main(["run", str(tower), "--memory", "1GB", "--engine", "onnxruntime"]) == 2
     capsys.readouterr()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfc.cli.stage_devices import rank_devices
+from dfc.cli.stage_tiers import show_tiers, tiers_data
 from dfc.errors import DfcError
 
 if TYPE_CHECKING:
@@ -45,14 +46,16 @@ def run_pipelined(
     trace: str | None,
     force: bool,
     say: Say,
+    memory: str | None = None,
 ) -> tuple[list[Any], dict[str, Any]] | None:
     """The output leaves, and what a step took beside the unsplit model on as many threads.
 
-    `stages` is how many of equal time; without it they are the plan's. None comes from a process
+    `stages` is how many of equal time; without it they are the plan's. With the `memory` of each
+    rank, or of all, weights are streamed, and nothing is run unsplit. None comes from a process
     that served another one, which tells it all.
     Raises:  DfcError N050 for a model that cannot be a pipeline, N051, N053; N056 for one without
              a plan; Q007, K004 for a device that is not here; D010.. for the trace; K056, K058,
-             N055, N057 for ranks in other processes.
+             N055, N057 for ranks in other processes; N064, K070, K073 for the memory.
     """
     import torch
 
@@ -70,6 +73,10 @@ def run_pipelined(
     names = engines[0] if len(engines) == 1 else engines
     if microbatches:
         options["microbatches"] = microbatches
+    if memory is not None:
+        options["memory"] = [m.strip() for m in memory.split(",")]
+        options["example"] = inputs
+        say("timing what ranks stream")
     with make(compiled.graph, placed, engine=names, **options) as pipeline:
         if not pipeline.leads:
             pipeline.serve()
@@ -77,6 +84,8 @@ def run_pipelined(
         results, data = step(pipeline, inputs, trace, force, say)
     data["on"], data["devices"] = where.on, devices
     data["incidents"] = list(getattr(pipeline, "incidents", ()))
+    if memory is not None:
+        return results, data
     say("timing the model unsplit")
     data["unsplit_seconds"] = _seconds(lambda: compiled.run_flat(inputs))
     data["unsplit_threads"] = torch.get_num_threads()
@@ -182,10 +191,12 @@ def step(
         "stages": [
             {"nodes": len(s.graph), "rank": rank, "device": pipeline.devices[rank],
              "threads": pipeline.threads[rank],
-             "seconds": t, "busy": report.busy[rank], "values_in": len(s.takes)}
-            for s, t, rank in zip(
-                pipeline.stages, report.stage_seconds, pipeline.placement, strict=True)
+             "seconds": t, "busy": report.busy[rank], "values_in": len(s.takes),
+             **({"tiers": tiers_data(pipeline.tiers[i])} if pipeline.tiers else {})}
+            for i, (s, t, rank) in enumerate(zip(
+                pipeline.stages, report.stage_seconds, pipeline.placement, strict=True))
         ],
+        **({"streamed_bytes": list(report.streamed)} if pipeline.tiers else {}),
         "microbatches": report.program.microbatches,
         "step_seconds": report.seconds,
         "predicted_seconds": report.predicted,
@@ -231,6 +242,8 @@ def show(data: dict[str, Any]) -> None:
     )
     for told in data.get("incidents", ()):
         print_text(f"mended: {told}")
+    if "streamed_bytes" in data:
+        show_tiers(data)
     for link in data["links"]:
         size = amount_text(link["bytes"], "bytes")
         print_text(f"stage {link['from']} gave {size} to stage {link['to']}")

@@ -100,8 +100,8 @@ def run(
         str | None,
         typer.Option(
             "--memory",
-            metavar="SIZE",
-            help="Take no more of the device: weights that do not fit are streamed.",
+            metavar="SIZE[,...]",
+            help="Take no more of the device, or of each rank: what does not fit is streamed.",
         ),
     ] = None,
     use: Use = None,
@@ -116,6 +116,7 @@ def run(
       dfc run encoder.dfcpkg --random --size B=4,S=16 --seed 0
       dfc run encoder.dfcpkg --size B=32,S=16 --pipeline 2 --trace step.json
       dfc run decoder.dfcpkg inputs.npz --memory 8GB --device cuda --trace passes.svg
+      dfc run decoder.dfcpkg --random --pipeline 2 --on processes --memory 1GiB,2GiB
       torchrun --nproc-per-node 2 -m dfc.cli run encoder.dfcpkg --pipeline 2 --on torchrun
 
     \b
@@ -127,7 +128,8 @@ def run(
     \b
     With --memory a model runs that does not fit: as many weights as can stay, the others come from
     the package's file, or from this machine's memory to a GPU, while other layers compute. It tells
-    what a pass took beside the plan and the bound, and what would make it faster.
+    what a pass took beside the plan and the bound, and what would make it faster. In a pipeline
+    each rank has so much, one value for all or one for each; every microbatch is a pass.
 
     \b
     A reproducer is what dfc writes when it finds a rewrite to be wrong. It exits with 4 while the
@@ -228,13 +230,16 @@ def check_links(links: str | None, devices: str | None, on: str | None, stages: 
 
 
 def check_memory(memory: str, stages: str | None, microbatches: int | None) -> None:
-    """Raises:  DfcError Q010 for what is no size, Q006 for a pipeline, which is planned whole."""
+    """Raises:  DfcError Q010 for what is no size, Q006 for what only a pipeline has."""
     from dfc.lang.units import byte_count
 
-    byte_count(memory)
-    if stages is not None or microbatches is not None:
-        option = "--pipeline" if stages is not None else "--microbatches"
-        raise DfcError("Q006", f"--memory and {option} do not go together")
+    sizes = memory.split(",")
+    for size in sizes:
+        byte_count(size.strip())
+    if stages is None and (len(sizes) > 1 or microbatches is not None):
+        option = "--memory of several ranks" if len(sizes) > 1 else "--microbatches"
+        help = "say into how many stages: --pipeline 2"
+        raise DfcError("Q006", f"{option} is for pipelines", help=help)
 
 
 @dataclass
@@ -286,14 +291,22 @@ class _Job:
         if len(engines) > 1 and not stages:
             help = "with --pipeline N, each of N stages may have its own"
             raise DfcError("K001", f"`{self.engine}` are several engines", help=help, status=2)
-        if self.memory is not None:
+        if self.memory is not None and stages is None:
             return self.streamed(model)
-        compiled = open_compiled(model, engines[0] or None, self.device, self.say)
+        compiled = self.opened(model, engines)
         example = compiled.probes[0].inputs if compiled.probes else None
         given = self.inputs(compiled.graph, example)
         if stages is None:
             return self.whole(compiled, given)
         return self.pipelined(compiled, given, _count(stages), engines)
+
+    def opened(self, model: str, engines: list[str]) -> Compiled:
+        """Ready to be called, or, where that may take more memory than there is, as it is."""
+        if self.memory is None:
+            return open_compiled(model, engines[0] or None, self.device, self.say)
+        from dfc.cli.streamed import open_unbuilt
+
+        return open_unbuilt(model, None, self.device, self.say)
 
     def inputs(self, graph: Graph, example: Sequence[Any] | None) -> list[Any]:
         from dfc.cli.inputs import choose_inputs
@@ -330,10 +343,11 @@ class _Job:
     ) -> _Ran:
         from dfc.cli.pipelined import run_pipelined
 
-        names = engines if len(engines) > 1 else [compiled.engine.name]
+        named = engines[0] and self.memory is not None  # it is not built for that engine
+        names = engines if len(engines) > 1 or named else [compiled.engine.name]
         found = run_pipelined(
             compiled, given, stages, self.microbatches, names, self.where, self.trace, self.force,
-            self.say,
+            self.say, self.memory,
         )  # fmt: skip
         if found is None:
             raise typer.Exit()  # the process of rank 0 tells what came out

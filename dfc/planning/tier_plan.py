@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dfc.errors import DfcError
 from dfc.lang.units import amount_text
 from dfc.planning.cost import Sizes, work_of
@@ -24,6 +26,12 @@ def planned(
     The memory is also for what is computed with inputs of these sizes.
     Raises:  DfcError N064 (status 6) for a memory that is too small.
     """
+    whole = all_there(parts, device, hop, sizes)
+    return plan_tiers(whole.layers, whole.weights, memory, hop, whole.fixed, slots, placement)
+
+
+def all_there(parts: Cut, device: Device, hop: Hop, sizes: Sizes) -> Tiers:
+    """The plan by which nothing is streamed, in a memory that is just large enough."""
     layers = [
         Layer(float(sum(work_of(n, sizes).seconds(device) for n in b.nodes)), b.bytes, b.name)
         for b in parts.blocks
@@ -31,7 +39,8 @@ def planned(
     weights = [{p.name: weight_bytes(p) for p in b.weights} for b in parts.blocks]
     fixed = sum(aligned(weight_bytes(p)) for p in parts.stay)
     fixed += int(live_bytes(parts.graph, sizes))
-    return plan_tiers(layers, weights, memory, hop, fixed, slots, placement)
+    found = Tiers(tuple(layers), tuple(weights), (), hop, 0, fixed)
+    return replace(found, memory=found.held_bytes)
 
 
 def streamed_instead(model: Modelled, machine: Machine) -> str:

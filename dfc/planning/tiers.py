@@ -181,14 +181,35 @@ def _sets(layers: Sequence[Layer], able: list[int], placement: str) -> Iterator[
     yield tuple(able)
 
 
-def _too_small(everything: Tiers, slots: int) -> DfcError:
+def least_bytes(everything: Tiers, slots: int = 1) -> int:
+    """The smallest memory that there is a plan for."""
     every = tuple(i for i, w in enumerate(everything.weights) if w)
-    least = min(
-        plan.held_bytes
+    hop = replace(everything.hop, slots=slots)
+    streaming = (
+        replace(everything, streamed=able, hop=hop).held_bytes
         for cap in _caps(everything)
         for able in [tuple(i for i in every if slot_bytes(everything.weights[i]) <= cap)]
-        for plan in [replace(everything, streamed=able, hop=replace(everything.hop, slots=slots))]
     )
+    return min(everything.held_bytes, *streaming)
+
+
+def shares(memory: int, parts: Sequence[Tiers]) -> list[int]:
+    """A memory divided among parts: to each what it needs at least, and the rest by what is left.
+
+    `parts` have all weights there. Less than they need goes by what they need.
+    """
+    least = [least_bytes(p) for p in parts]
+    whole = [p.held_bytes for p in parts]
+    room = memory - sum(least)
+    if room < 0 or sum(whole) <= memory:
+        by = least if room < 0 else whole
+        return [memory * w // max(1, sum(by)) for w in by]
+    more = [b - a for a, b in zip(least, whole, strict=True)]
+    return [a + room * m // sum(more) for a, m in zip(least, more, strict=True)]
+
+
+def _too_small(everything: Tiers, slots: int) -> DfcError:
+    least = least_bytes(everything, slots)
     largest = max(range(len(everything.weights)), key=lambda i: slot_bytes(everything.weights[i]))
     size = amount_text(slot_bytes(everything.weights[largest]), "bytes")
     name = everything.layers[largest].name or f"layer {largest}"

@@ -22,10 +22,20 @@ from dfc.ir.weights import SafetensorsData, write_safetensors
 from dfc.planning.stages import StageGraph
 from dfc.runtime.pipeline.lanes import Run, Values
 from dfc.runtime.pipeline.routes import Edge
+from dfc.runtime.tiers.stages import (
+    STREAMS,
+    Brought,
+    build_stage,
+    close_all,
+    plan_data,
+    plan_of,
+)
 
 if TYPE_CHECKING:
     from dfc.ir.graph import Graph, Parameter
     from dfc.planning.actions import Action
+    from dfc.planning.engine import Runner
+    from dfc.planning.tiers import Tiers
 
 _FILE = "pipeline.json"
 
@@ -43,6 +53,7 @@ class Assembly:
     gives: list[list[int]]
     weights: dict[str, list[str]]  # file and key of each parameter
     versions: dict[str, str] = field(default_factory=dict)
+    tiers: list[dict[str, Any]] = field(default_factory=list)  # of each stage, where it has a plan
 
     def routed(self) -> list[Edge]:
         return [Edge(s, t, tuple(v), back) for s, t, v, back in self.edges]
@@ -73,6 +84,7 @@ def assembly(
     engines: Sequence[str],
     threads: Sequence[int],
     device: str = "cpu",
+    tiers: Sequence[Tiers] = (),
 ) -> tuple[Assembly, dict[Hashable, int]]:
     """What the ranks have to know, without weights, and the number of each value."""
     numbers: dict[Hashable, int] = {}
@@ -87,7 +99,7 @@ def assembly(
         [[e.source, e.target, [numbers[v] for v in e.values], e.backward] for e in edges],
         [[numbers[v] for v in s.takes] for s in stages],
         [[numbers[v] for v in s.gives] for s in stages],
-        {}, versions(),
+        {}, versions(), [plan_data(t) for t in tiers],
     )  # fmt: skip
     return made, numbers
 
@@ -145,13 +157,21 @@ class Stages:
     """The stages of one rank, built for their engines."""
 
     def __init__(self, made: Assembly, graphs: dict[int, Graph], rank: int) -> None:
+        self.made, self.graphs = made, graphs
+        self._runners = {s: self._built(s, made.threads[rank]) for s in graphs}
+        self.brought = Brought(self._runners)
+
+    def _built(self, stage: int, threads: int) -> Runner:
         from dfc.runtime.engines import find_engine
 
-        self.made, self.graphs = made, graphs
-        self._runners = {
-            s: find_engine(made.engines[s]).build(g, made.device, made.threads[rank])
-            for s, g in graphs.items()
-        }
+        engine, graph = self.made.engines[stage], self.graphs[stage]
+        if self.made.tiers and engine == STREAMS:
+            return build_stage(graph, plan_of(self.made.tiers[stage]), self.made.device)
+        return find_engine(engine).build(graph, self.made.device, threads)
+
+    def close(self) -> None:
+        """End what runners hold."""
+        close_all(list(self._runners.values()))
 
     def run(self, action: Action, values: Values) -> Values:
         """A forward action, as lanes run it; values go by number."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -42,6 +43,7 @@ class _Attempt:
     late: float = 0.0  # seconds from the step's begin to this attempt's
     spans: list[Span] = field(default_factory=list)
     sent: dict[int, int] = field(default_factory=dict)
+    streamed: dict[int, int] = field(default_factory=dict)
 
 
 class ProcessLanes:
@@ -78,6 +80,7 @@ class ProcessLanes:
             results: list[Numbered] = [{} for _ in given]
             spans: list[Span] = []
             sent: dict[int, int] = {}
+            streamed: Counter[int] = Counter()
             left, fruitless = list(range(len(given))), 0
             while left:
                 attempt = _Attempt(0, found, given, left, [{} for _ in given], began)
@@ -94,9 +97,11 @@ class ProcessLanes:
                     results[b] = attempt.results[b]
                 spans += attempt.spans
                 sent.update(attempt.sent)
+                streamed.update(attempt.streamed)
                 left = [b for b in left if b not in whole]
             seconds = time.perf_counter() - began
-            return Step(self.wiring.named(results), spans, seconds, self.wiring.by_edge(sent))
+            edges = self.wiring.by_edge(sent)
+            return Step(self.wiring.named(results), spans, seconds, edges, dict(streamed))
 
     def close(self) -> None:
         """End the processes. They have nothing to lose."""
@@ -260,6 +265,7 @@ class ProcessLanes:
             action = Action(Kind(kind), stage, b)
             attempt.spans.append(Span(action, rank, start + attempt.late, end + attempt.late))
         attempt.sent.update({int(e): n for e, n in message["sent"]})
+        attempt.streamed.update({int(s): n for s, n in message["streamed"]})
 
     def _whole(self, attempt: _Attempt) -> set[int]:
         """The microbatches of which every result has come."""

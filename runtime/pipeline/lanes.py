@@ -50,12 +50,16 @@ class Span:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step gave to the host for each microbatch, its times, and the bytes of each edge."""
+    """What a step gave to the host for each microbatch, its times, and the bytes of each edge.
+
+    `streamed` are the bytes of weights that each stage with too little memory was brought.
+    """
 
     results: list[dict[Any, Any]]
     spans: list[Span]
     seconds: float
     bytes: dict[Edge, int]
+    streamed: Mapping[int, int] = field(default_factory=dict)
 
 
 class Carrier(Protocol):

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, Protocol
 
 from dfc.calling import build_outputs, flat_inputs, own_outputs
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
+from dfc.ir.interpret import bind_inputs
 from dfc.planning.actions import Action, Program
+from dfc.planning.cost import default_sizes
 from dfc.planning.engine import Runner
 from dfc.planning.microbatches import batch_dim, batch_of, cut, joined
 from dfc.planning.schedules import forward_program
 from dfc.planning.stages import StageGraph, split
+from dfc.planning.tiers import Tiers
 from dfc.runtime.allocation import keep_pages
 from dfc.runtime.engines import find_engine
 from dfc.runtime.pipeline.lanes import Lanes, Step, Values
 from dfc.runtime.pipeline.reporting import Report, report_of
 from dfc.runtime.pipeline.routes import stage_edges
 from dfc.runtime.pipeline.streams import Streams, device_names, on_stream
+from dfc.runtime.tiers.stages import (
+    STREAMS,
+    Brought,
+    Memory,
+    Ranks,
+    build_stage,
+    check_engines,
+    close_all,
+    plan_stages,
+    rank_memories,
+)
 
 
 def thread_shares(total: int, loads: Sequence[float]) -> list[int]:
@@ -51,9 +67,13 @@ class Pipeline:
     stage may have an engine of its own, or `build` makes what runs it from its number, its graph
     and its threads. `threads` are those of all ranks together, or of each. `devices` are those of
     the ranks: `cpu`, `cuda:0`, ...; results lie where they were made. `program` makes the program
-    for a number of microbatches.
+    for a number of microbatches. With a `memory`, of each rank or one for all, ranks take no more
+    for weights and what is computed of a microbatch: stages that do not fit stream their weights,
+    once for each microbatch; `example` are flat inputs by which that is timed and planned.
     Needs:   a graph with a dynamic batch dimension, unless every call is one microbatch.
     Ensures: results equal those of the stages run one after another on the same microbatches.
+    Raises:  DfcError N064 (status 6) for a memory that is too small, K070 for weights that are in
+             no file, K073 for an engine that cannot stream.
     """
 
     def __init__(
@@ -69,6 +89,8 @@ class Pipeline:
         devices: str | Sequence[str] = "cpu",
         program: Callable[[int], Program] | None = None,
         build: Callable[[int, StageGraph, int], Runner] | None = None,
+        memory: Memory | None = None,
+        example: Sequence[Any] | None = None,
     ) -> None:
         keep_pages()  # of what is put together here, whatever runs the stages
         self.graph = graph
@@ -85,21 +107,46 @@ class Pipeline:
         self._programs: dict[int, Program] = {}
         self.edges = stage_edges(self.stages, graph.outputs)
         self._build = build or self._on_engine
+        self.tiers = [] if memory is None else self._within(memory, example)
+        self._runners: list[Runner] = []
         self._streams: Streams | None = None  # where a rank is on a CUDA device
         self._lanes = self._start()
         self.last: tuple[Program, Step] | None = None
 
+    def _within(self, memory: Memory, example: Sequence[Any] | None) -> list[Tiers]:
+        """What each stage streams, by the memory of its rank."""
+        memories = rank_memories(memory, len(self.threads))
+        ranks = Ranks(self.stages, self.placement, self.devices, self.threads, memories)
+        sizes, given = default_sizes(self.graph), None
+        if example is not None:
+            given = self.cut(example)[0]
+            sizes.update(bind_inputs(self.graph, [given[v] for v in self.graph.inputs]))
+        found = self._planned(ranks, sizes, given)
+        check_engines(found, self.engines)
+        return found
+
+    def _planned(
+        self, ranks: Ranks, sizes: dict[str, int], given: Mapping[Value, Any] | None
+    ) -> list[Tiers]:
+        return plan_stages(ranks, sizes, given)
+
     def _on_engine(self, index: int, stage: StageGraph, threads: int) -> Runner:
         name, device = self.engines[index], self.devices[self.placement[index]]
+        if self.tiers and name == STREAMS:
+            return build_stage(stage.graph, self.tiers[index], device)
         return on_stream(name, find_engine(name).build(stage.graph, device, threads), device)
 
     def _start(self) -> Runs:
         """What runs programs: here threads of this process."""
-        runners = [
-            self._build(i, s, self.threads[rank])
-            for i, (s, rank) in enumerate(zip(self.stages, self.placement, strict=True))
-        ]
-        run = stage_runner(self.stages, runners)
+        with ExitStack() as failing:
+            failing.callback(close_all, self._runners)
+            for i, (s, rank) in enumerate(zip(self.stages, self.placement, strict=True)):
+                self._runners.append(self._build(i, s, self.threads[rank]))
+            failing.pop_all()
+        lanes = self._on_lanes(stage_runner(self.stages, self._runners))
+        return Counted(lanes, Brought(dict(enumerate(self._runners)))) if self.tiers else lanes
+
+    def _on_lanes(self, run: Callable[[Action, Values], Values]) -> Lanes:
         if all(d == "cpu" for d in self.devices):
             return Lanes(self.edges, run, self.threads)
         self._streams = Streams(self.devices)
@@ -164,12 +211,27 @@ class Pipeline:
     def close(self) -> None:
         """End the ranks."""
         self._lanes.close()
+        close_all(self._runners)
 
     def __enter__(self) -> Pipeline:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+class Counted:
+    """Lanes whose steps tell what their stages' weights brought."""
+
+    def __init__(self, lanes: Lanes, brought: Brought) -> None:
+        self.lanes, self.brought = lanes, brought
+
+    def step(self, program: Program, given: Sequence[Values]) -> Step:
+        self.brought.since()  # of a step that failed
+        return replace(self.lanes.step(program, given), streamed=self.brought.since())
+
+    def close(self) -> None:
+        self.lanes.close()
 
 
 def stage_runner(

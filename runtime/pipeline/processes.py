@@ -60,7 +60,7 @@ class Processes(Pipeline):
         self._folder = private_folder()
         folder = Path(self._folder.name)
         made, numbers = assembly(
-            self.stages, self.edges, self.placement, self.engines, self.threads
+            self.stages, self.edges, self.placement, self.engines, self.threads, tiers=self.tiers
         )  # fmt: skip
         write_assembly(folder, made, self.stages)
         where = meeting(self._links, folder, self._address)

@@ -55,6 +55,14 @@ class Report:
                 found[pair] = found.get(pair, 0) + size
         return found
 
+    @property
+    def streamed(self) -> tuple[int, ...]:
+        """Bytes of weights that each rank was brought."""
+        found = [0] * len(self.program.ranks)
+        for stage, size in self.step.streamed.items():
+            found[self.program.placement[stage]] += size
+        return tuple(found)
+
     def trace(self, names: list[str]) -> dict[str, Any]:
         """Events for Perfetto: the measured lanes as one process, the predicted as another."""
         predicted = chrome_trace(self.simulation, names)

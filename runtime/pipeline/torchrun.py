@@ -19,9 +19,10 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from dfc.errors import DfcError
-from dfc.ir.graph import Graph
+from dfc.ir.graph import Graph, Value
 from dfc.planning.actions import Action, Kind, Program, parse_program
 from dfc.planning.stages import HOST
+from dfc.planning.tiers import Tiers
 from dfc.runtime.pipeline.carrying import Carriers
 from dfc.runtime.pipeline.control import Message
 from dfc.runtime.pipeline.crew import AT_LEAST, LATE, UNKNOWN
@@ -43,6 +44,7 @@ from dfc.runtime.pipeline.rank import run_rank
 from dfc.runtime.pipeline.spawn import private_folder
 from dfc.runtime.pipeline.wiring import Numbered, Wiring
 from dfc.runtime.pipeline.world import MEETING, World
+from dfc.runtime.tiers.stages import Ranks, plan_data, plan_of, plan_stages
 
 _BEAT = 0.5  # seconds between two notes of what a rank does
 
@@ -71,7 +73,7 @@ class Launched(Pipeline):
     def _start(self) -> Runs:
         self.world.expect(len(self.threads))
         made, numbers = assembly(
-            self.stages, self.edges, self.placement, self.engines, self.threads
+            self.stages, self.edges, self.placement, self.engines, self.threads, tiers=self.tiers
         )  # fmt: skip
         has = {**versions(), "model": self.graph.fingerprint(), "plan": made.digest}
         self.world.same(has)
@@ -80,6 +82,29 @@ class Launched(Pipeline):
         wiring = Wiring(self.graph, made, numbers)
         self._ranks = LaunchedRanks(self.world, wiring, stages, self._links)
         return self._ranks
+
+    def _planned(
+        self, ranks: Ranks, sizes: dict[str, int], given: Mapping[Value, Any] | None
+    ) -> list[Tiers]:
+        """As rank 0 plans it for all, since measured times differ from rank to rank."""
+        if self.world.rank == 0:
+            return self._told(lambda: plan_stages(ranks, sizes, given))
+        found = self.world.get("tiers", FOREVER)
+        if found is None or "code" in found:
+            told = found or {"code": "K058", "message": "rank 0 is lost", "status": 1}
+            raise DfcError(told["code"], told["message"], status=told["status"])
+        return [plan_of(x) for x in found["plans"]]
+
+    def _told(self, make: Callable[[], list[Tiers]]) -> list[Tiers]:
+        """What others are to know of it, also where it fails."""
+        try:
+            found = make()
+        except DfcError as e:
+            said = {"code": e.code, "message": e.message, "status": e.status}
+            self.world.put("tiers", said)
+            raise
+        self.world.put("tiers", {"plans": [plan_data(x) for x in found]})
+        return found
 
     @property
     def leads(self) -> bool:
@@ -147,10 +172,11 @@ class LaunchedRanks:
         self._rows = [mine]
         self._collect(events, results)
         patience = max(2 * AT_LEAST, time.perf_counter() - began)
-        spans, sent = self._others(number, dict(host.sent), patience)
+        spans, sent, streamed = self._others(number, dict(host.sent), patience)
         seconds = time.perf_counter() - began
         self.deadline = max(AT_LEAST, LATE * seconds)
-        return Step(self.wiring.named(results), spans, seconds, self.wiring.by_edge(sent))
+        edges = self.wiring.by_edge(sent)
+        return Step(self.wiring.named(results), spans, seconds, edges, streamed)
 
     def serve(self) -> None:
         """Steps as rank 0 says, until it closes.
@@ -180,6 +206,7 @@ class LaunchedRanks:
             self._carriers.close()
         for links in self._both():
             links.close()
+        self.stages.close()
         if self._folder is not None:
             self._folder.cleanup()
 
@@ -201,7 +228,8 @@ class LaunchedRanks:
             said = {"did": "failed", "code": "K058", "message": self._lost(e)}
         else:
             spans = [[int(a.kind), a.stage, a.microbatch, s, t] for a, s, t in done.spans]
-            said = {"did": "done", "spans": spans, "sent": sorted(done.sent.items())}
+            said = {"did": "done", "spans": spans, "sent": sorted(done.sent.items()),
+                    "streamed": sorted(self.stages.brought.since().items())}  # fmt: skip
         self.world.put(f"done/{number}/{rank}", said)
         if said["did"] == "failed":
             del traffic
@@ -260,12 +288,12 @@ class LaunchedRanks:
 
     def _others(
         self, number: int, sent: dict[int, int], patience: float
-    ) -> tuple[list[Span], dict[int, int]]:
+    ) -> tuple[list[Span], dict[int, int], dict[int, int]]:
         """Times and bytes of all ranks, which have only to write them when the results are there.
 
         Raises:  DfcError K058.
         """
-        spans = []
+        spans, streamed = [], {}
         for rank in range(self.world.size):
             found = self.world.get(f"done/{number}/{rank}", patience)
             if found is None or found["did"] != "done":
@@ -273,7 +301,8 @@ class LaunchedRanks:
             for kind, stage, b, start, end in found["spans"]:
                 spans.append(Span(Action(Kind(kind), stage, b), rank, start, end))
             sent.update({int(e): n for e, n in found["sent"]})
-        return spans, sent
+            streamed.update({int(s): n for s, n in found["streamed"]})
+        return spans, sent, streamed
 
     def _lost(self, e: Exception) -> str:
         """Who is lost, in which wait of this rank, and what it did last."""

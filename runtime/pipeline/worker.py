@@ -7,7 +7,7 @@ doing. What it is told and what it answers:
 
     link(name, meeting)                    linked, unlinked(why)
     program(text, name)
-    step(number, microbatches, sizes)      done(spans, sent), failed(error), broken(doing)
+    step(number, microbatches, sizes)      done(spans, sent, streamed), failed(error), broken(doing)
     abandon                                abandoned
     end
 """
@@ -150,6 +150,7 @@ class Worker:
         self.traffic = Traffic(
             self.links, self.routes, microbatches, self.types, sizes, self.doing
         )  # fmt: skip
+        self.stages.brought.since()  # of a step that was given up
         try:
             done = run_rank(
                 self.rank, self.routes, self.stages.run, self.traffic, microbatches, self.doing
@@ -165,7 +166,9 @@ class Worker:
         else:
             self.traffic = None
             spans = [[int(a.kind), a.stage, a.microbatch, s, e] for a, s, e in done.spans]
-            self._tell("done", number=number, spans=spans, sent=sorted(done.sent.items()))
+            streamed = sorted(self.stages.brought.since().items())
+            sent = sorted(done.sent.items())
+            self._tell("done", number=number, spans=spans, sent=sent, streamed=streamed)
 
     def _drop(self) -> None:
         """Let the links go: whoever waits at the other end of one is told by that."""

@@ -20,6 +20,8 @@ class Cycle:
     def __init__(self, carrier: Carrier, loads: Sequence[Load]) -> None:
         self.carrier, self.loads = carrier, loads
         self.count = len(carrier.slots)
+        self._sizes = [sum(piece.bytes for piece in load) for load in loads]
+        self.brought = 0  # bytes of all that was taken
         self._views = [
             [tuple(piece.of(slot) for piece in load) for slot in carrier.slots] for load in loads
         ]
@@ -39,6 +41,7 @@ class Cycle:
         """The weights of a load, which is next."""
         slot = self.taken % self.count
         self.carrier.ready(slot)
+        self.brought += self._sizes[load]
         return self._views[load][slot]
 
     def leave(self) -> None:

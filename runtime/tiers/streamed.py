@@ -92,6 +92,11 @@ class Streamed:
     def held_bytes(self) -> int:
         return sum(x.untyped_storage().nbytes() for x in self.memory())
 
+    @property
+    def brought(self) -> int:
+        """Bytes of weights that passes so far took from slots."""
+        return self.cycle.brought
+
     def close(self) -> None:
         """End what brings weights, and let go of all memory; it cannot be called any more."""
         self._finalizer()

@@ -62,9 +62,12 @@ def first_plan(parts: Cut, wanted: Wanted, place: Place, sizes: Sizes) -> Tiers:
 
 
 def measured_plan(
-    parts: Cut, plan: Tiers, place: Place, wanted: Wanted, inputs: Sequence[Any]
+    parts: Cut, plan: Tiers, place: Place, wanted: Wanted, inputs: Sequence[Any], sharing: int = 1
 ) -> Tiers:
-    """The plan by what blocks and copies take; another one only where it is clearly faster."""
+    """The plan by what blocks and copies take; another one only where it is clearly faster.
+
+    Copies take so many times as long as was measured where several are `sharing` what brings them.
+    """
     import torch
 
     clock = place.clock()
@@ -84,7 +87,7 @@ def measured_plan(
     seconds, _ = block_seconds(between, len(timed))
     found = dict(zip(timed, seconds, strict=True))
     layers = [replace(x, seconds=found.get(i, 0.0)) for i, x in enumerate(plan.layers)]
-    rate = sum(s for _, s in copied) / max(1, sum(b for b, _ in copied))
+    rate = sharing * sum(s for _, s in copied) / max(1, sum(b for b, _ in copied))
     now = replace(plan, layers=tuple(layers), hop=replace(plan.hop, per_byte=rate))
     other = plan_tiers(
         layers, plan.weights, plan.memory, now.hop, plan.fixed, wanted.slots, wanted.placement
