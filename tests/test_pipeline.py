@@ -260,22 +260,40 @@ def staged(first: str, second: str, microbatches: int = 3) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("given", "device", "on", "status", "told"),
+    ("given", "status", "told"),
     [
-        ("cpu,cpu,cpu", "cpu", "threads", 2, "3 devices are given for 2 stages"),
-        ("cpu,tpu", "cpu", "threads", 2, "stage 1 is to run on tpu: unknown device `tpu`"),
-        ("cpu:x", "cpu", "threads", 2, "stage 0 is to run on cpu:x: that is no device"),
-        ("cpu,cuda:99", "cpu", "threads", 7, "stage 1 is to run on cuda:99: torch sees"),
+        ("cpu,cpu,cpu", 2, "3 devices are given for 2 stages"),
+        ("cpu,tpu", 2, "stage 1 is to run on tpu: unknown device `tpu`"),
+        ("cpu:x", 2, "stage 0 is to run on cpu:x: that is no device"),
+        ("cpu,cuda:99", 7, "stage 1 is to run on cuda:99: torch sees"),
     ],
 )
-def test_a_stage_whose_device_is_not_here_is_named(
-    given: str, device: str, on: str, status: int, told: str
-) -> None:
+def test_a_stage_whose_device_is_not_here_is_named(given: str, status: int, told: str) -> None:
     from dfc.cli.stage_devices import rank_devices
 
     with pytest.raises(DfcError) as error:
-        rank_devices(given, device, None, [0, 1], on)
+        rank_devices(given, "cpu", None, [0, 1])
     assert told in error.value.message and error.value.status == status
+
+
+@pytest.mark.parametrize("on", ["threads", "processes", "ray", "torchrun"])
+def test_a_missing_device_is_told_wherever_stages_run(
+    on: str, tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dfc.cli import main
+
+    _, _, graph = captured("chain")
+    package = str(tmp_path / "chain.dfcpkg")
+    dfc.compile(graph, [torch.randn(6, 8)], engine="eager").save(package)
+    launched = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": "0"}  # fmt: skip
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    given = ["run", package, "--size", "B=12", "--pipeline", "1", "--devices", "cuda:99"]
+    assert main([*given, "--on", on]) == 7
+    told = capsys.readouterr().err
+    assert "K004" in told and "stage 0 is to run on cuda:99: torch sees" in told
+    assert "--devices cpu runs every stage on this processor" in told
 
 
 def test_devices_are_those_asked_for_else_the_plans(
@@ -288,13 +306,13 @@ def test_devices_are_those_asked_for_else_the_plans(
     package = str(tmp_path / "chain.dfcpkg")
     compiled.save(package)
     if torch.cuda.is_available():
-        assert rank_devices(None, "cpu", compiled.plan, [0, 1], "threads") == ["cpu", "cuda:0"]
+        assert rank_devices(None, "cpu", compiled.plan, [0, 1]) == ["cpu", "cuda:0"]
     else:
         assert main(["run", package, "--size", "B=12", "--pipeline", "plan"]) == 7
         told = capsys.readouterr().err
         assert "stage 1 is planned on b, which would be cuda:0 here" in told
         assert "--devices cpu" in told
-    assert rank_devices("cpu", "cpu", compiled.plan, [0, 1], "threads") == ["cpu", "cpu"]
+    assert rank_devices("cpu", "cpu", compiled.plan, [0, 1]) == ["cpu", "cpu"]
     given = ["run", package, "--size", "B=12", "--pipeline", "plan", "--devices", "cpu", "--json"]
     assert main(given) == 0
     import json
@@ -303,12 +321,23 @@ def test_devices_are_those_asked_for_else_the_plans(
     assert told_of["devices"] == ["cpu", "cpu"] and told_of["microbatches"] == 3
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert rank_devices(None, "cpu", compiled.plan, [0, 1], "threads") == ["cpu", "cuda:0"]
-    assert rank_devices("cuda:1", "cpu", None, [0, 0, 1], "threads") == ["cuda:1"] * 2
+    assert rank_devices(None, "cpu", compiled.plan, [0, 1]) == ["cpu", "cuda:0"]
+    assert rank_devices("cuda:1", "cpu", None, [0, 0, 1]) == ["cuda:1"] * 2
     with pytest.raises(DfcError, match=r"N053.*stage 2 is to run on cpu, and its rank 0"):
-        rank_devices("cuda:0,cpu,cpu", "cpu", None, [0, 1, 0], "threads")
-    with pytest.raises(DfcError, match=r"Q006.*ranks in processes have the processor"):
-        rank_devices("cpu,cuda:0", "cpu", None, [0, 1], "processes")
+        rank_devices("cuda:0,cpu,cpu", "cpu", None, [0, 1, 0])
+    hosts = [0, 0, 1, 1]  # of each only its own devices are looked for
+    with pytest.raises(DfcError, match=r"K004.*stage 1 is to run on cuda:2"):
+        rank_devices("cpu,cuda:2,cpu,cuda:0", "cpu", None, [0, 1, 2, 3], hosts, here=0)
+    found = rank_devices("cpu,cuda:2,cpu,cuda:0", "cpu", None, [0, 1, 2, 3], hosts, here=1)
+    assert found == ["cpu", "cuda:2", "cpu", "cuda:0"]
+
+
+def test_each_host_of_a_plan_counts_its_own_gpus() -> None:
+    from dfc.cli.stage_devices import _of_plan
+
+    plan = staged(GPU, GPU).plan
+    assert _of_plan(plan, [0, 0]) == ["cuda:0", "cuda:1"]
+    assert _of_plan(plan, [0, 1]) == ["cuda:0", "cuda:0"]
 
 
 def test_a_device_that_there_is_not_is_told_with_its_rank() -> None:

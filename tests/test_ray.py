@@ -53,3 +53,9 @@ def test_actors_run_the_same_ranks_and_are_replaced() -> None:
         assert ray.is_initialized()  # the caller's own cluster is left alone
     finally:
         ray.shutdown()
+
+
+def test_ranks_on_one_device_share_a_gpu() -> None:
+    from dfc.runtime.pipeline.ray_ import gpu_shares
+
+    assert gpu_shares(["cpu", "cuda:0", "cuda:1", "cuda:0"]) == [0.0, 0.5, 1.0, 0.5]

@@ -86,17 +86,43 @@ def build():
 """
 
 
-def test_ranks_in_processes_load_what_is_used(tmp_path: Path) -> None:
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+
+
+@pytest.mark.parametrize("on", ["processes", "torchrun", "ray"])
+def test_ranks_load_what_is_used(on: str, tmp_path: Path) -> None:
     """The op exists in the file alone: a rank that does not load it cannot run its stage."""
+    if on == "ray":
+        pytest.importorskip("ray")
     (tmp_path / "twice.py").write_text(USED)
     given = ["run", "twice.py:build", "--use", "twice.py", "--pipeline", "2", "-m", "3",
-             "--on", "processes", "--links", "gloo", "--json"]  # fmt: skip
+             "--on", on, "--json"]  # fmt: skip
+    launcher = TORCHRUN if on == "torchrun" else []
     ran = subprocess.run(
-        [sys.executable, "-m", "dfc.cli", *given], cwd=tmp_path, env=environment(),
+        [sys.executable, *launcher, "-m", "dfc.cli", *given], cwd=tmp_path, env=environment(),
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout)["pipeline"]["on"] == "processes"
+    assert json.loads(ran.stdout)["pipeline"]["on"] == on
+
+
+def test_what_a_rank_cannot_load_is_told_once(tmp_path: Path) -> None:
+    """The rank says it, and is not started again."""
+    from functools import partial
+
+    from dfc.cli.options import load_used
+    from dfc.runtime.pipeline.processes import Processes
+    from dfc.runtime.pipeline.spawn import Spawner
+    from tests.test_pipeline import stages
+
+    missing = str(tmp_path / "missing.py")
+    _, _, graph = captured("chain")
+    with pytest.raises(DfcError, match="D050") as error:
+        load_used([missing])
+    launcher = partial(Spawner, entry=("dfc.cli.used_rank", missing, "--"))
+    with pytest.raises(DfcError) as told:
+        Processes(graph, stages(graph, 2), launcher=launcher)
+    assert (told.value.code, told.value.message) == (error.value.code, error.value.message)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +131,6 @@ def test_ranks_in_processes_load_what_is_used(tmp_path: Path) -> None:
         (["--pipeline", "2", "--on", "proceses"], "did you mean `processes`?"),
         (["--on", "processes"], "--on is for pipelines"),
         (["--pipeline", "2", "--on", "torchrun"], "was not started by torchrun"),
-        (["--pipeline", "2", "--on", "ray", "--use", "ops.py"], "do not load what --use"),
         (["--pipeline", "2", "--links", "gloo"], "--links is for ranks in processes"),
         (["--pipeline", "2", "--on", "processes", "--links", "glo"], "did you mean `gloo`?"),
         (["--devices", "cpu,cpu"], "--devices is for pipelines"),

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dfc.cli.options import load_used
 from dfc.cli.stage_devices import rank_devices
 from dfc.cli.stage_tiers import show_tiers, tiers_data
 from dfc.errors import DfcError
@@ -29,6 +30,16 @@ class Where:
     devices: str | None = None  # of all stages, or of each
     links: str | None = None  # between ranks that are processes
     use: Sequence[str] = ()  # files that ranks load
+
+    @property
+    def hosts(self) -> tuple[Sequence[int] | None, int]:
+        """The hosts of ranks, and this one among them."""
+        if self.on != "torchrun":
+            return None, 0
+        from dfc.runtime.pipeline.world import World
+
+        world = World.of_launcher()
+        return world.hosts, world.hosts[world.rank]
 
 
 _WARM = 2  # steps before those that are measured
@@ -63,12 +74,10 @@ def run_pipelined(
     count = 1 + max(placed.values(), default=0)
     if len(engines) not in (1, count):
         raise DfcError("N053", f"{len(engines)} engines are given for {count} stages")
-    devices = rank_devices(
+    devices = options["devices"] = rank_devices(
         where.devices, where.device, compiled.plan if stages is None else None,
-        options.get("placement", range(count)), where.on,
+        options.get("placement", range(count)), *where.hosts,
     )  # fmt: skip
-    if where.on == "threads":
-        options["devices"] = devices
     say(f"building {count} stages for {', '.join(engines)}, on {where.on}")
     names = engines[0] if len(engines) == 1 else engines
     if microbatches:
@@ -136,13 +145,20 @@ def _maker(
         from dfc.runtime.pipeline.spawn import Spawner
 
         launcher: Any = RayLauncher if where.on == "ray" else Spawner
-        if where.use:
+        if where.use and where.on == "ray":
+            launcher = partial(RayLauncher, before=partial(load_used, _anywhere(where.use)))
+        elif where.use:
             launcher = partial(Spawner, entry=("dfc.cli.used_rank", *where.use, "--"))
         made = partial(Processes, launcher=launcher, links=where.links)
         return made, *_placed(compiled, stages, inputs, say)
     from dfc.runtime.pipeline.local import Pipeline
 
     return Pipeline, *_placed(compiled, stages, inputs, say)
+
+
+def _anywhere(use: Sequence[str]) -> list[str]:
+    """Files by their whole paths: an actor may have another working directory."""
+    return [str(Path(name).absolute()) if Path(name).exists() else name for name in use]
 
 
 def run_stages(

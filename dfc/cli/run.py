@@ -139,7 +139,7 @@ def run(
     from dfc.cli.outputs import require_apart, require_writable
     from dfc.cli.progress import Progress
 
-    check_place(on, pipeline, use)
+    check_place(on, pipeline)
     check_links(links, devices, on, pipeline)
     if memory is not None:
         check_memory(memory, pipeline, microbatches)
@@ -190,7 +190,7 @@ def run(
         print_text(f"wrote {output}")
 
 
-def check_place(on: str | None, stages: str | None, use: list[str] | None) -> None:
+def check_place(on: str | None, stages: str | None) -> None:
     """Whether a pipeline can run there, before anything is loaded.
 
     Raises:  DfcError Q006 for what does not go together, N057 for a world of another size.
@@ -203,9 +203,6 @@ def check_place(on: str | None, stages: str | None, use: list[str] | None) -> No
     if stages is None:
         help = "say into how many stages: --pipeline 2"
         raise DfcError("Q006", "--on is for pipelines", help=help)
-    if on == "ray" and use:
-        help = "run it on threads, on processes, or on torchrun, which all load it"
-        raise DfcError("Q006", "the actors of ranks do not load what --use names", help=help)
     if on == "torchrun":
         from dfc.runtime.pipeline.world import World
 

@@ -15,42 +15,53 @@ _ALL_HERE = "--devices cpu runs every stage on this processor"
 
 
 def rank_devices(
-    given: str | None, device: str, plan: Plan | None, placement: Sequence[int], on: str
+    given: str | None,
+    device: str,
+    plan: Plan | None,
+    placement: Sequence[int],
+    hosts: Sequence[int] | None = None,
+    here: int = 0,
 ) -> list[str]:
     """`--devices` for all stages or for each, else the plan's, else `--device` for all.
 
+    `hosts` are those of the ranks, this one unless it is said: devices are looked for where they
+    are to be.
     Raises:  DfcError Q007, K004 for a stage's device that is not here; N053 for another number of
-             them, or two for one rank; Q006 for ranks that are not threads.
+             them, or two for one rank.
     """
+    host_of = [hosts[r] if hosts else here for r in placement]
     if given is not None:
         stages = [d.strip() for d in given.split(",")]
         if len(stages) not in (1, len(placement)):
             message = f"{len(stages)} devices are given for {len(placement)} stages"
             raise DfcError("N053", message, status=2)
         stages = stages * len(placement) if len(stages) == 1 else stages
-        for stage, d in enumerate(stages):
-            _check(d, f"stage {stage} is to run on {d}")
+        told = [f"stage {stage} is to run on {d}" for stage, d in enumerate(stages)]
     elif plan is not None:
-        stages = _of_plan(plan)
+        stages = _of_plan(plan, host_of)
+        told = [f"stage {s.index} is planned on {s.device}, which would be {d} here"
+                for s, d in zip(plan.stages, stages, strict=True)]  # fmt: skip
     else:
-        stages = [device] * len(placement)
-    away = next((s for s, d in enumerate(stages) if d != "cpu"), None)
-    if away is not None and on != "threads":
-        message = f"stage {away} is to run on {stages[away]}, and ranks in {on} have the processor"
-        raise DfcError("Q006", message, help=f"--on threads; {_ALL_HERE}")
+        return _by_rank([device] * len(placement), placement)  # it has been looked for
+    for d, what, host in zip(stages, told, host_of, strict=True):
+        if host == here:
+            _check(d, what)
     return _by_rank(stages, placement)
 
 
-def _of_plan(plan: Plan) -> list[str]:
-    """This machine's devices for the plan's: its GPUs in their order, its processors as one."""
-    kinds = {d.name: d.kind for d in plan.machine.devices}
-    gpus = [name for name in kinds if kinds[name] == "cuda"]
-    found = []
-    for s in plan.stages:
-        here = f"cuda:{gpus.index(s.device)}" if s.device in gpus else "cpu"
-        _check(here, f"stage {s.index} is planned on {s.device}, which would be {here} here")
-        found.append(here)
-    return found
+def _of_plan(plan: Plan, hosts: Sequence[int]) -> list[str]:
+    """Each host's devices for the plan's: its GPUs in their order, its processors as one.
+
+    Of several hosts each has the GPUs that its own stages are on.
+    """
+    gpus = [d.name for d in plan.machine.devices if d.kind == "cuda"]
+    used = {(s.device, h) for s, h in zip(plan.stages, hosts, strict=True)}
+    alone = len(set(hosts)) == 1
+    of_host = {h: [g for g in gpus if alone or (g, h) in used] for h in set(hosts)}
+    return [
+        f"cuda:{of_host[h].index(s.device)}" if s.device in gpus else "cpu"
+        for s, h in zip(plan.stages, hosts, strict=True)
+    ]
 
 
 def _check(device: str, told: str) -> None:

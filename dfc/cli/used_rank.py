@@ -6,21 +6,16 @@ python -m dfc.cli.used_rank FILE ... -- FOLDER RANK BORN HOST PORT
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 
 def main() -> None:
-    from dfc.cli.extensions import load_extension
-    from dfc.errors import DfcError
+    from dfc.cli.options import load_used
     from dfc.runtime.pipeline import worker
 
     end = sys.argv.index("--")
     used, sys.argv[1:] = sys.argv[1:end], sys.argv[end + 1 :]
-    try:
-        for name in used:
-            load_extension(name)
-    except DfcError as e:
-        sys.exit(f"what --use names cannot be loaded: {e}")
-    worker.main()
+    worker.main(before=partial(load_used, used))
 
 
 if __name__ == "__main__":

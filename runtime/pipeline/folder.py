@@ -19,9 +19,14 @@ from typing import TYPE_CHECKING, Any
 from dfc.errors import DfcError
 from dfc.ir.types import TensorType, Type
 from dfc.ir.weights import SafetensorsData, write_safetensors
+from dfc.planning.engine import Runner
 from dfc.planning.stages import StageGraph
 from dfc.runtime.pipeline.lanes import Run, Values
-from dfc.runtime.pipeline.routes import Edge
+from dfc.runtime.pipeline.links import Doing, Traffic
+from dfc.runtime.pipeline.rank import Done, run_rank
+from dfc.runtime.pipeline.rank_device import RankDevice
+from dfc.runtime.pipeline.routes import Edge, Routes
+from dfc.runtime.pipeline.streams import on_stream
 from dfc.runtime.tiers.stages import (
     STREAMS,
     Brought,
@@ -34,7 +39,6 @@ from dfc.runtime.tiers.stages import (
 if TYPE_CHECKING:
     from dfc.ir.graph import Graph, Parameter
     from dfc.planning.actions import Action
-    from dfc.planning.engine import Runner
     from dfc.planning.tiers import Tiers
 
 _FILE = "pipeline.json"
@@ -47,7 +51,7 @@ class Assembly:
     placement: list[int]
     engines: list[str]  # of each stage
     threads: list[int]  # of each rank
-    device: str
+    devices: list[str]  # of each rank
     edges: list[list[Any]]  # source, target, values, backward
     takes: list[list[int]]  # of each stage, by number
     gives: list[list[int]]
@@ -83,10 +87,13 @@ def assembly(
     placement: Sequence[int],
     engines: Sequence[str],
     threads: Sequence[int],
-    device: str = "cpu",
+    devices: Sequence[str] = (),
     tiers: Sequence[Tiers] = (),
 ) -> tuple[Assembly, dict[Hashable, int]]:
-    """What the ranks have to know, without weights, and the number of each value."""
+    """What the ranks have to know, without weights, and the number of each value.
+
+    Without `devices` every rank computes on the processor.
+    """
     numbers: dict[Hashable, int] = {}
     for e in edges:
         for v in e.values:
@@ -95,7 +102,8 @@ def assembly(
         for v in (*s.takes, *s.gives):
             numbers.setdefault(v, len(numbers))
     made = Assembly(
-        list(placement), list(engines), list(threads), device,
+        list(placement), list(engines), list(threads),
+        list(devices) or ["cpu"] * len(threads),
         [[e.source, e.target, [numbers[v] for v in e.values], e.backward] for e in edges],
         [[numbers[v] for v in s.takes] for s in stages],
         [[numbers[v] for v in s.gives] for s in stages],
@@ -154,26 +162,44 @@ def read_stage(folder: Path, made: Assembly, stage: int) -> Graph:
 
 
 class Stages:
-    """The stages of one rank, built for their engines."""
+    """The stages of one rank, built for their engines on its device.
 
-    def __init__(self, made: Assembly, graphs: dict[int, Graph], rank: int) -> None:
-        self.made, self.graphs = made, graphs
+    `device` is what that is called in this process, where it is called otherwise.
+    """
+
+    def __init__(
+        self, made: Assembly, graphs: dict[int, Graph], rank: int, device: str = ""
+    ) -> None:
+        self.made, self.graphs, self.rank = made, graphs, rank
+        self.device = RankDevice(device or made.devices[rank])
         self._runners = {s: self._built(s, made.threads[rank]) for s in graphs}
         self.brought = Brought(self._runners)
+        self._paced: Run = self.device.paced(self._run, len(made.placement))
+
+    def row(
+        self, routes: Routes, traffic: Traffic, microbatches: Sequence[int], doing: Doing
+    ) -> Done:  # fmt: skip
+        """This rank's row of a program, for these microbatches.
+
+        Raises:  DfcError K050 for an action that fails, LinkLost, Abandoned.
+        """
+        with self.device.step():
+            done = run_rank(self.rank, routes, self._paced, traffic, microbatches, doing)
+        return Done(self.device.timed(done.spans), done.sent)
 
     def _built(self, stage: int, threads: int) -> Runner:
         from dfc.runtime.engines import find_engine
 
-        engine, graph = self.made.engines[stage], self.graphs[stage]
-        if self.made.tiers and engine == STREAMS:
-            return build_stage(graph, plan_of(self.made.tiers[stage]), self.made.device)
-        return find_engine(engine).build(graph, self.made.device, threads)
+        name, graph, device = self.made.engines[stage], self.graphs[stage], self.device.name
+        if self.made.tiers and name == STREAMS:
+            return build_stage(graph, plan_of(self.made.tiers[stage]), device)
+        return on_stream(name, find_engine(name).build(graph, device, threads), device)
 
     def close(self) -> None:
         """End what runners hold."""
         close_all(list(self._runners.values()))
 
-    def run(self, action: Action, values: Values) -> Values:
+    def _run(self, action: Action, values: Values) -> Values:
         """A forward action, as lanes run it; values go by number."""
         s = action.stage
         results = self._runners[s]([values[k] for k in self.made.takes[s]])

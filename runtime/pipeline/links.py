@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dfc.planning.stages import HOST
 from dfc.runtime.pipeline.messages import Layout, Message, layout_of
+from dfc.runtime.pipeline.rank_device import RankDevice, on_host
 from dfc.runtime.pipeline.routes import Key, Routes
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ class Traffic:
 
     `sizes[b]` are those of microbatch b; `types` those of each edge that the member has part in.
     A sender that is as far ahead as an edge has slots waits for the oldest message; messages that
-    are small have more slots.
+    are small have more slots. What is received lies on `device`, else in this machine's memory.
     """
 
     def __init__(
@@ -235,8 +236,9 @@ class Traffic:
         sizes: Sequence[Mapping[str, Any]],
         doing: Doing,
         seconds: float = FOREVER,
+        device: RankDevice | None = None,
     ) -> None:
-        self.links, self.routes, self.doing = links, routes, doing
+        self.links, self.routes, self.doing, self.device = links, routes, doing, device
         self.types, self.sizes = types, sizes
         self.timeout = timedelta(seconds=seconds)
         self.abandoned = False
@@ -254,7 +256,7 @@ class Traffic:
         self._go_on()
         pair = self._pair(edge)
         layout = self._layout(edge, microbatch)
-        message = layout.message(values)
+        message = layout.message(on_host(values))
         tag = 2 * self.orders[pair].place[edge, microbatch]
         slots = max(self.routes.slots[edge] or _HOST_SLOTS, _that_are_small(message.nbytes))
         under_way = self._under_way.setdefault(edge, deque())
@@ -294,7 +296,8 @@ class Traffic:
                 self._post_ahead(pair, incoming, place + ahead)
         except (RuntimeError, KeyError) as e:
             raise LinkLost(edge, microbatch, pair[0], True, str(e)) from e
-        return self._layout(edge, microbatch).unpack(block)
+        values = self._layout(edge, microbatch).unpack(block)
+        return values if self.device is None else self.device.here(values)
 
     def finish(self, edges: Collection[int] | None = None) -> None:
         """Wait until everything sent along these edges, or all, has arrived.

@@ -33,6 +33,7 @@ class Processes(Pipeline):
     call; later ones take what was measured. `incidents` tells of every loss that was mended.
     `links` are `local` (sockets of this host) or `gloo`; by default local where the address is
     this host's own.
+    Results lie in this machine's memory, wherever they were made.
     Needs:   a graph with a dynamic batch dimension, unless every call is one microbatch.
     Ensures: results equal those of the stages run one after another on the same microbatches; all
              processes end with the pipeline, or with this process.
@@ -46,7 +47,7 @@ class Processes(Pipeline):
         *,
         restarts: int = FRUITLESS,
         expected: Sequence[float] = (),
-        launcher: Callable[[Path, list[int]], Launcher] = Spawner,
+        launcher: Callable[[Path, list[int], list[str]], Launcher] = Spawner,
         address: str = "127.0.0.1",
         links: str | None = None,
         **options: Any,
@@ -60,11 +61,14 @@ class Processes(Pipeline):
         self._folder = private_folder()
         folder = Path(self._folder.name)
         made, numbers = assembly(
-            self.stages, self.edges, self.placement, self.engines, self.threads, tiers=self.tiers
+            self.stages, self.edges, self.placement, self.engines, self.threads, self.devices,
+            self.tiers,
         )  # fmt: skip
         write_assembly(folder, made, self.stages)
         where = meeting(self._links, folder, self._address)
-        crew = Crew(len(self.threads), self._launcher(folder, self.threads), self._address)
+        crew = Crew(
+            len(self.threads), self._launcher(folder, self.threads, self.devices), self._address
+        )
         crew.expected = dict(self._expected)
         wiring = Wiring(self.graph, made, numbers)
         lanes = self._ranks = ProcessLanes(wiring, crew, where, self.restarts)

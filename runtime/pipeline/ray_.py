@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,13 @@ _PLACING = 60.0  # seconds for Ray to find room
 class RankActor:
     """The actor: one call that lasts as long as the rank."""
 
-    def serve(self, folder: str, rank: int, born: int, host: str, port: int, key: str) -> None:
+    def serve(
+        self, folder: str, rank: int, born: int, host: str, port: int, key: str,
+        before: Callable[[], None] | None, device: str,
+    ) -> None:  # fmt: skip
         from dfc.runtime.pipeline.worker import serve
 
-        serve(Path(folder), rank, born, (host, port), bytes.fromhex(key))
+        serve(Path(folder), rank, born, (host, port), bytes.fromhex(key), before, device)
 
 
 @dataclass
@@ -56,11 +60,16 @@ class RayHandle:
 class RayLauncher:
     """Actors in one placement group, a bundle a rank.
 
-    A cluster that the caller is connected to is used, else one is started on this machine.
+    A cluster that the caller is connected to is used, else one is started on this machine. `before`
+    is called in each actor before it reads its stages. Ranks on one CUDA device share a GPU that
+    Ray chooses; an actor sees no other one.
     Raises:  DfcError K057 without Ray, or when it has no room for all ranks.
     """
 
-    def __init__(self, folder: Path, threads: list[int]) -> None:
+    def __init__(
+        self, folder: Path, threads: list[int], devices: Sequence[str] = (),
+        before: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
         try:
             import ray
             from ray.util.placement_group import placement_group, remove_placement_group
@@ -68,17 +77,24 @@ class RayLauncher:
             raise DfcError(
                 "K057", "Ray is not installed", help="pip install dfc-compiler[ray]", status=7
             ) from None
-        self.folder, self.threads, self._ray = folder, threads, ray
+        self.folder, self.threads, self.before, self._ray = folder, threads, before, ray
+        self._gpus = gpu_shares(devices or ["cpu"] * len(threads))
         self._remove = remove_placement_group
         self._started = not ray.is_initialized()
         if self._started:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        self._group = placement_group([{"CPU": n} for n in threads], strategy="PACK")
+        self._group = placement_group(
+            [{"CPU": n, **({"GPU": share} if share else {})}
+             for n, share in zip(threads, self._gpus, strict=True)], strategy="PACK",
+        )  # fmt: skip
         if not self._group.wait(timeout_seconds=_PLACING):
-            have = ray.cluster_resources().get("CPU", 0)
+            have = ray.cluster_resources()
             self.close()
+            wanted = f"ranks of {threads} threads"
+            wanted += f" and {sum(self._gpus):.3g} GPUs" if any(self._gpus) else ""
             raise DfcError(
-                "K057", f"Ray has no room for ranks of {threads} threads: it has {have:.0f} CPUs",
+                "K057", f"Ray has no room for {wanted}: it has {have.get('CPU', 0):.0f} CPUs and "
+                f"{have.get('GPU', 0):.0f} GPUs",
                 help="fewer threads or ranks, or more nodes", status=7,
             )  # fmt: skip
 
@@ -90,6 +106,7 @@ class RayLauncher:
         path = os.pathsep.join(p or str(Path.cwd()) for p in sys.path)
         made = self._ray.remote(RankActor).options(
             num_cpus=threads,
+            num_gpus=self._gpus[rank],
             max_restarts=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 self._group, placement_group_bundle_index=rank
@@ -98,7 +115,10 @@ class RayLauncher:
         )
         actor = made.remote()
         host, port = door.address
-        call = actor.serve.remote(str(self.folder), rank, born, host, port, door.key.hex())
+        device = "cuda:0" if self._gpus[rank] else "cpu"
+        call = actor.serve.remote(
+            str(self.folder), rank, born, host, port, door.key.hex(), self.before, device
+        )
         return RayHandle(self._ray, actor, call)
 
     def close(self) -> None:
@@ -106,3 +126,8 @@ class RayLauncher:
         self._remove(self._group)
         if self._started:
             self._ray.shutdown()
+
+
+def gpu_shares(devices: Sequence[str]) -> list[float]:
+    """The part of a GPU that each rank asks for: those on one device share it evenly."""
+    return [0.0 if d == "cpu" else 1 / devices.count(d) for d in devices]

@@ -44,11 +44,12 @@ class Spawned:
 class Spawner:
     """Processes of this machine, each with a log in the folder.
 
-    `entry` is the module that is run, and what it is given before what `worker` takes.
+    All see the same devices. `entry` is the module that is run, and what it is given before what
+    `worker` takes.
     """
 
     def __init__(
-        self, folder: Path, threads: list[int],
+        self, folder: Path, threads: list[int], devices: Sequence[str] = (),
         entry: Sequence[str] = ("dfc.runtime.pipeline.worker",),
     ) -> None:  # fmt: skip
         self.folder, self.threads, self.entry = folder, threads, entry

@@ -165,14 +165,18 @@ class Streams:
         """A step that is over, with the devices' times in place of when actions were queued."""
         spans = []
         for span in step.spans:
-            found = self._timed.get(span.action)
-            if found is not None:
-                device, start, end = found
-                began = self._began[device]
-                times = (began.elapsed_time(event) / 1e3 for event in (start, end))
-                span = replace(span, **dict(zip(("start", "end"), times, strict=True)))
-            spans.append(span)
+            found = self.times(span.action)
+            spans.append(replace(span, start=found[0], end=found[1]) if found else span)
         return replace(step, spans=spans)
+
+    def times(self, action: Action) -> tuple[float, float] | None:
+        """When the device did an action of the step that is over, None where that was no device."""
+        found = self._timed.get(action)
+        if found is None:
+            return None
+        device, start, end = found
+        began = self._began[device]
+        return began.elapsed_time(start) / 1e3, began.elapsed_time(end) / 1e3
 
 
 def device_names(devices: Sequence[str]) -> list[str]:

@@ -40,7 +40,6 @@ from dfc.runtime.pipeline.links import (
 )
 from dfc.runtime.pipeline.local import Pipeline, Runs
 from dfc.runtime.pipeline.local_links import LocalLinks
-from dfc.runtime.pipeline.rank import run_rank
 from dfc.runtime.pipeline.spawn import private_folder
 from dfc.runtime.pipeline.wiring import Numbered, Wiring
 from dfc.runtime.pipeline.world import MEETING, World
@@ -73,7 +72,8 @@ class Launched(Pipeline):
     def _start(self) -> Runs:
         self.world.expect(len(self.threads))
         made, numbers = assembly(
-            self.stages, self.edges, self.placement, self.engines, self.threads, tiers=self.tiers
+            self.stages, self.edges, self.placement, self.engines, self.threads, self.devices,
+            self.tiers,
         )  # fmt: skip
         has = {**versions(), "model": self.graph.fingerprint(), "plan": made.digest}
         self.world.same(has)
@@ -218,10 +218,11 @@ class LaunchedRanks:
         every = range(program.microbatches)
         rank = self.world.rank
         traffic = Traffic(
-            self._links, routes, every, self._types, sizes, self.doing, order["deadline"]
+            self._links, routes, every, self._types, sizes, self.doing, order["deadline"],
+            self.stages.device,
         )  # fmt: skip
         try:
-            done = run_rank(rank, routes, self.stages.run, traffic, every, self.doing)
+            done = self.stages.row(routes, traffic, every, self.doing)
         except DfcError as e:
             said: Message = {"did": "failed", "code": e.code, "message": e.message}
         except (LinkLost, Abandoned) as e:

@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NoReturn
@@ -27,14 +28,19 @@ from typing import Any, NoReturn
 from dfc.errors import DfcError
 from dfc.runtime.pipeline.control import BEAT, Channel, Message, knock
 
+Before = Callable[[], None]
+
 
 class Worker:
     """One rank's process: commands come on a thread of their own, so that it is never deaf."""
 
-    def __init__(self, folder: Path, rank: int, channel: Channel) -> None:
+    def __init__(
+        self, folder: Path, rank: int, channel: Channel, before: Before | None, device: str
+    ) -> None:
         from dfc.runtime.pipeline.links import Doing
 
         self.folder, self.rank, self.channel = folder, rank, channel
+        self.before, self.device = before, device
         self.parent = os.getppid()
         self.doing = Doing("load")
         self.commands: SimpleQueue[Message] = SimpleQueue()
@@ -106,11 +112,13 @@ class Worker:
 
         began = time.perf_counter()
         try:
+            if self.before is not None:
+                self.before()
             self.made = made = read_assembly(self.folder)
             torch.set_num_threads(made.threads[self.rank])
             self.edges = made.routed()
             graphs = {s: read_stage(self.folder, made, s) for s in stages_of(made, self.rank)}
-            self.stages = Stages(made, graphs, self.rank)
+            self.stages = Stages(made, graphs, self.rank, self.device)
         except DfcError as e:
             self._tell("failed", number=0, **_error(e))
             return False
@@ -143,18 +151,16 @@ class Worker:
 
     def _step(self, command: Message) -> None:
         from dfc.runtime.pipeline.links import Abandoned, LinkLost, Traffic
-        from dfc.runtime.pipeline.rank import run_rank
 
         number, microbatches = command["number"], command["microbatches"]
         sizes = [command["sizes"][i] for i in command["size_of"]]
         self.traffic = Traffic(
-            self.links, self.routes, microbatches, self.types, sizes, self.doing
+            self.links, self.routes, microbatches, self.types, sizes, self.doing,
+            device=self.stages.device,
         )  # fmt: skip
         self.stages.brought.since()  # of a step that was given up
         try:
-            done = run_rank(
-                self.rank, self.routes, self.stages.run, self.traffic, microbatches, self.doing
-            )
+            done = self.stages.row(self.routes, self.traffic, microbatches, self.doing)
         except DfcError as e:
             self._drop()
             self._tell("failed", number=number, **_error(e))
@@ -182,18 +188,25 @@ def _error(e: DfcError) -> dict[str, Any]:
     return {"code": e.code, "message": e.message, "help": first.help, "status": e.status}
 
 
-def serve(folder: Path, rank: int, born: int, host: tuple[str, int], key: bytes) -> None:
-    """Be a rank for the host at that address, until it says that it is over."""
+def serve(
+    folder: Path, rank: int, born: int, host: tuple[str, int], key: bytes,
+    before: Before | None = None, device: str = "",
+) -> None:  # fmt: skip
+    """Be a rank for the host at that address, until it says that it is over.
+
+    `before` is called before stages are read: it loads what they may name. `device` is what the
+    rank's is called here, where not as in the folder.
+    """
     channel = knock(host, key)
     channel.send({"did": "hello", "rank": rank, "born": born, "pid": os.getpid()})
-    Worker(folder, rank, channel).serve()
+    Worker(folder, rank, channel, before, device).serve()
 
 
-def main() -> None:
+def main(before: Before | None = None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the host decides what an interrupt means
     folder, rank, born, host, port = sys.argv[1:6]
     key = bytes.fromhex(os.environ.pop("DFC_RANK_KEY"))
-    serve(Path(folder), int(rank), int(born), (host, int(port)), key)
+    serve(Path(folder), int(rank), int(born), (host, int(port)), key, before)
     os._exit(0)  # threads of libraries are not waited for
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import cached_property
 from typing import Any
@@ -19,11 +19,15 @@ MEETING = 120.0  # seconds for all ranks to come
 class World:
     """`rank` of `size`; without a store they meet at the address that the launcher gave.
 
-    `one_host` is whether all are on this machine: then they listen on loopback alone.
+    `hosts` says on which host each rank is; where all are on one they listen on loopback alone.
     """
 
-    def __init__(self, rank: int, size: int, store: Any = None, *, one_host: bool = True) -> None:
-        self.rank, self.size, self.one_host = rank, size, one_host
+    def __init__(
+        self, rank: int, size: int, store: Any = None, *, hosts: Sequence[int] | None = None
+    ) -> None:
+        self.rank, self.size = rank, size
+        self.hosts = list(hosts or [0] * size)
+        self.one_host = len(set(self.hosts)) == 1
         self._first = store
         self._own = threading.local()
 
@@ -35,14 +39,15 @@ class World:
         """
         try:
             rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-        except (KeyError, ValueError):
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            hosts = [r // local for r in range(size)]  # torchrun numbers host by host
+        except (KeyError, ValueError, ZeroDivisionError):
             raise DfcError(
                 "N057", "this process was not started by torchrun: RANK and WORLD_SIZE are not set",
                 help="torchrun --nproc-per-node 2 train.py, or -m dfc.cli run MODEL --pipeline 2 "
                 "--on torchrun", status=2,
             ) from None  # fmt: skip
-        return World(rank, size, one_host=local == size)
+        return World(rank, size, hosts=hosts)
 
     @property
     def store(self) -> Any:
