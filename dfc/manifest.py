@@ -36,7 +36,8 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, TypedDict, cast
 
 from dfc.errors import DfcError, Diagnostic
-from dfc.publish import AnyPath, fault_point
+from dfc.publish import AnyPath
+from dfc.publish.faults import fault_point
 
 NAME = "manifest.json"
 SCHEMA = 1

@@ -15,9 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dfc import publish
 from dfc.manifest import check_manifest, write_manifest
-from dfc.publish import publish_file, publish_folder
+from dfc.publish import durable, faults, owner, publish_file, publish_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 DEAD_PID = 4_194_305  # above the largest pid that Linux gives
@@ -30,12 +29,12 @@ def write(what: str, final: Path, generation: str) -> None:
     payload = generation.encode() * _BULK
     if what == "file":
         with publish_file(final, force=True) as temp, temp.open("r+b") as out:
-            publish.fault_point("test.write")
+            faults.fault_point("test.write")
             out.write(payload)
         return
     with publish_folder(final, force=True) as temp:
         (temp / "graph.dfc").write_bytes(payload[:1000])
-        publish.fault_point("test.write")
+        faults.fault_point("test.write")
         (temp / "stages").mkdir()
         (temp / "stages" / "a.onnx").write_bytes(payload)
         write_manifest(temp, "package", {"generation": generation})
@@ -62,7 +61,7 @@ def litter(folder: Path) -> list[str]:
 
 def leave_dead(folder: Path) -> None:
     """Make what a process that is gone left behind."""
-    path = folder / f".tmp-{DEAD_PID}-1-{publish._here()}01234567"
+    path = folder / f".tmp-{DEAD_PID}-1-{owner.here()}01234567"
     path.mkdir(exist_ok=True)
     (path / "half").write_bytes(b"half")
 
@@ -89,11 +88,11 @@ def spawn(
 
 def main(what: str, final: str, generation: str, renames: str, rounds: str) -> None:
     if renames == "plain":
-        publish._system_rename = lambda: None  # type: ignore[assignment]
+        durable._system_rename = lambda: None  # type: ignore[assignment]
     print("ready", flush=True)
     for _ in range(int(rounds)):
         write(what, Path(final), generation)
-    print(json.dumps(publish.HITS))
+    print(json.dumps(faults.HITS))
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import save_file
 
 import dfc
-from dfc import publish
 from dfc.cli import main
 from dfc.passes.cse import CommonSubexpressions
+from dfc.publish import faults
 
 NETS = """
 import time
@@ -443,7 +443,7 @@ def test_a_disk_that_fails_is_status_7(
     fails: Try, made: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     monkeypatch.setenv("DFC_FAULT", fault)
-    publish.HITS.clear()
+    faults.HITS.clear()
     err = fails(7, "compile", f"{made}/nets.py:build", "--engine", "eager", "-o", "out.dfcpkg")
     assert "error[D013]: cannot write `out.dfcpkg`" in err
     assert ("free some space" in err) == ("ENOSPC" in fault)
@@ -454,7 +454,7 @@ def test_a_full_disk_leaves_no_half_of_a_file(
     fails: Try, made: Path, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
     monkeypatch.setenv("DFC_FAULT", "publish.rename:1:ENOSPC")
-    publish.HITS.clear()
+    faults.HITS.clear()
     argv = ["run", "-o", output] if output.endswith("npz") else ["compile", "--onnx", output]
     assert "D013" in fails(7, *argv, made / "net.dfcpkg")
 
@@ -463,7 +463,7 @@ def test_an_interrupt_while_writing_leaves_nothing(
     fails: Try, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DFC_FAULT", "publish.rename:1:int")
-    publish.HITS.clear()
+    faults.HITS.clear()
     err = fails(130, "compile", f"{made}/nets.py:build", "--engine", "eager", "-o", "out.dfcpkg")
     assert "interrupted" in err
 

@@ -208,7 +208,7 @@ BROAD = {
     "passes/recover.py": 1,  # the user's training function
     "dfc/package.py": 1,  # a file of a package that somebody else wrote
     "dfc/emit/onnx_export.py": 1,  # cleans up and raises again
-    "dfc/publish.py": 1,  # cleans up and raises again
+    "dfc/publish/__init__.py": 1,  # cleans up and raises again
     "dfc/rewrite/promises.py": 1,  # a pass is anybody's code: what it raises is told with its line
     "dfc/registry.py": 1,  # what happens when another package is imported
     "dfc/rewrite/custom.py": 1,  # the user's own pass

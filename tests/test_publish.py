@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from dfc import publish
 from dfc.errors import DfcError
-from dfc.publish import HITS, publish_file, publish_folder, require_space, sweep
+from dfc.publish import durable, faults, owner, publish_file, publish_folder, require_space, sweep
+from dfc.publish.faults import HITS
 from tests.store import DEAD_PID, ROOT, leave_dead, litter, spawn, state, write
 
 SCENARIOS = [
@@ -137,7 +137,7 @@ def test_an_error_at_every_fault_point_is_clean(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if renames == "plain":
-        monkeypatch.setattr(publish, "_system_rename", lambda: None)
+        monkeypatch.setattr(durable, "_system_rename", lambda: None)
     monkeypatch.setenv("DFC_FAULT", "")
     final = prepare(tmp_path, what, before)
     HITS.clear()
@@ -250,7 +250,7 @@ def test_a_lost_race_is_an_error_and_the_winner_stays(
     tmp_path: Path, what: str, renames: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if renames == "plain":
-        monkeypatch.setattr(publish, "_system_rename", lambda: None)
+        monkeypatch.setattr(durable, "_system_rename", lambda: None)
     final = tmp_path / "m.bin"
     loser = publish_folder(final) if what == "folder" else publish_file(final)
     with pytest.raises(DfcError) as caught, loser:
@@ -299,9 +299,9 @@ def test_an_impossible_target_is_refused_before_the_work(tmp_path: Path, name: s
 
 
 def test_sweep_spares_the_living_the_foreign_and_the_users_own(tmp_path: Path) -> None:
-    here, pid, start = publish._here(), os.getpid(), publish._start_time(os.getpid())
+    here, pid, start = owner.here(), os.getpid(), owner.start_time(os.getpid())
     spared = [
-        f".tmp-{os.getppid()}-{publish._start_time(os.getppid())}-{here}00000000",  # alive
+        f".tmp-{os.getppid()}-{owner.start_time(os.getppid())}-{here}00000000",  # alive
         f".tmp-{DEAD_PID}-1-ffffffff00000000",  # another machine, young
         ".tmp-mine",
         ".old-notes",
@@ -321,8 +321,8 @@ def test_sweep_spares_the_living_the_foreign_and_the_users_own(tmp_path: Path) -
 
 def test_sweep_takes_a_zombie_for_dead(tmp_path: Path) -> None:
     zombie = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    start = publish._start_time(zombie.pid)
-    leftover = tmp_path / f".tmp-{zombie.pid}-{start}-{publish._here()}00000000"
+    start = owner.start_time(zombie.pid)
+    leftover = tmp_path / f".tmp-{zombie.pid}-{start}-{owner.here()}00000000"
     leftover.write_text("")
     sweep(tmp_path)
     assert leftover.exists()
@@ -338,7 +338,7 @@ def test_sweep_removes_a_planted_link_and_not_its_target(tmp_path: Path) -> None
     target.mkdir()
     (target / "keep").write_text("")
     for prefix in (".tmp", ".old"):
-        (tmp_path / f"{prefix}-{DEAD_PID}-1-{publish._here()}00000000").symlink_to(target)
+        (tmp_path / f"{prefix}-{DEAD_PID}-1-{owner.here()}00000000").symlink_to(target)
     sweep(tmp_path)
     assert (target / "keep").exists()
     assert litter(tmp_path) == []
@@ -395,7 +395,7 @@ def test_racing_writers_leave_one_whole_result(tmp_path: Path) -> None:
 def test_an_unreadable_fault_plan_is_refused(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DFC_FAULT", plan)
     with pytest.raises(DfcError, match="D014"):
-        publish.fault_point("a")
+        faults.fault_point("a")
 
 
 @pytest.mark.parametrize("target", ["/etc", "/etc/passwd"])

@@ -17,11 +17,6 @@ Codes (DfcError):
              something that dfc did not write
     D012  7  not enough free space; says how many bytes are missing
     D013  7  writing failed (disk full, quota, I/O, read-only, permission); says path and bytes
-    D014  7  DFC_FAULT cannot be read
-
-Fault points, for tests: DFC_FAULT="NAME:N:ACTION[,...]" makes the N-th pass of a fault point
-kill the process (`kill`), terminate it (`term`), interrupt it (`int`), wait a second (`delay`)
-or fail with an errno (`ENOSPC`, `EIO`, ...). An empty DFC_FAULT only counts, in `HITS`.
 
 Source:  trust.md 9 and 11
 Limits:  SIGTERM and SIGHUP clean up only in the main thread and where the program left them at
@@ -31,24 +26,22 @@ Limits:  SIGTERM and SIGHUP clean up only in the main thread and where the progr
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
-import platform
 import re
 import secrets
 import shutil
-import signal
 import stat
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from types import FrameType
 
 from dfc.errors import DfcError
+from dfc.publish.durable import exchange, fsync_file, fsync_folder, rename_new
+from dfc.publish.ending import ending
+from dfc.publish.faults import fault_point
+from dfc.publish.owner import here, start_time
 
 AnyPath = str | os.PathLike[str]
 
@@ -69,7 +62,6 @@ _ENVIRONMENT = {
     errno.EMFILE,
     errno.ENFILE,
 }
-_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
 
 
 # ---- what callers use ----------------------------------------------------------------------
@@ -142,57 +134,6 @@ def sweep(folder: AnyPath) -> None:
                     _recover(path) if name.startswith(".old-") else _discard(path)
 
 
-# ---- fault points --------------------------------------------------------------------------
-
-HITS: Counter[str] = Counter()  # how often each fault point was passed while DFC_FAULT was set
-
-
-def fault_point(name: str) -> None:
-    """A place where a test may make this process die, or the operation that follows fail."""
-    plan = os.environ.get("DFC_FAULT")
-    if plan is None:
-        return
-    HITS[name] += 1
-    for point, number, action in _fault_plan(plan):
-        if point == name and number == HITS[name]:
-            _strike(action)
-
-
-@cache
-def _fault_plan(text: str) -> tuple[tuple[str, int, str], ...]:
-    steps = []
-    for step in filter(None, text.split(",")):
-        match = re.fullmatch(r"([a-z_.]+):(\d{1,9}):(\w+)", step)
-        if match is None or not (match[3] in _ACTIONS or match[3] in _ERRNO):
-            raise DfcError(
-                "D014",
-                f"DFC_FAULT has `{step}`",
-                help=f"write NAME:N:ACTION, the action one of {', '.join(_ACTIONS)} or an errno",
-                status=7,
-            )
-        steps.append((match[1], int(match[2]), match[3]))
-    return tuple(steps)
-
-
-def _strike(action: str) -> None:
-    if action in _ERRNO:
-        raise OSError(_ERRNO[action], os.strerror(_ERRNO[action]))
-    _ACTIONS[action]()
-
-
-def _interrupt() -> None:
-    raise KeyboardInterrupt
-
-
-_ERRNO = {name: number for number, name in errno.errorcode.items()}
-_ACTIONS: dict[str, Callable[[], None]] = {
-    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
-    "int": _interrupt,
-    "delay": partial(time.sleep, 1.0),
-}
-
-
 # ---- the protocol --------------------------------------------------------------------------
 
 
@@ -201,14 +142,14 @@ def _publish(final: AnyPath, *, folder: bool, force: bool, expect_bytes: int) ->
     target = Path(final).absolute()
     _require_usable(final, target, folder, force)
     token = secrets.token_hex(4)
-    ticket = f"{os.getpid()}-{_start_time(os.getpid())}-{_here()}{token}"
+    ticket = f"{os.getpid()}-{start_time(os.getpid())}-{here()}{token}"
     plain = not folder and re.fullmatch(r"\.[A-Za-z0-9_]{1,16}", target.suffix)
     suffix = target.suffix if plain else ""
     temp = target.with_name(f".tmp-{ticket}{suffix}")
     aside = target.with_name(f".old-{ticket}")
     owner = os.getpid()
     ours = True
-    with _ending() as ending:
+    with ending() as state:
         try:
             _in_use.add(token)
             sweep(target.parent)
@@ -225,7 +166,7 @@ def _publish(final: AnyPath, *, folder: bool, force: bool, expect_bytes: int) ->
                 raise _cannot_write(final, temp, error, number) from error
             raise
         finally:
-            ending.cleaning = True
+            state.cleaning = True
             if os.getpid() == owner:  # a forked child that unwinds leaves its parent's work alone
                 _discard(temp)
                 _recover(aside)
@@ -285,36 +226,36 @@ def _seal(temp: Path, mode: int) -> None:
     """Sync every file, then every folder, innermost first. An error is final: no second try."""
     if not stat.S_ISDIR(os.lstat(temp).st_mode):
         os.chmod(temp, mode)
-        _fsync_file(temp)
+        fsync_file(temp)
         return
     for folder, subfolders, files in os.walk(temp, topdown=False):
         for name in sorted(files):
-            _fsync_file(Path(folder, name))
+            fsync_file(Path(folder, name))
         for name in subfolders:
             assert not os.path.islink(Path(folder, name)), f"{name}: a link in what is published"
         if Path(folder) == temp:
             os.chmod(temp, mode)
         fault_point("publish.fsync_folder")
-        _fsync_folder(Path(folder))
+        fsync_folder(Path(folder))
 
 
 def _put_in_place(temp: Path, aside: Path, final: AnyPath, target: Path, force: bool) -> None:
     fault_point("publish.rename")
     undo: Callable[[], object]
-    if _rename_new(temp, target):
+    if rename_new(temp, target):
         undo = partial(os.rename, target, temp)
     elif not force:
         raise _exists(final)
     else:
         _require_replaceable(final, target, stat.S_ISDIR(os.lstat(temp).st_mode))
-        if _exchange(temp, target):
-            undo = partial(_exchange, temp, target)
+        if exchange(temp, target):
+            undo = partial(exchange, temp, target)
         else:
             _move_aside(temp, aside, final, target)
             undo = partial(os.rename, target, temp)
     try:
         fault_point("publish.fsync_parent")
-        _fsync_folder(target.parent)
+        fsync_folder(target.parent)
     except OSError:  # an error must mean that nothing was published
         undo()
         raise
@@ -327,7 +268,7 @@ def _move_aside(temp: Path, aside: Path, final: AnyPath, target: Path) -> None:
     fault_point("publish.move_aside")
     os.rename(target, aside / target.name)
     fault_point("publish.rename_after_aside")
-    if not _rename_new(temp, target):
+    if not rename_new(temp, target):
         raise _exists(final)
 
 
@@ -351,7 +292,7 @@ def _recover(aside: Path) -> None:
             return _discard(aside)
         for name in os.listdir(aside):
             fault_point("publish.recover")
-            _rename_new(aside / name, aside.with_name(name))
+            rename_new(aside / name, aside.with_name(name))
         doomed = aside.with_name(aside.name.replace(".old-", ".tmp-", 1))
         os.rename(aside, doomed)
         _discard(doomed)
@@ -412,9 +353,6 @@ def _free_bytes(folder: AnyPath) -> int:
     return room.f_bavail * room.f_frsize
 
 
-# ---- who is alive --------------------------------------------------------------------------
-
-
 def _is_leftover(path: Path) -> bool:
     """Ours by name and owner, and the process that wrote it is gone."""
     match = _LEFTOVER.fullmatch(path.name)
@@ -423,176 +361,9 @@ def _is_leftover(path: Path) -> bool:
     found = os.lstat(path)
     if found.st_uid != os.geteuid():
         return False
-    if match[4] != _here():
+    if match[4] != here():
         return time.time() - found.st_mtime > _FOREIGN_AGE_S
     pid, start = int(match[2]), int(match[3])
-    if pid == os.getpid() and _start_time(pid) == start:
+    if pid == os.getpid() and start_time(pid) == start:
         return match[5] not in _in_use  # what this very process could not remove
-    return _start_time(pid) != start
-
-
-def _start_time(pid: int) -> int:
-    """When a process started, in clock ticks since boot; 0 if unknowable, -1 if it is gone."""
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        pass
-    except (ProcessLookupError, OverflowError):
-        return -1
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:  # no /proc on this system
-        return 0
-    return -1 if fields[0] in "ZX" else int(fields[19])
-
-
-@cache
-def _here() -> str:
-    """Eight digits for this boot of this machine and its process numbers (a container's own)."""
-    parts = [platform.node()]
-    with suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
-
-
-# ---- signals -------------------------------------------------------------------------------
-
-
-class _Ended(BaseException):
-    """Unwinds the stack after SIGTERM or SIGHUP."""
-
-
-class _Ending:
-    cleaning = False
-
-
-@contextmanager
-def _ending() -> Iterator[_Ending]:
-    """Let SIGTERM and SIGHUP unwind the stack, so that no temp stays, then end the process."""
-    state = _Ending()
-    if threading.current_thread() is not threading.main_thread():
-        yield state
-        return
-    caught: list[int] = []
-
-    def unwind(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        if not state.cleaning:
-            raise _Ended(number)
-
-    signals = (signal.SIGTERM, signal.SIGHUP)
-    taken = [number for number in signals if signal.getsignal(number) is signal.SIG_DFL]
-    try:
-        for number in taken:
-            signal.signal(number, unwind)
-        yield state
-    finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
-        if caught:
-            os.kill(os.getpid(), caught[0])
-
-
-# ---- system calls --------------------------------------------------------------------------
-
-
-def _fsync_file(path: Path) -> None:
-    fault_point("publish.fsync_file")
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        assert stat.S_ISREG(os.fstat(fd).st_mode), f"{path.name}: not a plain file"
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _fsync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:  # some network file systems cannot sync a folder
-            raise
-    finally:
-        os.close(fd)
-
-
-def _rename_new(source: Path, target: Path) -> bool:
-    """Rename to a name that is free; False when it is taken. Atomic wherever it can be."""
-    try:
-        if _rename_with("noreplace", source, target):
-            return True
-        if not stat.S_ISDIR(os.lstat(source).st_mode) and _link_new(source, target):
-            return True
-        if os.path.lexists(target):
-            return False
-        os.rename(source, target)
-    except OSError as error:
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-            return False
-        raise
-    return True
-
-
-def _link_new(source: Path, target: Path) -> bool:
-    """Rename a file by a second name: fails if the target exists, on any POSIX file system."""
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError as error:
-        if error.errno == errno.EEXIST:
-            raise
-        return False  # no hard links here
-    os.unlink(source)
-    return True
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where the file system cannot."""
-    return _rename_with("exchange", one, other)
-
-
-def _rename_with(how: str, source: Path, target: Path) -> bool:
-    rename = _system_rename()
-    if rename is None:
-        return False
-    number = rename(how, os.fsencode(source), os.fsencode(target))
-    if number == 0:
-        return True
-    if number in _UNSUPPORTED:
-        return False
-    raise OSError(number, os.strerror(number), os.fspath(source), None, os.fspath(target))
-
-
-@cache
-def _system_rename() -> Callable[[str, bytes, bytes], int] | None:
-    """renameat2 of Linux or renamex_np of macOS, returning an errno; None where there is none."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    at_cwd = -100
-    linux = {"noreplace": 1, "exchange": 2}
-    macos = {"noreplace": 4, "exchange": 2}
-    if hasattr(libc, "renameat2"):
-        libc.renameat2.argtypes = (
-            ctypes.c_int,
-            ctypes.c_char_p,
-            ctypes.c_int,
-            ctypes.c_char_p,
-            ctypes.c_uint,
-        )
-
-        def rename(how: str, source: bytes, target: bytes) -> int:
-            failed = libc.renameat2(at_cwd, source, at_cwd, target, linux[how])
-            return ctypes.get_errno() if failed else 0
-
-        return rename
-    if hasattr(libc, "renamex_np"):
-        libc.renamex_np.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint)
-
-        def rename_macos(how: str, source: bytes, target: bytes) -> int:
-            failed = libc.renamex_np(source, target, macos[how])
-            return ctypes.get_errno() if failed else 0
-
-        return rename_macos
-    return None
+    return start_time(pid) != start
