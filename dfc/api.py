@@ -192,6 +192,7 @@ def plan(
     measured: Callable[[Any], float | None] | None = None,
     measured_on: str = "",
     seconds: float = 15.0,
+    stream: bool = False,
 ) -> Plan:
     """How a model would run as stages on several devices: nothing is run, no weights are needed.
 
@@ -209,6 +210,9 @@ def plan(
     `measured_on` ("cpu", "cuda"), or on all. Where no exact method is quick
     enough, `seconds` bounds the search for a better bound.
 
+    With `stream`, a stage may have more weights than its device holds: they come from the host's
+    memory, or to a processor from disk, once for each microbatch.
+
     Raises:  DfcError N040.. for what the target or the model lacks, N060 (status 6) when the model
              does not fit, with what would make it fit.
     """
@@ -217,17 +221,19 @@ def plan(
     from dfc.planning.model import Wish
     from dfc.planning.partition import Effort
     from dfc.planning.pipeline import plan as make
+    from dfc.planning.tier_plan import stream_hops
 
     machine = _machine_of(target)
     graph = model if isinstance(model, Graph) else trace(model, args or (), kwargs, dynamic_shapes)
     limits = limits_of(graph, (pins or {}).items(), together)
+    some = machine.only(devices) if devices else machine
     return make(
-        graph, machine.only(devices) if devices else machine, objective=wanted(objective),
+        graph, some, objective=wanted(objective),
         sizes=sizes,
         wish=Wish(microbatches=microbatches, trains=train), schedule=schedule,
         effort=Effort(seconds=seconds), measured=measured or (lambda node: None),
         limits=replace(limits, supports=_taken_by(engine)), max_stages=max_stages,
-        measured_on=measured_on,
+        measured_on=measured_on, hops=stream_hops(some, machine) if stream else {},
     )  # fmt: skip
 
 

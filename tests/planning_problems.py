@@ -15,13 +15,15 @@ from dfc.planning.problem import INFINITE, Partition, Problem, Slot, Tensor, val
 
 SHAPES: tuple[dict[str, Any], ...] = (
     {}, {"memory": True}, {"links": True}, {"memory": True, "links": True}, {"kinds": 2},
-    {"memory": True, "links": True, "wishes": True},
+    {"memory": True, "links": True, "wishes": True}, {"streams": True},
+    {"streams": True, "links": True, "wishes": True},
 )  # fmt: skip
 
 
 def made(
     rng: random.Random, n: int, k: int, *, chain: bool = False, memory: bool = False,
     links: bool = False, kinds: int = 1, wishes: bool = False,
+    streams: bool = False,
 ) -> Problem:  # fmt: skip
     """A random problem; times and bytes are small integers, so that ties happen."""
     tensors = []
@@ -35,10 +37,13 @@ def made(
     slots = [
         Slot(
             kind=s % kinds,
-            memory=whole / k * rng.uniform(1, 2) if memory else INFINITE,
+            memory=whole / k * (rng.uniform(0.2, 1) if streams else rng.uniform(1, 2))
+            if memory or streams
+            else INFINITE,
             receive=rng.choice([0.5, 1.0, 3.0]) if links else INFINITE,
             send=rng.choice([0.5, 1.0, 3.0]) if links else INFINITE,
             in_flight=k - s if memory else 1,
+            stream=rng.choice([0.25, 0.5, 1.0]) if streams else 0.0,
         )
         for s in range(k)
     ]

@@ -70,7 +70,7 @@ def run_pipelined(
     """
     import torch
 
-    make, placed, options = _maker(where, compiled, stages, inputs, say)
+    make, placed, options = _maker(where, compiled, stages, inputs, say, memory, microbatches)
     count = 1 + max(placed.values(), default=0)
     if len(engines) not in (1, count):
         raise DfcError("N053", f"{len(engines)} engines are given for {count} stages")
@@ -102,7 +102,12 @@ def run_pipelined(
 
 
 def _placed(
-    compiled: Compiled, stages: int | None, inputs: Sequence[Any], say: Say
+    compiled: Compiled,
+    stages: int | None,
+    inputs: Sequence[Any],
+    say: Say,
+    memory: str | None = None,
+    microbatches: int | None = None,
 ) -> tuple[Mapping[Node, int], dict[str, Any]]:
     """The stage of each node, and what the plan says of ranks and their order."""
     from dfc.planning.balanced import balanced
@@ -111,6 +116,8 @@ def _placed(
 
     if stages is not None:
         say(f"timing each node of {compiled.graph.name}")
+        if memory is not None:
+            return _placed_within(compiled, stages, memory, microbatches, inputs)
         return balanced(compiled.graph, stages, inputs), {}
     plan = compiled.plan
     if plan is None:
@@ -123,8 +130,33 @@ def _placed(
     }
 
 
+def _placed_within(
+    compiled: Compiled, stages: int, memory: str, microbatches: int | None, inputs: Sequence[Any]
+) -> tuple[Mapping[Node, int], dict[str, Any]]:
+    """Stages of equal time, with what their ranks have to stream for each microbatch."""
+    from dfc.planning.balanced import balanced_within
+    from dfc.planning.microbatches import batch_dim, batch_of, cut
+    from dfc.planning.tier_plan import DISK
+    from dfc.runtime.pipeline.local import MICROBATCHES
+    from dfc.runtime.tiers.stages import rank_memories
+
+    graph = compiled.graph
+    memories = rank_memories(memory.split(","), stages)
+    dims = {v: batch_dim(v, batch_of(graph)) for v in graph.inputs}
+    given = dict(zip(graph.inputs, inputs, strict=True))
+    first = cut(given, dims, microbatches or MICROBATCHES)[0]
+    placed, ranks = balanced_within(graph, memories, [first[v] for v in graph.inputs], DISK)
+    return placed, {"placement": ranks}
+
+
 def _maker(
-    where: Where, compiled: Compiled, stages: int | None, inputs: Sequence[Any], say: Say
+    where: Where,
+    compiled: Compiled,
+    stages: int | None,
+    inputs: Sequence[Any],
+    say: Say,
+    memory: str | None = None,
+    microbatches: int | None = None,
 ) -> tuple[Callable[..., Any], Mapping[Node, int], dict[str, Any]]:
     """What makes a pipeline there, and its stages with what the plan says of ranks and order."""
     if where.on == "torchrun":
@@ -150,10 +182,10 @@ def _maker(
         elif where.use:
             launcher = partial(Spawner, entry=("dfc.cli.used_rank", *where.use, "--"))
         made = partial(Processes, launcher=launcher, links=where.links)
-        return made, *_placed(compiled, stages, inputs, say)
+        return made, *_placed(compiled, stages, inputs, say, memory, microbatches)
     from dfc.runtime.pipeline.local import Pipeline
 
-    return Pipeline, *_placed(compiled, stages, inputs, say)
+    return Pipeline, *_placed(compiled, stages, inputs, say, memory, microbatches)
 
 
 def _anywhere(use: Sequence[str]) -> list[str]:

@@ -57,6 +57,10 @@ def plan(
     train: Annotated[
         bool, typer.Option("--train", help="Plan training: backward passes and optimizer state.")
     ] = False,
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="Stream weights to devices that do not hold their stage."),
+    ] = False,
     schedule: Annotated[
         str, typer.Option("--schedule", help="auto, or a schedule: 1f1b, gpipe, zb1p.")
     ] = "auto",
@@ -93,6 +97,7 @@ def plan(
       dfc plan llama.py:build -t two_gpus.dfc
       dfc plan llama.py:build -t cluster.dfc --size B=4,S=2048 --by latency --svg timeline.svg
       dfc plan encoder.py:build -t host.dfc --on cpu0,cpu0 --measure
+      dfc plan llama.py:build -t two_gpus.dfc --stream
       dfc plan llama.py:build -t cluster.dfc --train --schedule 1f1b --trace step.json --json
     """
     from dfc.api import plan as make
@@ -129,7 +134,8 @@ def plan(
             return make(
                 graph, target, objective=by, devices=devices, max_stages=most,
                 microbatches=microbatches, train=train, schedule=schedule, sizes=sizes,
-                measured=times.get, measured_on="cpu", **wanted,
+                measured=times.get, measured_on="cpu", stream=stream,
+                **wanted,
             )  # fmt: skip
 
         times = timed(names)
@@ -193,7 +199,10 @@ def _write(found: Plan, svg: Path | None, trace: Path | None, force: bool) -> No
 
 def data_of(found: Plan) -> dict[str, Any]:
     """A plan as data."""
+    from dfc.cli.stage_tiers import tiers_data
+
     simulation = found.simulation
+    tiers = {s: {"tiers": tiers_data(t)} for s, t in found.tiers.items()}
     return {
         "model": found.name,
         "sizes": dict(found.sizes),
@@ -208,7 +217,7 @@ def data_of(found: Plan) -> dict[str, Any]:
         "cost": found.cost,
         "certified_gap": found.partition.gap,
         "method": found.partition.method,
-        "stages": [vars(s) for s in found.stages],
+        "stages": [vars(s) | tiers.get(s.index, {}) for s in found.stages],
         "links": [
             {"from": a, "to": b, "bytes": size, "busy": busy} for a, b, size, busy in found.links
         ],
@@ -223,6 +232,7 @@ def show_plan(found: Plan) -> None:
     """A plan as tables and sentences."""
     from dfc.cli.tables import bytes_text, print_table
     from dfc.lang.units import amount_text
+    from dfc.planning.streamed_stages import streamed_text
     from dfc.planning.wording import certificate
 
     def time(seconds: float) -> str:
@@ -254,6 +264,8 @@ def show_plan(found: Plan) -> None:
         f"{time(found.bottleneck)}, which takes {time(found.latency)} through all stages"
     )
     print(f"by {found.objective}: {certificate(found)}")
+    for told in streamed_text(found.tiers, [s.device for s in found.stages]):
+        print(told)
     if found.idle:
         print(f"not used, as it would be no better with them: {', '.join(found.idle)}")
     for a, b, size, busy in found.links:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
 from dfc.ir.interpret import bind_inputs, interpret
+
+if TYPE_CHECKING:
+    from dfc.planning.pipeline import Plan
+    from dfc.planning.streaming import Hop
 
 
 def balanced(graph: Graph, stages: int, inputs: Sequence[Any], threads: int = 1) -> dict[Node, int]:
@@ -17,18 +21,59 @@ def balanced(graph: Graph, stages: int, inputs: Sequence[Any], threads: int = 1)
 
     Raises:  DfcError N053 for fewer stages than one.
     """
-    from dfc.planning.machine import Device, Machine, Wire
-    from dfc.planning.pipeline import plan, stage_of
+    from dfc.planning.pipeline import stage_of
 
+    return stage_of(_plan(graph, [1e18] * stages, inputs, threads, {}))
+
+
+def balanced_within(
+    graph: Graph, memory: Sequence[int], inputs: Sequence[Any], bandwidth: float
+) -> tuple[dict[Node, int], list[int]]:
+    """Stages for ranks with so much memory, and the rank of each.
+
+    A rank takes as long as it computes, or as it streams what does not fit its memory: for every
+    microbatch, which `inputs` are, with its part of the bandwidth. A memory that is too small is
+    refused by what plans the streaming.
+    """
+    from dfc.planning.pipeline import stage_of
+    from dfc.planning.streaming import Hop
+
+    hop = Hop(len(memory) / bandwidth, name="disk")
+    hops = {_lane(i): hop for i in range(len(memory))}
+    try:
+        found = _plan(graph, memory, inputs, 1, hops)
+    except DfcError as e:
+        if e.status != 6:
+            raise
+        return balanced(graph, len(memory), inputs), list(range(len(memory)))
+    names = [_lane(i) for i in range(len(memory))]
+    return stage_of(found), [names.index(s.device) for s in found.stages]
+
+
+def _lane(i: int) -> str:
+    return f"lane{i}"
+
+
+def _plan(
+    graph: Graph, memory: Sequence[float], inputs: Sequence[Any], threads: int,
+    hops: Mapping[str, Hop],
+) -> Plan:  # fmt: skip
+    """On lanes that take what was measured, and hand over at once."""
+    from dfc.planning.machine import RESERVE, Device, Machine, Wire
+    from dfc.planning.pipeline import plan
+
+    stages = len(memory)
     if stages < 1:
         raise DfcError("N053", f"a pipeline has at least one stage, not {stages}")
     took = node_seconds(graph, inputs, threads)
     lane = Device("lane", "cpu", 1e18, 1e18, {"f32": 1e18})
     wires = {(i, j): Wire() for i in range(stages) for j in range(stages) if i != j}
-    lanes = tuple(replace(lane, name=f"lane{i}") for i in range(stages))
+    lanes = tuple(
+        replace(lane, name=_lane(i), memory=m / (1 - RESERVE)) for i, m in enumerate(memory)
+    )
     sizes = bind_inputs(graph, inputs)
-    found = plan(graph, Machine("threads", lanes, wires), sizes=sizes, measured=took.get)
-    return stage_of(found)
+    machine = Machine("threads", lanes, wires)
+    return plan(graph, machine, sizes=sizes, measured=took.get, hops=hops)
 
 
 def node_seconds(

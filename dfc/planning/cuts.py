@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dfc.planning.ideals import lower_bound
-from dfc.planning.problem import Partition, Problem, value_of
+from dfc.planning.problem import Partition, Problem, Slot, value_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -95,7 +95,9 @@ class _Chain:
         """A bottleneck that every partition meets."""
         slowest = max(float(t[-1]) for t in self.time)
         rates = [r for s in self.problem.slots for r in (s.receive, s.send)]
-        return slowest + float(self.crossing.max()) / min(rates)
+        whole = self.weights[-1] + max(s.in_flight for s in self.problem.slots) * self.kept[-1]
+        beyond = [(float(whole) - s.memory) / s.stream for s in self.problem.slots if s.stream]
+        return slowest + float(self.crossing.max()) / min(rates) + max(0.0, *beyond, 0.0)
 
     def bottleneck(self, ends: list[int]) -> float:
         worst, start = 0.0, 0
@@ -103,9 +105,17 @@ class _Chain:
             if end > start:
                 work = float(self.time[slot.kind][end] - self.time[slot.kind][start])
                 into, out = self.crossing[start] / slot.receive, self.crossing[end] / slot.send
-                worst = max(worst, work, float(into), float(out))
+                worst = max(worst, work, float(into), float(out), self._streamed(slot, start, end))
             start = end
         return worst
+
+    def _streamed(self, slot: Slot, start: int, end: int) -> float:
+        """The seconds of weights beyond the memory."""
+        if not slot.stream:
+            return 0.0
+        held = self.weights[end] - self.weights[start]
+        held += slot.in_flight * (self.kept[end] - self.kept[start])
+        return max(0.0, float(held) - slot.memory) / slot.stream
 
     def cuts(self, bottleneck: float) -> list[int] | None:
         """Where stages end that have no greater bottleneck, None when there are none."""
@@ -170,8 +180,9 @@ class _Chain:
         first = np.zeros(self.n + 1, dtype=np.int64)
         if np.isfinite(limit):
             first = np.searchsorted(work, work - limit * (1 + 1e-12))
-        if np.isfinite(slot.memory):
-            first = np.maximum(first, np.searchsorted(held, held - slot.memory * (1 + 1e-12)))
+        memory = slot.memory + (slot.stream * limit if slot.stream else 0.0)
+        if np.isfinite(memory):
+            first = np.maximum(first, np.searchsorted(held, held - memory * (1 + 1e-12)))
         cannot = self.cannot[slot.kind]
         return np.maximum(first, np.searchsorted(cannot, cannot, side="left"))
 

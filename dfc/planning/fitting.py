@@ -10,7 +10,7 @@ from dfc.planning.machine import RESERVE, Device, Machine
 from dfc.planning.model import Modelled, Wish
 from dfc.planning.partition import Effort, partition
 from dfc.planning.problem import INFINITE, Problem, loads
-from dfc.planning.tier_plan import streamed_instead
+from dfc.planning.tier_plan import stream_hops, streamed_instead
 
 _QUICK = Effort(seconds=3.0, gap=0.02)
 _MOST = 64  # devices that are tried
@@ -44,7 +44,11 @@ def refusal(model: Modelled, machine: Machine, wish: Wish) -> DfcError:
     if wish.trains:
         ways.append(_smaller(wish))
     else:
-        ways += [_fewer_bits(problem, need, room), streamed_instead(model, machine)]
+        ways += [
+            _fewer_bits(problem, need, room),
+            _streamed(model, machine),
+            streamed_instead(model, machine),
+        ]
     help = "; or ".join(filter(None, ways))
     return DfcError("N060", message, help=f"it would fit with {help}", status=6)
 
@@ -79,6 +83,27 @@ def _fewer_bits(problem: Problem, need: float, room: float) -> str:
     """Whether quantized weights would do, by their share of what the stage holds."""
     name = next((name for name, share in _BITS if need * share <= room), None)
     return f"`quantize {name}`, if the weights are float32" if name else ""
+
+
+def _streamed(model: Modelled, machine: Machine) -> str:
+    """What stages would stream, where there are several, and what that takes at least."""
+    if machine.devices[1:] and all(slot.memory > 0 for slot in model.problem.slots):
+        rates = [1 / float(hop.per_byte) for hop in stream_hops(machine).values()]
+        slots = [replace(s, stream=r) for s, r in zip(model.problem.slots, rates, strict=True)]
+        problem = replace(model.problem.with_stages(slots), objective="throughput", idle=True)
+        found = partition(problem, _QUICK)
+        load = loads(problem, found.stage)
+        beyond = [
+            f"{_bytes(float(held - slot.memory))} to `{d.name}`"
+            for held, slot, d in zip(load.memory, slots, machine.devices, strict=True)
+            if held > slot.memory
+        ]
+        took = amount_text(load.bottleneck, "time")
+        return (
+            f"weights that are streamed within the pipeline (`--stream`): {' and '.join(beyond)} "
+            f"for each microbatch, one every {took} at best"
+        )
+    return ""
 
 
 def _smaller(wish: Wish) -> str:

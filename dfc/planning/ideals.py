@@ -152,7 +152,9 @@ class _Pairs:
             cost = self._bottleneck(np.where(runs, time, 0.0), slot)
         if not runs.all():
             cost[self._added((~runs).astype(float)) > 0] = np.inf
-        if np.isfinite(slot.memory):
+        if np.isfinite(slot.memory) and slot.stream:
+            cost = np.maximum(cost, (held - slot.memory) / slot.stream)
+        elif np.isfinite(slot.memory):
             cost[held > slot.memory * (1 + 1e-12)] = np.inf
         cost[self._no_pair] = np.inf
         return cost

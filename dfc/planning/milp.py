@@ -153,7 +153,9 @@ class _Model:
             for v in readers:
                 self.add([self.in_stage(v, s), ([g], [-1.0], 0.0)])
         if np.isfinite(slot.memory):
-            self.add(parts, slot.memory / self.memory_scale)
+            rate = slot.stream * self.time_scale / self.memory_scale  # what is beyond takes time
+            beyond = [([self.value], [-rate], 0.0)] if slot.stream else []
+            self.add([*parts, *beyond], slot.memory / self.memory_scale)
         if p.objective == "memory":
             self.add([*parts, ([self.value], [-1.0], 0.0)])
 

@@ -30,6 +30,8 @@ class Wish:
     microbatches: int = 1
     trains: bool = False
     optimizer: float = 3.0  # bytes of gradient and optimizer state for each byte of weights
+    # Bytes a second at which weights come to each device that may have less memory than they take.
+    streams: Mapping[str, float] = field(default_factory=dict)
 
 
 def by_dtype(node: Node, device: Device) -> str | None:
@@ -284,9 +286,11 @@ def _slots(
         if wish.trains and i:
             wire(i, i - 1)  # gradients go back
         flight = min(wish.microbatches, last + 1 - i) if wish.trains else 1
+        room = device.usable - live
+        stream = wish.streams.get(device.name, 0.0) if room > 0 else 0.0
         found.append(
-            Slot(i, device.usable - live, into.bandwidth, out.bandwidth, flight, into.latency)
-        )
+            Slot(i, room, into.bandwidth, out.bandwidth, flight, into.latency, stream)
+        )  # fmt: skip
     return tuple(found)
 
 

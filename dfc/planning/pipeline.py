@@ -5,9 +5,10 @@ The partition is proposed by its bottleneck; the simulator decides what a step t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,11 +25,15 @@ from dfc.planning.problem import Loads, Partition, loads, value_of
 from dfc.planning.rivals import compared
 from dfc.planning.schedules import schedule
 from dfc.planning.simulate import Costs, Link, Simulation, simulate
+from dfc.planning.streamed_stages import check_wish, stage_tiers
+from dfc.planning.streaming import Hop
+from dfc.planning.tiers import Tiers
 
 if TYPE_CHECKING:
     from dfc.runtime.pipeline.torch_pipelining import TorchPipeline
 
 INFERENCE, EFFORT, NOTHING = Wish(), Effort(), Limits()
+_HIDDEN = 1.05  # of computing: copies that take no longer do not limit
 _MORE = 1.25  # how much more of a thing is tried when asked what to buy
 
 
@@ -45,7 +50,8 @@ class Stage:
     memory: float
     capacity: float
     sent: float
-    limit: str  # what takes longest: computing, moving, launching, sending or receiving
+    limit: str  # what takes longest: computing, moving, launching, sending, receiving, streaming
+    streams: float = 0.0  # bytes of weights that come for it, as its device does not hold them
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Plan:
     """Stages, their schedule, and what the simulator says of a step.
 
     `partition.stage` has the stage of each node of the graph, in its order. `modelled` is what was
-    solved, None for a plan that was read.
+    solved, None for a plan that was read; `tiers` are those of stages that stream weights.
     """
 
     name: str
@@ -73,6 +79,7 @@ class Plan:
     idle: tuple[str, ...]  # devices that would make it no better
     graph: Graph = field(compare=False, repr=False)
     modelled: Modelled | None = field(default=None, compare=False, repr=False)
+    tiers: Mapping[int, Tiers] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def simulation(self) -> Simulation:
@@ -123,47 +130,75 @@ def plan(
     limits: Limits = NOTHING,
     max_stages: int | None = None,
     measured_on: str = "",
+    hops: Mapping[str, Hop] = MappingProxyType({}),
 ) -> Plan:
     """Partition a graph over devices of a machine and choose a schedule.
 
-    Which devices are used, and in which order, is part of the choice.
+    Which devices are used, and in which order, is part of the choice. Devices with `hops` may be
+    given more weights than they hold: these stream them, once for each microbatch.
     Needs:   no weights: shapes are enough.
     Raises:  DfcError N001, N002 for the schedule, N040.. for sizes and devices, N043 for a link
-             that is missing, N060 (status 6) when it does not fit.
+             that is missing, N060 (status 6) when it does not fit; N065 for streaming otherwise
+             than by time or cost.
     """
     machine.check()
+    check_wish(hops, wish, objective)
+    wish = replace(wish, streams={name: float(1 / hop.per_byte) for name, hop in hops.items()})
     bound = default_sizes(graph, sizes)
     whole = modelled(graph, machine, bound, wish, measured, limits, measured_on)
     chosen = best_row(whole, machine, wish, objective, max_stages, effort)
     used = {d.name for d in chosen.machine.devices}
     idle = tuple(d.name for d in machine.devices if d.name not in used)
     machine, model, found = chosen.machine, chosen.model, chosen.partition
-    costs = _costs(model, machine, found.stage, wish)
-    simulation = _scheduled(costs, wish, schedule, machine)
     load = loads(model.problem, found.stage)
+    tiers = stage_tiers(graph, model, machine, found.stage, load, hops)
+    load, found = _with_passes(load, found, tiers, machine, objective)
+    costs = _costs(model, machine, found.stage, wish, load, tiers)
+    simulation = _scheduled(costs, wish, schedule, machine)
     of_node = {n: s for nodes, s in zip(model.groups, found.stage, strict=True) for n in nodes}
     return Plan(
         graph.name, machine, bound, wish, objective,
-        _stages(model, machine, found.stage, load, simulation, costs.all_edges()),
+        _stages(model, machine, found.stage, load, simulation, costs.all_edges(), tiers),
         replace(found, stage=tuple(of_node[n] for n in graph.nodes)), load.bottleneck, load.latency,
         costs, simulation.program, _links(costs, simulation, machine, wish),
         compared(model, machine, chosen.solved), _advice(model, machine, found), idle,
-        graph, model,
+        graph, model, tiers,
     )  # fmt: skip
 
 
-def _costs(model: Modelled, machine: Machine, stage: Sequence[int], wish: Wish) -> Costs:
+def _with_passes(
+    load: Loads, found: Partition, tiers: Mapping[int, Tiers], machine: Machine, objective: Wanted
+) -> tuple[Loads, Partition]:
+    """Streaming stages take as long as their passes, and the partition is worth what they allow.
+
+    Keeps:  the bound, which is without slots: no partition is better.
+    """
+    if not tiers:
+        return load, found
+    stream = load.stream.copy()
+    for s, plan in tiers.items():
+        stream[s] = float(plan.pass_seconds)
+    load = replace(load, stream=stream)
+    by = price(machine) if objective == "cost" else 1.0
+    return load, replace(found, value=max(found.value, load.bottleneck * by))
+
+
+def _costs(
+    model: Modelled, machine: Machine, stage: Sequence[int], wish: Wish, load: Loads,
+    tiers: Mapping[int, Tiers],
+) -> Costs:  # fmt: skip
     problem = model.problem
-    seconds = np.zeros(problem.stages)
+    seconds = np.maximum(load.compute, load.stream)
     kept = np.zeros(problem.stages)
     held = np.zeros(problem.stages)
     for v, s in enumerate(stage):
-        seconds[s] += problem.time[v][s]
         kept[s] += problem.activations[v]
         held[s] += problem.weights[v]
     for size, readers in problem.tied:
         for s in {stage[v] for v in readers}:
             held[s] += size
+    for s, plan in tiers.items():
+        held[s] = plan.held_bytes - (plan.memory - problem.slots[s].memory)
     crossing: dict[tuple[int, int], float] = {}
     for t in problem.tensors:
         for s in {stage[v] for v in t.readers} - {stage[t.producer]}:
@@ -197,7 +232,7 @@ def _scheduled(costs: Costs, wish: Wish, name: str, machine: Machine) -> Simulat
 
 def _stages(
     model: Modelled, machine: Machine, stage: Sequence[int], load: Loads, simulation: Simulation,
-    edges: Sequence[tuple[int, int, int]],
+    edges: Sequence[tuple[int, int, int]], tiers: Mapping[int, Tiers],
 ) -> tuple[Stage, ...]:  # fmt: skip
     found = []
     for s, device in enumerate(machine.devices):
@@ -206,10 +241,12 @@ def _stages(
         live = device.usable - model.problem.slots[s].memory
         sent = float(sum(size for a, _, size in edges if a == s))
         found.append(Stage(
-            s, device.name, len(nodes), _modules(nodes), float(load.compute[s]),
+            s, device.name, len(nodes), _modules(nodes),
+            float(max(load.compute[s], load.stream[s])),
             float(sum(model.problem.weights[v] for v in mine)),
             simulation.peaks[s] + live, device.memory, sent,
             _limit(model, machine, mine, s, load),
+            float(tiers[s].bytes_per_pass) if s in tiers else 0.0,
         ))  # fmt: skip
     return tuple(found)
 
@@ -228,7 +265,10 @@ def _limit(model: Modelled, machine: Machine, mine: Sequence[int], slot: int, lo
                 computing, moving = work.computing(device), work.moving(device)
                 spent["computing" if computing >= moving else "moving"] += max(computing, moving)
                 spent["launching"] += work.launching(device)
-    links = {"receiving": float(load.receive[slot]), "sending": float(load.send[slot])}
+    links = {
+        "receiving": float(load.receive[slot]), "sending": float(load.send[slot]),
+        "streaming": float(load.stream[slot]) / _HIDDEN,
+    }  # fmt: skip
     kinds = spent if load.compute[slot] >= max(links.values()) else links
     return max(kinds, key=lambda k: kinds[k])
 

@@ -39,7 +39,8 @@ class Slot:
     """One place in the pipeline: a device, its memory, and what comes in and goes out of it.
 
     Units:  bytes, and bytes a second for `receive` and `send`; `latency`: seconds until the first
-            byte that comes in is there.
+            byte that comes in is there; `stream`: bytes a second at which weights beyond the memory
+            come for every microbatch, beside computing. Without it the memory is a limit.
     """
 
     kind: int = 0  # the column of `Problem.time`
@@ -48,6 +49,7 @@ class Slot:
     send: float = INFINITE
     in_flight: int = 1  # microbatches whose activations are held at once
     latency: float = 0.0
+    stream: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -133,11 +135,15 @@ class Loads:
     send: Floats
     memory: Floats
     wait: Floats  # for the first byte that comes in
+    stream: Floats  # the seconds that weights take which the memory does not hold
 
     @property
     def latency(self) -> float:
         """The time of one microbatch that finds the pipeline empty, stage after stage."""
-        return float(self.compute.sum() + self.receive.sum() + self.wait.sum())
+        import numpy as np
+
+        busy = np.maximum(self.compute, self.stream)
+        return float(busy.sum() + self.receive.sum() + self.wait.sum())
 
     @property
     def peak(self) -> float:
@@ -148,7 +154,8 @@ class Loads:
     def bottleneck(self) -> float:
         import numpy as np
 
-        return float(np.max([self.compute, self.receive, self.send], initial=0.0))
+        busy = [self.compute, self.receive, self.send, self.stream]
+        return float(np.max(busy, initial=0.0))
 
 
 def loads(problem: Problem, stage: Sequence[int]) -> Loads:
@@ -174,7 +181,9 @@ def loads(problem: Problem, stage: Sequence[int]) -> Loads:
             held[s] += size
     into = np.array([s.receive for s in problem.slots])
     out = np.array([s.send for s in problem.slots])
-    return Loads(compute, received / into, sent / out, held, wait)
+    rates = np.array([s.stream or INFINITE for s in problem.slots])
+    beyond = np.maximum(held - np.array([s.memory for s in problem.slots]), 0.0)
+    return Loads(compute, received / into, sent / out, held, wait, beyond / rates)
 
 
 def value_of(problem: Problem, stage: Sequence[int]) -> float:
@@ -203,7 +212,7 @@ def why_not(problem: Problem, stage: Sequence[int]) -> str | None:
         return f"stage {min(empty)} is empty"
     found = loads(problem, stage)
     for s, slot in enumerate(problem.slots):
-        if found.memory[s] > slot.memory * (1 + 1e-12):
+        if found.memory[s] > slot.memory * (1 + 1e-12) and not slot.stream:
             return f"stage {s} holds {found.memory[s]:.6g} of {slot.memory:.6g} bytes"
         if not np.isfinite(found.compute[s]):
             return f"stage {s} has an operator that its device cannot run"

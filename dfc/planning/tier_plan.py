@@ -63,6 +63,22 @@ def streamed_instead(model: Modelled, machine: Machine) -> str:
     )
 
 
+def stream_hops(machine: Machine, among: Machine | None = None) -> dict[str, Hop]:
+    """How weights come to each device: parts of a processor share its disk.
+
+    The devices are some of those `among` which the hosts are, or parts of them.
+    """
+    among = among or machine
+    known = [d.name for d in among.devices]
+    names = [d.name if d.name in known else d.name.rpartition(".")[0] for d in machine.devices]
+    found = {}
+    for i, d in enumerate(machine.devices):
+        hop = _hop(among, known.index(names[i]))
+        sharing = names.count(names[i]) if d.kind == "cpu" else 1
+        found[d.name] = replace(hop, per_byte=hop.per_byte * sharing)
+    return found
+
+
 def _hop(machine: Machine, at: int) -> Hop:
     """From the processor to a device, by its link; from a disk to a processor."""
     if machine.devices[at].kind == "cpu":

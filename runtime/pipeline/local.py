@@ -36,6 +36,8 @@ from dfc.runtime.tiers.stages import (
     rank_memories,
 )
 
+MICROBATCHES = 8  # by default
+
 
 def thread_shares(total: int, loads: Sequence[float]) -> list[int]:
     """Threads for each rank: one at least, the others where the load per thread is greatest.
@@ -83,7 +85,7 @@ class Pipeline:
         *,
         engine: str | Sequence[str] = "eager",
         batch: str | None = None,
-        microbatches: int = 8,
+        microbatches: int = MICROBATCHES,
         threads: int | Sequence[int] | None = None,
         placement: Sequence[int] | None = None,
         devices: str | Sequence[str] = "cpu",
