@@ -1,10 +1,12 @@
-"""Training in two processes over gloo: ours beside torch.distributed.pipelining, a thousand steps.
+"""Training in two processes: ours beside torch.distributed.pipelining, a thousand steps.
 
 python benchmarks/training.py [FILE]                      all of it, 8 minutes; also written to FILE
 python benchmarks/training.py --only large [FILE]         one part: small, large or steps
+python benchmarks/training.py --links gloo [FILE]         over one kind of links: sockets or gloo
 python benchmarks/training.py --steps zb_v,auto [FILE]    a thousand steps of these schedules alone
 
-FILE keeps what it says of parts that were not run.
+FILE keeps what it says of parts that were not run. Both kinds of links are measured in turn, else
+the one that is chosen; a thousand steps are over sockets.
 
 The same model, cut at the same place, the same microbatches and optimizer, one thread a process.
 Each round times some steps of each in turn, in the same pair of processes; ratios are of medians,
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,6 +43,7 @@ from dfc.runtime.pipeline.world import World
 
 RANKS, M, ROUNDS = 2, 8, 7
 SHAPES = {"small": (64, 8, 30), "large": (512, 64, 5)}  # width, items, steps in a round
+LINKS = {"sockets": "local", "gloo": "gloo"}
 SCHEDULES = ("gpipe", "1f1b", "zb1p", "interleaved", "interleaved_zb", "breadth_first", "zb_v",
              "dualpipe_v", "auto")  # fmt: skip
 CHUNKED = ("interleaved", "interleaved_zb", "breadth_first", "zb_v", "dualpipe_v")
@@ -101,10 +105,10 @@ def by_block(graph: Graph, stages: int) -> dict[Node, int]:
 
 
 def ours(
-    world: World, model: nn.Module, args: Any, schedule: str, stages: int
+    world: World, model: nn.Module, args: Any, schedule: str, stages: int, links: str
 ) -> tuple[RankTrainer, Callable[[], Any]]:
     trainer = RankTrainer(cut(model, args, stages), world=world, schedule=schedule, microbatches=M,
-                          optimizer=sgd, threads=1, deadline=120)  # fmt: skip
+                          optimizer=sgd, threads=1, deadline=120, links=LINKS[links])  # fmt: skip
     return trainer, lambda: trainer.step(*args)
 
 
@@ -178,7 +182,7 @@ def single(model: nn.Module, args: Any, steps: int, threads: int) -> float:
 Say = Callable[[str], None]
 
 
-def compare(rank: int, world: World, name: str, say: Say) -> None:
+def compare(rank: int, world: World, name: str, links: Sequence[str], say: Say) -> None:
     """Steps of ours and of torch's in turn, for one size of layers."""
     width, items, steps = SHAPES[name]
     say(f"{name} (layers of {width}), {M} microbatches of {items} items")
@@ -186,13 +190,17 @@ def compare(rank: int, world: World, name: str, say: Say) -> None:
         ("1f1b", "Schedule1F1B", 2),
         ("interleaved_zb", "ScheduleInterleavedZeroBubble", 4),
     ):
-        trainer, mine = ours(world, *made(width, items), schedule, stages)
         other = torchs(rank, *made(width, items), schedule, stages)
-        with trainer:
-            took = in_turn({"ours": mine, "theirs": other}, steps)
-        say(f"  {schedule}: {median(took['ours']) * 1e3:.2f} ms a step, torch's {theirs} "
-            f"{median(took['theirs']) * 1e3:.2f}: {ratio(took['theirs'], took['ours'])} times "
-            "as fast")  # fmt: skip
+        with ExitStack() as open_:
+            runs = {"theirs": other}
+            for kind in links:
+                trainer, runs[kind] = ours(world, *made(width, items), schedule, stages, kind)
+                open_.enter_context(trainer)
+            took = in_turn(runs, steps)
+        for kind in links:
+            say(f"  {schedule} over {kind}: {median(took[kind]) * 1e3:.2f} ms a step, torch's "
+                f"{theirs} {median(took['theirs']) * 1e3:.2f}: {ratio(took['theirs'], took[kind])} "
+                "times as fast")  # fmt: skip
     dist.barrier()
     if rank == 0:
         for threads in (1, 2):
@@ -201,12 +209,12 @@ def compare(rank: int, world: World, name: str, say: Say) -> None:
     dist.barrier()
 
 
-def many_steps(world: World, schedules: Sequence[str], say: Say) -> None:
+def many_steps(world: World, schedules: Sequence[str], links: str, say: Say) -> None:
     """A thousand steps of each schedule; how far it is goes to stderr."""
     say("A thousand steps of each schedule, small, two processes")
     model, args = made(16, 2)
     for schedule in schedules:
-        trainer, mine = ours(world, model, args, schedule, 4 if schedule in CHUNKED else 2)
+        trainer, mine = ours(world, model, args, schedule, 4 if schedule in CHUNKED else 2, links)
         start = time.perf_counter()
         losses = []
         with trainer:
@@ -218,7 +226,9 @@ def many_steps(world: World, schedules: Sequence[str], say: Say) -> None:
         say(f"  {schedule}: {seconds:.1f} s, loss {losses[0]:.4f} to {losses[-1]:.4f}")
 
 
-def rank_main(rank: int, folder: Path, parts: Sequence[str], schedules: Sequence[str]) -> None:
+def rank_main(
+    rank: int, folder: Path, parts: Sequence[str], schedules: Sequence[str], links: Sequence[str]
+) -> None:
     torch.set_num_threads(1)
     stores = [FileStore(str(folder / name), RANKS) for name in ("torch", "dfc")]
     dist.init_process_group("gloo", store=stores[0], rank=rank, world_size=RANKS)
@@ -232,9 +242,9 @@ def rank_main(rank: int, folder: Path, parts: Sequence[str], schedules: Sequence
 
     for part in parts:
         if part == "steps":
-            many_steps(world, schedules, say)
+            many_steps(world, schedules, links[0], say)
         else:
-            compare(rank, world, part, say)
+            compare(rank, world, part, links, say)
     dist.destroy_process_group()
 
 
@@ -257,7 +267,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("file", nargs="?", type=Path, help="where to write what is printed")
     parser.add_argument("--only", choices=[*SHAPES, "steps"], help="one part alone")
     parser.add_argument("--steps", metavar="NAMES", help=f"of {','.join(SCHEDULES)}")
+    parser.add_argument("--links", choices=LINKS, help="one kind alone")
     found = parser.parse_args()
+    found.links = [found.links] if found.links else list(LINKS)
     found.schedules = found.steps.split(",") if found.steps else list(SCHEDULES)
     unknown = set(found.schedules) - set(SCHEDULES)
     if unknown:
@@ -269,16 +281,17 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     if "DFC_BENCH_RANK" in os.environ:
-        folder, parts, schedules = sys.argv[1:]
+        folder, parts, schedules, links = sys.argv[1:]
         rank = int(os.environ["DFC_BENCH_RANK"])
-        rank_main(rank, Path(folder), parts.split(","), schedules.split(","))
+        kinds = links.split(",")
+        rank_main(rank, Path(folder), parts.split(","), schedules.split(","), kinds)
         return
     chosen = options()
     head = f"{machine_text(this_machine())}, torch {torch.__version__}"
     print(head, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        told = [folder, ",".join(chosen.parts), ",".join(chosen.schedules)]
+        told = [folder, *map(",".join, (chosen.parts, chosen.schedules, chosen.links))]
         ranks = [
             subprocess.Popen([sys.executable, __file__, *told],
                              env={**os.environ, **own, "DFC_BENCH_RANK": str(r)})

@@ -1,4 +1,4 @@
-"""Training in processes over gloo: gradients and losses of one process, tied copies equal."""
+"""Training in processes: gradients and losses of one process, tied copies equal."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ def run_ranks(
     return [json.loads((folder / f"{r}.json").read_text()) for r in range(size) if r not in lost]
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    judge(run_ranks(tmp_path, 2, "gradients", "tied"), {"table.weight"})
+@pytest.mark.parametrize("links", ["local", "gloo"])
+def test_two_processes_train_as_one(links: str, tmp_path: Path) -> None:
+    judge(run_ranks(tmp_path, 2, f"gradients:{links}", "tied"), {"table.weight"})
 
 
 def judge(found: list[Any], tied: set[str]) -> None:

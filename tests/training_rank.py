@@ -25,22 +25,25 @@ STAGES = {"1f1b": 2, "zb1p": 2, "auto": 2, "gpipe": 2, "interleaved": 4, "interl
           "breadth_first": 4, "zb_v": 4, "dualpipe_v": 4}  # fmt: skip
 
 
-def trainer_of(world: World, name: str, schedule: str) -> RankTrainer:
+def trainer_of(world: World, name: str, schedule: str, links: str | None = None) -> RankTrainer:
     return RankTrainer(
         staged(name, STAGES[schedule]), world=world, schedule=schedule, microbatches=4,
-        optimizer=adamw, threads=1, deadline=90,
+        optimizer=adamw, threads=1, deadline=90, links=links,
     )  # fmt: skip
 
 
 def gradients(
-    world: World, name: str, schedules: Sequence[str] = ("1f1b", "zb1p", "auto")
+    world: World,
+    name: str,
+    schedules: Sequence[str] = ("1f1b", "zb1p", "auto"),
+    links: str | None = None,
 ) -> dict[str, Any]:
     """Each schedule's gradients beside those of plain PyTorch; curves of losses."""
     model, args = captured(name)
     loss, expected = reference(model, args, 4)
     found = {}
     for schedule in schedules:
-        with trainer_of(world, name, schedule) as trainer:
+        with trainer_of(world, name, schedule, links) as trainer:
             torch.testing.assert_close(trainer.backward(*args), loss)
             own = {n: p.grad for n, p in trainer.parameters.items() if p.grad is not None}
             close(own, {n: expected[n] for n in own})
@@ -101,7 +104,7 @@ def main() -> None:
     world = World(int(rank), int(size), FileStore(str(Path(folder) / "store"), int(size)))
     job, _, what = job.partition(":")
     jobs: dict[str, Callable[[], dict[str, Any]]] = {
-        "gradients": lambda: gradients(world, name),
+        "gradients": lambda: gradients(world, name, links=what or None),
         "every_schedule": lambda: gradients(world, name, list(STAGES)),
         "refused": lambda: refused(world, name),
         "steps": lambda: steps(world, name, what),

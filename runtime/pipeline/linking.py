@@ -15,6 +15,8 @@ from typing import Any, Protocol
 from dfc.errors import DfcError
 from dfc.runtime.pipeline.links import Linked, Links, Pair, gloo_device
 from dfc.runtime.pipeline.local_links import LocalLinks
+from dfc.runtime.pipeline.spawn import private_folder
+from dfc.runtime.pipeline.world import MEETING, World
 
 LINKING = 20.0  # seconds for both ends of a link to come
 KINDS = ("local", "gloo")
@@ -54,6 +56,41 @@ class GlooMeeting:
 
     def links(self, me: int, pairs: Sequence[Pair], name: str) -> Linked:
         return Links(me, pairs, self._store, name, self._device, LINKING)
+
+
+class WorldMeeting:
+    """Of the processes of a launcher, each of which is a rank: all make it, and in the same order.
+
+    `key` is a part of their store that nothing else has. Sockets are in a folder of the first
+    rank's, which tells the others where it is.
+    Raises:  DfcError N059 for links that there are not, K058 when the first rank does not come.
+    """
+
+    def __init__(self, world: World, kind: str | None, key: str) -> None:
+        self.world, self.kind, self._key = world, links_of(kind, world.one_host), key
+        self._folder: Any = None  # of the first rank
+        self._at = ""
+        if self.kind == "local":
+            if world.rank == 0:
+                self._folder = private_folder()
+                world.put(f"{key}/sockets", self._folder.name)
+            self._at = world.get(f"{key}/sockets", MEETING)
+            if self._at is None:
+                raise DfcError("K058", f"rank 0 did not come in {MEETING:.0f} s")
+
+    def links(self, me: int, pairs: Sequence[Pair], name: str) -> Linked:
+        """
+        Raises:  RuntimeError when another member does not come in time.
+        """
+        if self.kind == "local":
+            return LocalLinks(me, pairs, Path(self._at), name, MEETING)
+        w = self.world
+        return Links(me, pairs, w.store, f"{self._key}/{name}", w.device, MEETING)
+
+    def close(self) -> None:
+        """Take the folder away."""
+        if self._folder is not None:
+            self._folder.cleanup()
 
 
 def meeting(kind: str | None, folder: Path, address: str) -> Meeting:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -28,19 +27,16 @@ from dfc.runtime.pipeline.control import Message
 from dfc.runtime.pipeline.crew import AT_LEAST, LATE, UNKNOWN
 from dfc.runtime.pipeline.folder import Stages, assembly, stages_of, versions
 from dfc.runtime.pipeline.lanes import Span, Step, Values
-from dfc.runtime.pipeline.linking import links_of
+from dfc.runtime.pipeline.linking import WorldMeeting, links_of
 from dfc.runtime.pipeline.links import (
     FOREVER,
     Abandoned,
     Doing,
     Linked,
     LinkLost,
-    Links,
     Traffic,
 )
 from dfc.runtime.pipeline.local import Pipeline, Runs
-from dfc.runtime.pipeline.local_links import LocalLinks
-from dfc.runtime.pipeline.spawn import private_folder
 from dfc.runtime.pipeline.wiring import Numbered, Wiring
 from dfc.runtime.pipeline.world import MEETING, World
 from dfc.runtime.tiers.stages import Ranks, plan_data, plan_of, plan_stages
@@ -66,7 +62,8 @@ class Launched(Pipeline):
         **options: Any,
     ) -> None:
         self.world = world or World.of_launcher()
-        self._links = links_of(links, self.world.one_host)
+        links_of(links, self.world.one_host)  # before anything is split
+        self._kind = links
         super().__init__(graph, stage_of, **options)
 
     def _start(self) -> Runs:
@@ -80,7 +77,7 @@ class Launched(Pipeline):
         graphs = {s: self.stages[s].graph for s in stages_of(made, self.world.rank)}
         stages = Stages(made, graphs, self.world.rank)
         wiring = Wiring(self.graph, made, numbers)
-        self._ranks = LaunchedRanks(self.world, wiring, stages, self._links)
+        self._ranks = LaunchedRanks(self.world, wiring, stages, self._kind)
         return self._ranks
 
     def _planned(
@@ -121,11 +118,9 @@ class Launched(Pipeline):
 class LaunchedRanks:
     """This process's rank, and for rank 0 the host as well."""
 
-    def __init__(self, world: World, wiring: Wiring, stages: Stages, links: str) -> None:
+    def __init__(self, world: World, wiring: Wiring, stages: Stages, links: str | None) -> None:
         import torch
 
-        self._kind = links
-        self._folder: Any = None  # of the first rank, where sockets are found
         self.world, self.wiring, self.stages = world, wiring, stages
         self.doing = Doing()
         self.deadline = UNKNOWN
@@ -135,6 +130,7 @@ class LaunchedRanks:
         self._failed = False
         torch.set_num_threads(stages.made.threads[world.rank])
         self._types = stages.types(wiring.edges)
+        self._meeting = WorldMeeting(world, links, "pipeline")
         self._links, self._host_links = self._linked()
         self._carriers = Carriers(wiring.pairs) if world.rank == 0 else None
         self._beats = threading.Thread(target=self._beat, name="dfc-beat", daemon=True)
@@ -207,8 +203,7 @@ class LaunchedRanks:
         for links in self._both():
             links.close()
         self.stages.close()
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._meeting.close()
 
     def _row(self, number: int, order: Message) -> Message:
         """This rank's row of the program; what came of it is in the store too."""
@@ -242,7 +237,7 @@ class LaunchedRanks:
         self._failed = not self._ended.is_set()
         for links in self._both():
             links.interrupt()  # threads may wait in them still
-            if self._kind == "gloo":
+            if self._meeting.kind == "gloo":
                 links.close()
 
     def _both(self) -> list[Linked]:
@@ -332,13 +327,12 @@ class LaunchedRanks:
 
     def _linked(self) -> tuple[Linked, Any]:
         """The rank's links, and for rank 0 the host's: both ends of some are in this process."""
-        meet = self._sockets() if self._kind == "local" else self._gloo()
         made: dict[int, Linked] = {}
         failed: list[str] = []
 
         def link(me: int) -> None:
             try:
-                made[me] = meet(me)
+                made[me] = self._meeting.links(me, self.wiring.pairs, "links")
             except RuntimeError as e:
                 failed.append(str(e))
 
@@ -353,23 +347,6 @@ class LaunchedRanks:
                 "K058", f"the links of rank {self.world.rank} cannot be made: {failed[0]}"
             )
         return made[self.world.rank], made.get(HOST)
-
-    def _gloo(self) -> Callable[[int], Linked]:
-        device, pairs, world = self.world.device, self.wiring.pairs, self.world
-        return lambda me: Links(me, pairs, world.store, "links", device, MEETING)
-
-    def _sockets(self) -> Callable[[int], Linked]:
-        """Found in a folder of the first rank's, which tells the others where it is.
-
-        Raises:  DfcError K058 when it does not.
-        """
-        if self.world.rank == 0:
-            self._folder = private_folder()
-            self.world.put("sockets", self._folder.name)
-        folder = self.world.get("sockets", MEETING)
-        if folder is None:
-            raise DfcError("K058", f"rank 0 did not come in {MEETING:.0f} s")
-        return lambda me: LocalLinks(me, self.wiring.pairs, Path(folder), "links", MEETING)
 
 
 def agreed_stages(world: World, graph: Graph, make: Callable[[], Mapping[Any, int]]) -> Any:

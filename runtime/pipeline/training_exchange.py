@@ -20,11 +20,12 @@ from dfc.planning.actions import Program
 from dfc.planning.stages import HOST
 from dfc.runtime.pipeline.differentiated import Differentiated, Gradient
 from dfc.runtime.pipeline.lanes import Run, Span, Step
-from dfc.runtime.pipeline.links import Doing, LinkLost, Links, Pair, Traffic, pairs_of
+from dfc.runtime.pipeline.linking import WorldMeeting
+from dfc.runtime.pipeline.links import Doing, LinkLost, Pair, Traffic, pairs_of
 from dfc.runtime.pipeline.rank import run_rank
 from dfc.runtime.pipeline.routes import Routes, routes
 from dfc.runtime.pipeline.staged_model import StagedModel
-from dfc.runtime.pipeline.world import MEETING, World
+from dfc.runtime.pipeline.world import World
 
 if TYPE_CHECKING:
     import torch
@@ -41,13 +42,14 @@ class Ranks:
     """Runs this rank's row of a program, and says to the others what they need after it.
 
     `name` is a prefix in the store that no other trainer has. A message may take `deadline`
-    seconds, else five times the last step.
+    seconds, else five times the last step. `links` are `local` (sockets of this host) or `gloo`;
+    by default local where all ranks are on one host.
     Raises:  DfcError K058 for a rank that does not come.
     """
 
     def __init__(
         self, world: World, name: str, model: StagedModel, placement: Sequence[int], run: Run,
-        deadline: float | None,
+        deadline: float | None, links: str | None = None,
     ) -> None:  # fmt: skip
         self.world, self.name, self.model, self.run = world, name, model, run
         self.edges, self.placement = tuple(model.edges), tuple(placement)
@@ -62,15 +64,12 @@ class Ranks:
         self._fixed = deadline
         self._deadline = deadline or _UNKNOWN
         pairs = [p for p in pairs_of(self.edges, self.placement) if HOST not in p]
+        self._meeting = WorldMeeting(world, links, f"{name}/links")
         try:
-            self.links = self._linked(pairs, "step")
-            self.others = self._linked(self._pairs_after(), "after")
+            self.links = self._meeting.links(world.rank, pairs, "step")
+            self.others = self._meeting.links(world.rank, self._pairs_after(), "after")
         except RuntimeError as e:
             raise DfcError("K058", f"the links of rank {world.rank} cannot be made: {e}") from e
-
-    def _linked(self, pairs: Sequence[Pair], name: str) -> Links:
-        w = self.world
-        return Links(w.rank, pairs, w.store, f"{self.name}/{name}", w.device, MEETING)
 
     def _pairs_after(self) -> list[Pair]:
         """From the loss's rank to each other one, and between those that share a weight."""
@@ -142,6 +141,7 @@ class Ranks:
     ) -> dict[Told, torch.Tensor]:
         """The gradients of tied weights that other ranks' stages have, for what this one has.
 
+        Ensures: all ranks send and wait in one order, so that none waits for one that waits for it.
         Raises:  DfcError K058 for a rank that is lost.
         """
         import torch
@@ -153,7 +153,9 @@ class Ranks:
             for i, s in enumerate(stages if me in ranks else ()):
                 number = tag * len(self.placement) + i
                 if self.placement[s] != me:
-                    found[name, s] = torch.empty_like(like[name])
+                    found[name, s] = torch.empty_like(
+                        like[name], memory_format=torch.contiguous_format
+                    )
                     works.append(self._post((self.placement[s], me), found[name, s], number))
                     continue
                 block = told[name, s].contiguous()
@@ -205,6 +207,7 @@ class Ranks:
         """Let the links go."""
         self.links.close()
         self.others.close()
+        self._meeting.close()
 
 
 class _OwnHost(Traffic):

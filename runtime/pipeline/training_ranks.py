@@ -49,10 +49,13 @@ class RankTrainer(Trainer):
     """This process's rank of a trainer; made and called alike in each process.
 
     `deadline` is how many seconds a message may take: five times the last step, and five seconds at
-    least, where it is not given. `parameters`, `optimizers` and `state_dict()` are those of this
-    rank's stages; the states of all ranks together are the model's.
+    least, where it is not given. `links` are `local` (sockets of this host and memory that both
+    ends see) or `gloo`; by default local where all ranks are on one host. `parameters`,
+    `optimizers` and `state_dict()` are those of this rank's stages; the states of all ranks
+    together are the model's.
     Raises:  DfcError N057 for another number of processes than ranks, N055 for ranks with other
-             models or plans, K058 for a rank that is lost, else as `Trainer`.
+             models or plans, N059 for links that there are not, K058 for a rank that is lost, else
+             as `Trainer`.
     """
 
     def __init__(
@@ -62,10 +65,11 @@ class RankTrainer(Trainer):
         *,
         world: World | None = None,
         deadline: float | None = None,
+        links: str | None = None,
         **options: Any,
     ) -> None:
         self.world = world or World.of_launcher()
-        self.deadline = deadline
+        self.deadline, self._links = deadline, links
         self._name = f"trainer{next(_numbers)}"  # its part of the store
         self._saves = count()
         super().__init__(graph, stage_of, **options)
@@ -94,7 +98,7 @@ class RankTrainer(Trainer):
 
     def _start(self, threads: Sequence[int]) -> Way:
         self._ranks = Ranks(self.world, self._name, self.model, self.programs.placement, self._run,
-                            self.deadline)  # fmt: skip
+                            self.deadline, self._links)  # fmt: skip
         return self._ranks
 
     def _gather(self) -> None:
