@@ -236,3 +236,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], tower: 
     tiny = tmp_path / "tiny.dfc"
     tiny.write_text("dfc 1\ntarget t { device a : cuda(mem=10KB, peak=1TFLOPS, bw=1TB/s) }\n")
     assert main(["plan", model, "-t", str(tiny)]) == 6
+
+
+@pytest.mark.slow
+def test_the_example_plans_a_decoder_without_weights_for_gpus_that_are_not_here() -> None:
+    from examples.llama import llama_8b
+
+    model, args = llama_8b()
+    found = dfc.plan(model, str(Path("examples/four_h100.dfc").resolve()), args, microbatches=16)
+    assert [s.device for s in found.stages] == ["gpu0", "gpu1", "gpu2", "gpu3"]
+    assert sum(s.weights for s in found.stages) > 16e9
