@@ -246,7 +246,8 @@ def test_most_codes_fit_lanes_and_files_that_name_other_places_are_refused(
         assert torch.equal(small.run(path), small.run("portable"))
     weight = small.pack()
     assert linear.is_packed(weight, 8, 40, 1100, 0)
-    begin = library.HEADER + 64 + 64  # behind scales and offsets
+    panels = 3 * (64 + 1120 * 16)  # scales and codes
+    begin = library.HEADER + panels + 64  # behind offsets
     (count,) = weight[begin + 64 : begin + 68].view(torch.int32).tolist()
     assert count > 0
     for at, value in ((begin + 64, 127), (begin, 1), (begin + 128 + 1, 0xFF)):

@@ -66,6 +66,14 @@ inline void store(const Job& job, int64_t panel, int64_t row, __m256 low, __m256
   for (int64_t o = 0; o < count; ++o) y[o] = job.bias ? out[o] + job.bias[first + o] : out[o];
 }
 
+// A value that stays in a register. The compiler would rather read it twice.
+inline __m256i once(__m256i x) {
+#if !defined(DFC_SIMDE)
+  __asm__("" : "+x"(x));
+#endif
+  return x;
+}
+
 // Sums that stay in their registers. Left alone, the compiler turns a row of sums into a tree, or
 // copies them around: both take registers that are not there, and then sums go through memory.
 inline void add16(__m256i& sum, __m256i x) {

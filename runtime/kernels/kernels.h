@@ -6,10 +6,13 @@
 //   panel 0, 1, ...         16 outputs each; every part of a panel starts at a multiple of 64 bytes
 //     scales [groups][16]   f16 where that is exact for the whole weight, else f32
 //     zeros  [groups][16]   u8, only of asymmetric int4 weights
-//     fixes                 only of int8 weights whose lanes nearly fit (see Fixes)
 //     codes  [steps][64]    a step is 8 values of K (int4) or 4 values of K (int8), byte 4*o + i
 //                           is output o: int4 has k = 8*step + i in the low nibble and 4 more in
 //                           the high one, with offset 8 or the group's zero; int8 has k = 4*step + i
+//   fixes of panel 0, 1, ...  only of int8 weights whose lanes nearly fit (see Fixes)
+//
+// Fixes are for many rows only. Between panels they would be holes in what one row reads, and a CPU
+// that reads ahead by itself stops at each: 16 instead of 25 GB/s on one core were measured.
 //
 // Outputs beyond N have scale 0; values beyond K meet activations that are 0. So 64 bytes feed 16
 // outputs at once on AVX-512, 32 feed 8 on AVX2, and no kernel reads outside of the buffer.
@@ -35,7 +38,7 @@ namespace dfc {
 constexpr int64_t PANEL = 16;
 constexpr int64_t FLUSH = 32;  // so many products of int4 and int8 fit int16: 16 * 15 * 127 < 2^15
 constexpr uint32_t MAGIC = 0x4c636664;  // "dfcL"
-constexpr uint32_t VERSION = 2;
+constexpr uint32_t VERSION = 3;
 
 // All ints are little-endian, as everywhere that these kernels run.
 struct Header {
@@ -66,7 +69,7 @@ struct Fix {
   int8_t by[4];
 };
 
-// At the beginning of a panel's fixes.
+// The beginning of a panel's fixes.
 struct Fixes {
   int32_t offset[PANEL];     // 128 times the sum of the output's codes
   int32_t begin[PANEL + 1];  // of the output's fixes
@@ -81,7 +84,8 @@ struct Layout {
   int64_t n, k, group, groups, padded_k, panels;
   int64_t lane;          // values of K that are added in int16, 0 where that does not fit
   int64_t fixes;         // of a panel, at most
-  int64_t zeros_at, fixes_at, codes_at, panel_bytes, bytes;
+  int64_t zeros_at, codes_at, panel_bytes, bytes;
+  int64_t fixes_at, fixes_bytes;  // of all panels, from the first panel on; and of each
   int64_t group_bytes;   // of a group's codes
   int64_t stride_bytes;  // of a group with its scales, about
 };
@@ -177,6 +181,11 @@ bool are_fixes(const Layout& w, const uint8_t* from);
 // was compiled for the widest CPU.
 static inline const uint8_t* panel_of(const Job& job, int64_t panel) {
   return job.panels + panel * job.w.panel_bytes;
+}
+
+static inline const Fixes* fixes_of(const Job& job, int64_t panel) {
+  const uint8_t* at = job.panels + job.w.fixes_at + panel * job.w.fixes_bytes;
+  return reinterpret_cast<const Fixes*>(at);
 }
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -20,8 +20,7 @@ struct Panel {
 };
 
 Panel panel_at(const Job& job, int64_t panel) {
-  const uint8_t* at = panel_of(job, panel) + job.w.fixes_at;
-  const Fixes* head = reinterpret_cast<const Fixes*>(at);
+  const Fixes* head = fixes_of(job, panel);
   return {job.w, *head, reinterpret_cast<const Fix*>(head + 1)};
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dfc.runtime.kernels.build import FOLDER, NAME, compiler
 
-VERSION = 2  # of the interface and of the layout of packed weights: kernels.h
+VERSION = 3  # of the interface and of the layout of packed weights: kernels.h
 HEADER = 64  # bytes before the panels
 HALF_SCALES, ZEROS, LANES_OF_2, LANES_OF_4 = 1, 2, 4, 8
 OFF = "DFC_KERNELS"  # the variable: "off", or the name of a path, for tests and to compare

@@ -180,14 +180,15 @@ bool lay_out(int bits, int64_t n, int64_t k, int64_t group, uint32_t flags, int6
   w.zeros_at = up(w.groups * PANEL * (w.half_scales ? 2 : 4), 64);
   w.lane = flags & LANES_OF_4 ? 4 : flags & LANES_OF_2 ? 2 : 0;
   w.fixes = fixes;
-  w.fixes_at = w.zeros_at + (w.has_zeros ? up(w.groups * PANEL, 64) : 0);
-  const int64_t fix_bytes = int64_t(sizeof(Fixes)) + fixes * int64_t(sizeof(Fix));
-  w.codes_at = w.fixes_at + (w.lane ? up(fix_bytes, 64) : 0);
+  w.codes_at = w.zeros_at + (w.has_zeros ? up(w.groups * PANEL, 64) : 0);
   w.group_bytes = group * PANEL * bits / 8;
   w.panel_bytes = w.codes_at + w.groups * w.group_bytes;
   w.stride_bytes = w.panel_bytes / w.groups;
-  if (w.panels && w.panel_bytes > (int64_t(1) << 46) / w.panels) return false;
-  w.bytes = HEADER_BYTES + w.panels * w.panel_bytes;
+  const int64_t fixes_bytes = int64_t(sizeof(Fixes)) + fixes * int64_t(sizeof(Fix));
+  w.fixes_bytes = w.lane ? up(fixes_bytes, 64) : 0;
+  if (w.panels && w.panel_bytes + w.fixes_bytes > (int64_t(1) << 46) / w.panels) return false;
+  w.fixes_at = w.panels * w.panel_bytes;
+  w.bytes = HEADER_BYTES + w.fixes_at + w.panels * w.fixes_bytes;
   *out = w;
   return true;
 }
@@ -257,8 +258,10 @@ void pack_panel(const void* what, int64_t index) {
   std::memset(panel, 0, size_t(job.w.panel_bytes));
   const int64_t first = index * PANEL, count = least(PANEL, job.w.n - first);
   for (int64_t o = 0; o < count; ++o) pack_output(job, panel, first + o, o);
-  if (job.w.lane)
-    write_fixes(static_cast<const int8_t*>(job.codes), job.w, index, panel + job.w.fixes_at);
+  if (!job.w.lane) return;
+  uint8_t* const fixes = job.panels + job.w.fixes_at + index * job.w.fixes_bytes;
+  std::memset(fixes, 0, size_t(job.w.fixes_bytes));
+  write_fixes(static_cast<const int8_t*>(job.codes), job.w, index, fixes);
 }
 
 // From how many codes on for each fix (of four): what it costs is measured, as 8 to 10 codes.
@@ -396,7 +399,7 @@ DFC_EXPORT int32_t dfc_packed_check(const uint8_t* packed, int64_t bytes, int32_
       have.bits == bits && have.n == n && have.k == k && have.group == want.group;
   if (!same) return DFC_MALFORMED;
   for (int64_t i = 0; have.lane && i < have.panels; ++i)
-    if (!are_fixes(have, packed + HEADER_BYTES + i * have.panel_bytes + have.fixes_at))
+    if (!are_fixes(have, packed + HEADER_BYTES + have.fixes_at + i * have.fixes_bytes))
       return DFC_MALFORMED;
   return DFC_DONE;
 }
