@@ -185,6 +185,7 @@ def plan(
     microbatches: int = 8,
     train: bool = False,
     schedule: str = "auto",
+    stages_per_device: int | None = None,
     sizes: Mapping[str, int] | None = None,
     pins: Mapping[str, str] | None = None,
     together: Sequence[str | Sequence[str]] = (),
@@ -202,10 +203,13 @@ def plan(
 
     `model` is a model with its arguments (torch.export's), or a graph. `target` is the path or text
     of a target, a `Machine`, or None for this host; `devices` names those that may be used, all by
-    default, and `max_stages` says how many of them. `pins` gives selectors a device, as in
-    {"layers.0.**": "gpu0"}; each of `together` is selectors whose nodes share a stage. `sizes` are
-    those of one microbatch. Where stages run on an `engine`, or on one for each kind of device, as
-    in {"cuda": "inductor", "cpu": "openvino"}, nodes are only where the engine takes them.
+    default, and there are at most `max_stages` stages. A device has `stages_per_device` of them, or
+    as many as is best with the schedule: "interleaved", "breadth_first" and "interleaved_zb" have
+    any number, "zb_v" and "dualpipe_v" two; "auto" chooses among all. `pins` gives selectors a
+    device, as in {"layers.0.**": "gpu0"}; each of `together` is selectors whose nodes share a
+    stage. `sizes` are those of one microbatch. Where stages run on an `engine`, or on one for each
+    kind of device, as in {"cuda": "inductor", "cpu": "openvino"}, nodes are only where the engine
+    takes them.
     `measured(node)` gives seconds in place of the model's, or None, on devices of the kind
     `measured_on` ("cpu", "cuda"), or on all. Where no exact method is quick
     enough, `seconds` bounds the search for a better bound.
@@ -231,6 +235,7 @@ def plan(
         graph, some, objective=wanted(objective),
         sizes=sizes,
         wish=Wish(microbatches=microbatches, trains=train), schedule=schedule,
+        stages_per_device=stages_per_device,
         effort=Effort(seconds=seconds), measured=measured or (lambda node: None),
         limits=replace(limits, supports=_taken_by(engine)), max_stages=max_stages,
         measured_on=measured_on, hops=stream_hops(some, machine) if stream else {},

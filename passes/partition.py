@@ -20,7 +20,7 @@ PLAN = "plan"  # what the pass leaves among its context's products
 
 @dataclass(frozen=True)
 class Partition(Pass):
-    """Cut the graph into stages, one a device, and plan which runs when.
+    """Cut the graph into stages, one or several a device, and plan which runs when.
 
     `on` names the devices of the target that may be used; without a target, those of this host:
     `gpu0`, `gpu1`, ..., and `host`. A device that is named twice is two stages with half of it
@@ -31,13 +31,18 @@ class Partition(Pass):
     each weighed with the `price` that the target gives it. `pin "layers.0.**" to gpu0` and
     `colocate "embed", "head"` before it are respected.
 
+    A device may have several stages: `with train=true, schedule=interleaved, stages_per_device=2`.
+    `interleaved`, `breadth_first` and `interleaved_zb` have any number, `zb_v` and `dualpipe_v`
+    two, the others one; `auto` takes what the simulation says is quickest.
+
     Needs:    figures of the devices: a target's, a known device's, or rough ones of this host.
     Ensures:  every node has a stage; nothing reads what a later stage makes; each stage fits its
               device; the plan is among the products, and `plan.json` in the package.
     Keeps:    the graph, but for the stages.
     Cost:     seconds for thousands of nodes; a wide graph takes up to 15 s for its bound.
     Raises:   DfcError N040.. for sizes, devices and links; N060 (status 6) when it does not fit;
-              N063 when nothing keeps to what is pinned and colocated.
+              N063 when nothing keeps to what is pinned and colocated; N066..N068 for a schedule
+              with another number of stages a device, or more stages than the model has parts.
     """
 
     name = "partition"
@@ -49,6 +54,7 @@ class Partition(Pass):
     max_stages: int | None = None
     microbatches: int = 8  # of one step
     schedule: str = "auto"
+    stages_per_device: int | None = None  # as the schedule has them, or as is best
     train: bool = False  # backward passes and optimizer state are planned as well
     sizes: tuple[str, ...] = ()  # "B=4": sizes of one microbatch; else those of the example
 
@@ -82,7 +88,8 @@ class Partition(Pass):
         wish = Wish(microbatches=self.microbatches, trains=self.train)
         return plan(
             graph, self._machine(ctx.target), sizes=self._sizes(graph, ctx), wish=wish,
-            schedule=self.schedule, max_stages=self.max_stages, objective=wanted(self.by),
+            schedule=self.schedule, stages_per_device=self.stages_per_device,
+            max_stages=self.max_stages, objective=wanted(self.by),
             limits=limits_of(graph, *wishes, left=True),
         )  # fmt: skip
 

@@ -23,9 +23,10 @@ SHAPES: tuple[dict[str, Any], ...] = (
 def made(
     rng: random.Random, n: int, k: int, *, chain: bool = False, memory: bool = False,
     links: bool = False, kinds: int = 1, wishes: bool = False,
-    streams: bool = False,
+    streams: bool = False, devices: tuple[int, ...] = (),
 ) -> Problem:  # fmt: skip
-    """A random problem; times and bytes are small integers, so that ties happen."""
+    """A random problem; times and bytes are small integers, so that ties happen. `devices` are
+    those of the k stages, where devices have several."""
     tensors = []
     for u in range(n - 1):
         readers = (u + 1,) if chain else tuple(v for v in range(u + 1, n) if rng.random() < 0.35)
@@ -34,12 +35,14 @@ def made(
     weights = np.array([float(rng.randint(0, 4)) for _ in range(n)])
     kept = np.array([float(rng.randint(0, 2)) for _ in range(n)])
     whole = float(weights.sum() + kept.sum() * 2)
+    at = devices or tuple(range(k))
+    count = 1 + max(at)
+    tight = (0.2, 1.0) if streams else (1.0, 2.0)
+    rooms = [whole / count * rng.uniform(*tight) for _ in range(count)]
     slots = [
         Slot(
-            kind=s % kinds,
-            memory=whole / k * (rng.uniform(0.2, 1) if streams else rng.uniform(1, 2))
-            if memory or streams
-            else INFINITE,
+            kind=at[s] % kinds,
+            memory=rooms[at[s]] if memory or streams else INFINITE,
             receive=rng.choice([0.5, 1.0, 3.0]) if links else INFINITE,
             send=rng.choice([0.5, 1.0, 3.0]) if links else INFINITE,
             in_flight=k - s if memory else 1,
@@ -52,9 +55,11 @@ def made(
         time[rng.randrange(n), 0] = INFINITE
     more: dict[str, Any] = {}
     if wishes:
-        more["pins"] = {rng.randrange(n): rng.randrange(k)}
+        more["pins"] = {rng.randrange(n): rng.randrange(count)}
         more["together"] = (tuple(sorted(rng.sample(range(n), 2))),)
         more["tied"] = ((2.0, tuple(sorted(rng.sample(range(n), 2)))),)
+    if devices:
+        more |= {"devices": devices, "idle": False}
     return Problem(time, tuple(tensors), tuple(slots), weights, kept, **more)
 
 

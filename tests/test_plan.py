@@ -150,8 +150,8 @@ def test_a_link_that_is_missing_is_told_and_relays_are_found(tower: Graph) -> No
 def test_training_keeps_activations_and_chooses_a_schedule(tower: Graph) -> None:
     wish = Wish(microbatches=8, trains=True)
     found = plan(tower, machine(3), sizes={"B": 16}, wish=wish)
-    assert found.schedule in ("auto", "1f1b", "gpipe", "zb1p") and found.simulation.program.trains
-    for name in ("1f1b", "gpipe"):
+    assert found.simulation.program.trains
+    for name in ("1f1b", "gpipe", "zb1p"):
         other = plan(tower, machine(3), sizes={"B": 16}, wish=wish, schedule=name)
         assert found.step_seconds <= other.step_seconds * (1 + 1e-9)
     assert max(found.simulation.peaks) > max(found.costs.resident)

@@ -61,20 +61,23 @@ def worker() -> None:
         if rank == 1:
             expected = torch.cat([model(part) for part in x.chunk(4)])
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    for name in ("1f1b", "zb1p"):
+    for name in ("1f1b", "zb1p", "interleaved", "zb_v"):
         plan = planned(Deep(), train=True, schedule=name)
-        _, schedule, module = plan.to_torch_pipelining(loss_fn=nn.functional.mse_loss)
-        if rank == 0:
-            schedule.step(x)
-        else:
+        stages, schedule, modules = plan.to_torch_pipelining(loss_fn=nn.functional.mse_loss)
+        several = name in ("interleaved", "zb_v")
+        assert len(stages) == (2 if several else 1) and len(plan.stages) == 2 * len(stages)
+        args = (x,) if any(s.is_first for s in stages) else ()
+        if any(s.is_last for s in stages):
             losses: list[torch.Tensor] = []
-            schedule.step(target=target, losses=losses)
+            schedule.step(*args, target=target, losses=losses)
             assert len(losses) == 4
+        else:
+            schedule.step(*args)
         whole = Deep()
         for part, wanted in zip(x.chunk(4), target.chunk(4), strict=True):
             (nn.functional.mse_loss(whole(part), wanted) / 4).backward()
         own = dict(whole.named_parameters())
-        mine = module.weights()
+        mine = {k: w for module in modules for k, w in module.weights().items()}
         assert mine and set(mine) <= set(own)
         for key, weight in mine.items():
             torch.testing.assert_close(weight.grad, own[key].grad, rtol=1e-5, atol=1e-7)

@@ -71,8 +71,8 @@ def measured_data(found: Plan, times: Mapping[Node, float]) -> dict[str, Any]:
     stages = [0] * len(found.stages)
     for node, stage in zip(found.graph.nodes, found.partition.stage, strict=True):
         stages[stage] += node in times
-    counts = [n if s.kind == "cpu" else 0 for n, s in zip(
-        stages, found.machine.devices, strict=True)]  # fmt: skip
+    counts = [n if d.kind == "cpu" else 0 for n, d in zip(
+        stages, found.devices, strict=True)]  # fmt: skip
     return {
         "nodes": {n.results[0].name: t for n, t in times.items() if n.results},
         "measured_nodes": counts,
@@ -86,7 +86,7 @@ def _by_class(found: Plan, times: Mapping[Node, float]) -> dict[str, dict[str, f
 
     classes: dict[str, dict[str, float]] = {}
     for node, stage in zip(found.graph.nodes, found.partition.stage, strict=True):
-        device = found.machine.devices[stage]
+        device = found.devices[stage]
         if node in times and device.kind == "cpu":
             work = work_of(node, found.sizes)
             sums = classes.setdefault(work.kind, {"measured": 0.0, "predicted": 0.0})

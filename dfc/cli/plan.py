@@ -62,8 +62,13 @@ def plan(
         typer.Option("--stream", help="Stream weights to devices that do not hold their stage."),
     ] = False,
     schedule: Annotated[
-        str, typer.Option("--schedule", help="auto, or a schedule: 1f1b, gpipe, zb1p.")
+        str,
+        typer.Option("--schedule", help="auto, or 1f1b, gpipe, zb1p, interleaved, zb_v and so on."),
     ] = "auto",
+    stages_per_device: Annotated[
+        int | None,
+        typer.Option("--stages-per-device", min=1, help="Of each device; default: what is best."),
+    ] = None,
     measured: Annotated[
         Path | None,
         typer.Option("--measured", metavar="FILE", help="Seconds of nodes, as JSON."),
@@ -99,6 +104,7 @@ def plan(
       dfc plan encoder.py:build -t host.dfc --on cpu0,cpu0 --measure
       dfc plan llama.py:build -t two_gpus.dfc --stream
       dfc plan llama.py:build -t cluster.dfc --train --schedule 1f1b --trace step.json --json
+      dfc plan llama.py:build -t cluster.dfc --train --schedule interleaved --stages-per-device 2
     """
     from dfc.api import plan as make
     from dfc.cli.inputs import parse_sizes
@@ -107,6 +113,7 @@ def plan(
     from dfc.cli.progress import Progress
     from dfc.cli.sources import open_source, read_text
     from dfc.planning.fewer import fewer_devices, fewer_text
+    from dfc.planning.layouts import layouts
 
     load_used(use)
     wanted = _wanted(pin, together)
@@ -133,22 +140,23 @@ def plan(
             say(f"planning {len(graph)} nodes")
             return make(
                 graph, target, objective=by, devices=devices, max_stages=most,
-                microbatches=microbatches, train=train, schedule=schedule, sizes=sizes,
-                measured=times.get, measured_on="cpu", stream=stream,
-                **wanted,
+                microbatches=microbatches, train=train, schedule=schedule,
+                stages_per_device=stages_per_device, sizes=sizes, measured=times.get,
+                measured_on="cpu", stream=stream, **wanted,
             )  # fmt: skip
 
         times = timed(names)
         found = planned(names, max_stages, times)
+        each = min(x.chunks for x in layouts(schedule, stages_per_device, train))
         other = fewer_devices(found, names, lambda some, most: planned(
-            some, most, times if len(some) == len(names) else timed(some)))  # fmt: skip
+            some, most * each, times if len(some) == len(names) else timed(some)))  # fmt: skip
     _write(found, svg, trace, force)
     if as_json:
         from dfc.cli.tables import print_json
 
         data = data_of(found) | (measured_data(found, times) if times else {})
         data["fewer_devices"] = other and {
-            "devices": [s.device for s in other.stages],
+            "devices": list(other.device_stages),
             "step_seconds": other.step_seconds,
         }
         print_json(data)
@@ -186,7 +194,7 @@ def _write(found: Plan, svg: Path | None, trace: Path | None, force: bool) -> No
     from dfc.planning.timeline import chrome_trace, svg_timeline
     from dfc.publish import publish_file
 
-    names = [s.device for s in found.stages]
+    names = rows_of(found)
     if svg is not None:
         title = f"{found.name}: {found.schedule}, {found.wish.microbatches} microbatches"
         with publish_file(svg, force=force) as temp:
@@ -195,6 +203,13 @@ def _write(found: Plan, svg: Path | None, trace: Path | None, force: bool) -> No
         with publish_file(trace, force=force) as temp:
             events = chrome_trace(found.simulation, names)
             temp.write_text(json.dumps(events), encoding="utf-8")
+
+
+def rows_of(found: Plan) -> list[str]:
+    """What the rows of a picture are called: devices, with their stages where they have several."""
+    if len(found.machine.devices) == len(found.stages):
+        return [d.name for d in found.machine.devices]
+    return [f"{name} ({', '.join(map(str, s))})" for name, s in found.device_stages.items()]
 
 
 def data_of(found: Plan) -> dict[str, Any]:
@@ -218,6 +233,7 @@ def data_of(found: Plan) -> dict[str, Any]:
         "certified_gap": found.partition.gap,
         "method": found.partition.method,
         "stages": [vars(s) | tiers.get(s.index, {}) for s in found.stages],
+        "devices": found.device_stages,
         "links": [
             {"from": a, "to": b, "bytes": size, "busy": busy} for a, b, size, busy in found.links
         ],
@@ -233,7 +249,7 @@ def show_plan(found: Plan) -> None:
     from dfc.cli.tables import bytes_text, print_table
     from dfc.lang.units import amount_text
     from dfc.planning.streamed_stages import streamed_text
-    from dfc.planning.wording import certificate
+    from dfc.planning.wording import certificate, layout_text
 
     def time(seconds: float) -> str:
         return amount_text(seconds, "time")
@@ -268,6 +284,8 @@ def show_plan(found: Plan) -> None:
         print(told)
     if found.idle:
         print(f"not used, as it would be no better with them: {', '.join(found.idle)}")
+    if len(found.device_stages) < len(found.stages):
+        print(f"{layout_text(found)}: a device's time and memory are those of all its stages")
     for a, b, size, busy in found.links:
         print(f"{a} to {b}: {bytes_text(size)} a step, busy {busy:.0%} of it")
     for name, ratio in found.splits:

@@ -39,12 +39,24 @@ class Found:
         return float(self.simulation.makespan / self.bound) - 1 if self.bound else 0.0
 
 
-def auto(ranks: int, microbatches: int, costs: Costs, caps: Sequence[float] = ()) -> Found:
-    """The best schedule of one stage a rank for these costs, within `caps` bytes of each rank.
+def auto(
+    ranks: int,
+    microbatches: int,
+    costs: Costs,
+    caps: Sequence[float] = (),
+    placement: Sequence[int] | None = None,
+) -> Found:
+    """The best schedule for these costs, within `caps` bytes of each rank.
 
-    Raises:  DfcError N062 (status 6) when none fits, with the smallest memory that would do.
+    `placement` is the rank of each stage; by default each rank has one.
+    Raises:  DfcError N062 (status 6) when none fits, with the smallest memory that would do, and
+             N002 when there is none for these numbers.
     """
-    tried = [simulate(program, costs) for program in _portfolio(ranks, microbatches, costs)]
+    where = tuple(range(ranks)) if placement is None else tuple(placement)
+    tried = [simulate(program, costs) for program in _portfolio(where, microbatches, costs)]
+    if not tried:
+        message = f"no schedule of {len(where) // ranks} stages a rank has {microbatches} "
+        raise DfcError("N002", f"{message}microbatches on {ranks} ranks")
     fit = [t for t in tried if _fits(t, caps)]
     if not fit:
         least = min(max(t.peaks) for t in tried)
@@ -54,7 +66,21 @@ def auto(ranks: int, microbatches: int, costs: Costs, caps: Sequence[float] = ()
         )  # fmt: skip
     best = min(fit, key=lambda t: (t.makespan, max(t.peaks)))
     best = _improved(best, costs, caps)
+    if len(where) > ranks:
+        return Found(best.program, best, _looped_bound(where, microbatches, costs))
     return Found(best.program, best, lower_bound(ranks, microbatches, costs))
+
+
+def _looped_bound(placement: Sequence[int], m: int, costs: Costs) -> Number:
+    """What no order beats where ranks have several stages of a chain: each rank waits for its first
+    input, and works."""
+    f, i, w = costs.forward, costs.inputs, costs.weights
+    best: Number = 0
+    for rank in range(1 + max(placement)):
+        own: Number = sum(f[s] + i[s] + w[s] for s, at in enumerate(placement) if at == rank)
+        before: Number = sum(f[: placement.index(rank)])
+        best = max(best, before + m * own)
+    return best
 
 
 def lower_bound(ranks: int, m: int, costs: Costs) -> Number:
@@ -80,14 +106,24 @@ def _fits(tried: Simulation, caps: Sequence[float]) -> bool:
     return not caps or all(p <= c for p, c in zip(tried.peaks, caps, strict=True))
 
 
-def _portfolio(ranks: int, m: int, costs: Costs) -> Iterator[Program]:
+def _portfolio(placement: tuple[int, ...], m: int, costs: Costs) -> Iterator[Program]:
+    ranks = 1 + max(placement)
+    chunks = len(placement) // ranks
     for name, shape in SCHEDULES.items():
-        if shape.trains and shape.chunks == "1" and why_not(shape, ranks, m, 1) is None:
-            yield schedule(name, ranks, m)
-    for held in sorted({1, ranks, ranks + 1, (3 * ranks) // 2, 2 * ranks - 1, min(m, 2 * ranks)}):
+        alike = shape.chunks == "1" if chunks == 1 else shape.chunks in ("any", str(chunks))
+        if shape.trains and alike and why_not(shape, ranks, m, chunks) is None:
+            program = schedule(name, ranks, m, chunks)
+            if program.placement == placement:
+                yield program
+    for held in _held(ranks, m) if chunks == 1 else ():
         for patience in _PATIENCE:
             for taper in (False, True):
                 yield list_schedule(ranks, m, costs, held, patience, taper)
+
+
+def _held(ranks: int, m: int) -> list[int]:
+    """How many microbatches a rank may hold in the schedules that are made here."""
+    return sorted({1, ranks, ranks + 1, (3 * ranks) // 2, 2 * ranks - 1, min(m, 2 * ranks)})
 
 
 def list_schedule(

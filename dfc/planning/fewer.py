@@ -23,7 +23,7 @@ def fewer_devices(
     if found.objective != "throughput":
         return None
     whole = list(dict.fromkeys(names))
-    most = len(found.stages) - 1 if len(found.graph) <= _LARGE else 1
+    most = len(found.machine.devices) - 1 if len(found.graph) <= _LARGE else 1
     for count in range(1, min(most, len(whole) or most) + 1):
         try:
             other = make(whole, count)
@@ -38,7 +38,7 @@ def fewer_devices(
 
 def fewer_text(found: Plan, other: Plan) -> str:
     """The same in a sentence."""
-    names = " and ".join(s.device for s in other.stages)
+    names = " and ".join(other.device_stages)
     ratio = other.step_seconds / found.step_seconds
     takes = f"a step takes {ratio:.2f} times as long"
     if len(other.stages) == 1 and other.machine.devices[0].kind == "cpu":

@@ -88,8 +88,9 @@ def lower_bound(problem: Problem) -> float:
         least = min(slot.in_flight for slot in problem.slots)
         held = problem.weights + least * problem.activations
         whole = held.sum() + sum(size for size, _ in problem.tied)
-        return float(max(whole / problem.stages, held.max(initial=0.0)))
-    kinds = [slot.kind for slot in problem.slots]
+        return float(max(whole / len(set(problem.shares)), held.max(initial=0.0)))
+    of_device = {d: slot.kind for d, slot in zip(problem.shares, problem.slots, strict=True)}
+    kinds = list(of_device.values())
     fastest = problem.time[:, sorted(set(kinds))].min(axis=1)
     if problem.objective == "latency":
         return float(fastest.sum())
@@ -248,11 +249,12 @@ class _Pairs:
         return wrong
 
     def _breaks_pins(self, s: int) -> Bools | None:
+        """Where a stage has what is pinned to another device."""
         wrong: Bools | None = None
         for v, pinned in self.problem.pins.items():
-            mine = self._added_count([v]) > 0
-            breaks = ~mine if pinned == s else mine
-            wrong = breaks if wrong is None else wrong | breaks
+            if pinned != self.problem.device_of[s]:
+                mine = self._added_count([v]) > 0
+                wrong = mine if wrong is None else wrong | mine
         return wrong
 
 

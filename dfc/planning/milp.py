@@ -6,6 +6,7 @@ memory and traffic linear.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,8 +78,8 @@ class _Model:
                 if np.isfinite(p.slots[s].send) and t.bytes and p.objective == "throughput":
                     self.send_of[i, s] = self._variable()
         for i in range(len(p.tied)):
-            for s in range(k):
-                self.tied_of[i, s] = self._variable()
+            for d in sorted(set(p.shares)):
+                self.tied_of[i, d] = self._variable()
         if p.objective == "latency":
             self.wait_of = {s: self._variable() for s in range(k) if p.slots[s].latency}
         self.lower, self.upper = np.zeros(self.count), np.ones(self.count)
@@ -99,6 +100,15 @@ class _Model:
                 values.append(sign * by)
         return columns, values, constant
 
+    def on_device(
+        self, v: int, s: int, by: float = 1.0
+    ) -> list[tuple[list[int], list[float], float]]:
+        """`by` for a node in any stage that shares the device of stage s."""
+        shares = self.problem.shares
+        return [
+            self.in_stage(v, x, by) for x in range(self.problem.stages) if shares[x] == shares[s]
+        ]
+
     def add(self, parts: list[tuple[list[int], list[float], float]], limit: float = 0.0) -> None:
         """sum of the parts <= limit."""
         columns = [c for part in parts for c in part[0]]
@@ -116,8 +126,11 @@ class _Model:
             for s in range(k - 1):
                 self.add([([v * (k - 1) + s, u * (k - 1) + s], [1.0, -1.0], 0.0)])
         for s in range(k):
-            self._load(s)
-            self._memory(s)
+            self._possible(s)
+        for device in sorted(set(p.shares)):
+            mine = [s for s in range(k) if p.shares[s] == device]
+            self._load(mine)
+            self._memory(mine)
         self._traffic()
         self._wishes()
         if p.objective == "latency":
@@ -126,58 +139,71 @@ class _Model:
         for s in range(k if not p.idle else 0):
             self.add([self.in_stage(v, s, -1.0) for v in range(p.n)], -1.0)
 
-    def _load(self, s: int) -> None:
-        p, slot = self.problem, self.problem.slots[s]
-        parts = []
+    def _possible(self, s: int) -> None:
+        p = self.problem
         for v in range(p.n):
-            time = p.time[v][slot.kind]
-            if np.isfinite(time):
-                parts.append(self.in_stage(v, s, float(time) / self.time_scale))
-            else:
+            pinned = p.pins.get(v, p.device_of[s])
+            if not np.isfinite(p.time[v][p.slots[s].kind]) or pinned != p.device_of[s]:
                 self.add([self.in_stage(v, s)])  # x <= 0: it cannot run there
+
+    def _load(self, stages: Sequence[int]) -> None:
+        """What the stages of one device take."""
+        p, parts = self.problem, []
+        for s in stages:
+            time = p.time[:, p.slots[s].kind] / self.time_scale
+            runs = np.flatnonzero(np.isfinite(time)).tolist()
+            parts += [self.in_stage(v, s, float(time[v])) for v in runs]
         if p.objective == "throughput":
             self.add([*parts, ([self.value], [-1.0], 0.0)])
         elif p.objective == "latency":
             self.delays += [x for part in parts for x in zip(part[0], part[1], strict=True)]
             self.at_least += sum(part[2] for part in parts)
 
-    def _memory(self, s: int) -> None:
-        p, slot = self.problem, self.problem.slots[s]
-        if not np.isfinite(slot.memory) and p.objective != "memory":
+    def _memory(self, stages: Sequence[int]) -> None:
+        """What the stages of one device hold together."""
+        p, room = self.problem, min(self.problem.slots[s].memory for s in stages)
+        if not np.isfinite(room) and p.objective != "memory":
             return
-        held = (p.weights + slot.in_flight * p.activations) / self.memory_scale
-        parts = [self.in_stage(v, s, float(held[v])) for v in range(p.n)]
+        parts = []
+        for s in stages:
+            held = (p.weights + p.slots[s].in_flight * p.activations) / self.memory_scale
+            parts += [self.in_stage(v, s, float(held[v])) for v in range(p.n)]
         for i, (size, readers) in enumerate(p.tied):
-            g = self.tied_of[i, s]
+            g = self.tied_of[i, p.shares[stages[0]]]
             parts.append(([g], [size / self.memory_scale], 0.0))
             for v in readers:
-                self.add([self.in_stage(v, s), ([g], [-1.0], 0.0)])
-        if np.isfinite(slot.memory):
-            rate = slot.stream * self.time_scale / self.memory_scale  # what is beyond takes time
-            beyond = [([self.value], [-rate], 0.0)] if slot.stream else []
-            self.add([*parts, *beyond], slot.memory / self.memory_scale)
+                self.add([*self.on_device(v, stages[0]), ([g], [-1.0], 0.0)])
+        if np.isfinite(room):
+            stream = p.slots[stages[0]].stream
+            rate = stream * self.time_scale / self.memory_scale  # what is beyond takes time
+            beyond = [([self.value], [-rate], 0.0)] if stream else []
+            self.add([*parts, *beyond], room / self.memory_scale)
         if p.objective == "memory":
             self.add([*parts, ([self.value], [-1.0], 0.0)])
 
     def _traffic(self) -> None:
         p = self.problem
-        received: dict[int, list[tuple[int, float]]] = {}
+        received: dict[int, list[tuple[int, float]]] = {}  # by device
         sent: dict[int, list[tuple[int, float]]] = {}
         for (i, s), r in self.receive_of.items():
             t = p.tensors[i]
             for v in t.readers:
-                self.add([self.in_stage(v, s), self.in_stage(t.producer, s, -1.0),
+                self.add([self.in_stage(v, s), *self.on_device(t.producer, s, -1.0),
                           ([r], [-1.0], 0.0)])  # fmt: skip
-            received.setdefault(s, []).append((r, t.bytes / p.slots[s].receive / self.time_scale))
+            received.setdefault(p.shares[s], []).append(
+                (r, t.bytes / p.slots[s].receive / self.time_scale)
+            )
         for (i, s), o in self.send_of.items():
             t = p.tensors[i]
             for v in t.readers:
-                self.add([self.in_stage(t.producer, s), self.in_stage(v, s, -1.0),
+                self.add([self.in_stage(t.producer, s), *self.on_device(v, s, -1.0),
                           ([o], [-1.0], 0.0)])  # fmt: skip
-            sent.setdefault(s, []).append((o, t.bytes / p.slots[s].send / self.time_scale))
+            sent.setdefault(p.shares[s], []).append(
+                (o, t.bytes / p.slots[s].send / self.time_scale)
+            )
         for s, w in self.wait_of.items():
             for u, v in p.edges:
-                self.add([self.in_stage(v, s), self.in_stage(u, s, -1.0), ([w], [-1.0], 0.0)])
+                self.add([self.in_stage(v, s), *self.on_device(u, s, -1.0), ([w], [-1.0], 0.0)])
             self.delays.append((w, p.slots[s].latency / self.time_scale))
         if p.objective == "latency":
             self.delays += [x for terms in received.values() for x in terms]
@@ -189,10 +215,6 @@ class _Model:
 
     def _wishes(self) -> None:
         p, k = self.problem, self.problem.stages
-        for v, pinned in p.pins.items():
-            for s in range(k - 1):
-                y = v * (k - 1) + s
-                self.lower[y] = self.upper[y] = float(s >= pinned)
         for group in p.together:
             first = group[0]
             for v in group[1:]:

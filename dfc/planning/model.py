@@ -16,8 +16,10 @@ from dfc.errors import DfcError, did_you_mean
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.types import TensorType
 from dfc.planning.cost import Sizes, Work, bytes_of, work_of
+from dfc.planning.layouts import ONE, Layout, flights
 from dfc.planning.machine import Device, Machine, Wire
 from dfc.planning.problem import Problem, Slot, Tensor
+from dfc.planning.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from dfc.planning.problem import Floats
@@ -32,6 +34,25 @@ class Wish:
     optimizer: float = 3.0  # bytes of gradient and optimizer state for each byte of weights
     # Bytes a second at which weights come to each device that may have less memory than they take.
     streams: Mapping[str, float] = field(default_factory=dict)
+    schedule: str = "auto"
+    stages_per_device: int = 1
+    turns: bool = False  # whether these are in a V, not in loops
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.stages_per_device, self.turns)
+
+    def with_layout(self, layout: Layout) -> Wish:
+        return replace(self, stages_per_device=layout.chunks, turns=layout.turns)
+
+    def in_flight(self, devices: int) -> tuple[int, ...]:
+        """How many microbatches each stage keeps activations of."""
+        if not self.trains:
+            return (1,) * (devices * self.stages_per_device)
+        # Devices are chosen with a stage each, whatever the schedule has on them later.
+        known = SCHEDULES.get(self.schedule)
+        alone = self.layout == ONE and known is not None and known.chunks != "1"
+        return flights("auto" if alone else self.schedule, self.layout, devices, self.microbatches)
 
 
 def by_dtype(node: Node, device: Device) -> str | None:
@@ -134,6 +155,15 @@ def on_row(model: Modelled, machine: Machine, row: Sequence[int], wish: Wish) ->
         slots=_slots(machine, wish, model.live), pins=pins,
     )  # fmt: skip
     return replace(model, problem=problem, pins=pins)
+
+
+def laid_out(model: Modelled, machine: Machine, wish: Wish) -> Modelled:
+    """The problem with as many stages a device as is wished, none of which is empty."""
+    problem = replace(
+        model.problem, slots=_slots(machine, wish, model.live), idle=False,
+        devices=wish.layout.placement(len(machine.devices)),
+    )  # fmt: skip
+    return replace(model, problem=problem)
 
 
 def _where_supported(
@@ -273,23 +303,23 @@ def _tensors(
 def _slots(
     machine: Machine, wish: Wish, live: float, linked: bool = True
 ) -> tuple[Slot, ...]:  # fmt: skip
-    """One stage a device. What is alive during one microbatch is taken from the memory.
+    """The stages of each device. What is alive during one microbatch is taken from the memory.
 
     Raises:  DfcError N043 for neighbours without a link, if they must be `linked`.
     """
     wire = machine.wire if linked else lambda a, b: machine.way(a, b) or Wire()
-    last = len(machine.devices) - 1
+    at = wish.layout.placement(len(machine.devices))
     found = []
-    for i, device in enumerate(machine.devices):
-        into = wire(i - 1, i) if i else Wire()
-        out = wire(i, i + 1) if i < last else Wire()
-        if wish.trains and i:
-            wire(i, i - 1)  # gradients go back
-        flight = min(wish.microbatches, last + 1 - i) if wish.trains else 1
+    for s, (d, flight) in enumerate(zip(at, wish.in_flight(len(machine.devices)), strict=True)):
+        device = machine.devices[d]
+        into = wire(at[s - 1], d) if s else Wire()
+        out = wire(d, at[s + 1]) if s + 1 < len(at) else Wire()
+        if wish.trains and s:
+            wire(d, at[s - 1])  # gradients go back
         room = device.usable - live
         stream = wish.streams.get(device.name, 0.0) if room > 0 else 0.0
         found.append(
-            Slot(i, room, into.bandwidth, out.bandwidth, flight, into.latency, stream)
+            Slot(d, room, into.bandwidth, out.bandwidth, flight, into.latency, stream)
         )  # fmt: skip
     return tuple(found)
 

@@ -4,6 +4,7 @@ chain      every tensor goes to the next node: cuts, exact
 ideals     few convex cuts: dynamic programming over all of them, exact
 orders     the best cuts of several topological orders, with the bound of
 milp       a linear program that starts below the best order's value, where it is not too large
+looped     stages that share devices: even ones, then cuts moved, then the linear program
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from itertools import accumulate
 from dfc.errors import DfcError
 from dfc.planning.cuts import cut_chain, is_chain
 from dfc.planning.ideals import all_ideals, best_chain, prefixes
+from dfc.planning.looped import best_looped
 from dfc.planning.milp import solve_milp
 from dfc.planning.orders import promising_orders
 from dfc.planning.problem import Partition, Problem
@@ -38,6 +40,10 @@ def partition(problem: Problem, effort: Effort = Effort()) -> Partition:
     Raises:  DfcError N030, N031 for an impossible problem; N060 (status 6) when nothing fits.
     """
     problem.check()
+    if problem.looped:
+        quick = replace(effort, seconds=effort.seconds / 5)
+        even = best_looped(problem, lambda p: partition(p, quick), effort.seconds, effort.gap)
+        return _or_refuse(problem, even)
     if is_chain(problem):
         return _or_refuse(problem, cut_chain(problem))
     ideals = all_ideals(problem, _IDEALS) if problem.n < _IDEALS else None
@@ -83,7 +89,7 @@ def _or_refuse(problem: Problem, found: Partition | None) -> Partition:
     if found is not None:
         return found
     need = float((problem.weights + problem.activations).sum()) + sum(b for b, _ in problem.tied)
-    have = sum(slot.memory for slot in problem.slots)
+    have = sum({d: s.memory for d, s in zip(problem.shares, problem.slots, strict=True)}.values())
     message = f"no partition into {problem.stages} stages fits the devices' memory and operators"
     if need > have:
         message = f"the model needs {need:.4g} bytes, the devices have {have:.4g}"

@@ -8,24 +8,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dfc.ir.graph import Graph, Node
 from dfc.planning.actions import Program
-from dfc.planning.auto import auto
+from dfc.planning.candidates import best_candidate
 from dfc.planning.cost import Sizes, default_sizes
-from dfc.planning.devices import Wanted, best_row, price
-from dfc.planning.machine import Machine
+from dfc.planning.devices import Wanted, price
+from dfc.planning.layouts import layouts
+from dfc.planning.machine import Device, Machine
 from dfc.planning.model import Limits, Modelled, Wish, modelled
 from dfc.planning.partition import Effort
-from dfc.planning.problem import Loads, Partition, loads, value_of
+from dfc.planning.problem import Loads, Partition, value_of
 from dfc.planning.rivals import compared
-from dfc.planning.schedules import schedule
-from dfc.planning.simulate import Costs, Link, Simulation, simulate
-from dfc.planning.streamed_stages import check_wish, stage_tiers
+from dfc.planning.simulate import Costs, Simulation, simulate
+from dfc.planning.streamed_stages import check_wish
 from dfc.planning.streaming import Hop
 from dfc.planning.tiers import Tiers
 
@@ -39,7 +38,8 @@ _MORE = 1.25  # how much more of a thing is tried when asked what to buy
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a plan. Seconds and bytes are for one microbatch, `memory` is the peak."""
+    """One stage of a plan. Seconds and bytes are for one microbatch, `memory` is its device's peak,
+    with all stages that the device has."""
 
     index: int
     device: str
@@ -104,12 +104,25 @@ class Plan:
     def schedule(self) -> str:
         return self.program.name
 
+    @property
+    def devices(self) -> list[Device]:
+        """The device of each stage."""
+        return [self.machine.devices[rank] for rank in self.program.placement]
+
+    @property
+    def device_stages(self) -> dict[str, list[int]]:
+        """The stages that each device has."""
+        found: dict[str, list[int]] = {d.name: [] for d in self.machine.devices}
+        for s in self.stages:
+            found[s.device].append(s.index)
+        return found
+
     def to_torch_pipelining(self, **options: Any) -> TorchPipeline:
-        """This rank's stage and schedule in `torch.distributed.pipelining`.
+        """This rank's stages and schedule in `torch.distributed.pipelining`.
 
         `options` are `loss_fn`, `device` and `group`.
         Needs:   a plan in which each stage reads the one before it alone, and an initialised
-                 process group with a rank for each stage.
+                 process group with a rank for each device.
         Raises:  DfcError N055 for another plan, N056 for another group.
         """
         from dfc.runtime.pipeline.torch_pipelining import torch_pipelining
@@ -125,6 +138,7 @@ def plan(
     sizes: Sizes | None = None,
     wish: Wish = INFERENCE,
     schedule: str = "auto",
+    stages_per_device: int | None = None,
     effort: Effort = EFFORT,
     measured: Any = lambda node: None,
     limits: Limits = NOTHING,
@@ -134,30 +148,28 @@ def plan(
 ) -> Plan:
     """Partition a graph over devices of a machine and choose a schedule.
 
-    Which devices are used, and in which order, is part of the choice. Devices with `hops` may be
-    given more weights than they hold: these stream them, once for each microbatch.
+    Which devices are used, in which order, and how many stages each has is part of the choice, as
+    far as the schedule and `stages_per_device` leave it open. Devices with `hops` may be given more
+    weights than they hold: these stream them, once for each microbatch.
     Needs:   no weights: shapes are enough.
-    Raises:  DfcError N001, N002 for the schedule, N040.. for sizes and devices, N043 for a link
-             that is missing, N060 (status 6) when it does not fit; N065 for streaming otherwise
-             than by time or cost.
+    Raises:  DfcError N001, N002, N066, N067 for the schedule, N040.. for sizes and devices, N043
+             for a link that is missing, N060 (status 6) when it does not fit; N065 for streaming
+             otherwise than by time or cost, or with several stages a device.
     """
     machine.check()
-    check_wish(hops, wish, objective)
-    wish = replace(wish, streams={name: float(1 / hop.per_byte) for name, hop in hops.items()})
-    bound = default_sizes(graph, sizes)
+    check_wish(hops, wish, objective, stages_per_device)
+    choices = layouts(schedule, stages_per_device, wish.trains)
+    streams = {name: float(1 / hop.per_byte) for name, hop in hops.items()}
+    bound, wish = default_sizes(graph, sizes), replace(wish, schedule=schedule, streams=streams)
     whole = modelled(graph, machine, bound, wish, measured, limits, measured_on)
-    chosen = best_row(whole, machine, wish, objective, max_stages, effort)
+    best = best_candidate(whole, graph, machine, wish, choices, objective, max_stages, effort, hops)
+    chosen, costs, simulation, tiers = best.chosen, best.costs, best.simulation, best.tiers
     used = {d.name for d in chosen.machine.devices}
     idle = tuple(d.name for d in machine.devices if d.name not in used)
-    machine, model, found = chosen.machine, chosen.model, chosen.partition
-    load = loads(model.problem, found.stage)
-    tiers = stage_tiers(graph, model, machine, found.stage, load, hops)
-    load, found = _with_passes(load, found, tiers, machine, objective)
-    costs = _costs(model, machine, found.stage, wish, load, tiers)
-    simulation = _scheduled(costs, wish, schedule, machine)
+    machine, model, found, load = chosen.machine, chosen.model, best.partition, best.load
     of_node = {n: s for nodes, s in zip(model.groups, found.stage, strict=True) for n in nodes}
     return Plan(
-        graph.name, machine, bound, wish, objective,
+        graph.name, machine, bound, best.wish, objective,
         _stages(model, machine, found.stage, load, simulation, costs.all_edges(), tiers),
         replace(found, stage=tuple(of_node[n] for n in graph.nodes)), load.bottleneck, load.latency,
         costs, simulation.program, _links(costs, simulation, machine, wish),
@@ -166,86 +178,23 @@ def plan(
     )  # fmt: skip
 
 
-def _with_passes(
-    load: Loads, found: Partition, tiers: Mapping[int, Tiers], machine: Machine, objective: Wanted
-) -> tuple[Loads, Partition]:
-    """Streaming stages take as long as their passes, and the partition is worth what they allow.
-
-    Keeps:  the bound, which is without slots: no partition is better.
-    """
-    if not tiers:
-        return load, found
-    stream = load.stream.copy()
-    for s, plan in tiers.items():
-        stream[s] = float(plan.pass_seconds)
-    load = replace(load, stream=stream)
-    by = price(machine) if objective == "cost" else 1.0
-    return load, replace(found, value=max(found.value, load.bottleneck * by))
-
-
-def _costs(
-    model: Modelled, machine: Machine, stage: Sequence[int], wish: Wish, load: Loads,
-    tiers: Mapping[int, Tiers],
-) -> Costs:  # fmt: skip
-    problem = model.problem
-    seconds = np.maximum(load.compute, load.stream)
-    kept = np.zeros(problem.stages)
-    held = np.zeros(problem.stages)
-    for v, s in enumerate(stage):
-        kept[s] += problem.activations[v]
-        held[s] += problem.weights[v]
-    for size, readers in problem.tied:
-        for s in {stage[v] for v in readers}:
-            held[s] += size
-    for s, plan in tiers.items():
-        held[s] = plan.held_bytes - (plan.memory - problem.slots[s].memory)
-    crossing: dict[tuple[int, int], float] = {}
-    for t in problem.tensors:
-        for s in {stage[v] for v in t.readers} - {stage[t.producer]}:
-            edge = stage[t.producer], s
-            crossing[edge] = crossing.get(edge, 0.0) + t.bytes
-    edges = [(a, b, round(size)) for (a, b), size in sorted(crossing.items())]
-    links = {}
-    for a, b, _ in edges:
-        for x, y in ((a, b), (b, a)) if wish.trains else ((a, b),):
-            wire = machine.wire(x, y)
-            links[x, y] = Link(wire.latency, 1 / wire.bandwidth)
-    third = (seconds / 3).tolist()
-    forward = third if wish.trains else seconds.tolist()
-    back = tuple(third) if wish.trains else ()
-    return Costs(
-        tuple(forward), back, back, links=links, edges=edges,
-        activations=tuple(round(x) for x in kept), resident=tuple(round(x) for x in held),
-    )  # fmt: skip
-
-
-def _scheduled(costs: Costs, wish: Wish, name: str, machine: Machine) -> Simulation:
-    """The schedule that was asked for, or the one with the shortest step that fits."""
-    m, ranks = wish.microbatches, len(machine.devices)
-    if not wish.trains:
-        wanted = "forward" if name == "auto" else name
-        return simulate(schedule(wanted, ranks, m), costs)
-    if name != "auto":
-        return simulate(schedule(name, ranks, m), costs)
-    return auto(ranks, m, costs, [d.usable for d in machine.devices]).simulation
-
-
 def _stages(
     model: Modelled, machine: Machine, stage: Sequence[int], load: Loads, simulation: Simulation,
     edges: Sequence[tuple[int, int, int]], tiers: Mapping[int, Tiers],
 ) -> tuple[Stage, ...]:  # fmt: skip
     found = []
-    for s, device in enumerate(machine.devices):
+    for s, rank in enumerate(simulation.program.placement):
+        device = machine.devices[rank]
         mine = [v for v, x in enumerate(stage) if x == s]
         nodes = [n for v in mine for n in model.groups[v]]
         live = device.usable - model.problem.slots[s].memory
         sent = float(sum(size for a, _, size in edges if a == s))
         found.append(Stage(
             s, device.name, len(nodes), _modules(nodes),
-            float(max(load.compute[s], load.stream[s])),
+            float(max(load.compute[s], load.stream[rank])),
             float(sum(model.problem.weights[v] for v in mine)),
-            simulation.peaks[s] + live, device.memory, sent,
-            _limit(model, machine, mine, s, load),
+            simulation.peaks[rank] + live, device.memory, sent,
+            _limit(model, device, mine, s, load),
             float(tiers[s].bytes_per_pass) if s in tiers else 0.0,
         ))  # fmt: skip
     return tuple(found)
@@ -256,8 +205,7 @@ def _modules(nodes: Sequence[Any]) -> str:
     return next((n.loc.module for n in nodes if n.loc and n.loc.module), "")
 
 
-def _limit(model: Modelled, machine: Machine, mine: Sequence[int], slot: int, load: Loads) -> str:
-    device = machine.devices[slot]
+def _limit(model: Modelled, device: Device, mine: Sequence[int], slot: int, load: Loads) -> str:
     spent = {"computing": 0.0, "moving": 0.0, "launching": 0.0}
     for v in mine:
         for work in model.works[v]:
@@ -267,7 +215,7 @@ def _limit(model: Modelled, machine: Machine, mine: Sequence[int], slot: int, lo
                 spent["launching"] += work.launching(device)
     links = {
         "receiving": float(load.receive[slot]), "sending": float(load.send[slot]),
-        "streaming": float(load.stream[slot]) / _HIDDEN,
+        "streaming": float(load.stream[load.shares[slot]]) / _HIDDEN,
     }  # fmt: skip
     kinds = spent if load.compute[slot] >= max(links.values()) else links
     return max(kinds, key=lambda k: kinds[k])
@@ -277,8 +225,10 @@ def _links(
     costs: Costs, simulation: Simulation, machine: Machine, wish: Wish
 ) -> tuple[tuple[str, str, float, float], ...]:
     found: dict[tuple[int, int], float] = {}
-    for a, b, size in costs.all_edges():
-        for pair in ((a, b), (b, a)) if wish.trains else ((a, b),):
+    rank = simulation.program.placement
+    for u, v, size in costs.all_edges():
+        a, b = rank[u], rank[v]
+        for pair in () if a == b else ((a, b), (b, a)) if wish.trains else ((a, b),):
             found[pair] = found.get(pair, 0.0) + size * wish.microbatches
     span = float(simulation.makespan) or 1.0
     names = [d.name for d in machine.devices]
@@ -300,13 +250,15 @@ def _advice(model: Modelled, machine: Machine, found: Partition) -> tuple[tuple[
         time[:, i] /= _MORE
         better = value_of(replace(problem, time=time), found.stage)
         told.append((f"a device like `{device.name}` that is 25 % faster", better))
+    for a, b in dict.fromkeys(pairwise(problem.device_of)):
         slots = list(problem.slots)
-        if np.isfinite(slots[i].send):
-            slots[i] = replace(slots[i], send=slots[i].send * _MORE)
-            slots[i + 1] = replace(slots[i + 1], receive=slots[i + 1].receive * _MORE)
-            better = value_of(problem.with_stages(slots), found.stage)
-            name = f"`{device.name}` to `{machine.devices[i + 1].name}`"
-            told.append((f"a link from {name} that is 25 % faster", better))
+        for s, pair in enumerate(pairwise(problem.device_of)):
+            if pair == (a, b):
+                slots[s] = replace(slots[s], send=slots[s].send * _MORE)
+                slots[s + 1] = replace(slots[s + 1], receive=slots[s + 1].receive * _MORE)
+        better = value_of(problem.with_stages(slots), found.stage)
+        name = f"`{machine.devices[a].name}` to `{machine.devices[b].name}`"
+        told.append((f"a link from {name} that is 25 % faster", better))
     gains = [(what, now / b) for what, b in told if b > 0]
     return tuple(sorted((g for g in gains if g[1] > 1.005), key=lambda g: -g[1]))
 

@@ -184,6 +184,9 @@ def _agrees(plan: Plan, prediction: Mapping[str, Any], file: str) -> None:
     if strange is not None or plan.program.stages != count:
         what = f"no device `{strange}`" if strange else f"a program of {plan.program.stages} stages"
         raise DfcError("D063", f"{file} has {count} stages and {what}")
+    used = set(plan.program.placement) == set(range(len(plan.machine.devices)))
+    if not used or [s.device for s in plan.stages] != [d.name for d in plan.devices]:
+        raise DfcError("D063", f"{file} has stages on other devices than its program has them")
     plan.machine.check()
     check(plan.program, plan.costs)
     told_s = float(prediction["step_seconds"])

@@ -1,7 +1,7 @@
 """What is to be partitioned: nodes with times and bytes, tensors between them, devices and links.
 
-A partition gives every node a stage; stage s runs on device s of the problem. Stages are convex: a
-node's stage is never before that of what it reads.
+A partition gives every node a stage; stage s runs on device s of the problem, or several stages on
+one device. Stages are convex: a node's stage is never before that of what it reads.
 """
 
 from __future__ import annotations
@@ -56,10 +56,13 @@ class Slot:
 class Problem:
     """Nodes in a topological order, to be cut into at most `len(slots)` stages in order.
 
+    `devices[s]` is the device of stage s where devices have several; what they do, send and hold
+    adds up. Without it, or with `apart`, every stage is a device of its own.
+
     `time[v][k]` is the seconds of node v for one microbatch on a device of kind k, infinite where
-    it cannot run; `weights[v]` and `activations[v]` are bytes. `pins` gives nodes their stage,
+    it cannot run; `weights[v]` and `activations[v]` are bytes. `pins` gives nodes their device,
     `together` are groups that share a stage, `tied` are (bytes, readers) of parameters that every
-    stage with a reader holds a copy of (not counted in `weights`). `idle` says that stages may be
+    device with a reader holds a copy of (not counted in `weights`). `idle` says that stages may be
     empty.
     """
 
@@ -74,6 +77,8 @@ class Problem:
     names: tuple[str, ...] = ()
     objective: Objective = "throughput"
     idle: bool = True
+    devices: tuple[int, ...] = ()
+    apart: bool = False  # pins go by devices, all else by stages
 
     @property
     def n(self) -> int:
@@ -88,11 +93,28 @@ class Problem:
         """(producer, reader), each once."""
         return tuple(dict.fromkeys((t.producer, v) for t in self.tensors for v in t.readers))
 
+    @cached_property
+    def device_of(self) -> tuple[int, ...]:
+        """The device of each stage."""
+        return self.devices or tuple(range(self.stages))
+
+    @cached_property
+    def shares(self) -> tuple[int, ...]:
+        """Of each stage, whose time and memory it takes: stages with the same number share them."""
+        return tuple(range(self.stages)) if self.apart else self.device_of
+
+    @property
+    def looped(self) -> bool:
+        """Whether some stages share a device."""
+        return len(set(self.shares)) < self.stages
+
     def name(self, v: int) -> str:
         return self.names[v] if self.names else f"node {v}"
 
     def with_stages(self, slots: Sequence[Slot]) -> Problem:
-        return replace(self, slots=tuple(slots))
+        """With other slots: as many, or others that are devices of their own."""
+        devices = self.devices if len(slots) == self.stages else ()
+        return replace(self, slots=tuple(slots), devices=devices)
 
     def check(self) -> None:
         """Raises:  DfcError N030 for nodes out of order, N031 for a pin that cannot be."""
@@ -101,10 +123,11 @@ class Problem:
                 raise DfcError(
                     "N030", f"{self.name(v)} comes before {self.name(u)}, which it reads"
                 )
-        for v, s in self.pins.items():
-            if not 0 <= s < self.stages:
+        for v, d in self.pins.items():
+            if d not in self.device_of:
+                count = len(set(self.device_of))
                 raise DfcError(
-                    "N031", f"{self.name(v)} is pinned to stage {s}, and there are {self.stages}"
+                    "N031", f"{self.name(v)} is pinned to device {d}, and there are {count}"
                 )
 
 
@@ -128,14 +151,18 @@ class Partition:
 
 @dataclass(frozen=True)
 class Loads:
-    """What each stage does for one microbatch: seconds, and the bytes that it holds."""
+    """What each stage does for one microbatch, in seconds, and the bytes that devices hold.
+
+    `shares[s]` is whose time and memory stage s takes: its place in `memory`.
+    """
 
     compute: Floats
     receive: Floats
     send: Floats
     memory: Floats
     wait: Floats  # for the first byte that comes in
-    stream: Floats  # the seconds that weights take which the memory does not hold
+    stream: Floats  # of devices: the seconds that weights take which the memory does not hold
+    shares: tuple[int, ...]
 
     @property
     def latency(self) -> float:
@@ -147,43 +174,51 @@ class Loads:
 
     @property
     def peak(self) -> float:
-        """The bytes of the stage that holds most."""
+        """The bytes of the device that holds most."""
         return float(self.memory.max(initial=0.0))
 
     @property
     def bottleneck(self) -> float:
+        return float(self.busiest.max(initial=0.0))
+
+    @property
+    def busiest(self) -> Floats:
+        """Of each device the seconds of what takes it longest: computing, receiving or sending."""
         import numpy as np
 
-        busy = [self.compute, self.receive, self.send, self.stream]
-        return float(np.max(busy, initial=0.0))
+        kinds = (self.compute, self.receive, self.send)
+        sums = [np.bincount(self.shares, weights=x) for x in kinds]
+        return np.asarray(np.max([*sums, self.stream], axis=0))
 
 
 def loads(problem: Problem, stage: Sequence[int]) -> Loads:
     """The load of each stage under a partition."""
     import numpy as np
 
-    k = problem.stages
-    compute, held = np.zeros(k), np.zeros(k)
+    k, shares = problem.stages, problem.shares
+    compute, held = np.zeros(k), np.zeros(1 + max(shares))
     received, sent, wait = np.zeros(k), np.zeros(k), np.zeros(k)
     for v, s in enumerate(stage):
         slot = problem.slots[s]
         compute[s] += problem.time[v][slot.kind]
-        held[s] += problem.weights[v] + slot.in_flight * problem.activations[v]
+        held[shares[s]] += problem.weights[v] + slot.in_flight * problem.activations[v]
     for t in problem.tensors:
         own = stage[t.producer]
-        others = {stage[v] for v in t.readers} - {own}
+        others = {s for s in {stage[v] for v in t.readers} if shares[s] != shares[own]}
         sent[own] += t.bytes if others else 0
         for s in others:
             received[s] += t.bytes
             wait[s] = problem.slots[s].latency
     for size, readers in problem.tied:
-        for s in {stage[v] for v in readers}:
-            held[s] += size
+        for d in {shares[stage[v]] for v in readers}:
+            held[d] += size
     into = np.array([s.receive for s in problem.slots])
     out = np.array([s.send for s in problem.slots])
-    rates = np.array([s.stream or INFINITE for s in problem.slots])
-    beyond = np.maximum(held - np.array([s.memory for s in problem.slots]), 0.0)
-    return Loads(compute, received / into, sent / out, held, wait, beyond / rates)
+    rooms = {d: slot for d, slot in zip(shares, problem.slots, strict=True)}
+    stream = np.zeros(len(held))
+    for d, slot in rooms.items():
+        stream[d] = max(held[d] - slot.memory, 0.0) / (slot.stream or INFINITE)
+    return Loads(compute, received / into, sent / out, held, wait, stream, shares)
 
 
 def value_of(problem: Problem, stage: Sequence[int]) -> float:
@@ -201,9 +236,10 @@ def why_not(problem: Problem, stage: Sequence[int]) -> str | None:
     for u, v in problem.edges:
         if stage[u] > stage[v]:
             return f"{problem.name(v)} would run before {problem.name(u)}, which it reads"
-    for v, s in problem.pins.items():
-        if stage[v] != s:
-            return f"{problem.name(v)} is pinned to stage {s}"
+    for v, d in problem.pins.items():
+        if problem.device_of[stage[v]] != d:
+            what = "device" if problem.devices else "stage"
+            return f"{problem.name(v)} is pinned to {what} {d}"
     for group in problem.together:
         if len({stage[v] for v in group}) > 1:
             return f"{problem.name(group[0])} and {problem.name(group[1])} share a stage"
@@ -212,8 +248,10 @@ def why_not(problem: Problem, stage: Sequence[int]) -> str | None:
         return f"stage {min(empty)} is empty"
     found = loads(problem, stage)
     for s, slot in enumerate(problem.slots):
-        if found.memory[s] > slot.memory * (1 + 1e-12) and not slot.stream:
-            return f"stage {s} holds {found.memory[s]:.6g} of {slot.memory:.6g} bytes"
+        held = found.memory[problem.shares[s]]
+        if held > slot.memory * (1 + 1e-12) and not slot.stream:
+            what = "the device of stage" if problem.looped else "stage"
+            return f"{what} {s} holds {held:.6g} of {slot.memory:.6g} bytes"
         if not np.isfinite(found.compute[s]):
             return f"stage {s} has an operator that its device cannot run"
     return None

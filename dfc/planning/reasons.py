@@ -59,8 +59,9 @@ class _Told:
         if len(self.plan.stages) == 1:
             return Reason("placed", f"{wish}stage 0 on `{s.device}`, the only one: {share}")
         most = amount_text(self.plan.bottleneck, "time")
+        slowest = "the slowest device" if self.model.problem.looped else "the slowest"
         return Reason(
-            "placed", f"{wish}stage {s.index} on `{s.device}`: {share}, the slowest takes {most}"
+            "placed", f"{wish}stage {s.index} on `{s.device}`: {share}, {slowest} takes {most}"
         )
 
     def _wish(self, g: int) -> str:
@@ -120,7 +121,10 @@ class _Told:
         if refused is not None:
             return f"{how} {where}, {refused}"
         was, now = self.load.bottleneck, loads(problem, other)
-        slow = int(np.argmax(np.max([now.compute, now.receive, now.send], axis=0)))
-        took = f"{amount_text(now.bottleneck, 'time')} a microbatch at stage {slow}"
+        slow = int(np.argmax(now.busiest))
+        at = f"at stage {slow}"
+        if problem.looped:
+            at = f"on `{self.plan.machine.devices[slow].name}`"
+        took = f"{amount_text(now.bottleneck, 'time')} a microbatch {at}"
         worse = "instead of" if now.bottleneck > was else "no better than"
         return f"{how} {where} it would take {took}, {worse} {amount_text(was, 'time')}"

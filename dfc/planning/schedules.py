@@ -33,6 +33,7 @@ class Schedule:
     chunks: str = "1"  # "1", "2" or "any"
     trains: bool = True
     why: str = ""
+    turns: bool = False  # V placement
     refuses: Callable[[int, int, int], str | None] = lambda p, m, v: None
 
 
@@ -41,15 +42,25 @@ def schedule(name: str, ranks: int, microbatches: int, chunks: int | None = None
 
     Raises:  DfcError N001 for an unknown schedule, N002 when it cannot be made for these numbers.
     """
-    found = SCHEDULES.get(name)
-    if found is None:
-        help = did_you_mean(name, list(SCHEDULES)) or f"there are {', '.join(SCHEDULES)}"
-        raise DfcError("N001", f"unknown schedule `{name}`", help=help)
-    v = chunks if chunks is not None else (1 if found.chunks == "1" else 2)
+    found = known_schedule(name)
+    usual = 1 if found.chunks == "1" or not found.trains else 2
+    v = chunks if chunks is not None else usual
     reason = why_not(found, ranks, microbatches, v)
     if reason:
         raise DfcError("N002", f"`{name}` cannot be made: {reason}")
     return found.make(ranks, microbatches, v)
+
+
+def known_schedule(name: str) -> Schedule:
+    """
+    Raises:  DfcError N001 for an unknown schedule.
+    """
+    found = SCHEDULES.get(name)
+    if found is None:
+        near = [s for s in SCHEDULES if name.startswith(s)] or list(SCHEDULES)  # interleaved_1f1b
+        help = did_you_mean(name, near) or f"there are {', '.join(SCHEDULES)}"
+        raise DfcError("N001", f"unknown schedule `{name}`", help=help)
+    return found
 
 
 def why_not(found: Schedule, ranks: int, microbatches: int, chunks: int) -> str | None:
@@ -62,6 +73,8 @@ def why_not(found: Schedule, ranks: int, microbatches: int, chunks: int) -> str 
 
 
 def _forward_only(p: int, m: int, v: int) -> Program:
+    if v > 1:
+        return forward_program([s % p for s in range(p * v)], m)
     return _linear("forward", p, m, lambda r: _kinds([(F, m)]))
 
 
@@ -295,7 +308,8 @@ def _same(k: Ints, value: int) -> Ints:
 SCHEDULES = {
     s.name: s
     for s in (
-        Schedule("forward", _forward_only, trains=False, why="inference: nothing to wait for"),
+        Schedule("forward", _forward_only, "any", trains=False,
+                 why="inference: nothing to wait for"),
         Schedule("gpipe", _gpipe, why="all forwards, then all backwards"),
         Schedule("1f1b", _one_f_one_b, why="as GPipe with fewer activations"),
         Schedule("interleaved", _interleaved, "any", refuses=_whole_rounds,
@@ -304,8 +318,8 @@ SCHEDULES = {
         Schedule("zb1p", _zb1p, why="weights' gradients fill the bubble"),
         Schedule("interleaved_zb", _interleaved_zb, "any", refuses=_whole_rounds,
                  why="interleaved, and weights' gradients fill the bubble"),
-        Schedule("zb_v", _zb_v, "2", why="first and last stage on one rank"),
-        Schedule("dualpipe_v", _dualpipe_v, "2", why="forward and backward overlap",
+        Schedule("zb_v", _zb_v, "2", turns=True, why="first and last stage on one rank"),
+        Schedule("dualpipe_v", _dualpipe_v, "2", turns=True, why="forward and backward overlap",
                  refuses=lambda p, m, v: None if m >= 2 * p else f"it needs {2 * p} microbatches"),
     )
 }  # fmt: skip

@@ -182,11 +182,16 @@ def peaks(program: Program, costs: Costs) -> tuple[int, ...]:
 
 def in_flight(program: Program) -> tuple[int, ...]:
     """The most microbatches that each stage keeps activations of, from F until W or B."""
-    n = program.stages
-    found = []
+    import numpy as np
+
+    ends = (Kind.W, Kind.B) if program.trains else (Kind.F,)
+    found: list[int] = []
     for stage, rank in enumerate(program.placement):
-        one = [int(s == stage) for s in range(n)]
-        found.append(peaks(program, Costs(forward=[1] * n, activations=one))[rank])
+        rows = program.ranks[rank]
+        kinds = rows[rows[:, 1] == stage, 0] & ~JOINED
+        freed = np.isin(kinds, ends).astype(np.int64)
+        held = np.cumsum(kinds == Kind.F) - np.cumsum(freed) + freed  # until the action is over
+        found.append(int(held.max(initial=0)))
     return tuple(found)
 
 

@@ -28,13 +28,18 @@ if TYPE_CHECKING:
     from dfc.ir.graph import Graph
 
 
-def check_wish(hops: Mapping[str, Hop], wish: Wish, objective: Wanted) -> None:
+def check_wish(
+    hops: Mapping[str, Hop], wish: Wish, objective: Wanted, stages_per_device: int | None = None
+) -> None:
     """Raises:  DfcError N065 for what is not planned with streamed weights."""
     if hops and wish.trains:
         raise DfcError("N065", "weights are streamed where a model runs, not where it is trained")
     if hops and objective not in ("throughput", "cost"):
         message = f"streamed weights are not planned by {objective}"
         raise DfcError("N065", message, help="plan it by time, or by cost")
+    if hops and (stages_per_device or 1) > 1:
+        message = f"streamed weights are planned for one stage a device, not {stages_per_device}"
+        raise DfcError("N065", message)
 
 
 def stage_tiers(

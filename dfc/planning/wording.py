@@ -13,13 +13,23 @@ if TYPE_CHECKING:
 def summary(plan: Plan) -> str:
     """In one line: stages and devices, the step, and what the partition is worth."""
     count = len(plan.stages)
-    devices = ", ".join(s.device for s in plan.stages)
+    devices = f"on {', '.join(s.device for s in plan.stages)}"
+    if count > len(plan.device_stages):
+        devices = f"{plan.wish.layout.word} ({layout_text(plan)})"
     step = amount_text(plan.step_seconds, "time")
     m = plan.wish.microbatches
     return (
-        f"{count} stage{'s' * (count != 1)} on {devices}; a step of {m} "
+        f"{count} stage{'s' * (count != 1)} {devices}; a step of {m} "
         f"microbatch{'es' * (m != 1)} takes {step} by the model ({plan.schedule}), "
         f"{plan.simulation.bubble:.0%} of it waiting; by {plan.objective} {certificate(plan)}"
+    )
+
+
+def layout_text(plan: Plan) -> str:
+    """Which stages devices have that have several."""
+    return "; ".join(
+        f"{name} has stages {', '.join(map(str, stages))}"
+        for name, stages in plan.device_stages.items()
     )
 
 

@@ -1,6 +1,7 @@
 """A chain-shaped plan as stages and schedules of `torch.distributed.pipelining`.
 
 There a stage reads what the one before it gives, and nothing else; dfc's own runtimes run any plan.
+A rank has the stages that the plan's device has.
 
 N055  a plan that is no chain, or has a schedule that torch lacks
 N056  a group of processes that is not the plan's
@@ -27,6 +28,11 @@ _SCHEDULES: dict[str, tuple[Any, bool]] = {
     "gpipe": (pipelining.ScheduleGPipe, False),
     "1f1b": (pipelining.Schedule1F1B, False),
     "zb1p": (pipelining.ScheduleInterleavedZeroBubble, True),
+    "interleaved": (pipelining.ScheduleInterleaved1F1B, True),
+    "breadth_first": (pipelining.ScheduleLoopedBFS, True),
+    "interleaved_zb": (pipelining.ScheduleInterleavedZeroBubble, True),
+    "zb_v": (pipelining.ScheduleZBVZeroBubble, True),
+    "dualpipe_v": (pipelining.ScheduleDualPipeV, True),
 }
 _INSTEAD = "dfc's own runtimes run any plan"
 
@@ -34,9 +40,9 @@ _INSTEAD = "dfc's own runtimes run any plan"
 class TorchPipeline(NamedTuple):
     """This rank's part: `schedule.step(...)` trains, `schedule.eval(...)` runs forward only."""
 
-    stage: pipelining.PipelineStage
+    stages: list[pipelining.PipelineStage]
     schedule: Any
-    module: TrainableGraph
+    modules: list[TrainableGraph]
 
 
 def torch_pipelining(
@@ -46,30 +52,39 @@ def torch_pipelining(
     device: str | torch.device = "cpu",
     group: Any = None,
 ) -> TorchPipeline:
-    """This rank's stage of a plan, and its schedule.
+    """This rank's stages of a plan, and its schedule.
 
-    Needs:   `torch.distributed` is initialised, with a rank for each stage; weights.
+    Needs:   `torch.distributed` is initialised, with a rank for each device of the plan; weights.
     Raises:  DfcError N055, N056.
     """
     stages = chain(plan)
-    count = len(stages)
+    placement = plan.program.placement
+    count = 1 + max(placement)
     size = dist.get_world_size(group) if dist.is_initialized() else 0
     if size != count:
         found = f"{size} ranks" if size else "torch.distributed is not initialised"
-        raise DfcError("N056", f"the plan has {count} stages, a rank each: {found}",
+        told = f"the plan has {len(stages)} stages, a rank each"
+        if count < len(stages):
+            told = f"the plan has {len(stages)} stages on {count} ranks"
+        raise DfcError("N056", f"{told}: {found}",
                        help=f"torchrun --nproc-per-node={count} ...")  # fmt: skip
-    make, several = _schedule(plan.schedule)
-    rank = dist.get_rank(group)
-    module = _Stage(stages, rank, plan)
+    make, several = _schedule(plan.schedule, count < len(stages))
     if plan.wish.trains:
         _check_untied(plan)
-    module.move(torch.device(device))
-    stage = pipelining.PipelineStage(module, rank, count, torch.device(device), group=group)
-    schedule = make([stage] if several else stage, plan.wish.microbatches, loss_fn=loss_fn)
-    return TorchPipeline(stage, schedule, module)
+    place, made, modules = torch.device(device), [], []
+    for s in (s for s, r in enumerate(placement) if r == dist.get_rank(group)):
+        modules.append(_Stage(stages, s, plan))
+        modules[-1].move(place)
+        made.append(pipelining.PipelineStage(modules[-1], s, len(stages), place, group=group))
+    given = made if several else made[0]
+    schedule = make(given, plan.wish.microbatches, loss_fn=loss_fn)
+    return TorchPipeline(made, schedule, list(modules))
 
 
-def _schedule(name: str) -> tuple[Any, bool]:
+def _schedule(name: str, shared: bool) -> tuple[Any, bool]:
+    """`shared` says that ranks have several stages."""
+    if shared and name == "forward":  # `eval` computes the forward actions alone
+        name = "breadth_first"
     found = _SCHEDULES.get(name)
     if found is None:
         known = ", ".join(_SCHEDULES)

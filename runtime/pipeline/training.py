@@ -5,6 +5,9 @@
         for x, target in batches:
             loss = trainer.step(x, target)
 
+A plan made with `train=True` takes the place of `stage_of`, schedule and microbatches:
+`Trainer(graph, plan, optimizer=...)`.
+
 Each stage is differentiated by itself. Gradients are those of one process with the same
 microbatches: within a stage they are added in the order of the program, over the stages of a tied
 weight in the order of stages.
@@ -46,6 +49,8 @@ from dfc.runtime.pipeline.training_state import State, copied, optimizer_state, 
 if TYPE_CHECKING:
     import torch
 
+    from dfc.planning.pipeline import Plan
+
     MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -63,9 +68,10 @@ class Trainer:
     `graph` may be a `StagedModel`, which several trainers can share: then it has stages and loss.
     `loss` is a function of the model's outputs and of the targets, whose types are `targets`;
     without it the model returns the loss. With `reduction="mean"` a microbatch counts for its part
-    of the batch's items, with "sum" it counts whole. `schedule` is a name, a program, or "auto":
-    the best for the stages' times, measured in the first step. `chunks` is how many stages a rank
-    has in schedules that allow any number.
+    of the batch's items, with "sum" it counts whole. `stage_of` gives each node its stage, or is a
+    plan. `schedule` is a name, a program, or "auto": the best for the stages' times, measured in
+    the first step; by default a plan's, else "1f1b" with 8 microbatches. `chunks` is how many
+    stages a rank has in schedules that allow any number.
     Needs:   convex stages, a graph that writes to no state.
     Ensures: dropout is drawn by counters (`seed`, step, operator, microbatch): masks do not depend
              on stages or schedule. Other random operators are refused.
@@ -75,11 +81,11 @@ class Trainer:
     def __init__(
         self,
         graph: Graph | StagedModel,
-        stage_of: Mapping[Node, int] | None = None,
+        stage_of: Mapping[Node, int] | Plan | None = None,
         *,
         optimizer: MakeOptimizer,
-        schedule: str | Program = "1f1b",
-        microbatches: int = 8,
+        schedule: str | Program | None = None,
+        microbatches: int | None = None,
         loss: Callable[..., Any] | None = None,
         targets: Sequence[TensorType] = (),
         reduction: str = "mean",
@@ -95,6 +101,9 @@ class Trainer:
         if reduction not in ("mean", "sum"):
             raise DfcError("N073", f"reduction is `mean` or `sum`, not `{reduction}`", status=2)
         keep_pages()
+        if stage_of is not None and not isinstance(stage_of, Mapping):
+            stage_of, schedule, microbatches = _of_plan(stage_of, graph, schedule, microbatches)
+        schedule, microbatches = schedule or "1f1b", microbatches or 8
         self.model = model = _model(graph, stage_of, loss, targets)
         self.reduction, self.microbatches, self.seed = reduction, microbatches, seed
         self.programs = Programs(schedule, len(model.parts), microbatches, chunks)
@@ -322,6 +331,22 @@ class _Given(dict[Any, Any]):
     def __missing__(self, value: Value) -> Any:
         mask = self.trainer.model.masks[value]
         return self.trainer.draw(mask, self.microbatch, self.sizes)
+
+
+def _of_plan(
+    plan: Plan, graph: Graph | StagedModel, schedule: str | Program | None, microbatches: int | None
+) -> tuple[Mapping[Node, int], str | Program, int]:
+    """The stages of a plan, and its program where nothing else is asked for.
+
+    Raises:  DfcError N073 for a plan of another graph, or one that does not train.
+    """
+    if plan.graph is not graph:
+        raise DfcError("N073", "the plan is of another graph than the one to be trained", status=2)
+    if schedule is None and not plan.program.trains:
+        help = "plan with train=True, or give schedule="
+        raise DfcError("N073", "the plan has no backward passes", help=help, status=2)
+    found = dict(zip(plan.graph.nodes, plan.partition.stage, strict=True))
+    return found, schedule or plan.program, microbatches or plan.wish.microbatches
 
 
 def _items(part: Mapping[Value, Any], dims: Mapping[Value, int | None]) -> int:

@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dfc.ir.graph import Graph, Node
 from dfc.planning.actions import Action, Kind
@@ -41,6 +41,9 @@ from dfc.runtime.pipeline.training_exchange import Ranks
 from dfc.runtime.pipeline.training_report import TrainingReport
 from dfc.runtime.pipeline.training_state import State
 from dfc.runtime.pipeline.world import World
+
+if TYPE_CHECKING:
+    from dfc.planning.pipeline import Plan
 
 _numbers = count(1)  # of the trainers of this process: all processes make the same
 
@@ -61,7 +64,7 @@ class RankTrainer(Trainer):
     def __init__(
         self,
         graph: Graph | StagedModel,
-        stage_of: Mapping[Node, int] | None = None,
+        stage_of: Mapping[Node, int] | Plan | None = None,
         *,
         world: World | None = None,
         deadline: float | None = None,

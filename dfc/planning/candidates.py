@@ -1,0 +1,215 @@
+"""What a plan is chosen from: partitions with one or several stages a device, and their schedules.
+
+The partition is proposed by its bottleneck; the simulator decides which candidate is best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph
+from dfc.planning.auto import auto
+from dfc.planning.devices import Chosen, Wanted, best_row, price
+from dfc.planning.fitting import refusal
+from dfc.planning.ideals import lower_bound
+from dfc.planning.layouts import ONE, Layout
+from dfc.planning.machine import Machine
+from dfc.planning.model import Modelled, Wish, laid_out
+from dfc.planning.partition import Effort, partition
+from dfc.planning.problem import Loads, Partition, loads
+from dfc.planning.rivals import no_worse
+from dfc.planning.schedules import schedule
+from dfc.planning.simulate import Costs, Link, Simulation, simulate
+from dfc.planning.streamed_stages import stage_tiers
+from dfc.planning.streaming import Hop
+from dfc.planning.tiers import Tiers
+
+_WORTH = 1.01  # how much better several stages a device must be: more messages take the hosts' time
+_SECONDS = 3.0  # for the bound of each candidate besides the first
+_CANNOT = ("N002", "N043", "N060", "N062", "N063", "N068")  # what one candidate may lack
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A partition of a row of devices, what it costs, and a step of it.
+
+    `partition` is the chosen one, worth what streaming stages allow; `tiers` are theirs.
+    """
+
+    chosen: Chosen
+    wish: Wish
+    partition: Partition
+    load: Loads
+    tiers: Mapping[int, Tiers]
+    costs: Costs
+    simulation: Simulation
+
+    def value(self, aim: Wanted) -> float:
+        """What is compared: the step, or what else is made small."""
+        if aim == "latency":
+            return self.load.latency
+        if aim == "memory":
+            return float(max(self.simulation.peaks))
+        return float(self.simulation.makespan)
+
+
+def best_candidate(
+    model: Modelled, graph: Graph, machine: Machine, wish: Wish, choices: Sequence[Layout],
+    aim: Wanted, most: int | None, effort: Effort, hops: Mapping[str, Hop],
+) -> Candidate:  # fmt: skip
+    """The best of the layouts; of several that are about as good, the one with fewer stages.
+
+    Devices and their order are those that are best with one stage each.
+    Raises:  DfcError of the first layout, when none can be.
+    """
+    fewest = min(layout.chunks for layout in choices)
+    if most is not None and most < fewest:
+        message = f"{fewest} stages a device are more than the {most} that there may be"
+        raise DfcError("N066", message, status=2)
+    devices = most // fewest if most else None
+    row = best_row(model, machine, wish.with_layout(ONE), aim, devices, effort)
+    best: Candidate | None = None
+    failed: DfcError | None = None
+    for layout in _promising(choices, row, most, aim):
+        if best is not None and _cannot_win(best, row, aim):
+            break
+        try:
+            quick = effort if best is None else replace(
+                effort, seconds=min(effort.seconds, _SECONDS))  # fmt: skip
+            shaped = wish.with_layout(layout)
+            chosen = row if layout == ONE else _looped(row, shaped, quick)
+            tried = _candidate(chosen, graph, shaped, hops, aim)
+        except DfcError as e:
+            if e.code not in _CANNOT:
+                raise
+            failed = failed or e
+            continue
+        if best is None or tried.value(aim) * _WORTH < best.value(aim):
+            best = tried
+    if best is None:
+        assert failed is not None
+        raise failed
+    return best
+
+
+def _promising(
+    choices: Sequence[Layout], row: Chosen, most: int | None, aim: Wanted
+) -> Iterator[Layout]:
+    """Where one stage a device is a choice, several are one for the time of a step alone, of
+    several devices, and of stages of more than one node."""
+    count, nodes = len(row.machine.devices), row.model.problem.n
+    yield choices[0]
+    for layout in choices[1:]:
+        stages = layout.chunks * count
+        if aim == "throughput" and count > 1 and stages <= min(nodes, most or nodes):
+            yield layout
+
+
+def _cannot_win(best: Candidate, row: Chosen, aim: Wanted) -> bool:
+    """Whether no order of any stages on these devices could be worth it: each of them is busy for
+    its part of the work."""
+    least = lower_bound(row.model.problem) * best.wish.microbatches
+    return aim == "throughput" and best.value(aim) <= least * _WORTH
+
+
+def _candidate(
+    chosen: Chosen, graph: Graph, wish: Wish, hops: Mapping[str, Hop], aim: Wanted
+) -> Candidate:
+    model, machine, found = chosen.model, chosen.machine, chosen.partition
+    load = loads(model.problem, found.stage)
+    tiers = stage_tiers(graph, model, machine, found.stage, load, hops)
+    load, found = _with_passes(load, found, tiers, machine, aim)
+    costs = _costs(model, machine, found.stage, wish, load, tiers)
+    rooms = [0.0] * len(machine.devices)
+    for d, slot in zip(model.problem.device_of, model.problem.slots, strict=True):
+        rooms[d] = slot.memory
+    return Candidate(chosen, wish, found, load, tiers, costs, _scheduled(costs, wish, rooms))
+
+
+def _looped(row: Chosen, wish: Wish, effort: Effort) -> Chosen:
+    """The same devices with several stages each.
+
+    Raises:  DfcError N060 (status 6) when they do not fit, N068 for a model of too few parts.
+    """
+    model, machine = laid_out(row.model, row.machine, wish), row.machine
+    problem = model.problem
+    if problem.n < problem.stages:
+        each = f"{wish.stages_per_device} on each of {len(machine.devices)} devices"
+        message = f"the model has {problem.n} parts for {problem.stages} stages, {each}"
+        raise DfcError("N068", message, help="fewer devices, or fewer stages a device", status=2)
+    try:
+        solved = no_worse(model, machine, partition(problem, effort))
+    except DfcError as e:
+        if e.status != 6:
+            raise
+        raise refusal(model, machine, wish) from e
+    by = row.partition.value / row.solved.value if row.solved.value else 1.0  # a price, or 1
+    told = replace(solved, value=solved.value * by, bound=solved.bound * by)
+    return Chosen(machine, model, told, solved)
+
+
+def _with_passes(
+    load: Loads, found: Partition, tiers: Mapping[int, Tiers], machine: Machine, objective: Wanted
+) -> tuple[Loads, Partition]:
+    """Streaming stages take as long as their passes, and the partition is worth what they allow.
+
+    Keeps:  the bound, which is without slots: no partition is better.
+    """
+    if not tiers:
+        return load, found
+    stream = load.stream.copy()
+    for s, plan in tiers.items():
+        stream[s] = float(plan.pass_seconds)
+    load = replace(load, stream=stream)
+    by = price(machine) if objective == "cost" else 1.0
+    return load, replace(found, value=max(found.value, load.bottleneck * by))
+
+
+def _costs(
+    model: Modelled, machine: Machine, stage: Sequence[int], wish: Wish, load: Loads,
+    tiers: Mapping[int, Tiers],
+) -> Costs:  # fmt: skip
+    """What F, I and W of each stage take on its device, what it keeps and sends."""
+    problem, at = model.problem, model.problem.device_of
+    seconds = load.compute if problem.looped else np.maximum(load.compute, load.stream)
+    kept = np.zeros(problem.stages)
+    held = np.zeros(len(machine.devices))
+    for v, s in enumerate(stage):
+        kept[s] += problem.activations[v]
+        held[at[s]] += problem.weights[v]
+    for size, readers in problem.tied:
+        for d in {at[stage[v]] for v in readers}:
+            held[d] += size
+    for s, plan in tiers.items():
+        held[at[s]] = plan.held_bytes - (plan.memory - problem.slots[s].memory)
+    crossing: dict[tuple[int, int], float] = {}
+    for t in problem.tensors:
+        for s in {stage[v] for v in t.readers} - {stage[t.producer]}:
+            edge = stage[t.producer], s
+            crossing[edge] = crossing.get(edge, 0.0) + t.bytes
+    edges = [(a, b, round(size)) for (a, b), size in sorted(crossing.items())]
+    links = {}
+    for a, b in {(at[u], at[v]) for u, v, _ in edges if at[u] != at[v]}:
+        for x, y in ((a, b), (b, a)) if wish.trains else ((a, b),):
+            wire = machine.wire(x, y)
+            links[x, y] = Link(wire.latency, 1 / wire.bandwidth)
+    third = (seconds / 3).tolist()
+    forward = third if wish.trains else seconds.tolist()
+    back = tuple(third) if wish.trains else ()
+    return Costs(
+        tuple(forward), back, back, links=links, edges=edges,
+        activations=tuple(round(x) for x in kept), resident=tuple(round(x) for x in held),
+    )  # fmt: skip
+
+
+def _scheduled(costs: Costs, wish: Wish, rooms: Sequence[float]) -> Simulation:
+    """The schedule that was asked for, or the one with the shortest step that fits."""
+    m, ranks = wish.microbatches, len(rooms)
+    if wish.schedule == "auto" and wish.trains:
+        return auto(ranks, m, costs, rooms, wish.layout.placement(ranks)).simulation
+    name = "forward" if wish.schedule == "auto" else wish.schedule
+    return simulate(schedule(name, ranks, m, wish.stages_per_device), costs)

@@ -1,0 +1,98 @@
+"""How many stages a device has, and where they are: which of these there are to choose from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from dfc.errors import DfcError
+from dfc.planning.actions import Program
+from dfc.planning.schedules import SCHEDULES, known_schedule, schedule, why_not
+from dfc.planning.simulate import in_flight
+
+_TRIED = (2, 4)  # stages a device, besides one
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`chunks` stages on each device: stage s on device s mod p, or back and forth in a V, where
+    the last device has two that follow each other and the first has the first and the last."""
+
+    chunks: int = 1
+    turns: bool = False
+
+    def placement(self, devices: int) -> tuple[int, ...]:
+        """The device of each stage."""
+        there = tuple(range(devices))
+        back = there[::-1] if self.turns else there
+        return tuple(d for c in range(self.chunks) for d in (back if c % 2 else there))
+
+    @property
+    def word(self) -> str:
+        return "in a V" if self.turns else "in loops"
+
+
+ONE = Layout()
+
+
+def layouts(name: str, chunks: int | None, trains: bool) -> list[Layout]:
+    """What a schedule can have, fewer stages first; `chunks` is how many are asked for.
+
+    Raises:  DfcError N001 for an unknown schedule, N066 for one with another number of stages a
+             device, N067 for one that trains, or does not, where the plan is for the other.
+    """
+    if chunks is not None and chunks < 1:
+        raise DfcError("N066", f"a device has at least one stage, not {chunks}", status=2)
+    if name == "auto":
+        return _of_auto(chunks, trains)
+    known = known_schedule(name)
+    if known.trains != trains:
+        message = f"`{name}` has a backward pass, and the plan is for inference"
+        if trains:
+            message = f"`{name}` has no backward pass, and the plan is for training"
+        raise DfcError("N067", message, help=_names(trains), status=2)
+    if known.chunks != "any" and chunks not in (None, int(known.chunks)):
+        message = f"`{name}` has {known.chunks} stage{'s' * (known.chunks != '1')} a device"
+        others = [s.name for s in SCHEDULES.values()
+                  if s.trains == trains and s.chunks in ("any", str(chunks))]  # fmt: skip
+        help = f"with {chunks} there are {', '.join(others)}"
+        raise DfcError("N066", f"{message}, not {chunks}", help=help, status=2)
+    if chunks is None and known.chunks == "any":
+        return [Layout(v) for v in (_TRIED if trains else (1,))]
+    return [Layout(chunks or int(known.chunks), known.turns)]
+
+
+def _of_auto(chunks: int | None, trains: bool) -> list[Layout]:
+    if not trains:
+        return [Layout(chunks or 1)]
+    found = []
+    for v in (1, *_TRIED) if chunks is None else (chunks,):
+        found.append(Layout(v))
+        if any(s.turns and s.chunks == str(v) for s in SCHEDULES.values()):
+            found.append(Layout(v, turns=True))
+    return found
+
+
+def _names(trains: bool) -> str:
+    return f"there are {', '.join(s.name for s in SCHEDULES.values() if s.trains == trains)}"
+
+
+@lru_cache(maxsize=256)
+def flights(name: str, layout: Layout, devices: int, microbatches: int) -> tuple[int, ...]:
+    """How many microbatches each stage keeps activations of, under a schedule; for `auto` under one
+    that keeps few, so that there is one that fits.
+
+    Raises:  DfcError N002 for a schedule that cannot be made for these numbers.
+    """
+    return in_flight(_lean(name, layout, devices, microbatches))
+
+
+def _lean(name: str, layout: Layout, p: int, m: int) -> Program:
+    if name != "auto":
+        return schedule(name, p, m, layout.chunks)
+    if layout == ONE:
+        return schedule("1f1b", p, m)
+    if layout.turns:
+        return schedule("zb_v", p, m)
+    whole = why_not(SCHEDULES["interleaved"], p, m, layout.chunks) is None
+    return schedule("interleaved" if whole else "breadth_first", p, m, layout.chunks)
