@@ -169,7 +169,7 @@ class Loads:
         """The time of one microbatch that finds the pipeline empty, stage after stage."""
         import numpy as np
 
-        busy = np.maximum(self.compute, self.stream)
+        busy = np.maximum(np.bincount(self.shares, weights=self.compute), self.stream)
         return float(busy.sum() + self.receive.sum() + self.wait.sum())
 
     @property
