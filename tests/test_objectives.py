@@ -28,8 +28,11 @@ def drawn(rng: random.Random, objective: Objective, n: int, **shape: Any) -> Pro
     return replace(problem.with_stages(slots), objective=objective, idle=rng.random() < 0.7)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "+".join(s) or "plain")
+@pytest.mark.parametrize(
+    ("objective", "shape"),
+    [(o, s) for o in OBJECTIVES for s in SHAPES if o == "throughput" or "streams" not in s],
+    ids=lambda x: x if isinstance(x, str) else "+".join(x) or "plain",
+)  # weights are streamed in plans by time alone
 @pytest.mark.parametrize("seed", range(4))
 def test_every_solver_finds_what_brute_force_finds(
     objective: Objective, shape: dict[str, Any], seed: int
