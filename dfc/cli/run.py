@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dfc.ir.graph import Graph
 
 _FORMATS = (".npz", ".safetensors")
-LINKS = {"sockets": "local", "gloo": "gloo"}
+LINKS = {"sockets": "local", "gloo": "gloo", "nccl": "nccl"}
 PLACES = ("threads", "processes", "torchrun", "ray")
 
 
@@ -81,7 +81,7 @@ def run(
         typer.Option(
             "--links",
             metavar="KIND",
-            help="What ranks in processes send over: sockets of this host, or gloo.",
+            help="What ranks in processes send over: sockets, gloo, or nccl between GPUs.",
         ),
     ] = None,
     microbatches: Annotated[
@@ -219,7 +219,7 @@ def check_links(links: str | None, devices: str | None, on: str | None, stages: 
     if links is None:
         return
     if links not in LINKS:
-        help = did_you_mean(links, list(LINKS)) or f"there are {' and '.join(LINKS)}"
+        help = did_you_mean(links, list(LINKS)) or f"there are {', '.join(LINKS)}"
         raise DfcError("N059", f"there are no links `{links}`", help=help, status=2)
     if on not in ("processes", "torchrun"):
         help = "run it with --on processes or --on torchrun"

@@ -39,7 +39,12 @@ class Handle(Protocol):
 
 
 class Launcher(Protocol):
-    """Starts the process of a rank, which then knocks at the door."""
+    """Starts the process of a rank, which then knocks at the door.
+
+    `shares_devices` is whether all ranks call the same devices by the same names.
+    """
+
+    shares_devices: bool
 
     def start(self, rank: int, born: int, door: Door) -> Handle: ...
 

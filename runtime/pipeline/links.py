@@ -22,6 +22,8 @@ from dfc.runtime.pipeline.routes import Key, Routes
 if TYPE_CHECKING:
     import torch
 
+    from dfc.runtime.pipeline.device_links import DeviceLinks
+
 Pair = tuple[int, int]  # from and to: ranks, or HOST
 _AHEAD = 2  # messages of a link for which room is made before they are asked for
 _SMALL = 1 << 20  # bytes that small messages may take together, where more of them are under way
@@ -127,6 +129,11 @@ class Linked(Protocol):
 
     me: int
 
+    @property
+    def fast(self) -> Mapping[Pair, DeviceLinks]:
+        """The links that have a device's beside them, for their tensors."""
+        ...
+
     def post(self, pair: Pair, block: torch.Tensor, tag: int) -> Any:
         """Begin to send or to receive a block; what is returned is waited for."""
         ...
@@ -159,6 +166,7 @@ class Links:
         from torch.distributed import PrefixStore, ProcessGroupGloo  # type: ignore[attr-defined]
 
         self.me = me
+        self.fast: dict[Pair, DeviceLinks] = {}
         self.groups: dict[Pair, Any] = {}
         for a, b in pairs:
             if me in (a, b):
@@ -217,6 +225,8 @@ class _Incoming:
     order: Order
     posted: int = 0
     waiting: dict[Key, Receiving] = field(default_factory=dict)
+    fetched: int = 0  # of a link that has a device's beside it
+    arrived: dict[Key, list[Any]] = field(default_factory=dict)
 
 
 class Traffic:
@@ -256,22 +266,34 @@ class Traffic:
         self._go_on()
         pair = self._pair(edge)
         layout = self._layout(edge, microbatch)
-        message = layout.message(on_host(values))
+        fast = self.links.fast.get(pair)
+        if fast is None:
+            message = layout.message(on_host(values))
+            nbytes = message.nbytes
+        else:
+            values = fast.ready(values)
+            message = layout.head(values)
+            nbytes = message.nbytes + sum(getattr(x, "nbytes", 0) for x in values)
         tag = 2 * self.orders[pair].place[edge, microbatch]
-        slots = max(self.routes.slots[edge] or _HOST_SLOTS, _that_are_small(message.nbytes))
+        slots = max(self.routes.slots[edge] or _HOST_SLOTS, _that_are_small(nbytes))
         under_way = self._under_way.setdefault(edge, deque())
         self.doing.set("SEND", edge, microbatch)
         try:
-            if layout.nbytes is None:
+            if pair[1] == HOST:  # who gets results believes them
+                self._settle()
+            if layout.nbytes is None and fast is None:
                 length = _length(message.nbytes)
                 under_way.append((microbatch, self.links.post(pair, length, tag + 1), length))
-            under_way.append((microbatch, self.links.send(pair, message, tag), message))
+            work = self.links.send(pair, message, tag)
+            if fast is not None:
+                work = _Both(work, fast.send(pair, values))
+            under_way.append((microbatch, work, message))
             while len(under_way) > slots:
                 under_way[0][1].wait(self.timeout)
                 under_way.popleft()
         except (RuntimeError, KeyError) as e:
             raise LinkLost(edge, microbatch, pair[1], False, str(e)) from e
-        self.sent[edge] = self.sent.get(edge, 0) + message.nbytes
+        self.sent[edge] = self.sent.get(edge, 0) + nbytes
 
     def receive(self, edge: int, microbatch: int) -> list[Any]:
         """The values of a message.
@@ -287,6 +309,8 @@ class Traffic:
         try:
             while incoming.posted <= place:
                 self._post_next(pair, incoming)
+            if pair in self.links.fast:
+                return self._fetched(pair, incoming, key)
             work = incoming.waiting.pop(key)
             work.wait(self.timeout)
             block = work.block
@@ -298,6 +322,20 @@ class Traffic:
             raise LinkLost(edge, microbatch, pair[0], True, str(e)) from e
         values = self._layout(edge, microbatch).unpack(block)
         return values if self.device is None else self.device.here(values)
+
+    def _fetched(self, pair: Pair, incoming: _Incoming, key: Key) -> list[Any]:
+        """Values whose tensors lie on the device; those that were sent before them come first."""
+        fast = self.links.fast[pair]
+        while incoming.fetched <= incoming.order.place[key]:
+            next_ = incoming.order.keys[incoming.fetched]
+            head = incoming.waiting.pop(next_)
+            head.wait(self.timeout)
+            assert head.block is not None
+            incoming.arrived[next_] = self._layout(*next_).placed(
+                head.block, lambda nbytes: fast.receive(pair, nbytes, self.timeout)
+            )
+            incoming.fetched += 1
+        return incoming.arrived.pop(key)
 
     def finish(self, edges: Collection[int] | None = None) -> None:
         """Wait until everything sent along these edges, or all, has arrived.
@@ -315,6 +353,23 @@ class Traffic:
                     raise LinkLost(edge, microbatch, self._pair(edge)[1], False, str(e)) from e
                 under_way.popleft()
 
+    def settle(self) -> None:
+        """Wait until what devices are to receive is there.
+
+        Raises:  LinkLost.
+        """
+        try:
+            self._settle()
+        except RuntimeError as e:
+            pair = next(iter(self.links.fast))
+            edge = next(e for e in range(len(self.routes.edges)) if self._pair(e) == pair)
+            receiving = pair[1] == self.links.me
+            raise LinkLost(edge, 0, pair[not receiving], receiving, str(e)) from e
+
+    def _settle(self) -> None:
+        for fast in dict.fromkeys(self.links.fast.values()):
+            fast.settle(self.timeout)
+
     def _go_on(self) -> None:
         if self.abandoned:
             raise Abandoned
@@ -323,13 +378,13 @@ class Traffic:
         """Room for messages that will come, while their lengths are known."""
         while incoming.posted < min(until, len(incoming.order.keys)):
             edge, b = incoming.order.keys[incoming.posted]
-            if self._layout(edge, b).nbytes is None:
+            if self._awaited(pair, edge, b) is None:
                 return
             self._post_next(pair, incoming)
 
     def _post_next(self, pair: Pair, incoming: _Incoming) -> None:
         edge, b = key = incoming.order.keys[incoming.posted]
-        nbytes = self._layout(edge, b).nbytes
+        nbytes = self._awaited(pair, edge, b)
         tag = 2 * incoming.posted
         if nbytes is None:
             length = _length(0)
@@ -337,6 +392,11 @@ class Traffic:
             nbytes = int(length)
         incoming.waiting[key] = self.links.receive(pair, max(nbytes, 8), tag)
         incoming.posted += 1
+
+    def _awaited(self, pair: Pair, edge: int, microbatch: int) -> int | None:
+        """The bytes of a message, None where they have to be told first."""
+        layout = self._layout(edge, microbatch)
+        return layout.head_bytes if pair in self.links.fast else layout.nbytes
 
     def _pair(self, edge: int) -> Pair:
         placement = self.routes.program.placement
@@ -350,6 +410,18 @@ class Traffic:
         if found is None:
             found = self._layouts[key] = layout_of(tuple(self.types[edge]), tuple(sizes.items()))
         return found
+
+
+@dataclass
+class _Both:
+    """A head, and the tensors that go with it."""
+
+    head: Any
+    tensors: Any
+
+    def wait(self, timeout: timedelta) -> None:
+        self.head.wait(timeout)
+        self.tensors.wait(timeout)
 
 
 def _that_are_small(nbytes: int) -> int:

@@ -34,6 +34,8 @@ from dfc.runtime.pipeline.shared_blocks import LARGE, Reader, Shelf
 if TYPE_CHECKING:
     import torch
 
+    from dfc.runtime.pipeline.device_links import DeviceLinks
+
 Pair = tuple[int, int]
 _FRAME = struct.Struct("<QQq")  # tag, bytes, and the block that they are in or that they follow
 _FOLLOW = -1
@@ -55,6 +57,7 @@ class LocalLinks:
         self, me: int, pairs: Sequence[Pair], folder: Path, name: str, seconds: float
     ) -> None:
         self.me = me
+        self.fast: dict[Pair, DeviceLinks] = {}
         until = time.monotonic() + seconds
         mine = folder / f"{name}.{me}"
         incoming = [a for a, b in pairs if b == me]

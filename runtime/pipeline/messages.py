@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from dfc.ir.types import NoneType, ScalarType, TensorType, Type
@@ -73,12 +74,7 @@ class Layout:
     def _packed(self, values: Sequence[Any]) -> torch.Tensor:
         import torch
 
-        words: list[int] = []
-        orders = []
-        for t, x in zip(self.types, values, strict=True):
-            order = memory_order(x) if isinstance(t, TensorType) else []
-            orders.append(order)
-            words += _header(t, x, order)
+        words, orders = self._heads(values)
         total = self.nbytes or self.length([getattr(x, "nbytes", 0) for x in values])
         block = torch.empty(max(total, 8), dtype=torch.uint8)
         block[: 8 * len(words)].view(torch.int64).copy_(torch.tensor(words, dtype=torch.int64))
@@ -90,6 +86,38 @@ class Layout:
                 at += _aligned(x.nbytes)
         return block
 
+    def _heads(self, values: Sequence[Any]) -> tuple[list[int], list[list[int]]]:
+        """The words that a block starts with, and the memory order of each value."""
+        words: list[int] = []
+        orders = []
+        for t, x in zip(self.types, values, strict=True):
+            order = memory_order(x) if isinstance(t, TensorType) else []
+            orders.append(order)
+            words += _header(t, x, order)
+        return words, orders
+
+    @property
+    def head_bytes(self) -> int:
+        """What a head takes."""
+        return 8 * max(self.words, 1)
+
+    def head(self, values: Sequence[Any]) -> Message:
+        """All but the tensors' own bytes, which go another way."""
+        import torch
+
+        block = torch.tensor(self._heads(values)[0] or [0], dtype=torch.int64).view(torch.uint8)
+        return Message([memory_of(block)], block.nbytes, [block])
+
+    def placed(self, head: torch.Tensor, block_of: Callable[[int], torch.Tensor]) -> list[Any]:
+        """The values of a head; tensors lie in blocks that `block_of` brings, in their order."""
+
+        def lying(dtype: torch.dtype, sizes: Sequence[int], order: Sequence[int]) -> torch.Tensor:
+            count = prod(n for n, place in zip(sizes, order, strict=True) if place >= 0)
+            full = count if all(sizes) else 0
+            return _laid(block_of(full * dtype.itemsize), 0, dtype, sizes, order)
+
+        return self._values(head, lying)
+
     def unpack(self, block: torch.Tensor) -> list[Any]:
         """The values of a block; tensors share its memory."""
         plain = self._plain
@@ -98,18 +126,27 @@ class Layout:
         return self._unpacked(block)
 
     def _unpacked(self, block: torch.Tensor) -> list[Any]:
+        at = _aligned(8 * self.words)
+
+        def lying(dtype: torch.dtype, sizes: Sequence[int], order: Sequence[int]) -> torch.Tensor:
+            nonlocal at
+            x = _laid(block, at, dtype, sizes, order)
+            at += _aligned(x.nbytes)
+            return x
+
+        return self._values(block, lying)
+
+    def _values(self, head: torch.Tensor, lying: Callable[..., torch.Tensor]) -> list[Any]:
         import torch
 
-        words = block[: 8 * self.words].view(torch.int64).tolist()
+        words = head[: 8 * self.words].view(torch.int64).tolist()
         values: list[Any] = []
-        at, word = _aligned(8 * self.words), 0
+        word = 0
         for t in self.types:
             if isinstance(t, TensorType):
                 sizes = words[word : word + t.rank]
                 order = words[word + t.rank : word + 2 * t.rank]
-                x = _laid(block, at, t.dtype.to_torch(), sizes, order)
-                at += _aligned(x.nbytes)
-                values.append(x)
+                values.append(lying(t.dtype.to_torch(), sizes, order))
             else:
                 values.append(_number(t, words[word]) if isinstance(t, ScalarType) else None)
             word += _words(t)
@@ -232,6 +269,15 @@ def memory_order(x: torch.Tensor) -> list[int]:
     for place, d in enumerate(dims):
         order[d] = place
     return order
+
+
+def bytes_of(x: torch.Tensor) -> torch.Tensor:
+    """A tensor's elements in the order of its memory, repeated ones once, as bytes where it is."""
+    import torch
+
+    order = memory_order(x)
+    dims = sorted(range(x.dim()), key=lambda d: order[d])
+    return _once(x, order).permute(dims).contiguous().reshape(-1).view(torch.uint8)
 
 
 def _once(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:

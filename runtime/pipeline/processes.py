@@ -19,7 +19,7 @@ from dfc.planning.actions import Kind
 from dfc.runtime.pipeline.crew import Crew, Launcher
 from dfc.runtime.pipeline.folder import assembly, write_assembly
 from dfc.runtime.pipeline.host import FRUITLESS, ProcessLanes
-from dfc.runtime.pipeline.linking import meeting
+from dfc.runtime.pipeline.linking import device_pairs, meeting, nccl_is_here
 from dfc.runtime.pipeline.local import Pipeline, Runs
 from dfc.runtime.pipeline.spawn import Spawner, private_folder
 from dfc.runtime.pipeline.wiring import Wiring
@@ -32,7 +32,7 @@ class Processes(Pipeline):
     first. `expected` are the seconds of a microbatch at each stage, for the deadlines of the first
     call; later ones take what was measured. `incidents` tells of every loss that was mended.
     `links` are `local` (sockets of this host) or `gloo`; by default local where the address is
-    this host's own.
+    this host's own, and nccl beside it between ranks on two GPUs (`nccl` insists on that).
     Results lie in this machine's memory, wherever they were made.
     Needs:   a graph with a dynamic batch dimension, unless every call is one microbatch.
     Ensures: results equal those of the stages run one after another on the same microbatches; all
@@ -65,12 +65,15 @@ class Processes(Pipeline):
             self.tiers,
         )  # fmt: skip
         write_assembly(folder, made, self.stages)
-        where = meeting(self._links, folder, self._address)
-        crew = Crew(
-            len(self.threads), self._launcher(folder, self.threads, self.devices), self._address
-        )
-        crew.expected = dict(self._expected)
+        launcher = self._launcher(folder, self.threads, self.devices)
         wiring = Wiring(self.graph, made, numbers)
+        places = [(0, d) for d in self.devices]
+        fast = device_pairs(
+            self._links, wiring.pairs, places, launcher.shares_devices and nccl_is_here()
+        )
+        where = meeting(self._links, folder, self._address, fast)
+        crew = Crew(len(self.threads), launcher, self._address)
+        crew.expected = dict(self._expected)
         lanes = self._ranks = ProcessLanes(wiring, crew, where, self.restarts)
         with ExitStack() as failing:
             failing.callback(self._end)

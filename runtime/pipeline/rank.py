@@ -56,6 +56,7 @@ def run_rank(
         except Exception as e:  # whatever a kernel raises: it is told with its action
             raise failure_of(action, e) from e
     traffic.finish()
+    traffic.settle()
     doing.set("idle")
     return Done(spans, traffic.sent)
 

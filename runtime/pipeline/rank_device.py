@@ -57,3 +57,12 @@ def on_host(values: Sequence[Any]) -> Sequence[Any]:
     if all(getattr(x, "is_cpu", True) for x in values):
         return values
     return [x.to("cpu") if hasattr(x, "device") else x for x in values]
+
+
+def device_identity(name: str) -> str:
+    """What tells a device of this machine from others, whatever a process calls it."""
+    if name == "cpu":
+        return name
+    import torch
+
+    return str(torch.cuda.get_device_properties(name).uuid)

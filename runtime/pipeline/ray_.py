@@ -66,6 +66,8 @@ class RayLauncher:
     Raises:  DfcError K057 without Ray, or when it has no room for all ranks.
     """
 
+    shares_devices = False
+
     def __init__(
         self, folder: Path, threads: list[int], devices: Sequence[str] = (),
         before: Callable[[], None] | None = None,

@@ -48,6 +48,8 @@ class Spawner:
     `worker` takes.
     """
 
+    shares_devices = True
+
     def __init__(
         self, folder: Path, threads: list[int], devices: Sequence[str] = (),
         entry: Sequence[str] = ("dfc.runtime.pipeline.worker",),

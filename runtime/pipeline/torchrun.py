@@ -27,7 +27,13 @@ from dfc.runtime.pipeline.control import Message
 from dfc.runtime.pipeline.crew import AT_LEAST, LATE, UNKNOWN
 from dfc.runtime.pipeline.folder import Stages, assembly, stages_of, versions
 from dfc.runtime.pipeline.lanes import Span, Step, Values
-from dfc.runtime.pipeline.linking import WorldMeeting, links_of
+from dfc.runtime.pipeline.linking import (
+    Place,
+    WorldMeeting,
+    device_pairs,
+    links_of,
+    nccl_is_here,
+)
 from dfc.runtime.pipeline.links import (
     FOREVER,
     Abandoned,
@@ -37,6 +43,7 @@ from dfc.runtime.pipeline.links import (
     Traffic,
 )
 from dfc.runtime.pipeline.local import Pipeline, Runs
+from dfc.runtime.pipeline.rank_device import device_identity
 from dfc.runtime.pipeline.wiring import Numbered, Wiring
 from dfc.runtime.pipeline.world import MEETING, World
 from dfc.runtime.tiers.stages import Ranks, plan_data, plan_of, plan_stages
@@ -47,7 +54,8 @@ _BEAT = 0.5  # seconds between two notes of what a rank does
 class Launched(Pipeline):
     """One graph's stages in the processes of a launcher; made by each of them alike.
 
-    `links` are `local` (sockets of this host) or `gloo`; by default local where all ranks are here.
+    `links` are `local` (sockets of this host) or `gloo`; by default local where all ranks are here,
+    and nccl beside it between ranks on two GPUs (`nccl` insists on that).
     Raises:  DfcError N057 for a world of another size than the plan, N055 for ranks with other
              plans or versions, K058 for a rank that does not come or is lost.
     """
@@ -130,8 +138,11 @@ class LaunchedRanks:
         self._failed = False
         torch.set_num_threads(stages.made.threads[world.rank])
         self._types = stages.types(wiring.edges)
-        self._meeting = WorldMeeting(world, links, "pipeline")
+        fast = device_pairs(links, wiring.pairs, self._places(), nccl_is_here())
+        self._meeting = WorldMeeting(world, links, "pipeline", fast, stages.device.name)
         self._links, self._host_links = self._linked()
+        if fast:  # nothing runs on a device before all communicators are made
+            world.share("linked", True)
         self._carriers = Carriers(wiring.pairs) if world.rank == 0 else None
         self._beats = threading.Thread(target=self._beat, name="dfc-beat", daemon=True)
         self._beats.start()
@@ -315,6 +326,14 @@ class LaunchedRanks:
         doing = {r: self.world.peek(f"doing/{r}") for r in range(self.world.size)}
         told = ", ".join(f"rank {r} last did {d}" for r, d in doing.items())
         return f"a rank is lost, or too slow ({told}): {event.get('why')}"
+
+    def _places(self) -> list[Place]:
+        """The host of each rank, and which of its devices it has, as every rank says."""
+        devices = self.stages.made.devices
+        if all(d == "cpu" for d in devices):
+            return list(zip(self.world.hosts, devices, strict=True))
+        mine = device_identity(self.stages.device.name)
+        return list(zip(self.world.hosts, self.world.share("device", mine), strict=True))
 
     def _beat(self) -> None:
         """What this rank does, for others to read."""

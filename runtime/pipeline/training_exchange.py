@@ -20,7 +20,7 @@ from dfc.planning.actions import Program
 from dfc.planning.stages import HOST
 from dfc.runtime.pipeline.differentiated import Differentiated, Gradient
 from dfc.runtime.pipeline.lanes import Run, Span, Step
-from dfc.runtime.pipeline.linking import WorldMeeting
+from dfc.runtime.pipeline.linking import WorldMeeting, device_pairs, nccl_is_here
 from dfc.runtime.pipeline.links import Doing, LinkLost, Pair, Traffic, pairs_of
 from dfc.runtime.pipeline.rank import run_rank
 from dfc.runtime.pipeline.routes import Routes, routes
@@ -64,6 +64,8 @@ class Ranks:
         self._fixed = deadline
         self._deadline = deadline or _UNKNOWN
         pairs = [p for p in pairs_of(self.edges, self.placement) if HOST not in p]
+        here = [(host, "cpu") for host in world.hosts]
+        device_pairs(links, pairs, here, nccl_is_here())  # there is nothing for nccl to do
         self._meeting = WorldMeeting(world, links, f"{name}/links")
         try:
             self.links = self._meeting.links(world.rank, pairs, "step")

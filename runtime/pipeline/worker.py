@@ -135,7 +135,9 @@ class Worker:
         pairs = pairs_of(self.edges, self.made.placement)
         try:
             if self.meeting is None:
-                self.meeting = joined(command["meeting"], self.folder, self.channel.address)
+                self.meeting = joined(
+                    command["meeting"], self.folder, self.channel.address, self.stages.device.name
+                )
             self.links = self.meeting.links(self.rank, pairs, command["name"])
         except RuntimeError as e:
             self._tell("unlinked", name=command["name"], why=str(e))
