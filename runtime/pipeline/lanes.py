@@ -13,6 +13,9 @@ edges, I and B along backward ones, W along none. What a stage keeps for its own
 for `run` to keep, by stage and microbatch: all actions of a stage are on one thread. Programs may
 change from step to step without new threads; each is checked once, before it first runs.
 
+With `drivers` several ranks share a thread, which does their actions merged into one order (see
+`merged`): for ranks on a device that computes while the host goes on.
+
 A rank that gets as far ahead of a reader as an edge has slots waits for it. When an action fails,
 the step ends with its stage and microbatch, every rank stops after what it is doing, and the next
 step starts afresh.
@@ -109,6 +112,8 @@ _STOP = _Stop()
 class Lanes:
     """Threads that run programs; see the module for what they ask and give.
 
+    `threads[r]` are those of rank r's kernels; `drivers[r]` is the number of the thread that drives
+    it, by default its own.
     Needs:   `run` may be called from several threads, for different stages, at once.
     """
 
@@ -118,21 +123,24 @@ class Lanes:
         run: Run,
         threads: Sequence[int],
         carrier: Carrier | None = None,
+        drivers: Sequence[int] | None = None,
     ) -> None:
         import torch
 
         self.edges, self.run, self.threads = tuple(edges), run, tuple(threads)
+        self.drivers = tuple(range(len(threads)) if drivers is None else drivers)
         self.carrier = carrier or SharedMemory()
         self._lock = threading.Lock()
         self._closed = False
-        self._routed = Routed(self.edges)
-        self._work: list[SimpleQueue[_Job | None]] = [SimpleQueue() for _ in threads]
+        self._routed = Routed(self.edges, self.drivers)
+        count = 1 + max(self.drivers)
+        self._work: list[SimpleQueue[_Job | None]] = [SimpleQueue() for _ in range(count)]
         ready: SimpleQueue[int] = SimpleQueue()
         self._threads = [
             threading.Thread(
-                target=self._serve, args=(rank, ready), name=f"dfc-rank-{rank}", daemon=True
+                target=self._serve, args=(driver, ready), name=f"dfc-rank-{driver}", daemon=True
             )
-            for rank in range(len(threads))
+            for driver in range(count)
         ]
         for thread in self._threads:
             thread.start()
@@ -157,11 +165,11 @@ class Lanes:
             return job.over()
 
     def _routes_of(self, program: Program, given: int) -> Routes:
-        if len(program.ranks) != len(self._threads) or program.microbatches != given:
+        if len(program.ranks) != len(self.threads) or program.microbatches != given:
             raise DfcError(
                 "N054",
                 f"the program is for {len(program.ranks)} ranks and {program.microbatches} "
-                f"microbatches, there are {len(self._threads)} and {given}",
+                f"microbatches, there are {len(self.threads)} and {given}",
             )
         return self._routed[program]
 
@@ -182,15 +190,17 @@ class Lanes:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _serve(self, rank: int, ready: SimpleQueue[int]) -> None:
+    def _serve(self, driver: int, ready: SimpleQueue[int]) -> None:
         import torch
 
+        ranks = [r for r, d in enumerate(self.drivers) if d == driver]
         torch.get_num_threads()  # a thread's first use of it would undo what is set
-        torch.set_num_threads(self.threads[rank])  # of this thread's kernels
-        with self.carrier.lane(rank):
-            ready.put(rank)
-            while (job := self._work[rank].get()) is not None:
-                job.serve(rank)
+        torch.set_num_threads(max(self.threads[r] for r in ranks))  # of this thread's kernels
+        alone = len(ranks) == 1
+        with self.carrier.lane(ranks[0]) if alone else nullcontext():
+            ready.put(driver)
+            while (job := self._work[driver].get()) is not None:
+                job.serve(driver, nullcontext if alone else self.carrier.lane)
                 del job  # between steps nothing of the last one is kept
 
 
@@ -201,18 +211,18 @@ class _Job:
         self.run, self.carrier = lanes.run, lanes.carrier
         self.routes, self.given = routes, given
         self.results: list[list[tuple[int, Any]]] = [[] for _ in given]  # parcels, and whose
-        ranks = range(len(routes.ranks))
-        self.spans: list[list[Span]] = [[] for _ in ranks]
+        self.drivers = routes.drivers
+        self.spans: list[list[Span]] = [[] for _ in routes.driven]
         self.sent = [0] * len(routes.edges)
         self.failure: DfcError | None = None
         self.stopped = False
-        self.inbox: list[SimpleQueue[Any]] = [SimpleQueue() for _ in ranks]
+        self.inbox: list[SimpleQueue[Any]] = [SimpleQueue() for _ in routes.driven]
         self.rooms = [_room(slots) for slots in routes.slots]
         self.done: SimpleQueue[int] = SimpleQueue()
         self.began = time.perf_counter()
 
     def wait(self) -> None:
-        left = len(self.routes.ranks)
+        left = len(self.routes.driven)
         try:
             while left:
                 self.done.get()
@@ -225,7 +235,7 @@ class _Job:
 
     def over(self) -> Step:
         seconds = time.perf_counter() - self.began
-        spans = [s for of_rank in self.spans for s in of_rank]
+        spans = [s for of_driver in self.spans for s in of_driver]
         sent = dict(zip(self.routes.edges, self.sent, strict=True))
         results: list[dict[Any, Any]] = []
         for parcels in self.results:
@@ -244,26 +254,31 @@ class _Job:
             if room is not None:
                 room.put(_STOP)
 
-    def serve(self, rank: int) -> None:
+    def serve(self, driver: int, lane: Callable[[int], AbstractContextManager[Any]]) -> None:
+        """Do what a driver has to; `lane` is what holds around an action of a rank."""
         held: dict[tuple[int, int], Any] = {}
         watch = _Watch(self)
         with watch:
-            for task in self.routes.ranks[rank]:
+            for rank, task in self.routes.driven[driver]:
                 watch.action = task.action
-                values = self._take(rank, task, held)
-                if values is None or self.stopped:
-                    break
-                start = time.perf_counter()
-                made = self.run(task.action, values)
-                del values  # what is not used any more must not wait with this rank
-                end = time.perf_counter()
-                self.spans[rank].append(
-                    Span(task.action, rank, start - self.began, end - self.began)
-                )
-                if not self._give(rank, task, made, held):
-                    break
-                del made
-        self.done.put(rank)
+                with lane(rank):
+                    if not self._did(rank, task, held):
+                        break
+        self.done.put(driver)
+
+    def _did(self, rank: int, task: Task, held: dict[tuple[int, int], Any]) -> bool:
+        """Take, compute and give; False when the step has failed."""
+        values = self._take(rank, task, held)
+        if values is None or self.stopped:
+            return False
+        start = time.perf_counter()
+        made = self.run(task.action, values)
+        del values  # what is not used any more must not wait with this rank
+        end = time.perf_counter()
+        self.spans[self.drivers[rank]].append(
+            Span(task.action, rank, start - self.began, end - self.began)
+        )
+        return self._give(rank, task, made, held)
 
     def _take(self, rank: int, task: Task, held: dict[tuple[int, int], Any]) -> Values | None:
         """What an action needs, None when the step has failed."""
@@ -277,7 +292,7 @@ class _Job:
                 parcel = self.carrier.send(HOST, rank, parcel)
             else:
                 while (e, b) not in held:
-                    got = self.inbox[rank].get()
+                    got = self.inbox[self.drivers[rank]].get()
                     if got is _STOP:
                         return None
                     held[got[0]] = got[1]
@@ -301,14 +316,16 @@ class _Job:
             parcel = self.carrier.send(rank, to, values)
             if to == HOST:
                 self.results[b].append((rank, parcel))
-            elif to == rank:
-                held[e, b] = parcel
-            else:
-                room = self.rooms[e]
-                if room is not None and room.get() is _STOP:
-                    return False
+                continue
+            if to != rank:
                 self.sent[e] += sum(getattr(x, "nbytes", 0) for x in values.values())
-                self.inbox[to].put(((e, b), parcel))
+            if self.drivers[to] == self.drivers[rank]:
+                held[e, b] = parcel
+                continue
+            room = self.rooms[e]
+            if room is not None and room.get() is _STOP:
+                return False
+            self.inbox[self.drivers[to]].put(((e, b), parcel))
         return True
 
 

@@ -23,7 +23,7 @@ from dfc.runtime.engines import find_engine
 from dfc.runtime.pipeline.lanes import Lanes, Step, Values
 from dfc.runtime.pipeline.reporting import Report, report_of
 from dfc.runtime.pipeline.routes import stage_edges
-from dfc.runtime.pipeline.streams import Streams, device_names, on_stream
+from dfc.runtime.pipeline.streams import Streams, device_names, drivers_of, on_stream
 from dfc.runtime.tiers.stages import (
     STREAMS,
     Brought,
@@ -153,7 +153,7 @@ class Pipeline:
             return Lanes(self.edges, run, self.threads)
         self._streams = Streams(self.devices)
         paced = self._streams.paced(run, self.placement)
-        return Lanes(self.edges, paced, self.threads, self._streams)
+        return Lanes(self.edges, paced, self.threads, self._streams, drivers_of(self.devices))
 
     @property
     def leads(self) -> bool:

@@ -16,6 +16,7 @@ from dfc.planning.actions import Action, Kind, Program
 from dfc.planning.check import check
 from dfc.planning.simulate import Costs
 from dfc.planning.stages import HOST, StageGraph
+from dfc.runtime.pipeline.merged import merged
 
 SLOTS = 2  # microbatches between two stages: one that is read, one that is ready
 
@@ -50,20 +51,25 @@ class Task:
 
 @dataclass(frozen=True)
 class Routes:
-    """What each rank does, in order; `slots[e]` is None for an edge within a rank."""
+    """What each rank does, in order; `slots[e]` is None for an edge within a rank, or between ranks
+    of one driver. `drivers[r]` is who drives rank r, `driven[d]` what driver d does in order, for
+    which rank."""
 
     program: Program
     edges: tuple[Edge, ...]
     ranks: tuple[tuple[Task, ...], ...]
     slots: tuple[int | None, ...]
+    drivers: tuple[int, ...]
+    driven: tuple[tuple[tuple[int, Task], ...], ...]
     orders: dict[Any, Any] = field(default_factory=dict, compare=False)  # kept by `links.orders`
 
 
 class Routed:
-    """The routes of programs over the same edges: each program is checked once."""
+    """The routes of programs over the same edges: each program is checked once. `drivers` are those
+    of the ranks, each its own by default."""
 
-    def __init__(self, edges: Sequence[Edge]) -> None:
-        self.edges = tuple(edges)
+    def __init__(self, edges: Sequence[Edge], drivers: Sequence[int] | None = None) -> None:
+        self.edges, self.drivers = tuple(edges), drivers
         self._known: dict[int, Routes] = {}
 
     def __getitem__(self, program: Program) -> Routes:
@@ -74,7 +80,8 @@ class Routed:
         if found is None:
             if len(self._known) >= _KEPT:
                 self._known.clear()
-            found = self._known[id(program)] = routes(program, self.edges)
+            found = routes(program, self.edges, drivers=self.drivers)
+            self._known[id(program)] = found
         return found  # it holds the program, whose number nobody else gets
 
 
@@ -91,8 +98,13 @@ def stage_edges(stages: Sequence[StageGraph], outputs: Sequence[Any]) -> list[Ed
     return [Edge(source, target, tuple(found)) for (source, target), found in values.items()]
 
 
-def routes(program: Program, edges: Sequence[Edge], least: int = SLOTS) -> Routes:
-    """Check a program and say what each of its ranks does.
+def routes(
+    program: Program,
+    edges: Sequence[Edge],
+    least: int = SLOTS,
+    drivers: Sequence[int] | None = None,
+) -> Routes:
+    """Check a program and say what each of its ranks does, and each of their drivers.
 
     Raises:  DfcError N021 for an edge between stages that there are not, N022, N023 for actions
              that are missing or too early, N020 for a deadlock.
@@ -111,7 +123,12 @@ def routes(program: Program, edges: Sequence[Edge], least: int = SLOTS) -> Route
     pairs = sorted({(e.source, e.target, 1) for e in inner if not e.backward})
     check(program, Costs(ones, back, back, edges=pairs), slots=0)  # slots are fitted below
     ranks = tuple(_tasks(program, rank, edges) for rank in range(len(program.ranks)))
-    return Routes(program, tuple(edges), ranks, _fit(program, edges, ranks, least))
+    who = tuple(range(len(ranks)) if drivers is None else drivers)
+    driven = tuple(
+        tuple((rank, ranks[rank][i]) for rank, i in order) for order in merged(program, pairs, who)
+    )
+    slots = _fit(program, edges, driven, who, least)
+    return Routes(program, tuple(edges), ranks, slots, who, driven)
 
 
 def _tasks(program: Program, rank: int, edges: Sequence[Edge]) -> tuple[Task, ...]:
@@ -130,7 +147,11 @@ def _tasks(program: Program, rank: int, edges: Sequence[Edge]) -> tuple[Task, ..
 
 
 def _fit(
-    program: Program, edges: Sequence[Edge], ranks: Sequence[Sequence[Task]], least: int
+    program: Program,
+    edges: Sequence[Edge],
+    driven: Sequence[Sequence[tuple[int, Task]]],
+    drivers: Sequence[int],
+    least: int,
 ) -> tuple[int | None, ...]:
     """The slots of each edge: a few, and more where the program would wait for itself.
 
@@ -139,14 +160,15 @@ def _fit(
     slots: dict[int, int] = {}
     for number, e in enumerate(edges):
         inner = HOST not in (e.source, e.target)
-        if inner and program.placement[e.source] != program.placement[e.target]:
+        if inner and len({drivers[program.placement[s]] for s in (e.source, e.target)}) > 1:
             slots[number] = least + abs(e.target - e.source) - 1
-    _Rehearsal(ranks, slots).run()
+    _Rehearsal([[task for _, task in order] for order in driven], slots).run()
     return tuple(slots.get(number) for number in range(len(edges)))
 
 
 class _Rehearsal:
-    """A program gone through without computing, each rank as far as it comes."""
+    """A program gone through without computing, each driver as far as it comes: a rank where it is
+    its own."""
 
     def __init__(self, ranks: Sequence[Sequence[Task]], slots: dict[int, int]) -> None:
         self.ranks, self.slots = ranks, slots

@@ -1,5 +1,8 @@
 """Ranks on CUDA devices: each computes on a stream of its own, and copies in and out on two more.
 
+Ranks of one device have one thread (`drivers_of`), which starts their kernels in the order of a
+simulated step: threads of their own would take turns in the interpreter, and short kernels wait.
+
 Nothing waits on the host: what a value depends on goes with it as events, which the reader's stream
 waits for. On one device a value is handed over where it lies. A rank queues no more than AHEAD
 actions before the device has done the first of them, so that memory stays bounded; a step is over
@@ -177,6 +180,16 @@ class Streams:
         device, start, end = found
         began = self._began[device]
         return began.elapsed_time(start) / 1e3, began.elapsed_time(end) / 1e3
+
+
+def drivers_of(devices: Sequence[str]) -> list[int]:
+    """Who drives each rank: one thread those of a CUDA device, whose kernels it only starts; ranks
+    on the processor compute in threads of their own."""
+    found: dict[str, int] = {}
+    return [
+        found.setdefault(d if d != "cpu" else f"rank {rank}", len(found))
+        for rank, d in enumerate(devices)
+    ]
 
 
 def device_names(devices: Sequence[str]) -> list[str]:
