@@ -2,6 +2,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
 #include "kernels.h"
 
@@ -88,39 +89,55 @@ using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 std::atomic<GompParallel> openmp{nullptr};
 
 using Task = void (*)(const void* what, int64_t index);
+
+// Tasks side by side that nobody has begun yet: the first in the upper half, their end in the lower.
+struct alignas(64) Share {  // on a line of its own, which its thread writes to all the time
+  std::atomic<uint64_t> left;
+
+  static uint64_t pair(int64_t begin, int64_t end) { return uint64_t(begin) << 32 | uint64_t(end); }
+
+  // Takes the first `count`, or the last half, but at least `count`. False where nothing is left.
+  bool take(int64_t count, bool first, int64_t* from, int64_t* to) {
+    uint64_t seen = left.load(std::memory_order_relaxed), rest;
+    do {
+      const int64_t begin = int64_t(seen >> 32), end = int64_t(seen & 0xffffffff);
+      if (begin >= end) return false;
+      const int64_t half = (end - begin) / 2;
+      const int64_t taken = least(first || half < count ? count : half, end - begin);
+      *from = first ? begin : end - taken;
+      *to = *from + taken;
+      rest = first ? pair(*to, end) : pair(begin, *from);
+    } while (!left.compare_exchange_weak(seen, rest, std::memory_order_relaxed));
+    return true;
+  }
+};
+
 struct Work {
   Task task;
   const void* what;
-  int64_t count, chunk, threads;
-  std::atomic<int64_t> next;
+  int64_t chunk;
+  Share* shares;
+  int32_t count;  // of shares
+  std::atomic<int32_t> threads;  // that have begun
 };
 
-// What each thread does: take half of its share of what is left, and at least a chunk, until
-// nothing is left.
-// Why:  tasks side by side are read without a stop; the last to finish is waited for.
+// What each thread does: a share of its own from the front, then half of what another has left.
+// Why:  tasks side by side are read without a stop, and the last to finish is not waited for.
 void take(void* data) {
   Work& work = *static_cast<Work*>(data);
-  int64_t begin = work.next.load(std::memory_order_relaxed);
-  for (;;) {
-    if (begin >= work.count) return;
-    const int64_t share = (work.count - begin) / (2 * work.threads);
-    const int64_t end = least(work.count, begin + (share > work.chunk ? share : work.chunk));
-    if (!work.next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
-    for (int64_t i = begin; i < end; ++i) work.task(work.what, i);
-    begin = work.next.load(std::memory_order_relaxed);
+  const int32_t own = work.threads.fetch_add(1, std::memory_order_relaxed);
+  int64_t begin, end;
+  for (int32_t i = 0; i < work.count;) {
+    Share& share = work.shares[(own + i) % work.count];
+    if (!share.take(work.chunk, i == 0, &begin, &end)) {
+      ++i;
+    } else if (i == 0) {
+      for (; begin < end; ++begin) work.task(work.what, begin);
+    } else {  // others may take from it in turn
+      work.shares[own].left.store(Share::pair(begin, end), std::memory_order_relaxed);
+      i = 0;
+    }
   }
-}
-
-// Runs task(what, 0) ... task(what, count - 1), in any order, on up to `threads` threads.
-void spread(int32_t threads, int64_t count, int64_t chunk, Task task, const void* what) {
-  const int64_t useful = (count + chunk - 1) / chunk;
-  if (useful < threads) threads = int32_t(useful);
-  Work work{task, what, count, chunk, threads > 0 ? threads : 1, {0}};
-  const GompParallel run = openmp.load(std::memory_order_acquire);
-  if (run && threads > 1)
-    run(take, &work, unsigned(threads), 0);
-  else
-    take(&work);
 }
 
 // Memory that a thread keeps between calls: a call that allocates is a slow call.
@@ -143,6 +160,25 @@ class Scratch {
   int64_t bytes_ = 0;
 };
 thread_local Scratch of_rows;
+
+thread_local Scratch of_shares;
+
+// Runs task(what, 0) ... task(what, count - 1), in any order, on up to `threads` threads.
+void spread(int32_t threads, int64_t count, int64_t chunk, Task task, const void* what) {
+  threads = int32_t(least(threads, (count + chunk - 1) / chunk));
+  const GompParallel run = openmp.load(std::memory_order_acquire);
+  uint8_t* memory = nullptr;
+  if (run && threads > 1) memory = of_shares.at_least(threads * int64_t(sizeof(Share)));
+  if (!memory) {
+    for (int64_t i = 0; i < count; ++i) task(what, i);
+    return;
+  }
+  Share* const shares = reinterpret_cast<Share*>(memory);
+  for (int64_t i = 0; i < threads; ++i)
+    new (shares + i) Share{{Share::pair(count * i / threads, count * (i + 1) / threads)}};
+  Work work{task, what, chunk, shares, threads, {0}};
+  run(take, &work, unsigned(threads), 0);
+}
 
 // ---- layout
 
@@ -322,7 +358,8 @@ void one_tile(const void* what, int64_t index) {
   c.path->many_rows(c.job, panel, panels, row, rows, scratch);
 }
 
-// A thread takes this many bytes of weights at least: each time, reading ahead begins anew.
+// A thread takes this many bytes of weights at least: where it takes another's, reading ahead begins
+// anew.
 constexpr int64_t LEAST_CHUNK_BYTES = 64 * 1024;
 
 void multiply(const Call& c, int32_t threads) {
