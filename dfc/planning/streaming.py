@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +40,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Hop:
-    """One way between two tiers: seconds a byte, seconds until the first, slots at its end."""
+    """One way between two tiers: seconds a byte, seconds until the first, slots at its end.
+
+    `carries` are the streamed layers that come over it, all where it is None: others are above it.
+    """
 
     per_byte: Number
     latency: Number = 0
     slots: int = 2
     name: str = "copy"
+    carries: tuple[int, ...] | None = None
 
     def seconds(self, size: int) -> Number:
         return self.latency + self.per_byte * size
@@ -56,7 +60,7 @@ class Stream:
     """When everything happens in several passes: lane 0 computes, lane h+1 is hop h.
 
     `start` and `end` are of every task, lane after lane: PASSES times the layers, then, for each
-    hop, PASSES times the streamed layers.
+    hop, PASSES times the layers that come over it.
     """
 
     layers: tuple[Layer, ...]
@@ -84,8 +88,8 @@ class Stream:
     def lanes(self) -> list[tuple[str, list[tuple[str, float, float]]]]:
         """Of each lane its name, and the name, start and end of all that it does."""
         names = [x.name or f"layer {i}" for i, x in enumerate(self.layers)]
-        copied = [names[i] for i in self.streamed]
-        each = [("compute", names), *((h.name, copied) for h in self.hops)]
+        copied = [[names[i] for i in over(h, self.streamed)] for h in self.hops]
+        each = [("compute", names), *((h.name, c) for h, c in zip(self.hops, copied, strict=True))]
         found, at = [], 0
         for lane, tasks in each:
             spans = []
@@ -103,15 +107,21 @@ class Stream:
         return int(value) if value.denominator == 1 else value
 
 
+def over(hop: Hop, streamed: Sequence[int]) -> tuple[int, ...]:
+    """The layers that come over a hop."""
+    return tuple(streamed) if hop.carries is None else hop.carries
+
+
 def bound(layers: Sequence[Layer], streamed: Sequence[int], hops: Sequence[Hop]) -> Number:
-    copies = [sum(h.seconds(layers[i].bytes) for i in streamed) for h in hops]
+    copies = [sum(h.seconds(layers[i].bytes) for i in over(h, streamed)) for h in hops]
     return max(sum(x.seconds for x in layers), *copies, 0)
 
 
 def break_even(layers: Sequence[Layer], streamed: Sequence[int], hops: Sequence[Hop]) -> int:
     """How many batches a pass must take with the same weights for copies to cost nothing."""
     computing = sum(x.seconds for x in layers)
-    copies = max((sum(h.seconds(layers[i].bytes) for i in streamed) for h in hops), default=0)
+    copies = max((sum(h.seconds(layers[i].bytes) for i in over(h, streamed)) for h in hops),
+                 default=0)  # fmt: skip
     if not computing:
         return 1
     whole = -(-copies // computing)  # also exact for fractions
@@ -131,6 +141,11 @@ def stream(
         raise DfcError("N024", f"layer {max(streamed)} is streamed and there are {n}")
     if any(h.slots < 1 for h in hops) or (streamed and not hops):
         raise DfcError("N024", "weights are streamed over one hop at least, into one slot at least")
+    above = set(streamed)
+    for h in reversed(hops):
+        if not above >= set(over(h, streamed)):
+            raise DfcError("N024", f"what comes over `{h.name}` does not go on to be computed with")
+        above = set(over(h, streamed))
     return _Streamed(tuple(layers), streamed, hops, passes).run()
 
 
@@ -142,8 +157,11 @@ class _Streamed:
         passes: int,
     ) -> None:  # fmt: skip
         self.layers, self.streamed, self.hops, self.passes = layers, streamed, hops, passes
-        self.computed, self.copied = passes * len(layers), passes * len(streamed)
-        self.total = self.computed + len(hops) * self.copied
+        self.over = [over(h, streamed) for h in hops]
+        self.place = [{i: j for j, i in enumerate(o)} for o in self.over]
+        copied = (passes * len(o) for o in self.over)
+        self.begins = [*accumulate(copied, initial=passes * len(layers))]
+        self.total = self.begins[-1]
 
     def run(self) -> Stream:
         import numpy as np
@@ -155,7 +173,7 @@ class _Streamed:
         waits = np.full((self.total, 2), self.total, dtype=np.int32)
         for task, needs in self.needs():
             waits[task, : len(needs)] = needs
-        edges = [0, *(self.computed + h * self.copied for h in range(len(self.hops) + 1))]
+        edges = [0, *self.begins]
         start, end, _ = times(list(pairwise(edges)), took, waits, np.zeros_like(waits))
         return Stream(
             self.layers, self.streamed, self.hops, self.passes, start, end, scale
@@ -164,7 +182,10 @@ class _Streamed:
     def durations(self) -> tuple[list[Any], int]:
         """Of all tasks, as integers and their scale, or as floats and 0."""
         computing: list[Number] = [x.seconds for x in self.layers]
-        copies = [[h.seconds(self.layers[i].bytes) for i in self.streamed] for h in self.hops]
+        copies = [
+            [h.seconds(self.layers[i].bytes) for i in o]
+            for h, o in zip(self.hops, self.over, strict=True)
+        ]
         parts = [computing, *copies]
         if any(isinstance(t, float) for part in parts for t in part):
             return [float(t) for part in parts for t in part * self.passes], 0
@@ -173,28 +194,32 @@ class _Streamed:
 
     def needs(self) -> list[tuple[int, list[int]]]:
         """A layer needs its copy; a copy the one of the hop before, and a slot that is free."""
-        n, r, last = len(self.layers), len(self.streamed), len(self.hops) - 1
+        n, last = len(self.layers), len(self.hops) - 1
         found = []
-        for q in range(self.copied):
-            one_pass, j = divmod(q, r)
-            layer = one_pass * n + self.streamed[j]
-            found.append((layer, [self.copy(last, q)]))
-            for h, hop in enumerate(self.hops):
-                before = [self.copy(h - 1, q)] if h else []
+        for h, hop in enumerate(self.hops):
+            r = len(self.over[h])
+            for q in range(self.passes * r):
+                one_pass, j = divmod(q, r)
+                layer = self.over[h][j]
+                before = []
+                if h and layer in self.place[h - 1]:
+                    before.append(self.copy(h - 1, one_pass, layer))
                 if q >= hop.slots:
-                    before.append(self.reader(h, q - hop.slots))
-                found.append((self.copy(h, q), before))
+                    earlier, k = divmod(q - hop.slots, r)
+                    before.append(self.reader(h, earlier, self.over[h][k]))
+                found.append((self.begins[h] + q, before))
+                if h == last:
+                    found.append((one_pass * n + layer, [self.begins[h] + q]))
         return found
 
-    def copy(self, hop: int, q: int) -> int:
-        return self.computed + hop * self.copied + q
+    def copy(self, hop: int, one_pass: int, layer: int) -> int:
+        return self.begins[hop] + one_pass * len(self.over[hop]) + self.place[hop][layer]
 
-    def reader(self, hop: int, q: int) -> int:
-        """What empties the slot of copy q at the end of a hop."""
+    def reader(self, hop: int, one_pass: int, layer: int) -> int:
+        """What empties the slot of a layer's copy at the end of a hop."""
         if hop + 1 < len(self.hops):
-            return self.copy(hop + 1, q)
-        one_pass, j = divmod(q, len(self.streamed))
-        return one_pass * len(self.layers) + self.streamed[j]
+            return self.copy(hop + 1, one_pass, layer)
+        return one_pass * len(self.layers) + layer
 
 
 def evenly(seconds: Sequence[Number], count: int) -> tuple[int, ...]:

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 from dfc.errors import DfcError
 from dfc.lang.units import amount_text
+from dfc.planning.streaming import bound
+from dfc.planning.tier_chain import with_below
 from dfc.planning.tiers import Tiers, plan_tiers
 
 _TELLING = 1.05  # times as fast: less is not worth money
@@ -19,7 +21,9 @@ def limit(plan: Tiers) -> str:
         return "computing"
     computing = sum(x.seconds for x in plan.layers)
     if plan.bound > computing:
-        return f"copies from {plan.hop.name}"
+        s = plan.simulation
+        slowest = max(s.hops, key=lambda h: bound(s.layers, s.streamed, [h]))
+        return f"copies from {slowest.name}"
     return "computing" if plan.pass_seconds <= plan.bound * _TELLING else "slots"
 
 
@@ -40,7 +44,9 @@ def advice(plan: Tiers) -> list[tuple[str, float]]:
 def _others(plan: Tiers) -> Iterator[tuple[str, Tiers]]:
     fast = replace(plan.hop, per_byte=plan.hop.per_byte / 2)
     yield f"twice the bandwidth of {plan.hop.name}", replace(plan, hop=fast)
-    whole = replace(plan, streamed=())
+    if plan.below is not None and plan.below.streamed:
+        yield from _below(plan, plan.below)
+    whole = replace(plan, streamed=(), below=None)
     more = whole.held_bytes - plan.memory
     yield f"{amount_text(more, 'bytes')} more memory, which holds all weights", whole
     larger = int(plan.memory * _MORE)
@@ -49,4 +55,15 @@ def _others(plan: Tiers) -> Iterator[tuple[str, Tiers]]:
             bigger = plan_tiers(plan.layers, plan.weights, larger, plan.hop, plan.fixed)
         except DfcError:
             return
+        if plan.below is not None:
+            bigger = with_below(bigger, plan.below.memory, plan.below.hop)
         yield f"{amount_text(larger - plan.memory, 'bytes')} more memory", bigger
+
+
+def _below(plan: Tiers, below: Tiers) -> Iterator[tuple[str, Tiers]]:
+    fast = replace(below.hop, per_byte=below.hop.per_byte / 2)
+    faster = replace(plan, below=replace(below, hop=fast))
+    yield f"twice the bandwidth of {below.hop.name}", faster
+    more = replace(below, streamed=()).held_bytes - below.memory
+    told = f"{amount_text(more, 'bytes')} more of the host's memory, which then reads nothing"
+    yield told, replace(plan, below=None)

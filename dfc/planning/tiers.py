@@ -19,7 +19,7 @@ from dfc.planning.streaming import Hop, Layer, Stream, break_even, evenly, strea
 ALIGN = 256  # of each weight in a slot: what CUDA's allocator and vector loads want
 MOST_SLOTS = 8
 _CAPS = 6  # how many limits on the size of a slot are tried
-_ALIKE = 1.002  # times that are no different
+ALIKE = 1.002  # times that are no different
 Weights = Mapping[str, int]  # bytes by name
 
 
@@ -28,6 +28,8 @@ class Tiers:
     """A plan: layers that are streamed into slots, everything else stays.
 
     `weights` are the bytes of each layer's weights by name, `fixed` bytes that stay in any case.
+    `below` is the plan of the memory that streamed layers come from, where that does not hold them
+    all either: its layers are the loads.
     """
 
     layers: tuple[Layer, ...]
@@ -36,6 +38,7 @@ class Tiers:
     hop: Hop
     memory: int
     fixed: int = 0
+    below: Tiers | None = None
 
     @cached_property
     def resident(self) -> frozenset[str]:
@@ -82,7 +85,15 @@ class Tiers:
             replace(x, bytes=sum(copied[i].values()) if i in copied else 0)
             for i, x in enumerate(self.layers)
         ]
-        return stream(layers, self.streamed, [self.hop])
+        return stream(layers, self.streamed, self.hops)
+
+    @property
+    def hops(self) -> list[Hop]:
+        """From the lowest tier up."""
+        if self.below is None or not self.below.streamed:
+            return [self.hop]
+        carries = tuple(self.streamed[j] for j in self.below.streamed)
+        return [replace(self.below.hop, carries=carries), self.hop]
 
     @property
     def pass_seconds(self) -> Number:
@@ -129,7 +140,7 @@ def plan_tiers(
     if not found:
         raise _too_small(everything, slots or 1)
     best = min(plan.pass_seconds for plan in found)
-    alike = [plan for plan in found if plan.pass_seconds <= best * _ALIKE]
+    alike = [plan for plan in found if plan.pass_seconds <= best * ALIKE]
     return min(alike, key=lambda plan: (plan.slots, plan.bytes_per_pass))
 
 
