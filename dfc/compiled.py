@@ -126,6 +126,7 @@ class Compiled:
         inputs: Sequence[Any] | None = None,
         slots: int | None = None,
         placement: str = "even",
+        host: str | int | None = None,
         say: Callable[[str], None] = lambda what: None,
     ) -> Compiled:
         """The same model in so much memory of a device ("2GiB"), by streaming weights to it.
@@ -134,15 +135,19 @@ class Compiled:
         default: the example). What does not fit comes from the package's file, or, to a GPU, from
         pinned memory of the host, while other layers compute. Parts are timed, and as few weights
         are streamed as the memory allows; `slots` and `placement` ("even", "tail") take choices
-        from the planner. It runs on PyTorch's operators, and is closed by `close`.
+        from the planner. With a `host` memory no more of that is pinned: what it does not hold
+        comes from the file, over both hops. It runs on PyTorch's operators, and is closed by
+        `close`.
         Raises:  DfcError Q010 for a size that is none, N064 (status 6) for one that is too small,
-                 K070 for weights that are nowhere else, K021 for a model without weights.
+                 K070 for weights that are nowhere else, K021 for a model without weights, K074 for
+                 a host's memory where the device is the host.
         """
         from dfc.lang.units import byte_count
         from dfc.runtime.engines import find_engine
         from dfc.runtime.tiers.within import Wanted, within
 
-        wanted = Wanted(byte_count(memory), slots, placement)
+        below = None if host is None else byte_count(host)
+        wanted = Wanted(byte_count(memory), slots, placement, below)
         self.require_weights()
         to = device or self.device
         if inputs is None and self.probes:

@@ -154,3 +154,32 @@ def test_the_command_streams_to_a_device(tmp_path: Path, capsys: Any) -> None:
     data = json.loads(capsys.readouterr().out)["tiers"]
     assert data["from"] == "memory" and data["streamed"] and data["held_bytes"] <= memory
     assert data["bandwidth"] > 1e9
+
+
+@pytest.mark.parametrize("slots", [None, 1, 2])
+def test_a_host_that_does_not_hold_it_either_reads_from_disk(
+    tmp_path: Path, slots: int | None
+) -> None:
+    from dfc.api import opened
+    from dfc.runtime.tiers.relay import Relay
+
+    torch.manual_seed(0)
+    ids = [torch.randint(512, (2, 16), device="cuda") for _ in range(3)]
+    made = dfc.compile(Wide().eval(), (ids[0].cpu(),), engine="eager", passes=[], verify="none")
+    made.save(tmp_path / "wide.dfcpkg")
+    whole = dfc.compile(made.graph, engine="eager", passes=[], verify="none", device="cuda")
+    expected = [whole.run_flat([x])[0].clone() for x in ids]
+    weights = sum(weight_bytes(p) for p in made.graph.parameters.values())
+    package = opened(tmp_path / "wide.dfcpkg", build=False)
+    memory, host = memory_of(made, 0.3), weights // 3
+    streamed = package.within(memory, device="cuda", host=host, inputs=[ids[0]], slots=slots)
+    runner = runner_of(streamed)
+    carrier, below = runner.carrier, runner.plan.below
+    assert isinstance(carrier, Relay) and below is not None and below.streamed
+    assert carrier.host_bytes <= host and runner.held_bytes <= memory
+    assert all(x.is_pinned() for x in [*carrier.held.values(), *carrier.reader.slots])
+    found = [streamed.run_flat([ids[i % 3]])[0] for i in range(9)]
+    for i, x in enumerate(found):
+        assert torch.equal(x, expected[i % 3])
+    assert carrier.lower.brought >= 9 * below.bytes_per_pass
+    streamed.close()

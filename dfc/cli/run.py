@@ -116,6 +116,7 @@ def run(
       dfc run encoder.dfcpkg --random --size B=4,S=16 --seed 0
       dfc run encoder.dfcpkg --size B=32,S=16 --pipeline 2 --trace step.json
       dfc run decoder.dfcpkg inputs.npz --memory 8GB --device cuda --trace passes.svg
+      dfc run decoder.dfcpkg --random --memory cuda=8GiB,cpu=16GiB
       dfc run decoder.dfcpkg --random --pipeline 2 --on processes --memory 1GiB,2GiB
       torchrun --nproc-per-node 2 -m dfc.cli run encoder.dfcpkg --pipeline 2 --on torchrun
 
@@ -128,8 +129,9 @@ def run(
     \b
     With --memory a model runs that does not fit: as many weights as can stay, the others come from
     the package's file, or from this machine's memory to a GPU, while other layers compute. It tells
-    what a pass took beside the plan and the bound, and what would make it faster. In a pipeline
-    each rank has so much, one value for all or one for each; every microbatch is a pass.
+    what a pass took beside the plan and the bound, and what would make it faster. With a budget for
+    the host as well (cuda=8GiB,cpu=16GiB) what that does not hold is read from the file. In a
+    pipeline each rank has so much, one value for all or one for each; every microbatch is a pass.
 
     \b
     A reproducer is what dfc writes when it finds a rewrite to be wrong. It exits with 4 while the
@@ -232,7 +234,15 @@ def check_memory(memory: str, stages: str | None, microbatches: int | None) -> N
 
     sizes = memory.split(",")
     for size in sizes:
-        byte_count(size.strip())
+        byte_count(size.rpartition("=")[2].strip())
+    if "=" in memory:
+        from dfc.cli.streamed import budgets
+
+        budgets(memory, "")
+        if stages is not None:
+            help = "give one for all, or one for each: --memory 1GiB,2GiB"
+            raise DfcError("Q006", "the ranks of a pipeline have one memory each", help=help)
+        sizes = [memory]
     if stages is None and (len(sizes) > 1 or microbatches is not None):
         option = "--memory of several ranks" if len(sizes) > 1 else "--microbatches"
         help = "say into how many stages: --pipeline 2"
@@ -325,8 +335,9 @@ class _Job:
         return _Ran(compiled.graph, compiled.engine.name, self.origin, results)
 
     def streamed(self, model: str) -> _Ran:
-        from dfc.cli.streamed import open_unbuilt, run_streamed
+        from dfc.cli.streamed import budgets, open_unbuilt, run_streamed
 
+        self.device = budgets(self.memory or "", self.device)[0]
         compiled = open_unbuilt(model, self.engine, self.device, self.say)
         given = self.inputs(compiled.graph, compiled.probes[0].inputs if compiled.probes else None)
         results, measured = run_streamed(

@@ -52,7 +52,8 @@ def run_streamed(
     from dfc.runtime.tiers.streamed import Streamed
 
     say("planning what stays")
-    found = compiled.within(memory, device=device, inputs=inputs, say=say)
+    device, memory, host = budgets(memory, device)
+    found = compiled.within(memory, device=device, inputs=inputs, host=host, say=say)
     try:
         runner = found.runner
         assert isinstance(runner, Streamed)
@@ -66,6 +67,23 @@ def run_streamed(
     finally:
         found.close()
     return results[: len(compiled.graph.outputs)], data
+
+
+def budgets(text: str, device: str) -> tuple[str, str, str | None]:
+    """`--memory` as a device, its memory, and the host's: `8GiB`, or `cuda=8GiB,cpu=16GiB`.
+
+    Raises:  DfcError Q006 for budgets that are not of one device and its host.
+    """
+    if "=" not in text:
+        return device, text, None
+    found = dict(part.strip().split("=", 1) for part in text.split(",") if "=" in part)
+    devices = [d for d in found if d != "cpu"]
+    if len(found) != len(text.split(",")) or len(devices) > 1:
+        help = "write --memory cuda=8GiB,cpu=16GiB"
+        raise DfcError("Q006", f"--memory {text} is not of one device and its host", help=help)
+    if not devices:
+        return "cpu", found["cpu"], None
+    return devices[0], found[devices[0]], found.get("cpu")
 
 
 def own(x: Any) -> Any:
@@ -116,5 +134,13 @@ def show(data: dict[str, Any]) -> None:
     names = data["streamed"]
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     print_text(f"streamed from {data['from']}: {shown}; limited by {data['limit']}")
+    below = data.get("below")
+    if below:
+        print_text(
+            f"the host holds {size(below['held_bytes'])} of {size(below['memory'])}, "
+            f"{below['slots']} x {size(below['slot_bytes'])} of it slots: a pass reads "
+            f"{size(below['bytes_per_pass'])} from {below['from']} at "
+            f"{amount_text(below['bandwidth'], 'bytes/s')}"
+        )
     for what, gain in data["advice"][:3]:
         print_text(f"{what}: {gain:.2f} times as fast")

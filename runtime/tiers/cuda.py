@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 
 
 class Copies:
-    """The carrier of a device's weights; `sources` are the loads in pinned memory."""
+    """The carrier of a device's weights; `sources` are the loads in pinned memory.
+
+    Without them it is told what to copy, and remembers the times of so many `loads`.
+    """
 
     def __init__(
-        self, sources: Sequence[Tensor], device: str, slots: int, slot_bytes: int
+        self, sources: Sequence[Tensor], device: str, slots: int, slot_bytes: int, loads: int = 0
     ) -> None:  # fmt: skip
         import torch
 
@@ -39,15 +42,18 @@ class Copies:
         self._full = [_event() for _ in range(slots)]
         self._left = [_event() for _ in range(slots)]
         self._was_left = [False] * slots
-        self._copied: deque[tuple[int, Any, Any]] = deque(maxlen=max(1, len(self.sources)))
+        self._copied: deque[tuple[int, Any, Any]] = deque(maxlen=max(1, loads or len(sources)))
 
     def begin(self) -> None:
         return None
 
     def fill(self, load: int, slot: int) -> None:
+        self.copy(self.sources[load], slot)
+
+    def copy(self, source: Tensor, slot: int) -> None:
+        """Queue a copy, once what was queued has left the slot."""
         import torch
 
-        source = self.sources[load]
         with torch.cuda.stream(self.stream):
             if self._was_left[slot]:
                 self.stream.wait_event(self._left[slot])
@@ -57,6 +63,10 @@ class Copies:
             end.record(self.stream)
             self._full[slot].record(self.stream)
         self._copied.append((source.numel(), start, end))
+
+    def landed(self, slot: int) -> None:
+        """Wait until the last copy into a slot is over."""
+        self._full[slot].synchronize()
 
     def ready(self, slot: int) -> None:
         self._computing().wait_event(self._full[slot])

@@ -17,6 +17,8 @@ from dfc.runtime.tiers.slots import Carrier, Load, flat, load_bytes, numbers
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dfc.runtime.tiers.cuda import Copies
+
 
 class Place(Protocol):
     """A device with a memory, and the tier above it that everything comes from."""
@@ -131,6 +133,16 @@ class Cuda:
             sources.append(wanted[key])
         self._pinned = {**self._pinned, **wanted} if self.kept else wanted
         return Copies(sources, self.device, slots, slot_bytes)
+
+    def memory(self, size: int) -> Tensor:
+        from dfc.runtime.tiers.cuda import pinned
+
+        return pinned(size)
+
+    def copier(self, slots: int, slot_bytes: int, loads: int) -> Copies:
+        from dfc.runtime.tiers.cuda import Copies
+
+        return Copies([], self.device, slots, slot_bytes, loads)
 
     def finish(self) -> None:
         import torch

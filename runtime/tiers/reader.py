@@ -5,28 +5,36 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 from dfc.errors import DfcError
 from dfc.ir.graph import Parameter
 from dfc.runtime.tiers.files import Extent, Files
 from dfc.runtime.tiers.slots import Load
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def host_memory(size: int) -> Tensor:
+    import torch
+
+    return torch.empty(size, dtype=torch.uint8)
+
 
 class Reader:
-    """The carrier of a processor's weights.
+    """The carrier of a processor's weights, whose slots are in some `memory`.
 
     Keeps:  `bytes_read`, of all loads, to the byte.
     """
 
     def __init__(
         self, loads: Sequence[Load], extents: Mapping[Parameter, Extent], files: Files,
-        slots: int, slot_bytes: int,
+        slots: int, slot_bytes: int, memory: Callable[[int], Tensor] = host_memory,
     ) -> None:  # fmt: skip
-        import torch
-
-        self.slots = [torch.empty(slot_bytes, dtype=torch.uint8) for _ in range(slots)]
+        self.slots = [memory(slot_bytes) for _ in range(slots)]
         self.loads, self.extents, self.files = loads, extents, files
         self.bytes_read = 0
         self._full = [threading.Event() for _ in range(slots)]

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from dfc.planning.tier_advice import advice, limit
+from dfc.runtime.tiers.relay import Relay
 from dfc.runtime.tiers.streamed import Streamed
 
 PASSES = 5
@@ -46,4 +47,26 @@ def measured(runner: Streamed, inputs: Sequence[Any], passes: int = PASSES) -> d
         "limit": limit(plan),
         "break_even": plan.break_even if plan.streamed else 1,
         "advice": advice(plan),
+        **_below(runner),
+    }
+
+
+def _below(runner: Streamed) -> dict[str, Any]:
+    """Of the host's memory, where that streams as well."""
+    plan, carrier = runner.plan.below, runner.carrier
+    if plan is None or not isinstance(carrier, Relay):
+        return {}
+    read = carrier.reader.copied()
+    seconds = sum(s for _, s in read)
+    return {
+        "below": {
+            "memory": plan.memory,
+            "held_bytes": carrier.host_bytes,
+            "streamed": [plan.layers[j].name for j in plan.streamed],
+            "slots": plan.slots,
+            "slot_bytes": plan.slot_bytes,
+            "bytes_per_pass": plan.bytes_per_pass,
+            "from": plan.hop.name,
+            "bandwidth": sum(b for b, _ in read) / seconds if seconds else None,
+        }
     }

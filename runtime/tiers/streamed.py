@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dfc.emit.supply import Supply, Visit
 from dfc.ir.graph import Parameter
 from dfc.planning.tiers import Tiers
 from dfc.planning.weight_blocks import Block, Cut
 from dfc.runtime.tiers.cycle import Cycle
-from dfc.runtime.tiers.slots import pieces_of
+from dfc.runtime.tiers.slots import Carrier, Load, pieces_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ class Streamed:
         gone = {p for weights in brought for p in weights}
         stay = [*parts.stay, *(p for b in blocks for p in b.weights)]
         self.held = {p: place.hold(p) for p in dict.fromkeys(stay) if p not in gone}
-        self.carrier = place.carrier(loads, plan.slots, plan.slot_bytes)
+        self.carrier = _carrier(place, loads, plan)
         self._finalizer = weakref.finalize(self, self.carrier.close)
         self.cycle = Cycle(self.carrier, loads)
         visits = [
@@ -105,6 +105,15 @@ class Streamed:
         # A module and its graph know each other: tensors would stay until the next collection.
         for name in list(self._module._buffers):
             delattr(self._module, name)
+
+
+def _carrier(place: Place, loads: Sequence[Load], plan: Tiers) -> Carrier:
+    """Over one hop, or over two where the memory below streams as well."""
+    if plan.below is None or not plan.below.streamed:
+        return place.carrier(loads, plan.slots, plan.slot_bytes)
+    from dfc.runtime.tiers.relay import Relaying, relay
+
+    return relay(cast("Relaying", place), loads, plan)
 
 
 def _nothing() -> None:

@@ -6,15 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.ir.interpret import bind_inputs
 from dfc.planning.cost import Sizes, default_sizes
 from dfc.planning.streaming import Hop
-from dfc.planning.tier_plan import planned
+from dfc.planning.tier_chain import with_below
+from dfc.planning.tier_plan import DISK, planned
 from dfc.planning.tiers import Tiers, plan_tiers
 from dfc.planning.weight_blocks import Cut, cut
 from dfc.runtime.tiers.clock import block_seconds
 from dfc.runtime.tiers.places import Place, place_of
+from dfc.runtime.tiers.relay import Relay
 from dfc.runtime.tiers.streamed import Streamed
 
 _WARM = 1  # passes before the one that is measured
@@ -23,11 +26,15 @@ _BETTER = 1.02  # times as fast a plan must be that replaces one
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be held, in how much memory, and how: the planner's free choices may be taken."""
+    """What is to be held, in how much memory, and how: the planner's free choices may be taken.
+
+    With a `host` memory, what that does not hold comes from disk, over both hops.
+    """
 
     memory: int
     slots: int | None = None
     placement: str = "even"
+    host: int | None = None  # of the host, where what is streamed to a device lies
 
 
 def within(
@@ -42,9 +49,15 @@ def within(
 
     With `inputs`, blocks and copies are timed, and the plan is made of those times.
     Raises:  DfcError N064 (status 6) for a memory that is too small, K070 for weights that are
-             nowhere else, K021 for a model without weights.
+             nowhere else, K021 for a model without weights, K074 for a host's memory where the
+             device is the host.
     """
     place = place or place_of(device)
+    if wanted.host is not None and not hasattr(place, "copier"):
+        raise DfcError(
+            "K074", "weights come to a processor from disk: there is no memory between",
+            help="leave out the host's memory, or name a device: cuda=8GiB,cpu=16GiB", status=2,
+        )  # fmt: skip
     parts = cut(graph, place.calls(graph))
     sizes = bind_inputs(graph, inputs) if inputs is not None else {}
     plan = first_plan(parts, wanted, place, {**default_sizes(graph), **sizes})
@@ -58,7 +71,13 @@ def within(
 def first_plan(parts: Cut, wanted: Wanted, place: Place, sizes: Sizes) -> Tiers:
     """By the costs of operators, and a guess of the link."""
     hop = Hop(1 / place.guess, name=place.source)
-    return planned(parts, place.model(), hop, wanted.memory, sizes, wanted.slots, wanted.placement)
+    memory = wanted.memory
+    plan = planned(parts, place.model(), hop, memory, sizes, wanted.slots, wanted.placement)
+    return _on_host(plan, wanted, Hop(1 / DISK, name="disk"))
+
+
+def _on_host(plan: Tiers, wanted: Wanted, disk: Hop) -> Tiers:
+    return plan if wanted.host is None else with_below(plan, wanted.host, disk)
 
 
 def measured_plan(
@@ -80,16 +99,29 @@ def measured_plan(
                 runner(inputs)
                 clock.stamp()
             between = clock.seconds()
-            copied = runner.carrier.copied()
+            copied, disk = runner.carrier.copied(), _disk(runner)
     finally:
         runner.close()
     timed = [i for i, b in enumerate(parts.blocks) if b.first is not None]
     seconds, _ = block_seconds(between, len(timed))
     found = dict(zip(timed, seconds, strict=True))
     layers = [replace(x, seconds=found.get(i, 0.0)) for i, x in enumerate(plan.layers)]
-    rate = sharing * sum(s for _, s in copied) / max(1, sum(b for b, _ in copied))
-    now = replace(plan, layers=tuple(layers), hop=replace(plan.hop, per_byte=rate))
+    hop = replace(plan.hop, per_byte=sharing * _per_byte(copied))
+    now = replace(plan, layers=tuple(layers), hop=hop)
+    if now.below is not None:
+        now = replace(now, below=replace(now.below, hop=replace(now.below.hop, per_byte=disk)))
     other = plan_tiers(
         layers, plan.weights, plan.memory, now.hop, plan.fixed, wanted.slots, wanted.placement
     )  # fmt: skip
+    other = _on_host(other, wanted, Hop(disk, name="disk"))
     return other if other.pass_seconds * _BETTER < now.pass_seconds else now
+
+
+def _per_byte(copied: Sequence[tuple[int, float]]) -> float:
+    return sum(s for _, s in copied) / max(1, sum(b for b, _ in copied))
+
+
+def _disk(runner: Streamed) -> float:
+    """Seconds a byte of the hop below, a guess where there is none yet."""
+    carrier = runner.carrier
+    return _per_byte(carrier.reader.copied()) if isinstance(carrier, Relay) else 1 / DISK

@@ -1,0 +1,279 @@
+"""Disk to memory to a device, run for real: the upper tier is this process, slots are spoilt."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dfc
+from dfc.api import opened
+from dfc.cli import main
+from dfc.cli.streamed import budgets
+from dfc.compiled import Compiled, with_state_inputs
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph
+from dfc.runtime.tiers.places import Processor
+from dfc.runtime.tiers.relay import Relay
+from dfc.runtime.tiers.slots import numbers
+from dfc.runtime.tiers.streamed import Streamed
+from dfc.runtime.tiers.within import Wanted, within
+from tests.test_tiers import Tower, all_bytes, ids, memory_of
+
+B = torch.export.Dim("B", min=1, max=16)
+
+
+class Copier:
+    """The upper hop in this process: it copies at the last moment, and spoils what was left."""
+
+    def __init__(self, slots: int, slot_bytes: int, seconds: float = 0.0) -> None:
+        self.slots = [torch.full((slot_bytes,), 255, dtype=torch.uint8) for _ in range(slots)]
+        self.full = [False] * slots
+        self.pending: dict[int, Tensor] = {}
+        self.seconds = seconds
+        self.times: list[tuple[int, float]] = []
+
+    def copy(self, source: Tensor, slot: int) -> None:
+        assert not self.full[slot]  # it was left before it is written to
+        self.full[slot] = True
+        self.pending[slot] = source
+        self.times.append((source.numel(), 1e-6))
+
+    def landed(self, slot: int) -> None:
+        time.sleep(self.seconds)
+        source = self.pending.pop(slot)
+        self.slots[slot][: source.numel()].copy_(source)
+
+    def ready(self, slot: int) -> None:
+        assert self.full[slot]
+        if slot in self.pending:
+            self.landed(slot)
+
+    def leave(self, slot: int) -> None:
+        self.slots[slot].fill_(255)  # not a number, in any float
+        self.full[slot] = False
+
+    def settle(self) -> None:
+        self.full = [False] * len(self.full)
+        self.pending.clear()
+
+    def copied(self) -> list[tuple[int, float]]:
+        return self.times
+
+    def close(self) -> None:
+        self.slots = []
+
+
+class Upper(Processor):
+    """As a device is, with memory of its own in this process."""
+
+    source = "memory"
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+
+    def calls(self, graph: Graph) -> dict[Any, Any]:
+        return {}
+
+    def hold(self, weight: Any) -> Tensor:
+        return numbers(weight).clone()
+
+    def memory(self, size: int) -> Tensor:
+        return torch.full((size,), 255, dtype=torch.uint8)
+
+    def copier(self, slots: int, slot_bytes: int, loads: int) -> Copier:
+        return Copier(slots, slot_bytes, self.seconds)
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("relay") / "tower.dfcpkg"
+    compiled = dfc.compile(
+        Tower(10).eval(), (ids(4),), dynamic_shapes=({0: B},), engine="eager", passes=[]
+    )
+    compiled.save(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    assert not [t for t in threading.enumerate() if t.name == "dfc weights"]
+
+
+def relayed(
+    compiled: Compiled, share: float, host: float, slots: int | None = None, place: Any = None,
+    timed: bool = True,
+) -> tuple[Streamed, Relay, list[Any]]:  # fmt: skip
+    inputs = compiled.probes[0].inputs
+    memory = memory_of(compiled, share, inputs)
+    wanted = Wanted(memory, slots, host=int(all_bytes(compiled) * host))
+    graph = with_state_inputs(compiled.graph)
+    flat = [*inputs, *compiled.state.values()]
+    runner = within(graph, wanted, inputs=flat if timed else None, place=place or Upper())
+    assert isinstance(runner.carrier, Relay)
+    return runner, runner.carrier, flat
+
+
+@pytest.mark.parametrize("slots", [None, 1, 3])
+@pytest.mark.parametrize("host", [0.15, 0.35])
+def test_results_are_bit_equal_and_both_hops_carry_what_was_planned(
+    tower: Path, host: float, slots: int | None
+) -> None:
+    compiled = opened(tower, build=False)
+    expected = dfc.load(tower).run_flat(compiled.probes[0].inputs)
+    runner, carrier, inputs = relayed(compiled, 0.3, host, slots)
+    plan, below = runner.plan, runner.plan.below
+    try:
+        assert below is not None and 0 < below.bytes_per_pass <= plan.bytes_per_pass
+        assert bool(carrier.held) == (len(below.streamed) < len(plan.streamed))
+        assert carrier.host_bytes <= below.memory and runner.held_bytes <= plan.memory
+        carrier.settle()
+        carrier.reader.settle()
+        runner.cycle.restart()
+        before = settled(carrier)
+        copier: Any = carrier.copier
+        for count in range(1, 5):
+            assert torch.equal(runner(inputs)[0], expected[0])
+            assert settled(carrier) - before == count * below.bytes_per_pass
+        copier.times.clear()
+        runner(inputs)
+        settled(carrier)
+        sizes = sum(size for size, _ in copier.times)
+        assert plan.bytes_per_pass <= sizes < plan.bytes_per_pass + 256 * len(plan.loads)
+    finally:
+        runner.close()
+
+
+def settled(carrier: Relay) -> int:
+    """Bytes read when nothing is under way: both threads have done what they were asked for."""
+    until = time.monotonic() + 20
+    while not carrier._wanted.empty() and time.monotonic() < until:
+        time.sleep(0.001)
+    for event in carrier._queued:
+        assert event.wait(20)
+    carrier.reader.settle()
+    return carrier.reader.bytes_read
+
+
+@pytest.mark.parametrize("slow", ["disk", "copies"])
+def test_whichever_hop_is_slower_results_stay(
+    tower: Path, slow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dfc.runtime.tiers.files import Files
+
+    read = Files.read
+    if slow == "disk":
+
+        def late(self: Files, *args: Any) -> None:
+            time.sleep(0.002)
+            read(self, *args)
+
+        monkeypatch.setattr(Files, "read", late)
+    compiled = opened(tower, build=False)
+    expected = dfc.load(tower).run_flat(compiled.probes[0].inputs)
+    place = Upper(0.002 if slow == "copies" else 0.0)
+    runner, _, inputs = relayed(compiled, 0.3, 0.2, place=place)
+    for _ in range(4):
+        assert torch.equal(runner(inputs)[0], expected[0])
+    runner.close()
+
+
+@pytest.mark.parametrize("after", [1, 2, 4])
+def test_a_pass_that_failed_is_no_harm_to_the_next(
+    tower: Path, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = opened(tower, build=False)
+    expected = dfc.load(tower).run_flat(compiled.probes[0].inputs)
+    runner, _, inputs = relayed(compiled, 0.3, 0.2, timed=False)
+    assert len(runner.plan.streamed) > 4
+    take = runner.cycle.take
+
+    def interrupted(load: int) -> tuple[Tensor, ...]:
+        if load == after:
+            raise KeyboardInterrupt
+        return take(load)
+
+    for _ in range(2):
+        assert torch.equal(runner(inputs)[0], expected[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(runner.cycle, "take", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                runner(inputs)
+    assert torch.equal(runner(inputs)[0], expected[0])
+    runner.close()
+
+
+def test_a_file_that_cannot_be_read_is_told_and_ends_nothing(
+    tower: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dfc.runtime.tiers.files import Files
+
+    compiled = opened(tower, build=False)
+    expected = dfc.load(tower).run_flat(compiled.probes[0].inputs)
+    runner, carrier, inputs = relayed(compiled, 0.3, 0.2, timed=False)
+    assert torch.equal(runner(inputs)[0], expected[0])
+    settled(carrier)
+    read = Files.read
+
+    def fails(self: Files, *args: Any) -> None:
+        raise DfcError("K071", "cannot read the weights: a bad sector", status=8)
+
+    monkeypatch.setattr(Files, "read", fails)
+    with pytest.raises(DfcError, match="K071"):
+        for _ in range(2):  # what was read ahead is there
+            runner(inputs)
+    monkeypatch.setattr(Files, "read", read)
+    for _ in range(2):
+        assert torch.equal(runner(inputs)[0], expected[0])
+    runner.close()
+
+
+def test_a_host_that_holds_it_all_reads_nothing(tower: Path) -> None:
+    compiled = opened(tower, build=False)
+    inputs = compiled.probes[0].inputs
+    wanted = Wanted(memory_of(compiled, 0.4, inputs), host=2 * all_bytes(compiled))
+    from tests.test_tiers import InProcess
+
+    class Both(Upper):
+        carrier = InProcess.carrier  # type: ignore[assignment]
+
+    runner = within(with_state_inputs(compiled.graph), wanted, place=Both())
+    assert runner.plan.below is not None and not runner.plan.below.streamed
+    assert not isinstance(runner.carrier, Relay)
+    runner.close()
+
+
+def test_what_cannot_be_is_told(tower: Path) -> None:
+    compiled = opened(tower, build=False)
+    memory = memory_of(compiled, 0.3, compiled.probes[0].inputs)
+    with pytest.raises(DfcError, match=r"K074.*no memory between"):
+        compiled.within(memory, host="1GiB")
+    with pytest.raises(DfcError, match=r"N064.*host's memory.*would do") as e:
+        within(with_state_inputs(compiled.graph), Wanted(memory, host=1000), place=Upper())
+    assert e.value.status == 6
+    held = dfc.compile(Tower(6).eval(), (ids(4),), engine="eager", passes=[], verify="none")
+    wanted = Wanted(memory_of(held, 0.3, [ids(4)]), host=all_bytes(held) // 5)
+    with pytest.raises(DfcError, match="K070"):
+        within(with_state_inputs(held.graph), wanted, place=Upper())
+
+
+def test_budgets_of_the_command(tower: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert budgets("8GiB", "cuda") == ("cuda", "8GiB", None)
+    assert budgets("cuda:1=8GiB,cpu=16GiB", "cpu") == ("cuda:1", "8GiB", "16GiB")
+    assert budgets("cpu=2GiB", "cpu") == ("cpu", "2GiB", None)
+    for wrong in ("cuda=8GiB,16GiB", "cuda:0=1GiB,cuda:1=1GiB", "cpu=1GiB,cpu=2GiB"):
+        with pytest.raises(DfcError, match="Q006"):
+            budgets(wrong, "cpu")
+    assert main(["run", str(tower), "--memory", "cuda=1GiB,cpu=2GX"]) == 2
+    assert main(["run", str(tower), "--memory", "cuda=1GiB,cpu=2GiB", "--pipeline", "2"]) == 2
+    assert "one memory each" in capsys.readouterr().err
+    assert main(["run", str(tower), "--memory", "cpu=1GiB"]) == 0
+    capsys.readouterr()
