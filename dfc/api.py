@@ -215,7 +215,8 @@ def plan(
     enough, `seconds` bounds the search for a better bound.
 
     With `stream`, a stage may have more weights than its device holds: they come from the host's
-    memory, or to a processor from disk, once for each microbatch.
+    memory, or to a processor from disk, once for each microbatch; what the host does not hold of
+    them comes from disk as well.
 
     Raises:  DfcError N040.. for what the target or the model lacks, N060 (status 6) when the model
              does not fit, with what would make it fit.
@@ -225,7 +226,7 @@ def plan(
     from dfc.planning.model import Wish
     from dfc.planning.partition import Effort
     from dfc.planning.pipeline import plan as make
-    from dfc.planning.tier_plan import stream_hops
+    from dfc.planning.tier_plan import host_memory, stream_hops
 
     machine = _machine_of(target)
     graph = model if isinstance(model, Graph) else trace(model, args or (), kwargs, dynamic_shapes)
@@ -239,6 +240,7 @@ def plan(
         effort=Effort(seconds=seconds), measured=measured or (lambda node: None),
         limits=replace(limits, supports=_taken_by(engine)), max_stages=max_stages,
         measured_on=measured_on, hops=stream_hops(some, machine) if stream else {},
+        host=host_memory(machine) if stream else None,
     )  # fmt: skip
 
 

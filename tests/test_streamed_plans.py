@@ -18,7 +18,8 @@ from dfc.planning.machine import Device, Machine, Wire
 from dfc.planning.model import Wish
 from dfc.planning.pipeline import Plan, plan
 from dfc.planning.planfile import of_text, to_text
-from dfc.planning.tier_plan import stream_hops
+from dfc.planning.streamed_stages import streamed_text
+from dfc.planning.tier_plan import host_memory, stream_hops
 from dfc.planning.weight_blocks import weight_bytes
 
 LAYERS, WIDTH = 12, 64
@@ -107,6 +108,28 @@ def test_faster_links_and_more_memory_never_hurt(chain: Graph) -> None:
     assert fast.bottleneck < slow.bottleneck / 2
 
 
+def test_what_the_host_does_not_hold_either_comes_from_disk(chain: Graph) -> None:
+    target = machine(whole(chain) / 3, link=1e6)
+    hops, wish = stream_hops(target), Wish(microbatches=4)
+    above = streamed(chain, target)
+    copied = sum(s.streams for s in above.stages)
+    for share in (2.0, 0.6):
+        host = int(copied * share)
+        found = plan(chain, target, sizes={"B": 8}, wish=wish, hops=hops, host=host)
+        below = [t.below for t in found.tiers.values() if t.below is not None]
+        assert [s.streams for s in found.stages] == [s.streams for s in above.stages]
+        if share > 1:
+            assert not below and found.bottleneck == above.bottleneck
+            continue
+        assert all(b.streamed for b in below) and len(below) == 2
+        assert sum(b.held_bytes for b in below) <= host
+        assert found.bottleneck >= above.bottleneck * (1 - 1e-9)
+        told = streamed_text(found.tiers, [s.device for s in found.stages])
+        assert all("reads from disk each time" in x for x in told)
+    with pytest.raises(DfcError, match=r"N060.*stage 0 does not fit.*host's memory"):
+        plan(chain, target, sizes={"B": 8}, wish=wish, hops=hops, host=1000)
+
+
 def test_parts_of_a_processor_share_its_disk() -> None:
     host = Device("cpu0", "cpu", 1e9, 1e10, {"f32": 1e9}, cores=2)
     whole = Machine("m", (host,))
@@ -120,6 +143,7 @@ def test_the_host_need_not_be_one_of_the_stages() -> None:
     whole = machine(1e6, link=1e6)
     some = whole.only(["gpu1", "gpu0", "gpu0"])
     hops = stream_hops(some, whole)
+    assert host_memory(whole) == int(0.9e12) and host_memory(some) is None
     assert len(hops) == 3 and {h.per_byte for h in hops.values()} == {1e-6}
 
 

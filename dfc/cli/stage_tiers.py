@@ -26,6 +26,7 @@ def tiers_data(plan: Tiers) -> dict[str, Any]:
         "limit": limit(plan),
         "break_even": plan.break_even if plan.streamed else 1,
         "advice": advice(plan),
+        **({"below": tiers_data(plan.below)} if plan.below and plan.below.streamed else {}),
     }
 
 

@@ -60,6 +60,7 @@ class Candidate:
 def best_candidate(
     model: Modelled, graph: Graph, machine: Machine, wish: Wish, choices: Sequence[Layout],
     aim: Wanted, most: int | None, effort: Effort, hops: Mapping[str, Hop],
+    host: int | None = None,
 ) -> Candidate:  # fmt: skip
     """The best of the layouts; of several that are about as good, the one with fewer stages.
 
@@ -82,7 +83,7 @@ def best_candidate(
                 effort, seconds=min(effort.seconds, _SECONDS))  # fmt: skip
             shaped = wish.with_layout(layout)
             chosen = row if layout == ONE else _looped(row, shaped, quick)
-            tried = _candidate(chosen, graph, shaped, hops, aim)
+            tried = _candidate(chosen, graph, shaped, hops, host, aim)
         except DfcError as e:
             if e.code not in _CANNOT:
                 raise
@@ -117,11 +118,11 @@ def _cannot_win(best: Candidate, row: Chosen, aim: Wanted) -> bool:
 
 
 def _candidate(
-    chosen: Chosen, graph: Graph, wish: Wish, hops: Mapping[str, Hop], aim: Wanted
+    chosen: Chosen, graph: Graph, wish: Wish, hops: Mapping[str, Hop], host: int | None, aim: Wanted
 ) -> Candidate:
     model, machine, found = chosen.model, chosen.machine, chosen.partition
     load = loads(model.problem, found.stage)
-    tiers = stage_tiers(graph, model, machine, found.stage, load, hops)
+    tiers = stage_tiers(graph, model, machine, found.stage, load, hops, host)
     load, found = _with_passes(load, found, tiers, machine, aim)
     costs = _costs(model, machine, found.stage, wish, load, tiers)
     rooms = [0.0] * len(machine.devices)

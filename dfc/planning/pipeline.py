@@ -145,12 +145,14 @@ def plan(
     max_stages: int | None = None,
     measured_on: str = "",
     hops: Mapping[str, Hop] = MappingProxyType({}),
+    host: int | None = None,
 ) -> Plan:
     """Partition a graph over devices of a machine and choose a schedule.
 
     Which devices are used, in which order, and how many stages each has is part of the choice, as
     far as the schedule and `stages_per_device` leave it open. Devices with `hops` may be given more
-    weights than they hold: these stream them, once for each microbatch.
+    weights than they hold: these stream them, once for each microbatch. A `host` with so many
+    bytes reads what it does not hold from disk itself.
     Needs:   no weights: shapes are enough.
     Raises:  DfcError N001, N002, N066, N067 for the schedule, N040.. for sizes and devices, N043
              for a link that is missing, N060 (status 6) when it does not fit; N065 for streaming
@@ -162,7 +164,9 @@ def plan(
     streams = {name: float(1 / hop.per_byte) for name, hop in hops.items()}
     bound, wish = default_sizes(graph, sizes), replace(wish, schedule=schedule, streams=streams)
     whole = modelled(graph, machine, bound, wish, measured, limits, measured_on)
-    best = best_candidate(whole, graph, machine, wish, choices, objective, max_stages, effort, hops)
+    best = best_candidate(
+        whole, graph, machine, wish, choices, objective, max_stages, effort, hops, host
+    )  # fmt: skip
     chosen, costs, simulation, tiers = best.chosen, best.costs, best.simulation, best.tiers
     used = {d.name for d in chosen.machine.devices}
     idle = tuple(d.name for d in machine.devices if d.name not in used)

@@ -20,8 +20,9 @@ from dfc.planning.problem import Loads
 from dfc.planning.stages import StageGraph, split
 from dfc.planning.streaming import Hop
 from dfc.planning.tier_advice import advice, limit
-from dfc.planning.tier_plan import all_there
-from dfc.planning.tiers import Tiers, least_bytes, plan_tiers
+from dfc.planning.tier_chain import with_below
+from dfc.planning.tier_plan import DISK, all_there
+from dfc.planning.tiers import Tiers, least_bytes, plan_tiers, slot_bytes
 from dfc.planning.weight_blocks import cut
 
 if TYPE_CHECKING:
@@ -44,10 +45,11 @@ def check_wish(
 
 def stage_tiers(
     graph: Graph, model: Modelled, machine: Machine, stage: Sequence[int], load: Loads,
-    hops: Mapping[str, Hop],
+    hops: Mapping[str, Hop], host: int | None = None,
 ) -> dict[int, Tiers]:  # fmt: skip
     """The tiers of each stage that its device does not hold, by stage.
 
+    Stages on devices share the memory of their `host`, and its disk, by what they copy.
     Raises:  DfcError N060 (status 6) for a stage that does not fit, not even streamed.
     """
     slots = model.problem.slots
@@ -56,7 +58,26 @@ def stage_tiers(
         return {}
     of_node = {n: s for nodes, s in zip(model.groups, stage, strict=True) for n in nodes}
     parts = split(graph, of_node)
-    return {s: _tiers(parts[s], s, model, machine, float(load.compute[s]), hops) for s in over}
+    found = {s: _tiers(parts[s], s, model, machine, float(load.compute[s]), hops) for s in over}
+    return found if host is None else _on_host(found, host)
+
+
+def _on_host(found: Mapping[int, Tiers], host: int) -> dict[int, Tiers]:
+    """What the host does not hold of what is copied to devices comes from disk first."""
+    copied = {s: sum(map(slot_bytes, t.loads)) for s, t in found.items() if t.hop.name != "disk"}
+    total = sum(copied.values())
+    if total <= host:
+        return dict(found)
+    made = dict(found)
+    for s, size in copied.items():
+        disk = Hop(len(copied) / DISK, name="disk")
+        try:
+            made[s] = with_below(found[s], host * size // total, disk)
+        except DfcError as e:
+            message = f"stage {s} does not fit: {e.message}"
+            help = e.diagnostics[0].help
+            raise DfcError("N060", message, help=help, status=6) from e
+    return made
 
 
 def _tiers(
@@ -102,6 +123,11 @@ def streamed_text(tiers: Mapping[int, Tiers], names: Sequence[str]) -> list[str]
             f"each microbatch, into {plan.slots} slots of {slot}: {took}, where computing takes "
             f"{alone}; limited by {limit(plan)}"
         )
+        if plan.below is not None and plan.below.streamed:
+            read, held = (
+                amount_text(x, "bytes") for x in (plan.below.bytes_per_pass, plan.below.held_bytes)
+            )
+            told += f"; {read} of it the host, which keeps {held}, reads from disk each time"
         more = advice(plan)
         found.append(f"{told}; {more[0][0]}: {more[0][1]:.2f} times as fast" if more else told)
     return found

@@ -79,6 +79,11 @@ def stream_hops(machine: Machine, among: Machine | None = None) -> dict[str, Hop
     return found
 
 
+def host_memory(machine: Machine) -> int | None:
+    """What the host of a machine's other devices holds; None where the target names none."""
+    return max((int(d.usable) for d in machine.devices if d.kind == "cpu"), default=None)
+
+
 def _hop(machine: Machine, at: int) -> Hop:
     """From the processor to a device, by its link; from a disk to a processor."""
     if machine.devices[at].kind == "cpu":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Protocol
 
@@ -70,16 +71,15 @@ def relay(place: Relaying, loads: Sequence[Load], plan: Tiers) -> Relay:
     extents = extents_of(piece.weight for load in read for piece in load)
     files = Files(extents.values())
     reader = Reader(read, extents, files, below.slots, below.slot_bytes, place.memory)
-    try:
+    with ExitStack() as failing:
+        failing.callback(reader.close)
         held = {
             j: flat(load, place.memory(load_bytes(load)))
             for j, load in enumerate(loads)
             if j not in below.streamed
         }
         copier = place.copier(plan.slots, plan.slot_bytes, len(loads))
-    except BaseException:
-        reader.close()
-        raise
+        failing.pop_all()
     return Relay(copier, reader, held, below.streamed)
 
 
