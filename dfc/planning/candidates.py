@@ -29,7 +29,6 @@ from dfc.planning.streaming import Hop
 from dfc.planning.tiers import Tiers
 
 _WORTH = 1.01  # how much better several stages a device must be: more messages take the hosts' time
-_SECONDS = 3.0  # for the bound of each candidate besides the first
 _CANNOT = ("N002", "N043", "N060", "N062", "N063", "N068")  # what one candidate may lack
 
 
@@ -79,8 +78,7 @@ def best_candidate(
         if best is not None and _cannot_win(best, row, aim):
             break
         try:
-            quick = effort if best is None else replace(
-                effort, seconds=min(effort.seconds, _SECONDS))  # fmt: skip
+            quick = effort if best is None else replace(effort, seconds=0.0)
             shaped = wish.with_layout(layout)
             chosen = row if layout == ONE else _looped(row, shaped, quick)
             tried = _candidate(chosen, graph, shaped, hops, host, aim)

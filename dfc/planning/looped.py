@@ -20,20 +20,25 @@ from dfc.planning.ideals import lower_bound
 from dfc.planning.milp import solve_milp
 from dfc.planning.problem import INFINITE, Partition, Problem, loads, value_of, why_not
 
-_TRIES = 400  # moved cuts that are priced
-_LINEAR = 8000  # nodes times stages: beyond, the linear program finds nothing in any time
+_TRIES = 400  # moved cuts that are priced, and
+_PRICED = 100_000  # nodes of all of them together
+_LINEAR = 1000  # nodes times stages: beyond, the linear program takes minutes to begin
 
 Solve = Callable[[Problem], Partition]  # the ladder, for stages that are devices of their own
 
 
 def best_looped(problem: Problem, solve: Solve, seconds: float, gap: float) -> Partition | None:
-    """The best partition that is found, with a proved bound; None when none fits."""
+    """The best partition that is found, with a proved bound; None when none fits.
+
+    Without `seconds` for the linear program the bound is that of the work and the largest node.
+    """
     bound = lower_bound(problem)
     found = [_evened(problem, stage) for stage in _even(problem, solve)]
     best = min(found, key=lambda stage: _rank(problem, stage), default=None)
     value = INFINITE if best is None else value_of(problem, best)
     method = "even stages"
-    if value > bound * (1 + gap) and problem.n * problem.stages <= _LINEAR:
+    small = problem.n * problem.stages <= _LINEAR
+    if seconds > 0 and small and value > bound * (1 + gap):
         other, proved = solve_milp(problem, seconds, gap / 2, value)
         bound = max(bound, min(proved, value))
         if other is not None and other.value < value * (1 - 1e-9):
@@ -113,7 +118,7 @@ def _evened(problem: Problem, stage: Sequence[int]) -> tuple[int, ...]:
     """
     order = sorted(range(problem.n), key=lambda v: (stage[v], v))
     ends = np.cumsum(np.bincount(stage, minlength=problem.stages)).tolist()
-    best, left = _rank(problem, stage), _TRIES
+    best, left = _rank(problem, stage), min(_TRIES, _PRICED // max(problem.n, 1))
     step = max(1, problem.n // (2 * problem.stages))
     while step:
         moved = False

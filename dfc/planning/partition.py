@@ -41,7 +41,7 @@ def partition(problem: Problem, effort: Effort = Effort()) -> Partition:
     """
     problem.check()
     if problem.looped:
-        quick = replace(effort, seconds=effort.seconds / 5)
+        quick = Effort(1.0, gap=float("inf"))  # even stages are evened out afterwards
         even = best_looped(problem, lambda p: partition(p, quick), effort.seconds, effort.gap)
         return _or_refuse(problem, even)
     if is_chain(problem):
