@@ -6,11 +6,13 @@ of the same operators with all weights at hand, bit for bit.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from dfc.emit.supply import Supply, Visit
+from dfc.errors import DfcError
 from dfc.ir.graph import Parameter
 from dfc.planning.tiers import Tiers
 from dfc.planning.weight_blocks import Block, Cut
@@ -28,12 +30,14 @@ class Streamed:
     """A runner of the eager engine within the memory of a plan.
 
     The plan was made of the same parts. With a `clock`, every block is timed.
+    Keeps:  one pass at a time, whatever threads call: all passes fill the same slots.
     """
 
     def __init__(self, parts: Cut, plan: Tiers, place: Place, clock: Clock | None = None) -> None:
         from dfc.emit.fx import to_fx
 
         blocks = parts.blocks
+        self._lock, self._closed = threading.Lock(), False
         self.plan, self.clock, self._finish = plan, clock, place.finish
         streamed = {blocks[i]: j for j, i in enumerate(plan.streamed)}
         brought = [[p for p in blocks[i].weights if p.name in names]
@@ -70,15 +74,21 @@ class Streamed:
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """One pass.
 
-        Raises:  DfcError K071 when the weights' files are not what they were.
+        Raises:  DfcError K071 when the weights' files are not what they were, K074 when closed.
         """
         import torch
 
-        self.carrier.begin()
-        if not self.cycle.between_passes:  # the last pass was ended by an error
-            self.cycle.restart()
-        with torch.no_grad():
+        with self._lock, torch.no_grad():
+            self._check_open()
+            self.carrier.begin()
+            if not self.cycle.between_passes:  # the last pass was ended by an error
+                self.cycle.restart()
             return list(self._module(*inputs))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            help = "load it again, or close it later"
+            raise DfcError("K074", "the model was closed: its weights are gone", help=help)
 
     def finish(self) -> None:
         """Wait until what was called is computed; copies for the next pass may go on."""
@@ -99,12 +109,14 @@ class Streamed:
 
     def close(self) -> None:
         """End what brings weights, and let go of all memory; it cannot be called any more."""
-        self._finalizer()
-        self.cycle.forget()
-        self.held.clear()
-        # A module and its graph know each other: tensors would stay until the next collection.
-        for name in list(self._module._buffers):
-            delattr(self._module, name)
+        with self._lock:
+            self._closed = True
+            self._finalizer()
+            self.cycle.forget()
+            self.held.clear()
+            # A module and its graph know each other: tensors would stay until it is collected.
+            for name in list(self._module._buffers):
+                delattr(self._module, name)
 
 
 def _carrier(place: Place, loads: Sequence[Load], plan: Tiers) -> Carrier:
