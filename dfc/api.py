@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dfc.ops  # noqa: F401 - makes the ops known
+from dfc.arguments import check_given
 from dfc.compiled import Compiled, with_state_inputs
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.planning.host import is_another, machine_text, this_machine
+from dfc.planning.torch_device import check_device
 from dfc.recipe.bench import ENGINE_RTOL, find_engine
 from dfc.recipe.quantities import weight_bytes
 from dfc.rewrite.pass_ import Pass
@@ -66,7 +68,7 @@ def compile(
     settings: Mapping[str, Any] | None = None,
     budget: str | int | float | None = None,
     passes: Sequence[str | Pass] | None = None,
-    engine: str = "auto",
+    engine: str | None = "auto",
     verify: str | None = None,
     strict: bool = False,
     device: str | None = None,
@@ -108,13 +110,19 @@ def compile(
     from dfc.recipe.sources import chosen_plan
     from dfc.reproducer import writer
 
+    check_given(
+        model=model, kwargs=kwargs, recipe=recipe, data=data, metrics=metrics, functions=functions,
+        settings=settings, passes=passes, weights=weights, print_after=print_after,
+        progress=progress, engine=engine,
+    )  # fmt: skip
+    device = device or _device_of(args, kwargs)
+    check_device(device)
     if passes is not None and (recipe, target, settings) != (None, None, None):
         raise DfcError("Q055", "give `passes` or `recipe`, not both")
     plan, guarded = chosen_plan(recipe, passes, target, settings)
     return Compilation(
-        plan, guarded, data or {}, metrics or {}, budget, engine, verify, strict,
-        device or _device_of(args, kwargs),
-        print_after, progress or (lambda what: None), writer(reproducers), functions or {},
+        plan, guarded, data or {}, metrics or {}, budget, engine or "auto", verify, strict,
+        device, print_after, progress or (lambda what: None), writer(reproducers), functions or {},
     ).run(model, args, kwargs, dynamic_shapes, weights)  # fmt: skip
 
 
@@ -158,6 +166,8 @@ def opened(
     """A package as it was read, with an engine's runner or without any."""
     from dfc.package import read_package
 
+    check_given(path=path, engine=engine)
+    check_device(device)
     package = read_package(Path(path))
     report = package.report
     name = engine or package.engine

@@ -37,6 +37,20 @@ def flat_inputs(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     return check_inputs(graph, leaves, labels)
 
 
+def flat_checked(graph: Graph, inputs: Sequence[Any]) -> list[Any]:
+    """Inputs that are flat already, as one tensor for each of the graph's.
+
+    Raises:  DfcError K012..K016 (exit status 2) for what does not fit.
+    """
+    labels = [label for a in graph.arguments for label in tree.paths(a.tree, a.name)]
+    if not isinstance(inputs, (list, tuple)) or len(inputs) != len(labels):
+        many = f"{len(inputs)}" if isinstance(inputs, (list, tuple)) else _brief(inputs)
+        shown = ", ".join(labels)
+        help = f"they are a list, one for each of: {shown}"
+        raise DfcError("K012", f"`inputs` are {len(labels)}, got {many}", help=help, status=2)
+    return check_inputs(graph, inputs, labels)
+
+
 def _bind(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     names = [a.name for a in graph.arguments if not a.keyword_only]
     given: dict[str, Any] = {a.name: _MISSING for a in graph.arguments}
@@ -112,12 +126,18 @@ def check_inputs(graph: Graph, leaves: Sequence[Any], labels: Sequence[str]) -> 
 
 
 def _check_type(v: Value, x: Any, label: str) -> None:
+    import torch
+
     assert isinstance(v.type, TensorType)
     if dtype_of(x.dtype) != v.type.dtype:
         raise DfcError(
             "K013", f"`{label}` must have dtype {v.type.dtype}, got {dtype_of(x.dtype)}",
             help=f"convert it by .to(torch.{v.type.dtype.torch_name})", status=2,
         )  # fmt: skip
+    if x.layout != torch.strided or x.is_meta:
+        kind = "on the meta device" if x.is_meta else f"stored as {x.layout}"
+        help = "convert it by .to_dense()" if not x.is_meta else "it has no numbers"
+        raise DfcError("K013", f"`{label}` is {kind}", help=help, status=2)
     if x.dim() != v.type.rank:
         raise DfcError(
             "K014", f"`{label}` must have the shape {v.type}, got {list(x.shape)}", status=2

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfc.calling import build_outputs, flat_inputs, own_outputs
+from dfc.calling import build_outputs, flat_checked, flat_inputs, own_outputs
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter
 from dfc.planning.engine import Engine, Holding, Runner
@@ -90,7 +90,7 @@ class Compiled:
             if self.device != "cpu":
                 return self._runner(self._on_device(inputs))
             return self._runner([*inputs, *self._state.values()])
-        except RuntimeError as e:
+        except (RuntimeError, IndexError) as e:
             raise DfcError("K023", f"the `{self.engine.name}` engine failed: {e}") from e
 
     def require_weights(self) -> None:
@@ -136,21 +136,27 @@ class Compiled:
         pinned memory of the host, while other layers compute. Parts are timed, and as few weights
         are streamed as the memory allows; `slots` and `placement` ("even", "tail") take choices
         from the planner. With a `host` memory no more of that is pinned: what it does not hold
-        comes from the file, over both hops. It runs on PyTorch's operators, and is closed by
-        `close`.
+        comes from the file, over both hops. It runs on PyTorch's operators, one call at a time,
+        and is closed by `close`, or at the end of `with`.
         Raises:  DfcError Q010 for a size that is none, N064 (status 6) for one that is too small,
                  K070 for weights that are nowhere else, K021 for a model without weights, K074 for
                  a host's memory where the device is the host.
         """
+        from dfc.arguments import check_given
         from dfc.lang.units import byte_count
+        from dfc.planning.torch_device import check_device
         from dfc.runtime.engines import find_engine
         from dfc.runtime.tiers.within import Wanted, within
 
         below = None if host is None else byte_count(host)
         wanted = Wanted(byte_count(memory), slots, placement, below)
         self.require_weights()
+        check_given(say=say)
         to = device or self.device
-        if inputs is None and self.probes:
+        check_device(to)
+        if inputs is not None:
+            inputs = flat_checked(self.graph, inputs)
+        elif self.probes:
             inputs = self.probes[0].inputs
         found = Compiled(
             self.graph, find_engine("eager"), None, self.report, self.probes, to, self.recipe,
@@ -171,6 +177,12 @@ class Compiled:
     def runner(self) -> Runner | None:
         """What runs the graph's flat inputs; None without weights."""
         return self._runner
+
+    def __enter__(self) -> Compiled:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End what the runner has open: threads and files of streamed weights. It is then over."""

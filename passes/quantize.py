@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 _SMALLEST = 1024
 _SMALLEST_GROUP = 16
 _READERS = ("dfc.linear_w", "dfc.linear_f8", "dfc.embedding_w", "dfc.dequantize")
+_UNREAD = (
+    "quantize: the data `{}` was not read: `{}` rounds by the numbers at hand, and "
+    "`scheme=static`, `method=gptq` and `method=awq` by data"
+)
 _DEFAULT_GROUP = 32  # of four bits: with one scale a row they lose too much
 
 
@@ -87,6 +91,8 @@ class Quantize(Pass):
         found, kept = find_weighted(graph)
         device = processor_of(ctx.target)
         scheme = self._scheme(found, device)
+        if self.data is not None and scheme != "static" and self.method == "rtn":
+            ctx.tell(_UNREAD.format(self.data, scheme))
         self._check_codes(scheme)
         if self.to == "fp8" and scheme == "dynamic" and not device.computes(ROWS):
             ctx.tell(f"quantize: {device}, not in {ROWS}: rounding rows to it only costs time")

@@ -498,3 +498,54 @@ def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
     while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "status"),
+    [
+        ({"args": torch.ones(4, 16)}, "T030", 2),
+        ({"kwargs": [1]}, "Q055", 2),
+        ({"model": "net.py"}, "Q055", 2),
+        ({"recipe": 3}, "Q055", 2),
+        ({"data": [1]}, "Q055", 2),
+        ({"metrics": [1]}, "Q055", 2),
+        ({"passes": "cse"}, "Q055", 2),
+        ({"passes": [dfc.Pass]}, "Q001", 2),
+        ({"progress": True}, "Q055", 2),
+        ({"engine": 3}, "Q055", 2),
+        ({"device": "gpu"}, "Q007", 2),
+        ({"device": "cuda:x"}, "Q007", 2),
+        ({"device": "cuda:99"}, "K004", 7),
+    ],
+)
+def test_arguments_of_compile_are_checked_first(
+    given: dict[str, Any], code: str, status: int
+) -> None:
+    right = {"model": torch.nn.Linear(16, 4).eval(), "args": (torch.ones(4, 16),)}
+    with pytest.raises(dfc.DfcError, match=code) as e:
+        dfc.compile(**{**right, **given})
+    assert e.value.status == status
+
+
+def test_tensors_that_have_no_rows_of_numbers_are_refused() -> None:
+    x = torch.ones(4, 16)
+    compiled = dfc.compile(torch.nn.Linear(16, 4).eval(), (x,), engine="eager")
+    for given in (x.to_sparse(), x.to("meta")):
+        with pytest.raises(dfc.DfcError, match="K013"):
+            compiled(given)
+
+
+def test_an_index_beyond_a_table_is_an_error_of_the_run() -> None:
+    ids = torch.zeros(3, dtype=torch.int64)
+    compiled = dfc.compile(torch.nn.Embedding(8, 4).eval(), (ids,), engine="eager")
+    with pytest.raises(dfc.DfcError, match="K023"):
+        compiled(ids + 8)
+
+
+def test_data_that_a_step_names_and_does_not_read_is_told() -> None:
+    recipe = "dfc 1\ndata calib\nrecipe q {\n  quantize int8 using calib\n}\n"
+    compiled = dfc.compile(
+        torch.nn.Linear(64, 64).eval(), (torch.ones(2, 64),), recipe=recipe, engine="eager",
+        data={"calib": [torch.ones(2, 64)]},
+    )  # fmt: skip
+    assert any("`calib` was not read" in note for note in compiled.report.notes)

@@ -347,6 +347,59 @@ def test_what_cannot_be_is_told(tower: Path) -> None:
     assert "save the model as a package" in str(e.value)
 
 
+def test_threads_that_call_one_model_take_turns(tower: Path) -> None:
+    whole = dfc.load(tower, engine="eager")
+    expected = [whole(ids(3, seed))["logits"] for seed in range(4)]
+    with dfc.load(tower, memory=memory_of(opened(tower), 0.45, [ids(4)])) as streamed:
+        assert runner_of(streamed).plan.streamed
+        wrong: list[int] = []
+
+        def call(seed: int) -> None:
+            for _ in range(12):
+                if not torch.equal(streamed(ids(3, seed))["logits"], expected[seed]):
+                    wrong.append(seed)
+
+        threads = [threading.Thread(target=call, args=(i,), daemon=True) for i in range(4)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(timeout=30)
+        assert not any(t.is_alive() for t in threads) and not wrong
+
+
+def test_a_closed_model_says_so(tower: Path) -> None:
+    for share in (0.45, 10.0):
+        streamed = dfc.load(tower, memory=memory_of(opened(tower), share, [ids(4)]))
+        streamed.close()
+        streamed.close()
+        with pytest.raises(DfcError, match="K074"):
+            streamed(ids(4))
+
+
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [
+        ({"slots": 0}, "Q055"),
+        ({"slots": "a"}, "Q055"),
+        ({"placement": "tial"}, "Q055"),
+        ({"say": 3}, "Q055"),
+        ({"inputs": []}, "K012"),
+        ({"inputs": torch.ones(4, 12)}, "K012"),
+        ({"inputs": ["a"]}, "K013"),
+        ({"inputs": [torch.ones(4, 12)]}, "K013"),
+        ({"device": "gpu"}, "Q007"),
+        ({"memory": []}, "Q010"),
+        ({"memory": True}, "Q010"),
+    ],
+)
+def test_wrong_arguments_are_told_before_anything_is_read(
+    tower: Path, given: dict[str, Any], code: str
+) -> None:
+    with pytest.raises(DfcError, match=code) as e:
+        opened(tower, engine="eager", build=False).within(**{"memory": "1GB", **given})
+    assert e.value.status == 2
+
+
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Linear layers with int4 and with int8 weights, which are packed for the kernels."""

@@ -68,9 +68,10 @@ def _bench(
     say("loading PyTorch")
     import torch
 
-    from dfc.cli.engines import check_device, chosen_engines
+    from dfc.cli.engines import chosen_engines
     from dfc.cli.inputs import choose_inputs, on_device, output_names
     from dfc.cli.prove import differences
+    from dfc.planning.torch_device import check_device
     from dfc.rewrite.probe import clone
     from dfc.runtime.measure import measure
 

@@ -181,9 +181,10 @@ class _Job:
         """What was compiled, and the error of a requirement that it does not meet."""
         say = self.say
         import dfc
-        from dfc.cli.engines import check_device, check_engine
+        from dfc.cli.engines import check_engine
         from dfc.cli.recipes import named_data, named_functions, named_metrics, refuse_unread
         from dfc.cli.sources import open_source
+        from dfc.planning.torch_device import check_device
         from dfc.recipe.searching import Budget
         from dfc.rewrite.driver import VERIFY
 

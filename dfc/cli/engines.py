@@ -33,18 +33,3 @@ def chosen_engines(text: str) -> list[str]:
     for name in names:
         find_engine(name)
     return list(dict.fromkeys(names))
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that torch does not know or does not see.
-
-    Raises:  DfcError Q007 (status 2) for a wrong word, K004 (7) for a missing device.
-    """
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise DfcError("Q007", f"unknown device `{device}`: there are cpu and cuda")
-    if kind == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise DfcError("K004", "torch sees no CUDA device", help="see `dfc doctor`", status=7)

@@ -390,8 +390,9 @@ def open_compiled(model: str, engine: str | None, device: str, say: Any) -> Comp
     """A package loaded, or a model compiled, for an engine."""
     say("loading PyTorch")
     import dfc
-    from dfc.cli.engines import check_device, check_engine
+    from dfc.cli.engines import check_engine
     from dfc.cli.sources import is_package, open_source
+    from dfc.planning.torch_device import check_device
 
     check_engine(engine or "auto")
     check_device(device)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dfc.cli.engines import check_device
 from dfc.errors import DfcError
+from dfc.planning.torch_device import check_device
 
 if TYPE_CHECKING:
     from dfc.planning.pipeline import Plan
@@ -71,17 +71,8 @@ def _check(device: str, told: str) -> None:
     try:
         check_device(device)
     except DfcError as e:
-        raise DfcError(e.code, f"{told}: {e.message}", help=_ALL_HERE, status=e.status) from None
-    kind, _, index = device.partition(":")
-    if index and not (kind == "cuda" and index.isdigit()):
-        raise DfcError("Q007", f"{told}: that is no device", help="write cpu, cuda or cuda:1")
-    if index:
-        import torch
-
-        count = torch.cuda.device_count()
-        if int(index) >= count:
-            devices = "one CUDA device" if count == 1 else f"{count} CUDA devices"
-            raise DfcError("K004", f"{told}: torch sees {devices}", help=_ALL_HERE, status=7)
+        help = e.help if e.code == "Q007" and e.help else _ALL_HERE
+        raise DfcError(e.code, f"{told}: {e.message}", help=help, status=e.status) from None
 
 
 def _by_rank(stages: Sequence[str], placement: Sequence[int]) -> list[str]:

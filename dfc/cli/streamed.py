@@ -22,9 +22,9 @@ def open_unbuilt(model: str, engine: str | None, device: str, say: Say) -> Compi
     Raises:  DfcError K073 for an engine that cannot stream.
     """
     from dfc.api import opened
-    from dfc.cli.engines import check_device
     from dfc.cli.run import open_compiled
     from dfc.cli.sources import is_package
+    from dfc.planning.torch_device import check_device
 
     if engine not in (None, "eager"):
         message = f"the `{engine}` engine cannot stream weights: `eager` can"

@@ -98,8 +98,9 @@ def _tune(
 ) -> tuple[Any, str]:  # fmt: skip
     import torch
 
-    from dfc.cli.engines import check_device, chosen_engines
+    from dfc.cli.engines import chosen_engines
     from dfc.package import read_package
+    from dfc.planning.torch_device import check_device
     from dfc.recipe.tuning import tune as measure
 
     names = None if engines == "all" else chosen_engines(engines)

@@ -63,8 +63,9 @@ def _verify(
     wanted = expect.removeprefix("sha256:") if expect else None
     manifest = check_manifest(package, kind="package", expect=wanted)
     say("loading PyTorch")
-    from dfc.cli.engines import check_device, chosen_engines
+    from dfc.cli.engines import chosen_engines
     from dfc.package import check_weights, read_package
+    from dfc.planning.torch_device import check_device
 
     held = read_package(Path(package))
     say("checking the digests of the weights")

@@ -93,6 +93,8 @@ def byte_count(size: str | int) -> int:
             help = did_you_mean(unit, known) or help
             raise DfcError("Q010", f"`{size}` is no size of memory", help=help, status=2)
         value = float(found[1]) * UNITS[unit][1]
+    elif isinstance(size, bool) or not isinstance(size, (int, float)):
+        raise DfcError("Q010", f"{size!r} is no size of memory", help=help, status=2)
     else:
         value = size
     if not 0 < value < float("inf"):

@@ -112,7 +112,7 @@ class Compilation:
         else:
             from dfc.capture.torch_export import trace
 
-            graph = trace(model, args or (), kwargs, dynamic_shapes)
+            graph = trace(model, () if args is None else args, kwargs, dynamic_shapes)
         report.capture_s = time.perf_counter() - start
         report.notes += [*graph.notes, *self.plan.warnings]
         if weights is not None:

@@ -296,7 +296,7 @@ def as_pass(x: str | Pass | type[Pass]) -> Pass:
     """
     if isinstance(x, Pass) and dataclasses.is_dataclass(x):
         return x
-    if isinstance(x, type) and issubclass(x, Pass):
+    if isinstance(x, type) and issubclass(x, Pass) and hasattr(x, "name"):
         return find_pass(x.name) if pass_classes().get(x.name) is x else x()
     if isinstance(x, str):
         return find_pass(x)

@@ -20,6 +20,7 @@ from dfc.runtime.tiers.places import Place, place_of
 from dfc.runtime.tiers.relay import Relay
 from dfc.runtime.tiers.streamed import Streamed
 
+PLACEMENTS = ("even", "tail")
 _WARM = 1  # passes before the one that is measured
 _BETTER = 1.02  # times as fast a plan must be that replaces one
 
@@ -35,6 +36,16 @@ class Wanted:
     slots: int | None = None
     placement: str = "even"
     host: int | None = None  # of the host, where what is streamed to a device lies
+
+    def __post_init__(self) -> None:
+        """Raises:  DfcError Q055 for choices that are none."""
+        if self.slots is not None and (not isinstance(self.slots, int) or self.slots < 1):
+            message = f"`slots` is a number from 1, or None, got {self.slots!r}"
+            raise DfcError("Q055", message, status=2)
+        if self.placement not in PLACEMENTS:
+            known = " and ".join(PLACEMENTS)
+            message = f"unknown placement {self.placement!r}: there are {known}"
+            raise DfcError("Q055", message, status=2)
 
 
 def within(
