@@ -549,3 +549,16 @@ def test_data_that_a_step_names_and_does_not_read_is_told() -> None:
         data={"calib": [torch.ones(2, 64)]},
     )  # fmt: skip
     assert any("`calib` was not read" in note for note in compiled.report.notes)
+
+
+def test_a_model_that_fails_with_an_expanded_buffer_is_told_as_it_fails() -> None:
+    class Wrong(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("row", torch.ones(1, 4).expand(3, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.row
+
+    with pytest.raises(dfc.DfcError, match=r"T003.*itself fails on the example"):
+        dfc.compile(Wrong().eval(), (torch.ones(2, 4),))

@@ -264,7 +264,7 @@ def staged(first: str, second: str, microbatches: int = 3) -> Any:
     [
         ("cpu,cpu,cpu", 2, "3 devices are given for 2 stages"),
         ("cpu,tpu", 2, "stage 1 is to run on tpu: unknown device `tpu`"),
-        ("cpu:x", 2, "stage 0 is to run on cpu:x: that is no device"),
+        ("cpu:x", 2, "stage 0 is to run on cpu:x: `cpu:x` is no device"),
         ("cpu,cuda:99", 7, "stage 1 is to run on cuda:99: torch sees"),
     ],
 )

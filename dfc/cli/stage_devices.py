@@ -71,8 +71,7 @@ def _check(device: str, told: str) -> None:
     try:
         check_device(device)
     except DfcError as e:
-        help = e.help if e.code == "Q007" and e.help else _ALL_HERE
-        raise DfcError(e.code, f"{told}: {e.message}", help=help, status=e.status) from None
+        raise DfcError(e.code, f"{told}: {e.message}", help=_ALL_HERE, status=e.status) from None
 
 
 def _by_rank(stages: Sequence[str], placement: Sequence[int]) -> list[str]:
