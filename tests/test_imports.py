@@ -18,7 +18,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
         "errors",
-        "publish origin",  # files on disk, and places in Python: know nothing of graphs
+        "publish origin arguments",  # files, places in Python, calls: know nothing of graphs
         "manifest registry",
         "ir",
         "ops",
