@@ -134,10 +134,9 @@ def _check_type(v: Value, x: Any, label: str) -> None:
             "K013", f"`{label}` must have dtype {v.type.dtype}, got {dtype_of(x.dtype)}",
             help=f"convert it by .to(torch.{v.type.dtype.torch_name})", status=2,
         )  # fmt: skip
-    if x.layout != torch.strided or x.is_meta:
-        kind = "on the meta device" if x.is_meta else f"stored as {x.layout}"
-        help = "convert it by .to_dense()" if not x.is_meta else "it has no numbers"
-        raise DfcError("K013", f"`{label}` is {kind}", help=help, status=2)
+    if x.layout != torch.strided:
+        help = "convert it by .to_dense()"
+        raise DfcError("K013", f"`{label}` is stored as {x.layout}", help=help, status=2)
     if x.dim() != v.type.rank:
         raise DfcError(
             "K014", f"`{label}` must have the shape {v.type}, got {list(x.shape)}", status=2
