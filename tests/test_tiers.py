@@ -372,7 +372,7 @@ def test_a_closed_model_says_so(tower: Path) -> None:
         streamed = dfc.load(tower, memory=memory_of(opened(tower), share, [ids(4)]))
         streamed.close()
         streamed.close()
-        with pytest.raises(DfcError, match="K074"):
+        with pytest.raises(DfcError, match="K076"):
             streamed(ids(4))
 
 

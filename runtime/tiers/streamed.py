@@ -74,7 +74,7 @@ class Streamed:
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """One pass.
 
-        Raises:  DfcError K071 when the weights' files are not what they were, K074 when closed.
+        Raises:  DfcError K071 when the weights' files are not what they were, K076 when closed.
         """
         import torch
 
@@ -88,7 +88,7 @@ class Streamed:
     def _check_open(self) -> None:
         if self._closed:
             help = "load it again, or close it later"
-            raise DfcError("K074", "the model was closed: its weights are gone", help=help)
+            raise DfcError("K076", "the model was closed: its weights are gone", help=help)
 
     def finish(self) -> None:
         """Wait until what was called is computed; copies for the next pass may go on."""
