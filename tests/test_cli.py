@@ -98,6 +98,7 @@ def test_a_wrong_command_line_is_status_2(run: Run, argv: list[str], hint: str) 
     done = run(*argv)
     assert (done.status, done.out) == (2, "")
     assert "error[Q010]" in done.err and hint in done.err
+    assert done.err.lower().count("did you mean") <= 1
 
 
 # compile

@@ -45,6 +45,7 @@ def usage(error: Any, verbs: Sequence[str]) -> DfcError:
     path = getattr(context, "command_path", "dfc")
     hint = f"see `{path} --help`"
     if message.startswith("No such command"):
+        message = message.partition(". ")[0]  # it guesses too, and once is enough
         hint = did_you_mean(message.split("'")[1], verbs) or hint
     return DfcError("Q010", message[:1].lower() + message[1:].rstrip("."), help=hint)
 
