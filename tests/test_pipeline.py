@@ -243,6 +243,8 @@ def test_the_command_runs_a_pipeline_and_says_what_it_took(
     assert "the step of 3 microbatches took" in out and "the model unsplit, on 1 thread" in out
     assert main([*given, "--engine", "eager,onnxruntime,eager"]) == 2
     assert "N053" in capsys.readouterr().err
+    assert main(["run", str(package), "--size", "B=12", "--pipeline", "50"]) == 0
+    assert "stages, not 50" in capsys.readouterr().out
 
 
 PAIR = "cpu(cores=1, mem=1GB, bw=1GB/s, peak=1GFLOPS)"

@@ -92,6 +92,8 @@ def run_pipelined(
             return None
         results, data = step(pipeline, inputs, trace, force, say)
     data["on"], data["devices"] = where.on, devices
+    if stages is not None and count < stages:
+        data["fewer"] = f"{count} stages, not {stages}: no more of its nodes take time"
     data["incidents"] = list(getattr(pipeline, "incidents", ()))
     if memory is not None:
         return results, data
@@ -297,6 +299,8 @@ def show(data: dict[str, Any]) -> None:
         print_text(f"stage {link['from']} gave {size} to stage {link['to']}")
     if "unsplit_seconds" in data:
         print_text(verdict(took, data["unsplit_seconds"], data["unsplit_threads"]))
+    if "fewer" in data:
+        print_text(data["fewer"])
 
 
 def verdict(took: float, unsplit: float, threads: int) -> str:
