@@ -99,12 +99,10 @@ def plan(
 
     \b
     Examples:
-      dfc plan llama.py:build -t two_gpus.dfc
+      dfc plan llama.py:build -t two_gpus.dfc --stream
       dfc plan llama.py:build -t cluster.dfc --size B=4,S=2048 --by latency --svg timeline.svg
       dfc plan encoder.py:build -t host.dfc --on cpu0,cpu0 --measure
-      dfc plan llama.py:build -t two_gpus.dfc --stream
-      dfc plan llama.py:build -t cluster.dfc --train --schedule 1f1b --trace step.json --json
-      dfc plan llama.py:build -t cluster.dfc --train --schedule interleaved --stages-per-device 2
+      dfc plan llama.py:build -t cluster.dfc --train --schedule interleaved --trace step.json
     """
     from dfc.api import plan as make
     from dfc.cli.inputs import parse_sizes
@@ -137,7 +135,9 @@ def plan(
             return {**measure_times(source, graph, size, _threads(devices)), **given}
 
         def planned(devices: list[str], most: int | None, times: dict[Node, float]) -> Plan:
-            say(f"planning {len(graph)} nodes")
+            for_some = f" on {len(devices)} devices" if devices else ""
+            at_most = f", at most {most} stage{'s' * (most > 1)}" if most else ""
+            say(f"planning {len(graph)} nodes{for_some}{at_most}")
             return make(
                 graph, target, objective=by, devices=devices, max_stages=most,
                 microbatches=microbatches, train=train, schedule=schedule,

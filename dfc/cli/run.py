@@ -114,10 +114,8 @@ def run(
     Examples:
       dfc run encoder.dfcpkg inputs.npz -o outputs.npz
       dfc run encoder.dfcpkg --random --size B=4,S=16 --seed 0
-      dfc run encoder.dfcpkg --size B=32,S=16 --pipeline 2 --trace step.json
+      dfc run encoder.dfcpkg --size B=32,S=16 --pipeline 2 --on processes --trace step.json
       dfc run decoder.dfcpkg inputs.npz --memory 8GB --device cuda --trace passes.svg
-      dfc run decoder.dfcpkg --random --memory cuda=8GiB,cpu=16GiB
-      dfc run decoder.dfcpkg --random --pipeline 2 --on processes --memory 1GiB,2GiB
       torchrun --nproc-per-node 2 -m dfc.cli run encoder.dfcpkg --pipeline 2 --on torchrun
 
     \b

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-_WIDTH = 110  # of a table that is not on a terminal
+_WIDTH = 120  # of a table that is not on a terminal
 
 
 def console() -> Console:
