@@ -198,6 +198,19 @@ def test_stages_are_those_of_the_graph_or_asked_for(tmp_path: Path) -> None:
     assert main(["compile", "x.py:f", "--onnx", str(tmp_path / "b"), "--stages", "no"]) == 2
 
 
+def test_fewer_stages_than_asked_for_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "small.py"
+    model.write_text(
+        "import torch\ndef build():\n    return torch.nn.Linear(4, 4), (torch.ones(2, 4),)\n"
+    )
+    folder = str(tmp_path / "small.stages")
+    given = ["compile", f"{model}:build", "--engine", "eager", "--onnx", folder, "--stages", "9"]
+    assert main(given) == 0
+    assert "1 stages, not 9: no more of its nodes take time" in capsys.readouterr().out
+
+
 def test_a_folder_is_published_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
