@@ -292,7 +292,9 @@ def test_the_command_says_and_draws_which_stages_a_device_has(
     assert main([*options, "--svg", str(tmp_path / "t.svg")]) == 0
     said = capsys.readouterr().out
     assert "gpu0 has stages 0, 2; gpu1 has stages 1, 3" in said and "interleaved" in said
-    assert "gpu0 (0, 2)" in (tmp_path / "t.svg").read_text()
+    picture = (tmp_path / "t.svg").read_text()
+    assert "gpu0 (0, 2)" in picture and "gpu0 → gpu1" in picture
+    assert picture.count('fill-opacity="0.7"') > 0, "the second stages of devices are lighter"
     assert main([*options, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["devices"] == {"gpu0": [0, 2], "gpu1": [1, 3]}

@@ -37,7 +37,9 @@ def chrome_trace(simulation: Simulation, names: list[str], unit: float = 1e6) ->
 def svg_timeline(simulation: Simulation, names: list[str], title: str) -> str:
     """One row a device (and a link that takes time), one box an action, idle time white."""
     tasks, ranks = simulation.tasks, len(simulation.program.ranks)
-    lanes = [*names, *(f"{names[a]} → {names[b]}" for a, b in tasks.links)]
+    alone = [name.partition(" (")[0] for name in names]  # a link is between devices, not stages
+    lanes = [*names, *(f"{alone[a]} → {alone[b]}" for a, b in tasks.links)]
+    shades = _shades(simulation)
     span = float(simulation.end.max(initial=0)) or 1.0
     left, width, row = 20 + 8 * max(len(n) for n in lanes), 1000, 26
     parts = [f'<text x="{left}" y="20" class="title">{escape(title)}</text>']
@@ -54,8 +56,9 @@ def svg_timeline(simulation: Simulation, names: list[str], title: str) -> str:
         what = Kind(kind & ~JOINED)
         colour = _COLOURS[what] if lane < ranks else _SEND
         y = 34 + lane * row
+        shade = shades.get(stage, "") if lane < ranks else ""
         parts.append(
-            f'<rect x="{x:.2f}" y="{y}" width="{w:.2f}" height="{row - 4}" fill="{colour}" '
+            f'<rect x="{x:.2f}" y="{y}" width="{w:.2f}" height="{row - 4}" fill="{colour}"{shade} '
             f'class="box"><title>{what.name}({stage},{b})</title></rect>'
         )
         if w > 14:
@@ -70,6 +73,21 @@ def svg_timeline(simulation: Simulation, names: list[str], title: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 20}" height="{height}">'
         f"<style>{style}</style>{''.join(parts)}</svg>\n"
     )
+
+
+def _shades(simulation: Simulation) -> dict[int, str]:
+    """The later stages of a device are lighter."""
+    tasks, ranks = simulation.tasks, len(simulation.program.ranks)
+    held: dict[int, set[int]] = {}
+    for (_, stage, _), lane in zip(tasks.rows.tolist(), tasks.lane.tolist(), strict=True):
+        if lane < ranks:
+            held.setdefault(lane, set()).add(stage)
+    return {
+        stage: f' fill-opacity="{max(0.4, 1 - 0.3 * i):.1f}"'
+        for stages in held.values()
+        for i, stage in enumerate(sorted(stages))
+        if i
+    }
 
 
 def _legend(left: int, y: int, simulation: Simulation) -> str:
