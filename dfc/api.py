@@ -141,19 +141,24 @@ def load(
     engine: str | None = None,
     device: str = "cpu",
     memory: str | int | None = None,
+    host: str | int | None = None,
 ) -> Compiled:
     """Read a package and build it for an engine (default: the one that it was compiled for).
 
     With `memory` ("2GiB") it never takes more of the device than that: weights that do not fit are
-    streamed (`Compiled.within`), by the engine "eager".
+    streamed (`Compiled.within`), by the engine "eager"; with a `host` memory as well, from a device
+    that is not the host, what that does not hold is read from the file.
     Raises:  DfcError D family for a damaged package, and those of `Compiled.within`.
     """
     if memory is None:
+        if host is not None:
+            help = 'write dfc.load(path, memory="8GiB", host="16GiB", device="cuda")'
+            raise DfcError("K074", "`host` goes with `memory`", help=help, status=2)
         return opened(path, engine=engine, device=device)
     if engine not in (None, "eager"):
         message = f"the `{engine}` engine cannot stream weights: `eager` can"
         raise DfcError("K073", message, help="leave out the engine, or the memory", status=2)
-    return opened(path, engine="eager", device=device, build=False).within(memory)
+    return opened(path, engine="eager", device=device, build=False).within(memory, host=host)
 
 
 def opened(

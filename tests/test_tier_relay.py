@@ -255,6 +255,10 @@ def test_what_cannot_be_is_told(tower: Path) -> None:
     compiled = opened(tower, build=False)
     memory = memory_of(compiled, 0.3, compiled.probes[0].inputs)
     with pytest.raises(DfcError, match=r"K074.*no memory between"):
+        dfc.load(tower, memory="8MiB", host="16MiB")
+    with pytest.raises(DfcError, match=r"K074.*goes with `memory`"):
+        dfc.load(tower, host="16MiB")
+    with pytest.raises(DfcError, match=r"K074.*no memory between"):
         compiled.within(memory, host="1GiB")
     with pytest.raises(DfcError, match=r"N064.*host's memory.*would do") as e:
         within(with_state_inputs(compiled.graph), Wanted(memory, host=1000), place=Upper())
