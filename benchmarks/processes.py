@@ -27,12 +27,12 @@ from dfc.ir.types import TensorType
 from dfc.planning.balanced import balanced
 from dfc.planning.host import machine_text, this_machine
 from dfc.runtime.engines import find_engine
-from dfc.runtime.pipeline.linking import KINDS
 from dfc.runtime.pipeline.local import Pipeline
 from dfc.runtime.pipeline.messages import Layout
 from dfc.runtime.pipeline.processes import Processes
 
 M = 16  # microbatches
+KINDS = ("local", "gloo")  # links between processors
 STEPS = 1000
 
 
