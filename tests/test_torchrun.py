@@ -49,6 +49,7 @@ def test_the_command_runs_under_torchrun_as_on_threads(links: str, tmp_path: Pat
     told = json.loads(launched.stdout)["pipeline"]  # of rank 0 alone
     assert told["on"] == "torchrun" and [s["rank"] for s in told["stages"]] == [0, 1]
     assert told["links"][0]["bytes"] > 0
+    assert told["link_kind"] == {"sockets": "local", "gloo": "gloo"}[links]
     a, b = (load_file(path) for path in outputs)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -60,7 +61,7 @@ def test_the_command_runs_in_processes(tmp_path: Path, capsys: pytest.CaptureFix
     given = ["run", package, "--size", "B=11", "--pipeline", "2", "-m", "3", "--on", "processes"]
     assert main([*given, "--trace", str(trace), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["pipeline"]
-    assert told["on"] == "processes" and told["incidents"] == []
+    assert told["on"] == "processes" and told["incidents"] == [] and told["link_kind"] == "local"
     assert told["links"][0]["bytes"] > 0 and told["predicted_seconds"] < told["step_seconds"]
     events = json.loads(trace.read_text())["traceEvents"]
     assert sum(e["ph"] == "X" and e["pid"] == 0 for e in events) == 2 * 3

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from dfc.runtime.pipeline.local import Pipeline
 
 
+_LINKS = {
+    "local": ", over sockets and shared memory of this host",
+    "gloo": ", over gloo",
+    "nccl": ", over nccl between GPUs",
+}
+
+
 @dataclass(frozen=True)
 class Where:
     """What the options say of where stages run."""
@@ -92,6 +99,7 @@ def run_pipelined(
             return None
         results, data = step(pipeline, inputs, trace, force, say)
     data["on"], data["devices"] = where.on, devices
+    data["link_kind"] = getattr(pipeline, "link_kind", None)  # threads have none
     if stages is not None and count < stages:
         data["fewer"] = f"{count} stages, not {stages}: no more of its nodes take time"
     data["incidents"] = list(getattr(pipeline, "incidents", ()))
@@ -294,9 +302,10 @@ def show(data: dict[str, Any]) -> None:
         print_text(f"mended: {told}")
     if "streamed_bytes" in data:
         show_tiers(data)
+    over = _LINKS.get(data.get("link_kind") or "", "")
     for link in data["links"]:
         size = amount_text(link["bytes"], "bytes")
-        print_text(f"stage {link['from']} gave {size} to stage {link['to']}")
+        print_text(f"stage {link['from']} gave {size} to stage {link['to']}{over}")
     if "unsplit_seconds" in data:
         print_text(verdict(took, data["unsplit_seconds"], data["unsplit_threads"]))
     if "fewer" in data:

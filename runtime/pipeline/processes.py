@@ -72,6 +72,7 @@ class Processes(Pipeline):
             self._links, wiring.pairs, places, launcher.shares_devices and nccl_is_here()
         )
         where = meeting(self._links, folder, self._address, fast)
+        self.link_kind = str(where.told[0])  # local, gloo, or nccl beside either
         crew = Crew(len(self.threads), launcher, self._address)
         crew.expected = dict(self._expected)
         lanes = self._ranks = ProcessLanes(wiring, crew, where, self.restarts)

@@ -86,6 +86,7 @@ class Launched(Pipeline):
         stages = Stages(made, graphs, self.world.rank)
         wiring = Wiring(self.graph, made, numbers)
         self._ranks = LaunchedRanks(self.world, wiring, stages, self._kind)
+        self.link_kind = self._ranks.link_kind
         return self._ranks
 
     def _planned(
@@ -140,6 +141,7 @@ class LaunchedRanks:
         self._types = stages.types(wiring.edges)
         fast = device_pairs(links, wiring.pairs, self._places(), nccl_is_here())
         self._meeting = WorldMeeting(world, links, "pipeline", fast, stages.device.name)
+        self.link_kind = "nccl" if fast else self._meeting.kind
         self._links, self._host_links = self._linked()
         if fast:  # nothing runs on a device before all communicators are made
             world.share("linked", True)
