@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfc.cli.options import load_used
 from dfc.cli.stage_devices import rank_devices
-from dfc.cli.stage_tiers import show_tiers, tiers_data
+from dfc.cli.stage_tiers import show_tiers
 from dfc.errors import DfcError
 
 if TYPE_CHECKING:
@@ -233,6 +233,8 @@ def step(
     pipeline: Pipeline, inputs: Sequence[Any], trace: str | None, force: bool, say: Say
 ) -> tuple[list[Any], dict[str, Any]]:
     """The results, and what the step in the middle of several took."""
+    from dfc.planning.tier_advice import tiers_data
+
     reports = []
     for i in range(_WARM + _STEPS):
         say(f"step {i + 1} of {_WARM + _STEPS}")

@@ -214,7 +214,7 @@ def rows_of(found: Plan) -> list[str]:
 
 def data_of(found: Plan) -> dict[str, Any]:
     """A plan as data."""
-    from dfc.cli.stage_tiers import tiers_data
+    from dfc.planning.tier_advice import tiers_data
 
     simulation = found.simulation
     tiers = {s: {"tiers": tiers_data(t)} for s, t in found.tiers.items()}

@@ -2,32 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from dfc.planning.tiers import Tiers
-
-
-def tiers_data(plan: Tiers) -> dict[str, Any]:
-    """The plan of a stage; seconds and bytes are those of a microbatch, which is a pass."""
-    from dfc.planning.tier_advice import advice, limit
-
-    return {
-        "memory": plan.memory,
-        "resident_bytes": plan.resident_bytes,
-        "held_bytes": plan.held_bytes,
-        "streamed": [plan.layers[i].name for i in plan.streamed],
-        "slots": plan.slots,
-        "slot_bytes": plan.slot_bytes,
-        "bytes_per_pass": plan.bytes_per_pass,
-        "from": plan.hop.name,
-        "pass_seconds": float(plan.pass_seconds) if plan.streamed else None,
-        "bound_seconds": float(plan.bound) if plan.streamed else None,
-        "limit": limit(plan),
-        "break_even": plan.break_even if plan.streamed else 1,
-        "advice": advice(plan),
-        **({"below": tiers_data(plan.below)} if plan.below and plan.below.streamed else {}),
-    }
+from typing import Any
 
 
 def show_tiers(data: dict[str, Any]) -> None:

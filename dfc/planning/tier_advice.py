@@ -1,9 +1,10 @@
-"""Of a plan of tiers: what limits it, and what would make it faster."""
+"""Of a plan of tiers: what limits it, what would make it faster, and all of it as data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from dfc.errors import DfcError
 from dfc.lang.units import amount_text
@@ -67,3 +68,23 @@ def _below(plan: Tiers, below: Tiers) -> Iterator[tuple[str, Tiers]]:
     more = replace(below, streamed=()).held_bytes - below.memory
     told = f"{amount_text(more, 'bytes')} more of the host's memory, which then reads nothing"
     yield told, replace(plan, below=None)
+
+
+def tiers_data(plan: Tiers) -> dict[str, Any]:
+    """A plan as data; seconds and bytes are those of a pass, as planned."""
+    return {
+        "memory": plan.memory,
+        "resident_bytes": plan.resident_bytes,
+        "held_bytes": plan.held_bytes,
+        "streamed": [plan.layers[i].name for i in plan.streamed],
+        "slots": plan.slots,
+        "slot_bytes": plan.slot_bytes,
+        "bytes_per_pass": plan.bytes_per_pass,
+        "from": plan.hop.name,
+        "pass_seconds": float(plan.pass_seconds) if plan.streamed else None,
+        "bound_seconds": float(plan.bound) if plan.streamed else None,
+        "limit": limit(plan),
+        "break_even": plan.break_even if plan.streamed else 1,
+        "advice": advice(plan),
+        **({"below": tiers_data(plan.below)} if plan.below and plan.below.streamed else {}),
+    }

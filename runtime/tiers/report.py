@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from dfc.planning.tier_advice import advice, limit
+from dfc.planning.tier_advice import tiers_data
 from dfc.runtime.tiers.relay import Relay
 from dfc.runtime.tiers.streamed import Streamed
 
@@ -32,21 +32,11 @@ def measured(runner: Streamed, inputs: Sequence[Any], passes: int = PASSES) -> d
     bytes_, seconds = sum(b for b, _ in copied), sum(s for _, s in copied)
     plan = runner.plan
     return {
-        "memory": plan.memory,
+        **tiers_data(plan),
         "held_bytes": runner.held_bytes,
-        "resident_bytes": plan.resident_bytes,
-        "streamed": [plan.layers[i].name for i in plan.streamed],
-        "slots": plan.slots,
-        "slot_bytes": plan.slot_bytes,
-        "bytes_per_pass": plan.bytes_per_pass,
-        "from": plan.hop.name,
         "bandwidth": bytes_ / seconds if seconds else None,
         "pass_seconds": took,
         "predicted_seconds": float(plan.pass_seconds) if plan.streamed else None,
-        "bound_seconds": float(plan.bound) if plan.streamed else None,
-        "limit": limit(plan),
-        "break_even": plan.break_even if plan.streamed else 1,
-        "advice": advice(plan),
         **_below(runner),
     }
 
