@@ -29,6 +29,7 @@ class Kind(IntEnum):
     I = 1  # backward for the input  # noqa: E741 - the papers' letter
     W = 2  # backward for the weights
     B = 3  # both at once
+    R = 4  # forward again, before the backward pass of a stage that keeps its inputs alone
 
 
 JOINED = 8  # added to the kind of an action that runs as one with the next
@@ -85,6 +86,12 @@ class Program:
         """Whether there is a backward pass."""
         return any(bool((rows[:, 0] & ~JOINED).any()) for rows in self.ranks)
 
+    @property
+    def recomputes(self) -> frozenset[int]:
+        """The stages that run their forward again before their backward pass."""
+        found = (rows[(rows[:, 0] & ~JOINED) == Kind.R, 1].tolist() for rows in self.ranks)
+        return frozenset(stage for stages in found for stage in stages)
+
     def __str__(self) -> str:
         lines = []
         for rank in range(len(self.ranks)):
@@ -93,7 +100,7 @@ class Program:
         return "\n".join(lines) + "\n"
 
 
-_ACTION = re.compile(r"([FIWB])\((\d+),(\d+)\)(&?)\s*")
+_ACTION = re.compile(r"([FIWBR])\((\d+),(\d+)\)(&?)\s*")
 
 
 def parse_program(text: str, name: str = "custom", file: str = "<string>") -> Program:
@@ -118,7 +125,7 @@ def _rows_of(line: str, rank: int, where: str) -> list[tuple[int, int, int]]:
     while at < len(rest):
         found = _ACTION.match(rest, at)
         if found is None:
-            help = "an action is F, I, W or B with (stage,microbatch)"
+            help = "an action is F, I, W, B or R with (stage,microbatch)"
             raise DfcError("N010", f"{where}: cannot read `{rest[at : at + 20]}`", help=help)
         kind = Kind[found[1]] + (JOINED if found[4] else 0)
         rows.append((kind, int(found[2]), int(found[3])))

@@ -10,7 +10,7 @@ about while that helps.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from dfc.errors import DfcError
 from dfc.planning.actions import Kind, Program
+from dfc.planning.recompute import needed, recomputing
 from dfc.planning.schedules import SCHEDULES, schedule, why_not
 from dfc.planning.simulate import Costs, Number, Simulation, simulate
 
@@ -45,15 +46,18 @@ def auto(
     costs: Costs,
     caps: Sequence[float] = (),
     placement: Sequence[int] | None = None,
+    recompute: Collection[int] | None = (),
 ) -> Found:
     """The best schedule for these costs, within `caps` bytes of each rank.
 
-    `placement` is the rank of each stage; by default each rank has one.
+    `placement` is the rank of each stage; by default each rank has one. `recompute` are the stages
+    that recompute; with None each schedule has as few as it needs to fit.
     Raises:  DfcError N062 (status 6) when none fits, with the smallest memory that would do, and
              N002 when there is none for these numbers.
     """
     where = tuple(range(ranks)) if placement is None else tuple(placement)
-    tried = [simulate(program, costs) for program in _portfolio(where, microbatches, costs)]
+    made = (_again(p, costs, caps, recompute) for p in _portfolio(where, microbatches, costs))
+    tried = [simulate(program, costs) for program in made]
     if not tried:
         message = f"no schedule of {len(where) // ranks} stages a rank has {microbatches} "
         raise DfcError("N002", f"{message}microbatches on {ranks} ranks")
@@ -69,6 +73,20 @@ def auto(
     if len(where) > ranks:
         return Found(best.program, best, _looped_bound(where, microbatches, costs))
     return Found(best.program, best, lower_bound(ranks, microbatches, costs))
+
+
+def _again(
+    program: Program, costs: Costs, caps: Sequence[float], recompute: Collection[int] | None
+) -> Program:
+    """The program with stages that recompute; where it never fits, with all of them."""
+    if recompute is None and not caps:
+        return program
+    if recompute is None:
+        try:
+            recompute = needed(program, costs, caps)
+        except DfcError:  # it is told of all programs together
+            recompute = range(program.stages)
+    return recomputing(program, recompute)
 
 
 def _looped_bound(placement: Sequence[int], m: int, costs: Costs) -> Number:

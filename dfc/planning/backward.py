@@ -93,6 +93,24 @@ def cut(joint: Differentiated) -> Cut:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Replay:
+    """Of a stage that recomputes: F, which gives what other stages read and no more, and R, which
+    makes what the backward pass reads, and nothing that only other stages read."""
+
+    forward: Part
+    again: Part
+
+
+def replay(joint: Differentiated, found: Cut) -> Replay:
+    """The parts with which a stage recomputes."""
+    outputs, saved = _needed(joint.outputs, ()), _needed(found.saved, ())
+    return Replay(
+        _part(joint.graph, outputs, "F", frozenset(joint.outputs)),
+        _part(joint.graph, saved & outputs, "R", found.saved),
+    )
+
+
 def _needed(values: Iterable[Value], known: Iterable[Node]) -> frozenset[Node]:
     """The nodes that make these values, without those that are known."""
     found, done = set(), set(known)
@@ -107,13 +125,17 @@ def _needed(values: Iterable[Value], known: Iterable[Node]) -> frozenset[Node]:
     return frozenset(found)
 
 
-def _part(graph: Graph, nodes: frozenset[Node], letter: str) -> Part:
+def _part(
+    graph: Graph, nodes: frozenset[Node], letter: str, wanted: frozenset[Value] | None = None
+) -> Part:
+    """These nodes, giving what others read, or what is wanted."""
     part, takes = slice_graph(graph, nodes)
     part.name = f"{graph.name.removesuffix('_joint')}_{letter}"
     inner = [r for n in part.nodes for r in n.results]
     outer = [r for n in graph.nodes if n in nodes for r in n.results]
     twin = dict(zip(outer, inner, strict=True))
-    gives = [r for r in outer if any(u not in nodes for u in r.users)]
+    read = {r for r in outer if any(u not in nodes for u in r.users)}
+    gives = [r for r in outer if r in (read if wanted is None else wanted)]
     part.set_outputs([twin[r] for r in gives], Seq("tuple", (LEAF,) * len(gives)))
     return Part(part, tuple(takes), tuple(gives))
 

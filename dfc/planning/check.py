@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from dfc.errors import DfcError, Diagnostic
@@ -30,8 +30,8 @@ def check(program: Program, costs: Costs, caps: Sequence[float] = (), slots: int
     n = program.stages
     strict = replace(
         costs, forward=[1] * n, inputs=[1] * n if program.trains else (),
-        weights=[1] * n if program.trains else (), edges=edges, link=Link(0, 1), links={},
-        slots=slots,
+        weights=[1] * n if program.trains else (), replay=(), edges=edges, link=Link(0, 1),
+        links={}, slots=slots,
     )  # fmt: skip
     simulate(program, strict)
 
@@ -44,8 +44,9 @@ def _counts(program: Program) -> list[Diagnostic]:
             for kind in "IW" if a.kind == Kind.B else a.kind.name:
                 count[kind, a.stage, a.microbatch] += 1
     found = []
-    for kind in "FIW" if program.trains else "F":
-        for stage in range(program.stages):
+    again = program.recomputes
+    for kind in "FIWR" if program.trains else "F":
+        for stage in sorted(again) if kind == "R" else range(program.stages):
             for b in range(program.microbatches):
                 times = count[kind, stage, b]
                 if times != 1:
@@ -55,12 +56,12 @@ def _counts(program: Program) -> list[Diagnostic]:
 
 
 def _orders(program: Program) -> list[Diagnostic]:
-    """On its rank F comes before I, and I before W."""
-    found = []
+    """On its rank F comes before R, that before I, and I before W."""
+    found, again = [], program.recomputes
     for rank in range(len(program.ranks)):
         seen: set[tuple[str, int, int]] = set()
         for a in program.actions(rank):
-            needs = _needs(a)
+            needs = _needs(a, again)
             if needs is not None and needs not in seen:
                 kind, stage, b = needs
                 message = f"rank {rank} has {a} before {kind}({stage},{b})"
@@ -70,10 +71,11 @@ def _orders(program: Program) -> list[Diagnostic]:
     return found
 
 
-def _needs(a: Action) -> tuple[str, int, int] | None:
+def _needs(a: Action, again: Collection[int]) -> tuple[str, int, int] | None:
     if a.kind == Kind.F:
         return None
-    return ("I" if a.kind == Kind.W else "F", a.stage, a.microbatch)
+    replayed = a.kind != Kind.R and a.stage in again
+    return ("I" if a.kind == Kind.W else "R" if replayed else "F", a.stage, a.microbatch)
 
 
 def _memory(program: Program, costs: Costs, caps: Sequence[float]) -> None:

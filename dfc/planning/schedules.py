@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Ints = NDArray[np.int64]
 
-F, I, W, B = Kind  # noqa: E741 - the papers' letters
+F, I, W, B = Kind.F, Kind.I, Kind.W, Kind.B  # noqa: E741 - the papers' letters
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,11 @@ class Link:
 class Costs:
     """What one microbatch costs at each stage.
 
-    `forward`, `inputs` and `weights` are the durations of F, I and W, one a stage; B takes I + W.
+    `forward`, `inputs` and `weights` are the durations of F, I and W, one a stage; B takes I + W,
+    and R `replay`, by default what F takes.
     `edges` are (producer, consumer, bytes); the default is a chain without bytes. `links` gives
     the link of a pair of ranks, else `link`. `activations` are kept from F until W or B, in bytes;
+    a stage that recomputes keeps what it takes (`taken`) from F on, and all else from R on.
     `resident` are the bytes that a rank holds all the time. `slots` is how many transfers of one
     edge may have arrived without having been used; 0 is without a limit.
     """
@@ -49,6 +51,8 @@ class Costs:
     links: Mapping[tuple[int, int], Link] = field(default_factory=dict)
     edges: Sequence[tuple[int, int, int]] | None = None
     activations: Sequence[int] = ()
+    taken: Sequence[int] = ()
+    replay: Sequence[Number] = ()
     resident: Sequence[int] = ()
     slots: int = 0
 
@@ -137,7 +141,7 @@ def simulate(program: Program, costs: Costs) -> Simulation:
 
 def _check(program: Program, costs: Costs) -> None:
     n = program.stages
-    for what in ("forward", "inputs", "weights", "activations"):
+    for what in ("forward", "inputs", "weights", "activations", "taken", "replay"):
         given = getattr(costs, what)
         if len(given) != n and (given or what == "forward"):
             raise DfcError("N021", f"{len(given)} costs of `{what}` for {n} stages")
@@ -151,7 +155,7 @@ def _check(program: Program, costs: Costs) -> None:
 def _scale(costs: Costs) -> int | None:
     """What makes every time an integer, None when one is a float."""
     links = [costs.link, *costs.links.values()]
-    times = [*costs.forward, *costs.inputs, *costs.weights]
+    times = [*costs.forward, *costs.inputs, *costs.weights, *costs.replay]
     times += [x for link in links for x in (link.latency, link.per_byte)]
     if any(isinstance(t, float) for t in times):
         return None
@@ -165,14 +169,19 @@ def peaks(program: Program, costs: Costs) -> tuple[int, ...]:
     """
     import numpy as np
 
-    kept = np.array(costs.activations or [0] * program.stages, dtype=np.int64)
+    made = np.zeros((len(Kind), program.stages), dtype=np.int64)  # by an action of each kind
+    made[Kind.F] = costs.activations or 0
+    for s in program.recomputes:
+        made[Kind.R, s] = made[Kind.F, s]
+        made[Kind.F, s] = costs.taken[s] if costs.taken else 0
+    whole = made.sum(axis=0)
     found = []
     for rank, rows in enumerate(program.ranks):
-        kind, bytes_ = rows[:, 0] & ~JOINED, kept[rows[:, 1]]
+        kind, stage = rows[:, 0] & ~JOINED, rows[:, 1]
         steps = np.zeros(2 * len(rows), dtype=np.int64)  # before and after each action
-        steps[0::2] = np.where(kind == Kind.F, bytes_, 0)
+        steps[0::2] = made[kind, stage]
         if program.trains:
-            steps[1::2] = np.where((kind == Kind.B) | (kind == Kind.W), -bytes_, 0)
+            steps[1::2] = np.where((kind == Kind.B) | (kind == Kind.W), -whole[stage], 0)
         else:
             steps[1::2] = -steps[0::2]
         resident = costs.resident[rank] if costs.resident else 0
@@ -180,8 +189,9 @@ def peaks(program: Program, costs: Costs) -> tuple[int, ...]:
     return tuple(found)
 
 
-def in_flight(program: Program) -> tuple[int, ...]:
-    """The most microbatches that each stage keeps activations of, from F until W or B."""
+def in_flight(program: Program, begin: Kind = Kind.F) -> tuple[int, ...]:
+    """The most microbatches that each stage keeps something of, from F until W or B; with `begin`
+    R, of stages that recompute, all that it needs."""
     import numpy as np
 
     ends = (Kind.W, Kind.B) if program.trains else (Kind.F,)
@@ -190,7 +200,7 @@ def in_flight(program: Program) -> tuple[int, ...]:
         rows = program.ranks[rank]
         kinds = rows[rows[:, 1] == stage, 0] & ~JOINED
         freed = np.isin(kinds, ends).astype(np.int64)
-        held = np.cumsum(kinds == Kind.F) - np.cumsum(freed) + freed  # until the action is over
+        held = np.cumsum(kinds == begin) - np.cumsum(freed) + freed  # until the action is over
         found.append(int(held.max(initial=0)))
     return tuple(found)
 

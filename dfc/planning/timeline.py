@@ -8,7 +8,8 @@ from xml.sax.saxutils import escape
 from dfc.planning.actions import JOINED, Kind
 from dfc.planning.simulate import Simulation
 
-_COLOURS = {Kind.F: "#4c78a8", Kind.I: "#f58518", Kind.W: "#72b7b2", Kind.B: "#e45756"}
+_COLOURS = {Kind.F: "#4c78a8", Kind.I: "#f58518", Kind.W: "#72b7b2", Kind.B: "#e45756",
+            Kind.R: "#9c755f"}  # fmt: skip
 _SEND = "#9d9d9d"
 _MOST = 6000  # boxes in a picture: more are thinner than a pixel
 
@@ -92,7 +93,7 @@ def _shades(simulation: Simulation) -> dict[int, str]:
 
 def _legend(left: int, y: int, simulation: Simulation) -> str:
     words = {Kind.F: "forward", Kind.I: "backward, inputs", Kind.W: "backward, weights",
-             Kind.B: "backward"}  # fmt: skip
+             Kind.B: "backward", Kind.R: "forward again"}  # fmt: skip
     used = {int(k) & ~JOINED for k in simulation.tasks.rows[:, 0].tolist()}
     parts, x = [], left
     for kind, word in words.items():

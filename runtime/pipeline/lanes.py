@@ -365,8 +365,8 @@ class _Watch:
 def failure_of(action: Action, error: BaseException) -> DfcError:
     """An action's error with its stage and microbatch."""
     what = {Kind.F: "", Kind.B: "the backward pass of ", Kind.I: "the input gradient of ",
-            Kind.W: "the weight gradient of "}[action.kind]  # fmt: skip
-    where = f"stage {action.stage} failed on {what}microbatch {action.microbatch}"
+            Kind.W: "the weight gradient of ", Kind.R: "the recomputation of "}  # fmt: skip
+    where = f"stage {action.stage} failed on {what[action.kind]}microbatch {action.microbatch}"
     said = error.message if isinstance(error, DfcError) else str(error)
     if not isinstance(error, DfcError | RuntimeError | ValueError):
         said = f"{type(error).__name__}: {said}"

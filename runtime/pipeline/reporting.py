@@ -102,5 +102,6 @@ def report_of(program: Program, step: Step) -> Report:
     })  # fmt: skip
     inputs = medians(Kind.I, Kind.B) if program.trains else []
     weights = medians(Kind.W) if program.trains else []
-    found = simulate(program, Costs(forward, inputs, weights, edges=edges))
+    replay = medians(Kind.R) if program.recomputes else []
+    found = simulate(program, Costs(forward, inputs, weights, edges=edges, replay=replay))
     return Report(program, step, tuple(forward), found)

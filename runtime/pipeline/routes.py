@@ -142,6 +142,9 @@ def _tasks(program: Program, rank: int, edges: Sequence[Edge]) -> tuple[Task, ..
         at = (action.stage, action.kind != Kind.F)
         silent = action.kind == Kind.W
         takes, gives = ((), ()) if silent else (into.get(at, ()), out.get(at, ()))
+        if action.kind == Kind.R:  # the caller has what it gave, and draws masks again
+            given = into.get((action.stage, False), ())
+            takes, gives = [e for e in given if edges[e].source == HOST], ()
         found.append(Task(action, tuple(takes), tuple(gives)))
     return tuple(found)
 

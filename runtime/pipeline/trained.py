@@ -1,6 +1,8 @@
 """One stage in training: runs F, I, W and B, and keeps what they need of each other.
 
-Gradients are added up by W and B themselves, over the old sums where the engine can.
+Gradients are added up by W and B themselves, over the old sums where the engine can. A stage that
+recomputes keeps what other stages gave it, and runs its forward again in R; what the caller gave is
+given again, masks of dropout drawn again, so that they are the same to the bit.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Value
 from dfc.planning.actions import Action, Kind
-from dfc.planning.backward import Part
+from dfc.planning.backward import Part, replay
 from dfc.planning.engine import Donating, Engine, Runner
 from dfc.planning.stages import HOST
 from dfc.runtime.pipeline.differentiated import Differentiated, Gradient
@@ -32,8 +34,11 @@ def builder(engine: Engine, threads: int) -> Build:
 class TrainedStage:
     """The actions of one stage.
 
-    Needs:   all actions of a stage come from one thread, those of a microbatch as F, I, W or F, B.
-    Keeps:   what I and W read, from F until W; `most` says how many microbatches at once.
+    Needs:   all actions of a stage come from one thread, those of a microbatch as F, I, W or F, B,
+             with R before I or B in a step in which the stage recomputes.
+    Keeps:   what I and W read, from F until W, or from R where the stage recomputes; `most` says of
+             how many microbatches at once, `most_bytes` what they took: without weights, and without
+             what others hold as well. `drawn` are the caller's values that nobody else has.
     Ensures: weights' gradients are added in the order in which W (or B) runs; they are those of
              the last step until the next one's first W.
     """
@@ -45,12 +50,16 @@ class TrainedStage:
         readers: Mapping[Value, Sequence[Gradient]],
         build: Build,
         kinds: Collection[Kind],
+        recomputes: bool = False,
+        drawn: Collection[Value] = (),
     ) -> None:
         import torch
 
         joint, sums = stage.joint, stage.cut.sums
-        self.stage = stage
-        self._runs = {k: _Run(p, build, sums.values()) for k, p in _parts(stage, kinds).items()}
+        self.stage, self._build, self._kinds = stage, build, kinds
+        self._drawn = frozenset(drawn)
+        self._runs: dict[Kind, _Run] = {}
+        self.recompute(recomputes)
         self._weights = {joint.weights[name]: weights[name] for name in joint.weights}
         self.gradients = {
             name: torch.zeros(weights[name].shape, dtype=weights[name].dtype) for name in sums
@@ -66,11 +75,27 @@ class TrainedStage:
             for v, g in zip(stage.stage.takes, stage.cut.input_gradients, strict=True)
             if g is not None
         ]
+        sources = zip(joint.inputs, stage.stage.sources, strict=False)
+        self._taken = frozenset(v for v, source in sources if source != HOST)
         self._alive: dict[int, dict[Value, Any]] = {}
-        self.most = 0
+        self._whole: set[int] = set()  # the microbatches of which all is kept
+        self.most = self.most_bytes = 0
         self.limit = 0
-        self.saved_bytes = 0
+        self.saved_bytes = self.taken_bytes = 0
         self._fresh = True  # nothing of this step is in the gradients yet
+
+    def recompute(self, recomputes: bool) -> None:
+        """Whether the stage keeps all that F makes, or has it made again by R."""
+        joint, cut = self.stage.joint, self.stage.cut
+        table = {Kind.F: cut.forward, Kind.I: cut.inputs, Kind.W: cut.weights, Kind.B: cut.both}
+        parts = {kind: table[kind] for kind in self._kinds if kind in table}
+        if recomputes:
+            again = replay(joint, cut)
+            parts |= {Kind.F: again.forward, Kind.R: again.again}
+        sums = cut.sums.values()
+        changed = {k: p for k, p in parts.items() if k not in self._runs or k == Kind.F}
+        self._runs |= {k: _Run(p, self._build, sums) for k, p in changed.items()}
+        self.recomputes = recomputes
 
     def start(self, limit: int) -> None:
         """Begin a step that keeps at most `limit` microbatches at once.
@@ -79,14 +104,17 @@ class TrainedStage:
         """
         self.limit = limit
         self._alive.clear()
+        self._whole.clear()
         self._fresh = True
-        self.most = 0
+        self.most = self.most_bytes = 0
 
     def run(self, action: Action, values: Mapping[Any, Any]) -> dict[Any, Any]:
         """Carry out an action; values and results are named as the edges name them."""
         b = action.microbatch
         if action.kind == Kind.F:
             return self._forward(b, values)
+        if action.kind == Kind.R:
+            return self._again(b, values)
         known = self._alive.pop(b) if action.kind != Kind.I else self._alive[b]
         if action.kind != Kind.W:
             known.update((t, _sum([values[r] for r in names])) for t, names in self._tangents)
@@ -100,6 +128,7 @@ class TrainedStage:
             self._keep(b, known, self.stage.cut.kept_for_weights)
         else:
             self._take_sums(known)
+            self._whole.discard(b)
         return found
 
     def _forward(self, b: int, values: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -107,14 +136,45 @@ class TrainedStage:
         known = dict(zip(joint.inputs, (values[v] for v in self.stage.stage.takes), strict=True))
         self._runs[Kind.F](known, self._weights)
         found = {v: known[out] for v, out in self._given}
-        self._keep(b, known, self.stage.cut.saved)
+        self._keep(b, known, self._taken if self.recomputes else self.stage.cut.saved)
+        mine = {v: known[v] for v in self._taken}
+        self.taken_bytes = self.taken_bytes or _bytes(mine.values(), ())
+        if not self.recomputes:
+            self._is_whole(b, self._given_by_others(values))
+        self._note_bytes()
         self.most = max(self.most, len(self._alive))
         if len(self._alive) > self.limit:
             raise DfcError("K055", f"stage {self.stage.number} keeps {len(self._alive)} "
                            f"microbatches, the program has {self.limit} at most")  # fmt: skip
-        if not self.saved_bytes:
-            self.saved_bytes = _bytes(self._alive[b].values(), values.values())
         return found
+
+    def _again(self, b: int, values: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Make what F did not keep, of what it kept and what the caller gives again."""
+        known = dict(self._alive[b])
+        given = [*known.values(), *self._given_by_others(values)]
+        mine = zip(self.stage.joint.inputs, self.stage.stage.takes, strict=True)
+        known.update((own, values[v]) for own, v in mine if v in values)
+        self._runs[Kind.R](known, self._weights)
+        self._keep(b, known, self.stage.cut.saved)
+        self._is_whole(b, given)
+        return {}
+
+    def _given_by_others(self, values: Mapping[Any, Any]) -> list[Any]:
+        return [x for v, x in values.items() if v not in self._drawn]
+
+    def _is_whole(self, b: int, given: Collection[Any]) -> None:
+        """All that the backward pass reads of a microbatch is kept."""
+        if not self.saved_bytes:
+            others = [*given, *self._weights.values()]
+            self.saved_bytes = _bytes(self._alive[b].values(), others)
+        self._whole.add(b)
+        self._note_bytes()
+
+    def _note_bytes(self) -> None:
+        """What is kept now: of some microbatches all, of others what the stage took."""
+        taken = len(self._alive) * self.taken_bytes if self.recomputes else 0
+        held = len(self._whole) * self.saved_bytes + taken
+        self.most_bytes = max(self.most_bytes, held)
 
     def _keep(self, b: int, known: Mapping[Value, Any], names: Collection[Value]) -> None:
         self._alive[b] = {v: x for v, x in known.items() if v in names}
@@ -146,12 +206,6 @@ class _Run:
             return
         inputs = [known[v] if v in known else weights[v] for v in self.part.takes]
         known.update(zip(self.part.gives, self.runner(inputs), strict=True))
-
-
-def _parts(stage: Differentiated, kinds: Collection[Kind]) -> dict[Kind, Part]:
-    c = stage.cut
-    table = {Kind.F: c.forward, Kind.I: c.inputs, Kind.W: c.weights, Kind.B: c.both}
-    return {k: table[k] for k in kinds}
 
 
 def _sum(parts: Sequence[Any]) -> Any:

@@ -16,7 +16,7 @@ weight in the order of stages.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,10 +26,10 @@ from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.interpret import bind_inputs
 from dfc.ir.types import TensorType
+from dfc.lang.units import byte_count
 from dfc.planning.actions import Action, Kind, Program
 from dfc.planning.engine import Engine
 from dfc.planning.microbatches import batch_dim, batch_of, cut
-from dfc.planning.schedules import schedule
 from dfc.planning.simulate import Costs
 from dfc.planning.stages import HOST
 from dfc.runtime.allocation import keep_pages
@@ -39,7 +39,7 @@ from dfc.runtime.pipeline.differentiated import Differentiated, Gradient
 from dfc.runtime.pipeline.dropout import Mask
 from dfc.runtime.pipeline.lanes import Lanes, Step
 from dfc.runtime.pipeline.local import thread_shares
-from dfc.runtime.pipeline.programs import Programs
+from dfc.runtime.pipeline.programs import AUTO, Programs
 from dfc.runtime.pipeline.sequential import Sequential
 from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.trained import TrainedStage, builder
@@ -72,6 +72,10 @@ class Trainer:
     plan. `schedule` is a name, a program, or "auto": the best for the stages' times, measured in
     the first step; by default a plan's, else "1f1b" with 8 microbatches. `chunks` is how many
     stages a rank has in schedules that allow any number.
+    A stage that recomputes keeps of each microbatch what other stages gave it, and runs its forward
+    again before its backward pass: `recompute` is True, the stages that do, or "auto": as few as
+    leave each rank no more than `memory` bytes of activations ("2GiB"), as measured in the first
+    step. By default a plan's.
     Needs:   convex stages, a graph that writes to no state.
     Ensures: dropout is drawn by counters (`seed`, step, operator, microbatch): masks do not depend
              on stages or schedule. Other random operators are refused.
@@ -95,18 +99,23 @@ class Trainer:
         threads: int | None = None,
         seed: int = 0,
         sequential: bool = False,
+        recompute: bool | Collection[int] | str | None = None,
+        memory: int | str | None = None,
     ) -> None:
         import torch
 
         if reduction not in ("mean", "sum"):
             raise DfcError("N073", f"reduction is `mean` or `sum`, not `{reduction}`", status=2)
         keep_pages()
+        if recompute == AUTO and stage_of is not None and not isinstance(stage_of, Mapping):
+            recompute = None  # the plan has chosen
         if stage_of is not None and not isinstance(stage_of, Mapping):
             stage_of, schedule, microbatches = _of_plan(stage_of, graph, schedule, microbatches)
         schedule, microbatches = schedule or "1f1b", microbatches or 8
         self.model = model = _model(graph, stage_of, loss, targets)
         self.reduction, self.microbatches, self.seed = reduction, microbatches, seed
-        self.programs = Programs(schedule, len(model.parts), microbatches, chunks)
+        some, room = _recompute(recompute, memory, len(model.parts))
+        self.programs = Programs(schedule, len(model.parts), microbatches, chunks, some, room)
         self.batch = batch or batch_of(model.graph)
         self._dims = {v: batch_dim(v, self.batch) for v in model.graph.inputs}
         mine = self._mine()
@@ -146,32 +155,35 @@ class Trainer:
         for part in parts:
             rank = self.programs.placement[part.number]
             build = builder(engine, threads[rank])
-            kinds = self.programs.kinds
-            found.append(TrainedStage(part, weights, self.model.readers, build, kinds))
+            again = part.number in self.programs.first.recomputes
+            readers, kinds, drawn = self.model.readers, self.programs.kinds, self.model.masks
+            found.append(TrainedStage(part, weights, readers, build, kinds, again, drawn))
         return found
 
     def measure(self, given: Sequence[Mapping[Any, Any]], repeats: int = 2) -> Costs:
-        """What F, I and W of each stage take here, and the bytes that each keeps."""
+        """What F, I and W of each stage take here, or F and B, and the bytes that each keeps."""
         n = len(self.model.parts)
         times, saved = self._measured(given, repeats)
-        f, i, w = ([times[int(k), s] for s in range(n)] for k in (Kind.F, Kind.I, Kind.W))
+        f = [times[int(Kind.F), s] for s in range(n)]
+        i = [times.get((int(Kind.I), s)) or times[int(Kind.B), s] for s in range(n)]
+        w = [times.get((int(Kind.W), s), 0.0) for s in range(n)]
         pairs = {(e.source, e.target, 0) for e in self.model.edges if not e.backward}
         edges = sorted(e for e in pairs if HOST not in e)
-        return Costs(f, i, w, edges=edges, activations=[saved[s] for s in range(n)])
+        kept, taken = zip(*(saved[s] for s in range(n)), strict=True)
+        return Costs(f, i, w, edges=edges, activations=kept, taken=taken)
 
     def _measured(
         self, given: Sequence[Mapping[Any, Any]], repeats: int
-    ) -> tuple[dict[tuple[int, int], float], dict[int, int]]:
-        """The median of each kind of action and stage, and what a stage keeps."""
-        n = len(self.model.parts)
+    ) -> tuple[dict[tuple[int, int], float], dict[int, tuple[int, int]]]:
+        """The median of each kind of action and stage, and what a stage keeps and takes."""
         times: dict[tuple[Kind, int], list[float]] = {}
-        program = schedule("zb1p", n, len(given))
+        program = self.programs.to_measure(len(given))
         for repeat in range(1 + repeats):
             step = self._compute(program, given)
             for span in step.spans if repeat else ():
                 key = span.action.kind, span.action.stage
                 times.setdefault(key, []).append(span.end - span.start)
-        saved = {t.stage.number: t.saved_bytes for t in self.trained}
+        saved = {t.stage.number: (t.saved_bytes, t.taken_bytes) for t in self.trained}
         return {(int(kind), s): median(x) for (kind, s), x in times.items()}, saved
 
     # a step
@@ -206,6 +218,8 @@ class Trainer:
     def _compute(self, program: Program, given: Sequence[Mapping[Any, Any]]) -> Step:
         limits = self.programs.limits(program)
         for number, stage in self._by_stage.items():
+            if stage.recomputes != (number in program.recomputes):
+                stage.recompute(not stage.recomputes)
             stage.start(limits[number])
         return self._way.step(program, given)
 
@@ -308,6 +322,7 @@ class Trainer:
         return TrainingReport(
             program, step, self.programs.limits(program), tuple(t.most for t in self.trained),
             tuple(t.saved_bytes for t in self.trained),
+            tuple(t.taken_bytes for t in self.trained), tuple(t.most_bytes for t in self.trained),
         )  # fmt: skip
 
     def close(self) -> None:
@@ -347,6 +362,28 @@ def _of_plan(
         raise DfcError("N073", "the plan has no backward passes", help=help, status=2)
     found = dict(zip(plan.graph.nodes, plan.partition.stage, strict=True))
     return found, schedule or plan.program, microbatches or plan.wish.microbatches
+
+
+def _recompute(
+    wanted: bool | Collection[int] | str | None, memory: int | str | None, stages: int
+) -> tuple[Collection[int] | None, float]:
+    """The stages that recompute, None where they are chosen, and the bytes that ranks may hold.
+
+    Raises:  DfcError N073 for what is no choice.
+    """
+    if (wanted == AUTO) != (memory is not None):
+        help = '`recompute="auto"` goes with `memory`: the bytes of activations a rank may hold'
+        raise DfcError("N073", "`recompute` and `memory` do not agree", help=help, status=2)
+    if wanted == AUTO:
+        assert memory is not None
+        return None, float(byte_count(memory))
+    if wanted is None or isinstance(wanted, bool):
+        return range(stages) if wanted else (), float("inf")
+    if isinstance(wanted, str) or not set(wanted) <= set(range(stages)):
+        help = 'it is True, False, "auto", or stages by number'
+        raise DfcError("N073", f"`recompute` is {wanted!r}, there are {stages} stages", help=help,
+                       status=2)  # fmt: skip
+    return frozenset(wanted), float("inf")
 
 
 def _items(part: Mapping[Value, Any], dims: Mapping[Value, int | None]) -> int:

@@ -90,6 +90,7 @@ class RankTrainer(Trainer):
         stages = "".join(p.joint.graph.fingerprint() for p in self.model.parts)
         has = {"torch": torch.__version__, "schedule": self.programs.schedule,
                "microbatches": self.microbatches, "seed": self.seed,
+               "recompute": [self.programs.recompute, self.programs.room],
                "stages": sha256(stages.encode()).hexdigest()}  # fmt: skip
         self.world.same({what: str(x) for what, x in has.items()}, f"{self._name}/has")
 
@@ -123,13 +124,13 @@ class RankTrainer(Trainer):
 
     def _measured(
         self, given: Sequence[Mapping[Any, Any]], repeats: int
-    ) -> tuple[dict[tuple[int, int], float], dict[int, int]]:
+    ) -> tuple[dict[tuple[int, int], float], dict[int, tuple[int, int]]]:
         times, saved = super()._measured(given, repeats)
-        mine = [[[*k, x] for k, x in times.items()], [[*x] for x in saved.items()]]
+        mine = [[[*k, x] for k, x in times.items()], [[s, *x] for s, x in saved.items()]]
         every = self.world.share(f"{self._name}/measured/{self.steps}", mine)
         return (
             {(kind, s): x for found, _ in every for kind, s, x in found},
-            {s: x for _, found in every for s, x in found},
+            {s: (kept, taken) for _, found in every for s, kept, taken in found},
         )
 
     def load_state_dict(self, state: State) -> None:
@@ -162,19 +163,18 @@ class RankTrainer(Trainer):
         Raises:  DfcError N052 before the first step.
         """
         mine = super().report()
-        kept = [[t.stage.number, t.most, t.saved_bytes] for t in self.trained]
+        kept = [[t.stage.number, t.most, t.saved_bytes, t.taken_bytes, t.most_bytes]
+                for t in self.trained]  # fmt: skip
         rows = [[int(s.action.kind), s.action.stage, s.action.microbatch, s.rank, s.start, s.end]
                 for s in mine.step.spans]  # fmt: skip
         told = [kept, rows, mine.step.seconds]
         every = self.world.share(f"{self._name}/report/{self.steps}", told)
-        stages = sorted(row for kept, _, _ in every for row in kept)
+        rows_of = zip(*sorted(row for kept, _, _ in every for row in kept), strict=True)
+        _, most, saved, taken, peak = (tuple(column) for column in rows_of)
         spans = [_span(row) for _, rows, _ in every for row in rows]
         seconds = max(seconds for _, _, seconds in every)
         step = Step(mine.step.results, spans, seconds, mine.step.bytes)
-        return TrainingReport(
-            mine.program, step, mine.allowed, tuple(s[1] for s in stages),
-            tuple(s[2] for s in stages),
-        )  # fmt: skip
+        return TrainingReport(mine.program, step, mine.allowed, most, saved, taken, peak)
 
 
 def _span(row: Sequence[Any]) -> Span:

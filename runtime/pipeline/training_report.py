@@ -15,7 +15,9 @@ class TrainingReport:
     """One step.
 
     `in_flight` is how many microbatches each stage kept activations of at once, `allowed` what the
-    program says at most; `saved_bytes` what one of them takes, weights and inputs not counted.
+    program says at most; `saved_bytes` what one of them takes, weights and inputs not counted, and
+    `taken_bytes` what a stage that recomputes keeps of one until then. `peak_bytes` are the
+    activations that each stage held at once.
     """
 
     program: Program
@@ -23,6 +25,8 @@ class TrainingReport:
     allowed: tuple[int, ...]
     in_flight: tuple[int, ...]
     saved_bytes: tuple[int, ...]
+    taken_bytes: tuple[int, ...]
+    peak_bytes: tuple[int, ...]
 
     @cached_property
     def timing(self) -> Report:
@@ -33,20 +37,19 @@ class TrainingReport:
     def seconds(self) -> float:
         return self.step.seconds
 
-    @property
-    def peak_bytes(self) -> tuple[int, ...]:
-        """The activations that each stage held at once."""
-        return tuple(n * b for n, b in zip(self.in_flight, self.saved_bytes, strict=True))
-
     def __str__(self) -> str:
         t = self.timing
         lines = [
             f"{self.program.name}: {self.program.microbatches} microbatches, {t.seconds:.4g} s "
             f"(predicted {t.predicted:.4g} s), bubble {t.bubble:.0%}"
         ]
+        again = self.program.recomputes
         for s, rank in enumerate(self.program.placement):
+            kept = f"{self.saved_bytes[s] / 1e6:.3g} MB each"
+            if s in again:
+                kept = f"{self.taken_bytes[s] / 1e6:.3g} MB each until {kept} are computed again"
             lines.append(
                 f"  stage {s} on rank {rank}: {self.in_flight[s]} of {self.allowed[s]} "
-                f"microbatches in flight, {self.saved_bytes[s] / 1e6:.3g} MB each"
+                f"microbatches in flight, {kept}"
             )
         return "\n".join(lines)

@@ -1,0 +1,316 @@
+"""Recomputation: the same gradients to the bit with fewer bytes kept, as actions of a program."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import dfc
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph, Node
+from dfc.planning.actions import Action, Kind, Program, parse_program
+from dfc.planning.auto import auto
+from dfc.planning.check import check
+from dfc.planning.recompute import needed, recomputing
+from dfc.planning.schedules import SCHEDULES, schedule
+from dfc.planning.simulate import Costs, in_flight, peaks, simulate
+from dfc.runtime.pipeline.staged_model import StagedModel
+from dfc.runtime.pipeline.training import Trainer
+
+NAMES = ("gpipe", "1f1b", "zb1p", "interleaved", "breadth_first", "interleaved_zb", "zb_v",
+         "dualpipe_v")  # fmt: skip
+B = torch.export.Dim("B", min=1, max=64)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(0.3)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.drop(self.down(F.gelu(self.up(self.norm(x)))))
+
+
+class Skips(nn.Module):
+    """Blocks with dropout whose head is their table, and whose end reads their beginning again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(31, 8)
+        self.blocks = nn.ModuleList(Block(8) for _ in range(4))
+
+    def forward(self, ids: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        first = x = self.table(ids)
+        for block in self.blocks:
+            x = block(x)
+        return F.cross_entropy(((x + first) @ self.table.weight.T).flatten(0, 1), y.flatten())
+
+
+@cache
+def staged() -> tuple[StagedModel, tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(0)
+    args = torch.randint(31, (10, 6)), torch.randint(31, (10, 6))
+    graph = dfc.trace(Skips().train(), args, dynamic_shapes=({0: B}, {0: B}))
+    return StagedModel(graph, evenly(graph, 4)), args
+
+
+def evenly(graph: Graph, count: int) -> dict[Node, int]:
+    nodes = list(graph.nodes)
+    return {n: i * count // len(nodes) for i, n in enumerate(nodes)}
+
+
+def adamw(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, 1e-2)
+
+
+def trained(schedule: str | Program, **options: Any) -> tuple[list[torch.Tensor], Trainer]:
+    """Losses and gradients of two steps, the batch of the second one smaller."""
+    model, (ids, y) = staged()
+    found = []
+    with Trainer(model, schedule=schedule, microbatches=4, optimizer=adamw, threads=1,
+                 **options) as trainer:  # fmt: skip
+        for items in (10, 9):
+            found += [trainer.step(ids[:items], y[:items])]
+            found += [p.grad.clone() for p in trainer.parameters.values() if p.grad is not None]
+    return found, trainer
+
+
+def equal(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> None:
+    assert len(a) == len(b)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved", "interleaved_zb", "zb_v"])
+def test_gradients_are_equal_to_the_bit_dropout_and_tied_weights_included(name: str) -> None:
+    plain, _ = trained(name)
+    state = torch.get_rng_state()
+    for stages in (True, {0, 2}):
+        again, trainer = trained(name, recompute=stages)
+        equal(plain, again)
+        assert trainer.last is not None
+        assert trainer.last[0].recomputes == ({0, 1, 2, 3} if stages is True else {0, 2})
+    assert torch.equal(torch.get_rng_state(), state)  # dropout draws by counters
+
+
+def test_fewer_bytes_are_alive_as_the_report_says() -> None:
+    """Of tensors that live between two actions, by what Python holds, not by what is counted."""
+    model, args = staged()
+    most: dict[bool, list[int]] = {}
+    reports = {}
+    for again in (False, True):
+        with Trainer(model, schedule="gpipe", microbatches=5, optimizer=adamw, threads=1,
+                     sequential=True, recompute=again) as trainer:  # fmt: skip
+            run, most[again] = trainer._run, [0] * 4
+
+            def watched(
+                action: Action, values: Mapping[Any, Any],
+                run: Any = run, most: list[int] = most[again], trainer: Trainer = trainer,
+            ) -> dict[Any, Any]:  # fmt: skip
+                found: dict[Any, Any] = run(action, values)
+                stage = trainer._by_stage[action.stage]
+                most[action.stage] = max(most[action.stage], alive(stage))
+                return found
+
+            trainer._way.run = watched  # type: ignore[attr-defined]
+            trainer.step(*args)
+            reports[again] = trainer.report()
+    assert sum(most[True]) < 0.4 * sum(most[False])
+    assert sum(reports[True].peak_bytes) < 0.45 * sum(reports[False].peak_bytes)
+    for s in range(4):
+        assert most[True][s] < 0.7 * most[False][s]
+        # What the stage took is counted where it recomputes alone.
+        assert 0 <= most[False][s] - reports[False].peak_bytes[s] <= 5 * TAKEN
+        assert most[True][s] <= reports[True].peak_bytes[s] <= most[True][s] + TAKEN
+    assert "computed again" in str(reports[True]) and "again" not in str(reports[False])
+
+
+TAKEN = 2 * 2 * 6 * 8 * 4  # bytes of two activations of a microbatch, which its inputs are
+
+
+def alive(stage: Any) -> int:
+    """The memory that a stage holds of its microbatches, without weights and the caller's batch."""
+    others = (*stage._weights.values(), *staged()[1])
+    own = {x.untyped_storage().data_ptr() for x in others}
+    kept = (x for known in stage._alive.values() for x in known.values())
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+    return sum(size for at, size in storages.items() if at not in own)
+
+
+def test_the_fewest_stages_recompute_that_leave_the_room() -> None:
+    plain, trainer = trained("1f1b")
+    report = trainer.report()
+    room = max(report.peak_bytes) - 1
+    for name in ("1f1b", "auto"):
+        again, other = trained(name, recompute="auto", memory=room)
+        assert other.last is not None
+        assert other.last[0].recomputes  # as few as needed, which is not all
+        assert 3 not in other.last[0].recomputes
+        assert max(other.report().peak_bytes) <= room
+        if name == "1f1b":
+            equal(plain, again)
+    with pytest.raises(DfcError, match="whatever recomputes") as e:
+        trained("1f1b", recompute="auto", memory=1)
+    assert e.value.status == 6
+    with pytest.raises(DfcError, match="do not agree"):
+        trained("1f1b", recompute="auto")
+    with pytest.raises(DfcError, match="4 stages"):
+        trained("1f1b", recompute={4})
+
+
+def test_a_failed_recomputation_is_named_and_the_next_step_is_whole() -> None:
+    plain, _ = trained("1f1b")
+    model, (ids, y) = staged()
+    with Trainer(model, schedule="1f1b", microbatches=4, optimizer=adamw, threads=1,
+                 recompute=True) as trainer:  # fmt: skip
+        stage = trainer._by_stage[1]
+        right = stage._runs[Kind.R]
+
+        def broken(known: Any, weights: Any) -> None:
+            raise RuntimeError("no more memory")
+
+        stage._runs[Kind.R] = broken  # type: ignore[assignment]
+        with pytest.raises(DfcError, match="stage 1 failed on the recomputation of microbatch 0"):
+            trainer.step(ids, y)
+        stage._runs[Kind.R] = right
+        found = [trainer.step(ids, y)]
+        found += [p.grad.clone() for p in trainer.parameters.values() if p.grad is not None]
+    equal(found, plain[: len(found)])
+
+
+# programs
+
+
+def program(name: str, p: int = 3, m: int = 6) -> Program:
+    return schedule(name, p, m)
+
+
+def costs(n: int, rng: random.Random) -> Costs:
+    def some() -> list[int]:
+        return [rng.randint(1, 9) for _ in range(n)]
+
+    return Costs(some(), some(), some(), activations=some(), taken=[rng.randint(0, 2)] * n)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recomputing_programs_are_whole_and_read_back(name: str) -> None:
+    plain = program(name)
+    for stages in ((), (0,), range(plain.stages)):
+        found = recomputing(plain, stages)
+        assert found.recomputes == set(stages)
+        assert len(found) == len(plain) + 6 * len(stages)
+        check(found, costs(plain.stages, random.Random(0)))
+        assert parse_program(str(found)) == found
+        assert recomputing(found, stages) == found
+        assert in_flight(found) == in_flight(plain)
+
+
+def test_programs_that_recompute_wrongly_are_refused() -> None:
+    cases = {
+        "0: F(0,0) R(0,0) F(0,1) B(0,0) B(0,1)\n": "R\\(0,1\\) is missing",
+        "0: F(0,0) B(0,0) R(0,0)\n": "B\\(0,0\\) before R\\(0,0\\)",
+        "0: R(0,0) F(0,0) B(0,0)\n": "R\\(0,0\\) before F\\(0,0\\)",
+        "0: F(0,0) R(0,0) R(0,0) B(0,0)\n": "R\\(0,0\\) is there 2 times",
+    }
+    for text, message in cases.items():
+        with pytest.raises(DfcError, match=message):
+            check(parse_program(text), Costs([1], [1], [1]))
+
+
+def test_recomputing_waits_for_no_gradient() -> None:
+    """Two ranks: the first has time for R while the last is in its B, so that R costs a step one
+    forward of the last rank for each microbatch, and the first's none."""
+    plain = Costs([3, 3], [3, 3], [3, 3], activations=[10, 10], taken=[1, 1])
+    for m in (2, 5):
+        before = simulate(program("1f1b", 2, m), plain)
+        after = simulate(recomputing(program("1f1b", 2, m), (0, 1)), plain)
+        # Balanced ranks: F + B becomes F + R + B, and what fills and empties grows by no R at all.
+        assert before.makespan == 9 * (m + 1)
+        assert after.makespan == 12 * m + 9
+        assert after.sync_bubble == before.sync_bubble == 9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_is_what_replaying_the_actions_counts(name: str) -> None:
+    rng = random.Random(name)
+    for _ in range(5):
+        plain = program(name)
+        c = costs(plain.stages, rng)
+        some = [s for s in range(plain.stages) if rng.random() < 0.5]
+        found = recomputing(plain, some)
+        assert peaks(found, c) == replayed(found, c) == simulate(found, c).peaks
+
+
+def replayed(found: Program, c: Costs) -> tuple[int, ...]:
+    most = []
+    for rank in range(len(found.ranks)):
+        held: dict[tuple[int, int], int] = {}
+        peak = 0
+        for kind, stage, b, _ in found.actions(rank):
+            again = stage in found.recomputes
+            if kind == Kind.F:
+                held[stage, b] = c.taken[stage] if again else c.activations[stage]
+            if kind == Kind.R:
+                held[stage, b] += c.activations[stage]
+            peak = max(peak, sum(held.values()))
+            if kind in (Kind.W, Kind.B):
+                del held[stage, b]
+        assert not held
+        most.append(peak)
+    return tuple(most)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "interleaved", "zb_v", "zb1p"])
+def test_stages_that_must_recompute_are_the_cheapest_of_all_sets(name: str) -> None:
+    rng = random.Random(name)
+    fitting = 0
+    for _ in range(12):
+        plain = program(name, 2, 4)
+        c = costs(plain.stages, rng)
+        whole = peaks(plain, c)
+        least = peaks(recomputing(plain, range(plain.stages)), c)
+        caps = [rng.uniform(0.97 * min(x, y), 1.05 * y) for x, y in zip(least, whole, strict=True)]
+        able = _fitting(plain, c, caps)
+        best = min(((sum(c.forward[s] for s in x), len(x)) for x in able), default=None)
+        if best is None:
+            with pytest.raises(DfcError, match="whatever recomputes"):
+                needed(plain, c, caps)
+            continue
+        some = needed(plain, c, caps)
+        assert (sum(c.forward[s] for s in some), len(some)) == best
+        assert all(a <= b for a, b in zip(peaks(recomputing(plain, some), c), caps, strict=True))
+        fitting += 1
+    assert fitting > 2
+
+
+def _fitting(plain: Program, c: Costs, caps: Sequence[float]) -> Any:
+    for mask in range(1 << plain.stages):
+        some = [s for s in range(plain.stages) if mask >> s & 1]
+        held = peaks(recomputing(plain, some), c)
+        if all(a <= b for a, b in zip(held, caps, strict=True)):
+            yield some
+
+
+def test_a_step_is_no_longer_with_more_memory() -> None:
+    """The frontier of time and memory, over what `auto` finds with stages that may recompute."""
+    c = Costs([2, 3, 2], [2, 3, 3], [2, 2, 2], activations=[20, 20, 20], taken=[0, 4, 4])
+    times = []
+    for cap in range(24, 140, 4):
+        try:
+            found = auto(3, 6, c, [cap] * 3, recompute=None)
+        except DfcError as e:
+            assert e.code == "N062" and not times
+            continue
+        assert max(found.simulation.peaks) <= cap
+        times.append(found.simulation.makespan)
+    assert times == sorted(times, reverse=True) and len(set(times)) > 2
+    known = [s.name for s in SCHEDULES.values() if s.trains and s.chunks == "1"]
+    best = min(simulate(program(name), c).makespan for name in known)
+    assert times[-1] <= best
