@@ -37,8 +37,8 @@ class TrainedStage:
     Needs:   all actions of a stage come from one thread, those of a microbatch as F, I, W or F, B,
              with R before I or B in a step in which the stage recomputes.
     Keeps:   what I and W read, from F until W, or from R where the stage recomputes; `most` says of
-             how many microbatches at once, `most_bytes` what they took: without weights, and without
-             what others hold as well. `drawn` are the caller's values that nobody else has.
+             how many microbatches at once, `most_bytes` what they took, without weights and what
+             others hold as well. `drawn` are the caller's values that nobody else has.
     Ensures: weights' gradients are added in the order in which W (or B) runs; they are those of
              the last step until the next one's first W.
     """
