@@ -101,7 +101,7 @@ def _shown(file: str) -> str:
         return file
 
 
-def failure_of(error: BaseException, what: str, own: str = "") -> DfcError:
+def failure_of(error: BaseException, what: str, own: str = "", help: str | None = None) -> DfcError:
     """The user's code raised: its kind, its text, and the innermost line that is theirs."""
     place = None
     for frame in traceback.extract_tb(error.__traceback__):
@@ -113,4 +113,4 @@ def failure_of(error: BaseException, what: str, own: str = "") -> DfcError:
         return DfcError("K040", f"{what} is not valid Python: {error.msg}", span=at)
     span = Span(_shown(place.filename), place.lineno or 1, 0, 0, place.line) if place else None
     reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return DfcError("K040", f"{what} raised {reason}", span=span)
+    return DfcError("K040", f"{what} raised {reason}", span=span, help=help)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -501,3 +502,25 @@ def test_a_metric_that_raises_is_named_with_its_line() -> None:
     with pytest.raises(DfcError, match="metric `m`") as caught:
         dfc.compile(model, args, recipe=text, engine="eager", metrics={"m": m})
     assert caught.value.code == "K040" and caught.value.status == 8
+    assert "it is called as m(run): the model, to be called like it" in str(caught.value)
+
+
+def test_what_exact_steps_leave_behind_is_no_layers_gain() -> None:
+    """`fold_batch_norm` leaves the weights before folding, and quantizing any layer drops them."""
+    model = nn.Sequential(
+        nn.Linear(32, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64)
+    ).eval()
+    text = "dfc 1\nrecipe r {\n  fold_batch_norm\n  q: quantize int8\n}\n"
+    (found,) = dfc.sensitivity(model, (torch.randn(4, 32),), recipe=text, times=False)
+    for e in found.layers:
+        numel = model.get_parameter(f"{e.layer}.weight").numel()
+        assert -4 * numel < e.bytes < 0
+    assert found.whole.bytes == sum(e.bytes for e in found.layers)
+
+
+def test_a_test_tells_what_its_quantities_are_and_no_number_twice() -> None:
+    text = "dfc 1\nrecipe r {\n  require error <= 1e-3\n}\n"
+    model, args = net()
+    report = dfc.compile(model, args, recipe=text, engine="eager").report
+    (told,) = report.requirements
+    assert re.fullmatch(r"error is [\d.e-]+", told.numbers)

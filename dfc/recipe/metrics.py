@@ -61,7 +61,7 @@ class UserMetric:
             raise
         except (Exception, SystemExit) as e:
             own = code.co_filename if code else ""
-            raise failure_of(e, f"metric `{name}`", own) from e
+            raise failure_of(e, f"metric `{name}`", own, _called(self)) from e
         try:
             return _measured(value)
         except _Nonsense as e:
@@ -84,6 +84,12 @@ class Measured:
 
     value: float
     items: Any = None  # a numpy array of float64
+
+
+def _called(metric: UserMetric) -> str:
+    data, model = metric.declared.data, "the model, to be called like it"
+    given = f"(run, {data}): {model}, and all of `{data}`" if data else f"(run): {model}"
+    return f"it is called as {metric.declared.name}{given}"
 
 
 _FORMS = "return a number, one score for each item, or rows of (sum, weight)"

@@ -79,9 +79,11 @@ class Test:
         return bool(_COMPARE[self.op](value_of(self.left, lookup), value_of(self.right, lookup)))
 
     def explain(self, lookup: Lookup) -> str:
-        """Both sides with their numbers."""
-        sides = [amount_text(value_of(t, lookup), self.dimension) for t in (self.left, self.right)]
-        return f"{term_text(self.left)} is {sides[0]}, {term_text(self.right)} is {sides[1]}"
+        """What the sides come to; an amount that stands there by itself is told by the test."""
+        both = (self.left, self.right)
+        sides = [t for t in both if not isinstance(t, Amount)] or both
+        found = [(term_text(t), amount_text(value_of(t, lookup), self.dimension)) for t in sides]
+        return ", ".join(f"{text} is {number}" for text, number in found)
 
     def quantities(self) -> Iterator[Quantity]:
         yield from quantities_of(self.left)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfc.compiled import Compiled, with_state_inputs
 from dfc.errors import DfcError
-from dfc.ir.graph import Graph, Node, Value
+from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.types import TensorType
 from dfc.recipe.bench import Bench, find_engine, on_device, state_of
 from dfc.recipe.certain import judge, pair_of
@@ -207,11 +207,18 @@ def items(graph: Graph, inputs: Sequence[Any]) -> int:
 
 def weight_bytes(graph: Graph) -> int:
     """Bytes of all parameters."""
-    total = 0
-    for p in graph.parameters.values():
-        assert isinstance(p.type, TensorType)
-        total += int(p.type.numel) * p.type.dtype.itemsize  # type: ignore[arg-type]
-    return total
+    return sum(map(_bytes, graph.parameters.values()))
+
+
+def read_bytes(graph: Graph) -> int:
+    """Bytes of the parameters that something reads or writes: what `dce` would leave."""
+    written = {m.target for m in graph.mutations}
+    return sum(_bytes(p) for p in graph.parameters.values() if p.use_count or p in written)
+
+
+def _bytes(p: Parameter) -> int:
+    assert isinstance(p.type, TensorType)
+    return int(p.type.numel) * p.type.dtype.itemsize  # type: ignore[arg-type]
 
 
 def peak_bytes(graph: Graph, inputs: Sequence[Any]) -> int:

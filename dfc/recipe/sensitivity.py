@@ -22,7 +22,7 @@ from dfc.ir.slice import slice_graph
 from dfc.lang.selectors import parse_selector
 from dfc.recipe.metrics import Measured, UserMetric
 from dfc.recipe.options import fields_of, part_field
-from dfc.recipe.quantities import weight_bytes
+from dfc.recipe.quantities import read_bytes
 from dfc.rewrite.pass_ import LOSSY_RTOL, Context, Data, Pass
 
 BATCHES = 4  # of data that are compared on, at most
@@ -217,7 +217,7 @@ class Measuring:
         nodes = tuple(dict.fromkeys(d.op for d in decisions if d.changed))
         before_ms, after_ms = self._timed(variant, replays[0]) if layer is not None else (None,) * 2
         found = Effect(
-            layer or "", nodes, weight_bytes(variant) - weight_bytes(self.graph),
+            layer or "", nodes, read_bytes(variant) - read_bytes(self.graph),
             distance.relative, distance.cosine, distance.kl, before_ms, after_ms,
             whole=layer is None,
         )  # fmt: skip
