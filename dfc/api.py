@@ -209,6 +209,7 @@ def plan(
     measured_on: str = "",
     seconds: float = 15.0,
     stream: bool = False,
+    recompute: str = "never",
 ) -> Plan:
     """How a model would run as stages on several devices: nothing is run, no weights are needed.
 
@@ -233,6 +234,10 @@ def plan(
     memory, or to a processor from disk, once for each microbatch; what the host does not hold of
     them comes from disk as well.
 
+    With `train`, stages may keep of each microbatch what they take alone, and run their forward
+    again before their backward pass: `recompute` is "never", "always", or "auto", where as few do
+    as leave devices room, if that makes the model fit or a step shorter.
+
     Raises:  DfcError N040.. for what the target or the model lacks, N060 (status 6) when the model
              does not fit, with what would make it fit.
     """
@@ -250,7 +255,7 @@ def plan(
     return make(
         graph, some, objective=wanted(objective),
         sizes=sizes,
-        wish=Wish(microbatches=microbatches, trains=train), schedule=schedule,
+        wish=Wish(microbatches=microbatches, trains=train, recompute=recompute), schedule=schedule,
         stages_per_device=stages_per_device,
         effort=Effort(seconds=seconds), measured=measured or (lambda node: None),
         limits=replace(limits, supports=_taken_by(engine)), max_stages=max_stages,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -18,7 +19,10 @@ from dfc.ir.graph import Graph, Node
 from dfc.planning.actions import Action, Kind, Program, parse_program
 from dfc.planning.auto import auto
 from dfc.planning.check import check
+from dfc.planning.pipeline import Plan
+from dfc.planning.planfile import of_text, to_text
 from dfc.planning.recompute import needed, recomputing
+from dfc.planning.recompute_choice import replays
 from dfc.planning.schedules import SCHEDULES, schedule
 from dfc.planning.simulate import Costs, in_flight, peaks, simulate
 from dfc.runtime.pipeline.staged_model import StagedModel
@@ -317,3 +321,81 @@ def test_a_step_is_no_longer_with_more_memory() -> None:
     known = [s.name for s in SCHEDULES.values() if s.trains and s.chunks == "1"]
     best = min(simulate(program(name), c).makespan for name in known)
     assert times[-1] <= best
+
+
+# plans
+
+
+@cache
+def decoder() -> Graph:
+    """Many activations beside few weights."""
+    torch.manual_seed(0)
+    args = torch.randint(31, (16, 64)), torch.randint(31, (16, 64))
+    return dfc.trace(Skips().train(), args)
+
+
+def target(memory: str, devices: int = 2) -> str:
+    lines = [f"  device d{i} : cuda(mem={memory}, peak=1GFLOPS, bw=1GB/s)" for i in range(devices)]
+    links = [f"  link d{i} <-> d{i + 1} : nvlink(bw=1GB/s)" for i in range(devices - 1)]
+    return "\n".join(("dfc 1", "", "target some {", *lines, *links, "}", ""))
+
+
+def planned(memory: str, recompute: str, schedule: str = "1f1b", m: int = 8) -> Plan:
+    return dfc.plan(decoder(), target(memory), train=True, recompute=recompute, schedule=schedule,
+                    microbatches=m)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "tight"), [("1f1b", "1.5MB"), ("gpipe", "4MB"), ("auto", "1.5MB")]
+)
+def test_a_plan_recomputes_where_it_would_not_fit(name: str, tight: str) -> None:
+    roomy = planned("1GB", "never", name)
+    assert not roomy.program.recomputes
+    assert planned("1GB", "auto", name).program == roomy.program  # it would only cost time
+    always = planned("1GB", "always", name)
+    assert always.program.recomputes == set(range(len(always.stages)))
+    assert always.step_seconds > roomy.step_seconds
+    with pytest.raises(DfcError, match="recompute auto") as e:
+        planned(tight, "never", name)
+    assert e.value.status == 6
+    found = planned(tight, "auto", name)
+    assert found.program.recomputes
+    rooms = [0.9 * s.capacity for s in found.stages]
+    assert all(s.memory <= r * (1 + 1e-9) for s, r in zip(found.stages, rooms, strict=True))
+    check(found.program, found.costs)
+    told = replays(found.program, found.costs)
+    assert {r.stage for r in told} == found.program.recomputes
+    assert any(r.saves > 0 for r in told) and all(r.costs >= 0 for r in told)
+
+
+def test_less_memory_never_makes_a_plan_faster() -> None:
+    times: list[float] = []
+    for memory in (1.5, 2.5, 3.5, 4, 6, 8, 10, 14, 1000):
+        try:
+            times.append(planned(f"{memory}MB", "auto", "gpipe").step_seconds)
+        except DfcError as e:
+            assert e.status == 6 and not times
+    assert len(times) > 3 and all(a >= b * 0.99 for a, b in pairwise(times))
+    assert times[0] > 1.05 * times[-1]
+
+
+def test_a_plan_that_recomputes_is_read_back_and_trains_so() -> None:
+    graph = decoder()
+    plan = planned("1GB", "always")
+    text = to_text(plan)
+    copy = graph.copy()
+    for node, s in zip(copy.nodes, plan.partition.stage, strict=True):
+        copy.set_stage(node, s)
+    read = of_text(text, copy)
+    assert (read.program, read.costs.taken) == (plan.program, plan.costs.taken)
+    assert to_text(read) == text
+    with Trainer(graph, plan, optimizer=adamw) as trainer:
+        assert trainer.programs.first.recomputes == {0, 1}
+        assert all(t.recomputes for t in trainer.trained)
+
+
+def test_ways_that_there_are_not_are_refused() -> None:
+    with pytest.raises(DfcError, match="no way to recompute"):
+        planned("1GB", "sometimes")
+    with pytest.raises(DfcError, match="backward pass"):
+        dfc.plan(decoder(), target("1GB"), recompute="auto")

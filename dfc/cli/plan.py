@@ -57,6 +57,12 @@ def plan(
     train: Annotated[
         bool, typer.Option("--train", help="Plan training: backward passes and optimizer state.")
     ] = False,
+    recompute: Annotated[
+        str,
+        typer.Option(
+            "--recompute", help="Run forwards again for less memory: never, auto, always."
+        ),
+    ] = "never",
     stream: Annotated[
         bool,
         typer.Option("--stream", help="Stream weights to devices that do not hold their stage."),
@@ -102,7 +108,7 @@ def plan(
       dfc plan llama.py:build -t two_gpus.dfc --stream
       dfc plan llama.py:build -t cluster.dfc --size B=4,S=2048 --by latency --svg timeline.svg
       dfc plan encoder.py:build -t host.dfc --on cpu0,cpu0 --measure
-      dfc plan llama.py:build -t cluster.dfc --train --schedule interleaved --trace step.json
+      dfc plan llama.py:build -t cluster.dfc --train --recompute auto --trace step.json
     """
     from dfc.api import plan as make
     from dfc.cli.inputs import parse_sizes
@@ -142,7 +148,7 @@ def plan(
                 graph, target, objective=by, devices=devices, max_stages=most,
                 microbatches=microbatches, train=train, schedule=schedule,
                 stages_per_device=stages_per_device, sizes=sizes, measured=times.get,
-                measured_on="cpu", stream=stream, **wanted,
+                measured_on="cpu", stream=stream, recompute=recompute, **wanted,
             )  # fmt: skip
 
         times = timed(names)
@@ -214,6 +220,7 @@ def rows_of(found: Plan) -> list[str]:
 
 def data_of(found: Plan) -> dict[str, Any]:
     """A plan as data."""
+    from dfc.planning.recompute_choice import replays
     from dfc.planning.tier_advice import tiers_data
 
     simulation = found.simulation
@@ -240,6 +247,7 @@ def data_of(found: Plan) -> dict[str, Any]:
         "other_splits": dict(found.splits),
         "advice": dict(found.advice),
         "idle": list(found.idle),
+        "recomputes": [vars(r) for r in replays(found.program, found.costs)],
         "program": str(simulation.program).splitlines(),
     }
 
@@ -248,6 +256,7 @@ def show_plan(found: Plan) -> None:
     """A plan as tables and sentences."""
     from dfc.cli.tables import bytes_text, print_table
     from dfc.lang.units import amount_text
+    from dfc.planning.recompute_choice import replays
     from dfc.planning.streamed_stages import streamed_text
     from dfc.planning.wording import certificate, layout_text
 
@@ -282,6 +291,11 @@ def show_plan(found: Plan) -> None:
     print(f"by {found.objective}: {certificate(found)}")
     for told in streamed_text(found.tiers, [s.device for s in found.stages]):
         print(told)
+    for again in replays(found.program, found.costs):
+        print(
+            f"stage {again.stage} recomputes: saves {bytes_text(again.saves)}, "
+            f"costs {time(again.costs)} a step"
+        )
     if found.idle:
         print(f"not used, as it would be no better with them: {', '.join(found.idle)}")
     if len(found.device_stages) < len(found.stages):

@@ -5,7 +5,7 @@ The partition is proposed by its bottleneck; the simulator decides which candida
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from dfc.planning.machine import Machine
 from dfc.planning.model import Modelled, Wish, laid_out
 from dfc.planning.partition import Effort, partition
 from dfc.planning.problem import Loads, Partition, loads
+from dfc.planning.recompute import needed, recomputing
 from dfc.planning.rivals import no_worse
 from dfc.planning.schedules import schedule
 from dfc.planning.simulate import Costs, Link, Simulation, simulate
@@ -122,11 +123,18 @@ def _candidate(
     load = loads(model.problem, found.stage)
     tiers = stage_tiers(graph, model, machine, found.stage, load, hops, host)
     load, found = _with_passes(load, found, tiers, machine, aim)
+    if not wish.trains or aim != "memory" or wish.recompute == "never":
+        again = wish.recompute
+    else:
+        again = "always"  # what leaves the most room is asked for
+    wish = replace(wish, recompute=again)
     costs = _costs(model, machine, found.stage, wish, load, tiers)
     rooms = [0.0] * len(machine.devices)
     for d, slot in zip(model.problem.device_of, model.problem.slots, strict=True):
         rooms[d] = slot.memory
-    return Candidate(chosen, wish, found, load, tiers, costs, _scheduled(costs, wish, rooms))
+    step = _scheduled(costs, wish, rooms)
+    load, found = _with_replays(load, found, step.program.recomputes, costs, machine, aim)
+    return Candidate(chosen, wish, found, load, tiers, costs, step)
 
 
 def _looped(row: Chosen, wish: Wish, effort: Effort) -> Chosen:
@@ -168,6 +176,27 @@ def _with_passes(
     return load, replace(found, value=max(found.value, load.bottleneck * by))
 
 
+def _with_replays(
+    load: Loads, found: Partition, stages: Collection[int], costs: Costs, machine: Machine,
+    aim: Wanted,
+) -> tuple[Loads, Partition]:  # fmt: skip
+    """Stages that recompute take their forward's time once more.
+
+    Keeps:   the bound, which is without it.
+    """
+    if not stages:
+        return load, found
+    compute = load.compute.copy()
+    for s in stages:
+        compute[s] += float(costs.forward[s])
+    load = replace(load, compute=compute)
+    if aim == "memory":
+        return load, found
+    value = load.latency if aim == "latency" else load.bottleneck
+    by = price(machine) if aim == "cost" else 1.0
+    return load, replace(found, value=max(found.value, value * by))
+
+
 def _costs(
     model: Modelled, machine: Machine, stage: Sequence[int], wish: Wish, load: Loads,
     tiers: Mapping[int, Tiers],
@@ -202,13 +231,36 @@ def _costs(
     return Costs(
         tuple(forward), back, back, links=links, edges=edges,
         activations=tuple(round(x) for x in kept), resident=tuple(round(x) for x in held),
+        taken=tuple(sum(size for _, t, size in edges if t == s) for s in range(problem.stages)),
     )  # fmt: skip
 
 
 def _scheduled(costs: Costs, wish: Wish, rooms: Sequence[float]) -> Simulation:
     """The schedule that was asked for, or the one with the shortest step that fits."""
     m, ranks = wish.microbatches, len(rooms)
+    n = len(costs.forward)
+    again: Collection[int] | None = range(n) if wish.recompute == "always" else ()
+    if wish.recompute == "auto":
+        again = None
     if wish.schedule == "auto" and wish.trains:
-        return auto(ranks, m, costs, rooms, wish.layout.placement(ranks)).simulation
+        return auto(ranks, m, costs, rooms, wish.layout.placement(ranks), again).simulation
     name = "forward" if wish.schedule == "auto" else wish.schedule
-    return simulate(schedule(name, ranks, m, wish.stages_per_device), costs)
+    program = schedule(name, ranks, m, wish.stages_per_device)
+    if again is None:
+        again = needed(program, costs, rooms)
+    step = simulate(recomputing(program, again), costs)
+    if again:  # the partition knows what a stage computes again, not what it took
+        check_room(step, rooms)
+    return step
+
+
+def check_room(step: Simulation, rooms: Sequence[float]) -> None:
+    """
+    Raises:  DfcError N062 (status 6) for a rank that holds more than there is.
+    """
+    for rank, (need, room) in enumerate(zip(step.peaks, rooms, strict=True)):
+        if need > room * (1 + 1e-12):
+            raise DfcError(
+                "N062", f"rank {rank} would hold {need:.6g} bytes of {room:.6g}",
+                help="smaller microbatches, or more devices", status=6,
+            )  # fmt: skip

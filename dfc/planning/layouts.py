@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from dfc.errors import DfcError
-from dfc.planning.actions import Program
+from dfc.planning.actions import Kind, Program
+from dfc.planning.recompute import recomputing
 from dfc.planning.schedules import SCHEDULES, known_schedule, schedule, why_not
 from dfc.planning.simulate import in_flight
 
@@ -78,13 +79,18 @@ def _names(trains: bool) -> str:
 
 
 @lru_cache(maxsize=256)
-def flights(name: str, layout: Layout, devices: int, microbatches: int) -> tuple[int, ...]:
-    """How many microbatches each stage keeps activations of, under a schedule; for `auto` under one
-    that keeps few, so that there is one that fits.
+def flights(
+    name: str, layout: Layout, devices: int, microbatches: int, recompute: bool = False
+) -> tuple[int, ...]:
+    """How many microbatches each stage keeps all activations of, under a schedule, if it recomputes
+    from R on; for `auto` under one that keeps few, so that there is one that fits.
 
     Raises:  DfcError N002 for a schedule that cannot be made for these numbers.
     """
-    return in_flight(_lean(name, layout, devices, microbatches))
+    lean = _lean(name, layout, devices, microbatches)
+    if recompute:
+        return in_flight(recomputing(lean, range(lean.stages)), Kind.R)
+    return in_flight(lean)
 
 
 def _lean(name: str, layout: Layout, p: int, m: int) -> Program:

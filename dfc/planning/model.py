@@ -37,6 +37,9 @@ class Wish:
     schedule: str = "auto"
     stages_per_device: int = 1
     turns: bool = False  # whether these are in a V, not in loops
+    # Stages that keep what they take and run their forward again: "always" all, "auto" as few as
+    # leave devices room; a partition then holds what all of them would.
+    recompute: str = "never"
 
     @property
     def layout(self) -> Layout:
@@ -52,7 +55,8 @@ class Wish:
         # Devices are chosen with a stage each, whatever the schedule has on them later.
         known = SCHEDULES.get(self.schedule)
         alone = self.layout == ONE and known is not None and known.chunks != "1"
-        return flights("auto" if alone else self.schedule, self.layout, devices, self.microbatches)
+        name, again = "auto" if alone else self.schedule, self.recompute != "never"
+        return flights(name, self.layout, devices, self.microbatches, again)
 
 
 def by_dtype(node: Node, device: Device) -> str | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfc.ir.graph import Graph, Node
 from dfc.planning.actions import Program
-from dfc.planning.candidates import best_candidate
+from dfc.planning.candidates import Candidate, best_candidate
 from dfc.planning.cost import Sizes, default_sizes
 from dfc.planning.devices import Wanted, price
 from dfc.planning.layouts import layouts
@@ -22,6 +22,7 @@ from dfc.planning.machine import Device, Machine
 from dfc.planning.model import Limits, Modelled, Wish, modelled
 from dfc.planning.partition import Effort
 from dfc.planning.problem import Loads, Partition, value_of
+from dfc.planning.recompute_choice import best_way
 from dfc.planning.rivals import compared
 from dfc.planning.simulate import Costs, Simulation, simulate
 from dfc.planning.streamed_stages import check_wish
@@ -154,6 +155,7 @@ def plan(
     weights than they hold: these stream them, once for each microbatch. A `host` with so many
     bytes reads what it does not hold from disk itself.
     Needs:   no weights: shapes are enough.
+    Whether stages recompute is `wish.recompute`.
     Raises:  DfcError N001, N002, N066, N067 for the schedule, N040.. for sizes and devices, N043
              for a link that is missing, N060 (status 6) when it does not fit; N065 for streaming
              otherwise than by time or cost, or with several stages a device.
@@ -164,9 +166,14 @@ def plan(
     streams = {name: float(1 / hop.per_byte) for name, hop in hops.items()}
     bound, wish = default_sizes(graph, sizes), replace(wish, schedule=schedule, streams=streams)
     whole = modelled(graph, machine, bound, wish, measured, limits, measured_on)
-    best = best_candidate(
-        whole, graph, machine, wish, choices, objective, max_stages, effort, hops, host
-    )  # fmt: skip
+
+    def of(way: str) -> Candidate:
+        some = replace(wish, recompute=way)
+        return best_candidate(
+            whole, graph, machine, some, choices, objective, max_stages, effort, hops, host
+        )  # fmt: skip
+
+    best = best_way(of, wish, objective)
     chosen, costs, simulation, tiers = best.chosen, best.costs, best.simulation, best.tiers
     used = {d.name for d in chosen.machine.devices}
     idle = tuple(d.name for d in machine.devices if d.name not in used)

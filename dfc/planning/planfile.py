@@ -58,6 +58,7 @@ def data_of(plan: Plan) -> dict[str, Any]:
                       for (a, b), x in sorted(costs.links.items())],
             "activations": list(costs.activations),
             "resident": list(costs.resident),
+            "taken": list(costs.taken),
             "slots": costs.slots,
         },
         "program": {
@@ -106,6 +107,7 @@ def _plan(data: Mapping[str, Any], graph: Graph) -> Plan:
         links={(a, b): Link(latency, per_byte) for a, b, latency, per_byte in c["links"]},
         edges=[(int(a), int(b), int(size)) for a, b, size in c["edges"]],
         activations=tuple(c["activations"]), resident=tuple(c["resident"]), slots=c["slots"],
+        taken=tuple(c.get("taken", ())),
     )  # fmt: skip
     partition = Partition(
         _stages_of_nodes(graph), float(p["value"]), float(p["bound"]), str(p["method"])

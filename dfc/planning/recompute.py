@@ -42,6 +42,14 @@ def recomputing(program: Program, stages: Collection[int]) -> Program:
     return Program(program.name, program.placement, program.microbatches, tuple(ranks))
 
 
+def without(program: Program, stage: int) -> Program:
+    """The program in which a stage does not recompute."""
+    ranks = (
+        rows[((rows[:, 0] & ~JOINED) != Kind.R) | (rows[:, 1] != stage)] for rows in program.ranks
+    )
+    return replace(program, ranks=tuple(ranks))
+
+
 def needed(program: Program, costs: Costs, caps: Sequence[float]) -> frozenset[int]:
     """The stages that must recompute for each rank to hold no more than its cap: of those that do,
     the ones that take the least time for it, and of equal ones the fewest.

@@ -69,6 +69,9 @@ def torch_pipelining(
         raise DfcError("N056", f"{told}: {found}",
                        help=f"torchrun --nproc-per-node={count} ...")  # fmt: skip
     make, several = _schedule(plan.schedule, count < len(stages))
+    if plan.program.recomputes:
+        raise DfcError("N055", "torch.distributed.pipelining does not recompute: the plan does",
+                       help="plan with recompute=\"never\"", status=2)  # fmt: skip
     if plan.wish.trains:
         _check_untied(plan)
     place, made, modules = torch.device(device), [], []
