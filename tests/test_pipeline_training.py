@@ -27,7 +27,7 @@ from dfc.planning.engine import Engine, Runner
 from dfc.planning.microbatches import cut
 from dfc.rewrite.pass_ import Context, find_pass
 from dfc.runtime.engines import find_engine
-from dfc.runtime.pipeline import training
+from dfc.runtime.pipeline import trained
 from dfc.runtime.pipeline.dropout import Mask, masked
 from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.training import Trainer
@@ -386,7 +386,7 @@ def test_an_engine_that_writes_over_nothing_gives_the_same(monkeypatch: Any) -> 
     _, args = captured("branches")
     found = []
     for engine in (find_engine("eager"), Unwilling()):
-        monkeypatch.setattr(training, "find_engine", lambda _, engine=engine: engine)
+        monkeypatch.setattr(trained, "find_engine", lambda _, engine=engine: engine)
         with Trainer(staged("branches", 2), schedule="zb1p", microbatches=4, optimizer=adamw,
                      threads=1) as trainer:  # fmt: skip
             losses = [float(trainer.step(*args)) for _ in range(2)]

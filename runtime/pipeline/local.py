@@ -20,9 +20,9 @@ from dfc.planning.stages import StageGraph, split
 from dfc.planning.tiers import Tiers
 from dfc.runtime.allocation import keep_pages
 from dfc.runtime.engines import find_engine
-from dfc.runtime.pipeline.lanes import Lanes, Step, Values
+from dfc.runtime.pipeline.lanes import Lanes, Run, Step, Values
 from dfc.runtime.pipeline.reporting import Report, report_of
-from dfc.runtime.pipeline.routes import stage_edges
+from dfc.runtime.pipeline.routes import Edge, stage_edges
 from dfc.runtime.pipeline.streams import Streams, device_names, drivers_of, on_stream
 from dfc.runtime.tiers.stages import (
     STREAMS,
@@ -99,9 +99,9 @@ class Pipeline:
         self.stages: list[StageGraph] = split(graph, stage_of)
         self.placement = _checked(placement, len(self.stages))
         ranks = 1 + max(self.placement)
-        self.devices = device_names(_one_each(devices, ranks, "devices", "ranks"))
+        self.devices = device_names(one_each(devices, ranks, "devices", "ranks"))
         self.threads = _threads(threads, self.placement, self.devices)
-        self.engines = _one_each(engine, len(self.stages), "engines", "stages")
+        self.engines = one_each(engine, len(self.stages), "engines", "stages")
         self.microbatches = microbatches
         self.batch = batch or batch_of(graph)
         self._dims = {v: batch_dim(v, self.batch) for v in graph.inputs}
@@ -111,7 +111,6 @@ class Pipeline:
         self._build = build or self._on_engine
         self.tiers = [] if memory is None else self._within(memory, example)
         self._runners: list[Runner] = []
-        self._streams: Streams | None = None  # where a rank is on a CUDA device
         self._lanes = self._start()
         self.last: tuple[Program, Step] | None = None
 
@@ -145,15 +144,9 @@ class Pipeline:
             for i, (s, rank) in enumerate(zip(self.stages, self.placement, strict=True)):
                 self._runners.append(self._build(i, s, self.threads[rank]))
             failing.pop_all()
-        lanes = self._on_lanes(stage_runner(self.stages, self._runners))
+        run = stage_runner(self.stages, self._runners)
+        lanes = Computing(self.edges, run, self.threads, self.placement, self.devices)
         return Counted(lanes, Brought(dict(enumerate(self._runners)))) if self.tiers else lanes
-
-    def _on_lanes(self, run: Callable[[Action, Values], Values]) -> Lanes:
-        if all(d == "cpu" for d in self.devices):
-            return Lanes(self.edges, run, self.threads)
-        self._streams = Streams(self.devices)
-        paced = self._streams.paced(run, self.placement)
-        return Lanes(self.edges, paced, self.threads, self._streams, drivers_of(self.devices))
 
     @property
     def leads(self) -> bool:
@@ -177,8 +170,8 @@ class Pipeline:
         program = self._programs.get(len(parts))
         if program is None:
             program = self._programs[len(parts)] = self._program(len(parts))
-        step = self._lanes.step(program, parts)
-        self.last = program, self._streams.timed(step) if self._streams else step
+        self.last = program, self._lanes.step(program, parts)
+        step = self.last[1]
         pairs = list(zip(step.results, parts, strict=True))
         return [
             joined([_value(out, made, part) for made, part in pairs], dim)
@@ -222,10 +215,35 @@ class Pipeline:
         self.close()
 
 
+class Computing:
+    """Lanes of ranks on devices; the spans of a step are those of the devices' own clocks.
+
+    `placement[s]` is the rank of stage s, `devices[r]` the device of rank r.
+    """
+
+    def __init__(
+        self, edges: Sequence[Edge], run: Run, threads: Sequence[int], placement: Sequence[int],
+        devices: Sequence[str],
+    ) -> None:  # fmt: skip
+        self._streams = None if set(devices) == {"cpu"} else Streams(devices)
+        if self._streams is None:
+            self.lanes = Lanes(edges, run, threads)
+            return
+        paced = self._streams.paced(run, placement)
+        self.lanes = Lanes(edges, paced, threads, self._streams, drivers_of(devices))
+
+    def step(self, program: Program, given: Sequence[Values]) -> Step:
+        step = self.lanes.step(program, given)
+        return step if self._streams is None else self._streams.timed(step)
+
+    def close(self) -> None:
+        self.lanes.close()
+
+
 class Counted:
     """Lanes whose steps tell what their stages' weights brought."""
 
-    def __init__(self, lanes: Lanes, brought: Brought) -> None:
+    def __init__(self, lanes: Runs, brought: Brought) -> None:
         self.lanes, self.brought = lanes, brought
 
     def step(self, program: Program, given: Sequence[Values]) -> Step:
@@ -265,19 +283,27 @@ def _checked(placement: Sequence[int] | None, stages: int) -> tuple[int, ...]:
 def _threads(
     given: int | Sequence[int] | None, placement: Sequence[int], devices: Sequence[str]
 ) -> list[int]:
-    """Why:  a rank on a device other than the processor needs a thread to start its kernels."""
     import torch
 
     ranks = 1 + max(placement)
     if given is None or isinstance(given, int):
-        loads = [placement.count(r) if devices[r] == "cpu" else 0 for r in range(ranks)]
-        return thread_shares(given or torch.get_num_threads(), loads)
+        return rank_threads(given or torch.get_num_threads(), placement, devices)
     if len(given) != ranks or min(given) < 1:
         raise DfcError("N053", f"{list(given)} are not the threads of {ranks} ranks")
     return list(given)
 
 
-def _one_each(given: str | Sequence[str], count: int, what: str, of: str) -> list[str]:
+def rank_threads(total: int, placement: Sequence[int], devices: Sequence[str]) -> list[int]:
+    """The threads of each rank, by its stages.
+
+    Why:  a rank on a device other than the processor needs a thread to start its kernels.
+    """
+    each = range(len(devices))
+    loads = [placement.count(r) if devices[r] == "cpu" else 0 for r in each]
+    return thread_shares(total, loads)
+
+
+def one_each(given: str | Sequence[str], count: int, what: str, of: str) -> list[str]:
     if isinstance(given, str):
         return [given] * count
     if len(given) != count:

@@ -32,6 +32,7 @@ class RankDevice:
         if self._streams is None:
             yield
             return
+        self._streams.follow_caller()
         with self._streams.lane(0), self._streams.step():
             yield
 

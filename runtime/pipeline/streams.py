@@ -68,10 +68,20 @@ class Streams:
         for device in self.cuda:
             with torch.cuda.device(device):
                 self._began[device] = torch.cuda.current_stream().record_event(_clock())
+        self.follow_caller()
         yield
         for stream in self.compute:
             if stream is not None:
                 stream.synchronize()
+
+    def follow_caller(self) -> None:
+        """What ranks compute from here on comes after what the caller queued: an optimizer's step
+        writes to weights that no edge carries."""
+        import torch
+
+        for stream in self.compute:
+            if stream is not None:
+                stream.wait_stream(torch.cuda.current_stream(stream.device))
 
     @contextmanager
     def lane(self, rank: int) -> Iterator[None]:

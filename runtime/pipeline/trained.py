@@ -14,9 +14,11 @@ from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Value
 from dfc.planning.actions import Action, Kind
 from dfc.planning.backward import Part, replay
-from dfc.planning.engine import Donating, Engine, Runner
+from dfc.planning.engine import Donating, Runner
 from dfc.planning.stages import HOST
+from dfc.runtime.engines import find_engine
 from dfc.runtime.pipeline.differentiated import Differentiated, Gradient
+from dfc.runtime.pipeline.streams import on_stream
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +26,12 @@ if TYPE_CHECKING:
 Build = Callable[[Graph, Collection[Value]], Runner]  # the graph, and inputs to write over
 
 
-def builder(engine: Engine, threads: int) -> Build:
-    """How a stage's parts are built: an engine that writes over no input gives new sums."""
+def builder(name: str, threads: int, device: str = "cpu") -> Build:
+    """How an engine builds a stage's parts: one that writes over no input gives new sums."""
+    engine = find_engine(name)
     if isinstance(engine, Donating):
-        return lambda graph, donated: engine.build_donating(graph, "cpu", threads, donated)
-    return lambda graph, _: engine.build(graph, "cpu", threads)
+        return lambda graph, donated: engine.build_donating(graph, device, threads, donated)
+    return lambda graph, _: on_stream(name, engine.build(graph, device, threads), device)
 
 
 class TrainedStage:
@@ -62,7 +65,9 @@ class TrainedStage:
         self.recompute(recomputes)
         self._weights = {joint.weights[name]: weights[name] for name in joint.weights}
         self.gradients = {
-            name: torch.zeros(weights[name].shape, dtype=weights[name].dtype) for name in sums
+            name: torch.zeros(w.shape, dtype=w.dtype, device=w.device)
+            for name in sums
+            for w in [weights[name]]
         }
         self._given = list(zip(stage.stage.gives, joint.outputs, strict=True))
         self._tangents = [

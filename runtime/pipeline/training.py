@@ -28,20 +28,20 @@ from dfc.ir.interpret import bind_inputs
 from dfc.ir.types import TensorType
 from dfc.lang.units import byte_count
 from dfc.planning.actions import Action, Kind, Program
-from dfc.planning.engine import Engine
 from dfc.planning.microbatches import batch_dim, batch_of, cut
 from dfc.planning.simulate import Costs
 from dfc.planning.stages import HOST
 from dfc.runtime.allocation import keep_pages
-from dfc.runtime.engines import find_engine
 from dfc.runtime.pipeline import checkpoint
 from dfc.runtime.pipeline.differentiated import Differentiated, Gradient
 from dfc.runtime.pipeline.dropout import Mask
-from dfc.runtime.pipeline.lanes import Lanes, Step
-from dfc.runtime.pipeline.local import thread_shares
+from dfc.runtime.pipeline.homes import Homes, on_host
+from dfc.runtime.pipeline.lanes import Step
+from dfc.runtime.pipeline.local import Computing, one_each, rank_threads
 from dfc.runtime.pipeline.programs import AUTO, Programs
 from dfc.runtime.pipeline.sequential import Sequential
 from dfc.runtime.pipeline.staged_model import StagedModel
+from dfc.runtime.pipeline.streams import device_names
 from dfc.runtime.pipeline.trained import TrainedStage, builder
 from dfc.runtime.pipeline.training_report import TrainingReport
 from dfc.runtime.pipeline.training_state import State, copied, optimizer_state, restore, slots_of
@@ -71,7 +71,8 @@ class Trainer:
     of the batch's items, with "sum" it counts whole. `stage_of` gives each node its stage, or is a
     plan. `schedule` is a name, a program, or "auto": the best for the stages' times, measured in
     the first step; by default a plan's, else "1f1b" with 8 microbatches. `chunks` is how many
-    stages a rank has in schedules that allow any number.
+    stages a rank has in schedules that allow any number. `devices` are those of the ranks, or of
+    all: `cpu`, `cuda:0`, ...; weights, gradients and optimizers' slots lie there.
     A stage that recomputes keeps of each microbatch what other stages gave it, and runs its forward
     again before its backward pass: `recompute` is True, the stages that do, or "auto": as few as
     leave each rank no more than `memory` bytes of activations ("2GiB"), as measured in the first
@@ -79,7 +80,8 @@ class Trainer:
     Needs:   convex stages, a graph that writes to no state.
     Ensures: dropout is drawn by counters (`seed`, step, operator, microbatch): masks do not depend
              on stages or schedule. Other random operators are refused.
-    Raises:  DfcError N050 for stages, N07x for what cannot be trained, N001.. for schedules.
+    Raises:  DfcError N050 for stages, N07x for what cannot be trained, N001.. for schedules, N053
+             for devices.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Trainer:
         batch: str | None = None,
         engine: str = "eager",
         threads: int | None = None,
+        devices: str | Sequence[str] = "cpu",
         seed: int = 0,
         sequential: bool = False,
         recompute: bool | Collection[int] | str | None = None,
@@ -118,13 +121,15 @@ class Trainer:
         self.programs = Programs(schedule, len(model.parts), microbatches, chunks, some, room)
         self.batch = batch or batch_of(model.graph)
         self._dims = {v: batch_dim(v, self.batch) for v in model.graph.inputs}
+        placement = self.programs.placement
+        ranks = 1 + max(placement)
+        self.devices = device_names(one_each(devices, ranks, "devices", "ranks"))
+        _check_devices(self.devices, sequential)
         mine = self._mine()
-        read = {name for part in mine for name in part.joint.weights}
-        self.parameters = {
-            n: torch.nn.Parameter(x.clone()) for n, x in model.weights().items() if n in read
-        }
+        self._homes = Homes(model.weights(), mine, [self.device_of(p) for p in mine])
+        self.parameters = self._homes.parameters
         each = self._threads(threads or torch.get_num_threads())
-        self.trained = self._trained(mine, find_engine(engine), each)
+        self.trained = self._trained(mine, engine, each)
         self._by_stage = {t.stage.number: t for t in self.trained}
         self.optimizers = [optimizer(owned) for owned in self._owned() if owned]
         self._way: Way = Sequential(model.edges, self._run) if sequential else self._start(each)
@@ -139,22 +144,25 @@ class Trainer:
 
     def _threads(self, total: int) -> list[int]:
         """The threads of each rank's kernels."""
-        placement = self.programs.placement
-        return thread_shares(total, [placement.count(r) for r in range(1 + max(placement))])
+        return rank_threads(total, self.programs.placement, self.devices)
 
     def _start(self, threads: Sequence[int]) -> Way:
-        return Lanes(self.model.edges, self._run, threads)
+        placement = self.programs.placement
+        return Computing(self.model.edges, self._run, threads, placement, self.devices)
 
     # stages
 
+    def device_of(self, part: Differentiated) -> str:
+        """The device of a stage."""
+        return self.devices[self.programs.placement[part.number]]
+
     def _trained(
-        self, parts: Sequence[Differentiated], engine: Engine, threads: Sequence[int]
+        self, parts: Sequence[Differentiated], engine: str, threads: Sequence[int]
     ) -> list[TrainedStage]:
-        weights = {name: p.detach() for name, p in self.parameters.items()}
         found = []
         for part in parts:
-            rank = self.programs.placement[part.number]
-            build = builder(engine, threads[rank])
+            rank, device = self.programs.placement[part.number], self.device_of(part)
+            build, weights = builder(engine, threads[rank], device), self._homes.on(device)
             again = part.number in self.programs.first.recomputes
             readers, kinds, drawn = self.model.readers, self.programs.kinds, self.model.masks
             found.append(TrainedStage(part, weights, readers, build, kinds, again, drawn))
@@ -196,6 +204,7 @@ class Trainer:
         loss = self.backward(*args, **kwargs)
         for optimizer in self.optimizers:
             optimizer.step()
+        self._homes.changed()
         self.steps += 1
         return loss
 
@@ -253,8 +262,8 @@ class Trainer:
             held = [t.gradients[name] for t in self.trained if name in t.gradients]
             total = held[0] if held else None
             for other in held[1:]:
-                total = total.add_(other)  # type: ignore[union-attr]
-            parameter.grad = total
+                total = total.add_(other.to(total.device))  # type: ignore[union-attr]
+            parameter.grad = None if total is None else total.to(parameter.device)
 
     def _owned(self) -> list[list[torch.nn.Parameter]]:
         """The parameters of each stage's optimizer: a tied one belongs to its first stage."""
@@ -279,6 +288,7 @@ class Trainer:
         Raises:  DfcError N075 (exit status 2) for parameters that are missing or of another shape.
         """
         restore(self.parameters, self._named_slots(), state)
+        self._homes.changed()
         self.steps, self.seed = int(state["step"]), int(state["seed"])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -303,10 +313,12 @@ class Trainer:
         self.load_state_dict(checkpoint.read(Path(folder)))
 
     def _state(self) -> State:
-        """The state, whose tensors are those that are trained."""
+        """The state, whose tensors are those that are trained where these lie on the host."""
         weights = {name: p.detach() for name, p in self.parameters.items()}
         slots = optimizer_state(self._named_slots(), self.parameters)
-        return {"weights": weights, "step": self.steps, "seed": self.seed, **slots}
+        own = {"weights": weights, "step": self.steps, "seed": self.seed, **slots}
+        found: State = on_host(own)
+        return found
 
     def _named_slots(self) -> Iterable[tuple[str, Any, Any]]:
         return slots_of(self.parameters, self.optimizers)
@@ -384,6 +396,11 @@ def _recompute(
         raise DfcError("N073", f"`recompute` is {wanted!r}, there are {stages} stages", help=help,
                        status=2)  # fmt: skip
     return frozenset(wanted), float("inf")
+
+
+def _check_devices(devices: Sequence[str], sequential: bool) -> None:
+    if sequential and set(devices) != {"cpu"}:
+        raise DfcError("N053", "`sequential` computes on the processor alone", status=2)
 
 
 def _items(part: Mapping[Value, Any], dims: Mapping[Value, int | None]) -> int:

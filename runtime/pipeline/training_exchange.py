@@ -23,6 +23,7 @@ from dfc.runtime.pipeline.lanes import Run, Span, Step
 from dfc.runtime.pipeline.linking import WorldMeeting, device_pairs, nccl_is_here
 from dfc.runtime.pipeline.links import Doing, LinkLost, Pair, Traffic, pairs_of
 from dfc.runtime.pipeline.rank import run_rank
+from dfc.runtime.pipeline.rank_device import RankDevice
 from dfc.runtime.pipeline.routes import Routes, routes
 from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.world import World
@@ -43,15 +44,18 @@ class Ranks:
 
     `name` is a prefix in the store that no other trainer has. A message may take `deadline`
     seconds, else five times the last step. `links` are `local` (sockets of this host) or `gloo`;
-    by default local where all ranks are on one host.
+    by default local where all ranks are on one host. `device` is where this rank computes; what it
+    sends is copied out of there.
     Raises:  DfcError K058 for a rank that does not come.
     """
 
     def __init__(
         self, world: World, name: str, model: StagedModel, placement: Sequence[int], run: Run,
-        deadline: float | None, links: str | None = None,
+        deadline: float | None, links: str | None = None, device: str = "cpu",
     ) -> None:  # fmt: skip
-        self.world, self.name, self.model, self.run = world, name, model, run
+        self.world, self.name, self.model = world, name, model
+        self.device = RankDevice(device)
+        self.run = self.device.paced(run, len(placement))
         self.edges, self.placement = tuple(model.edges), tuple(placement)
         self.types = {
             i: [v.value.type if isinstance(v, Gradient) else v.type for v in e.values]
@@ -94,10 +98,13 @@ class Ranks:
         every = range(len(given))
         traffic = _OwnHost(
             self.links, self._routes[id(program)][1], every, self.types, self._sizes(given),
-            self.doing, self._deadline, given=given, results=results,
+            self.doing, self._deadline, self.device, given=given, results=results,
         )  # fmt: skip
         try:
-            done = run_rank(self.world.rank, traffic.routes, self.run, traffic, every, self.doing)
+            with self.device.step():
+                done = run_rank(
+                    self.world.rank, traffic.routes, self.run, traffic, every, self.doing
+                )
         except LinkLost as e:
             raise self._lost(e.peer, str(e)) from e
         except DfcError as e:
@@ -107,7 +114,8 @@ class Ranks:
         seconds = time.perf_counter() - began
         if self._fixed is None:
             self._deadline = max(_AT_LEAST, _LATE * seconds)
-        spans = [Span(a, self.world.rank, start, end) for a, start, end in done.spans]
+        timed = self.device.timed(done.spans)
+        spans = [Span(a, self.world.rank, start, end) for a, start, end in timed]
         sent = {e: done.sent.get(i, 0) for i, e in enumerate(self.edges)}
         return Step(results, spans, seconds, sent)
 
@@ -128,7 +136,7 @@ class Ranks:
         me, rank = self.world.rank, self.placement[self.last]
         self.doing.set("LOSS")
         if me == rank:
-            block = torch.stack([r[loss] for r in results])
+            block = torch.stack([r[loss] for r in results]).to("cpu")
             others = [r for r in range(self.world.size) if r != me]
             self._wait([self._post((me, r), block, 0) for r in others])
         else:
@@ -141,7 +149,8 @@ class Ranks:
     def exchange(
         self, told: Mapping[Told, torch.Tensor], like: Mapping[str, torch.Tensor]
     ) -> dict[Told, torch.Tensor]:
-        """The gradients of tied weights that other ranks' stages have, for what this one has.
+        """The gradients of tied weights that other ranks' stages have, for what this one has; they
+        lie in this machine's memory.
 
         Ensures: all ranks send and wait in one order, so that none waits for one that waits for it.
         Raises:  DfcError K058 for a rank that is lost.
@@ -156,11 +165,11 @@ class Ranks:
                 number = tag * len(self.placement) + i
                 if self.placement[s] != me:
                     found[name, s] = torch.empty_like(
-                        like[name], memory_format=torch.contiguous_format
+                        like[name], memory_format=torch.contiguous_format, device="cpu"
                     )
                     works.append(self._post((self.placement[s], me), found[name, s], number))
                     continue
-                block = told[name, s].contiguous()
+                block = told[name, s].contiguous().to("cpu")
                 works += [self._post((me, r), block, number) for r in ranks if r != me]
         self._wait(works)
         self.doing.set("idle")
@@ -231,7 +240,8 @@ class _OwnHost(Traffic):
     def receive(self, edge: int, microbatch: int) -> list[Any]:
         e = self.routes.edges[edge]
         if e.source == HOST:
-            return [self.given[microbatch][v] for v in e.values]
+            given = [self.given[microbatch][v] for v in e.values]
+            return given if self.device is None else self.device.here(given)
         return super().receive(edge, microbatch)
 
 

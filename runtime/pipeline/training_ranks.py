@@ -102,7 +102,7 @@ class RankTrainer(Trainer):
 
     def _start(self, threads: Sequence[int]) -> Way:
         self._ranks = Ranks(self.world, self._name, self.model, self.programs.placement, self._run,
-                            self.deadline, self._links)  # fmt: skip
+                            self.deadline, self._links, self.devices[self.world.rank])  # fmt: skip
         return self._ranks
 
     def _gather(self) -> None:
@@ -119,8 +119,8 @@ class RankTrainer(Trainer):
                 continue
             total = told[name, owners[name][0]].clone()
             for s in owners[name][1:]:
-                total.add_(told[name, s])
-            parameter.grad = total
+                total.add_(told[name, s].to(total.device))
+            parameter.grad = total.to(parameter.device)
 
     def _measured(
         self, given: Sequence[Mapping[Any, Any]], repeats: int

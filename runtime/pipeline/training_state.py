@@ -54,8 +54,20 @@ def restore(
             p.copy_(weights[name])
     for name, optimizer, group in slots:
         held = state["slots"].get(name, {})
-        optimizer.state[parameters[name]] = copied(held)
         group.update(state["options"].get(name, {}))
+        optimizer.state[parameters[name]] = _placed(copied(held), parameters[name], group)
+
+
+def _placed(slots: dict[str, Any], like: torch.Tensor, group: Mapping[str, Any]) -> Any:
+    """Slots on their parameter's device, as optimizers keep them.
+
+    Source:  torch.optim.Optimizer: `step` stays on the host where kernels are not recorded with it.
+    """
+    counted = group.get("capturable") or group.get("fused")
+    return {
+        k: x.to(like.device) if hasattr(x, "device") and (k != "step" or counted) else x
+        for k, x in slots.items()
+    }
 
 
 def _refuse(parameters: Mapping[str, Any], weights: Mapping[str, Any]) -> None:

@@ -1,0 +1,59 @@
+"""Where the weights of stages on several devices lie while they are trained.
+
+A weight is at home on the device of the first stage that reads it: its optimizer works there. For
+stages on other devices that read it too, as with tied weights, there are copies, which are written
+anew whenever the weight was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dfc.runtime.pipeline.differentiated import Differentiated
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Homes:
+    """The parameters of stages, `devices[i]` being the device of `parts[i]`."""
+
+    def __init__(
+        self, weights: Mapping[str, torch.Tensor], parts: Sequence[Differentiated],
+        devices: Sequence[str],
+    ) -> None:  # fmt: skip
+        import torch
+
+        at: dict[str, list[str]] = {}
+        for part, device in zip(parts, devices, strict=True):
+            for name in part.joint.weights:
+                found = at.setdefault(name, [])
+                if device not in found:
+                    found.append(device)
+        self.parameters: dict[str, torch.nn.Parameter] = {
+            name: torch.nn.Parameter(x.to(at[name][0], copy=True))
+            for name, x in weights.items() if name in at
+        }  # fmt: skip
+        self._copies = {
+            (name, device): self.parameters[name].detach().to(device, copy=True)
+            for name, places in at.items() for device in places[1:]
+        }  # fmt: skip
+
+    def on(self, device: str) -> dict[str, torch.Tensor]:
+        """What stages of a device read: weights that are at home there, and copies."""
+        found = {n: p.detach() for n, p in self.parameters.items() if str(p.device) == device}
+        found.update((n, x) for (n, d), x in self._copies.items() if d == device)
+        return found
+
+    def changed(self) -> None:
+        """Write the copies anew."""
+        for (name, _), copy in self._copies.items():
+            copy.copy_(self.parameters[name].detach())
+
+
+def on_host(state: Any) -> Any:
+    """A state, or a part of one, whose tensors lie in this machine's memory."""
+    if isinstance(state, Mapping):
+        return {k: on_host(v) for k, v in state.items()}
+    return state.to("cpu") if hasattr(state, "device") else state
