@@ -139,6 +139,8 @@ def ours(model: Any, args: Any, inductor: bool, half: bool) -> tuple[dict[str, C
     names = ["eager", "onnxruntime", "openvino"] + ["inductor"] * inductor
     if has_images(auto.graph):
         names.insert(1, "eager:channels_last")
+    if half:  # with the graph's casts, and with OpenVINO's own: `auto` is one of both
+        names.append("openvino:hint")
     graph = with_state_inputs(auto.graph)
     found: dict[str, Call] = {"dfc auto": lambda: auto(*args)}
     for name in names:

@@ -115,6 +115,7 @@ class Report:
     proved: bool = False
     proof: str = ""
     lossy: bool = False  # it changes results on purpose: its own are the standard for engines
+    rtol: float = 0.0  # what its passes promise, or the recipe allows: engines are held to it
     error: float | None = None
     original_error: float | None = None
     passes: list[PassReport] = field(default_factory=list)

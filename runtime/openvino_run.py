@@ -42,6 +42,12 @@ class Session:
         self._is_static = all(_is_static(t) for t in self._types)
         self._idle: list[Any] = []
 
+    @property
+    def precision(self) -> str:
+        """What it computes in, by its own word: a hint that the processor cannot follow is none."""
+        found = self._compiled.get_property("INFERENCE_PRECISION_HINT")
+        return str(found.get_type_name())
+
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """The outputs' leaves, then the mutations' values."""
         request = self._idle.pop() if self._idle else self._compiled.create_infer_request()

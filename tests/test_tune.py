@@ -179,7 +179,7 @@ def test_what_is_killed_while_writing_leaves_the_package_whole(
         (["--budget", "20"], "`20` is no time"),
         (["--engines", "eagre"], "did you mean `eager`"),
         (["--engines", "eager:nhwc"], "no form `nhwc`: there are channels_last"),
-        (["--engines", "openvino:fast"], "no form `fast`: it has none"),
+        (["--engines", "openvino:fast"], "no form `fast`: there are hint"),
     ],
 )
 def test_bad_words_are_refused(package: Path, words: list[str], message: str, capsys: Any) -> None:

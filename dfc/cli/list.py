@@ -63,6 +63,9 @@ def list_(
     elif kind == "engines":
         shown = [[r["name"], ", ".join(r["devices"]), r["state"], r["does"]] for r in rows]
         print_table(["engine", "devices", "", "does"], shown)
+        found = [form for r in rows for form in r["forms"]]
+        if found:
+            print_text(f"\nforms, also by name: {', '.join(found)}")
     else:
         print_table(["op", "means"], [[r["name"], r["does"]] for r in rows])
         if not word:
@@ -117,9 +120,10 @@ def engine_rows(word: str = "") -> list[dict[str, Any]]:
         try:
             engine = find_engine(name)
             found = {"devices": list(engine.devices), "state": "available",
-                     "does": first_line(type(engine))}  # fmt: skip
+                     "does": first_line(type(engine)),
+                     "forms": [f"{name}:{v}" for v in getattr(engine, "variants", {})]}  # fmt: skip
         except DfcError as e:
-            found = {"devices": [], "state": f"missing: {e.message}", "does": ""}
+            found = {"devices": [], "state": f"missing: {e.message}", "does": "", "forms": []}
         if word in name:
             rows.append({"name": name, **found})
     return rows

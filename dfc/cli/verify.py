@@ -99,7 +99,8 @@ def _prove(package: str, engine: str, device: str, say: Any) -> dict[str, Any]:
 
     say(f"proving on {engine}")
     compiled = dfc.load(package, engine=engine, device=device)
-    verdict = compiled.standard().judge(compiled.run_flat, rtol=engine_rtol(compiled.graph))
+    rtol = max(engine_rtol(compiled.graph), compiled.report.rtol)
+    verdict = compiled.standard().judge(compiled.run_flat, rtol=rtol)
     worst = largest_error(compiled)
     return {
         "engine": compiled.engine.name,

@@ -36,6 +36,8 @@ FINALISTS = ("inductor:cuda_graph",)
 # Quantized weights that meet floats are read there as they are stored, for memory's sake; unpacked
 # once they may be faster, from some number of rows on.
 FLOATS = ("eager:floats", "eager:floats:cuda_graph")
+# A graph of 16 bits without its casts, the type told to OpenVINO, which casts where it pays.
+HINTED = ("openvino:hint",)
 _KEPT = 6  # runners; each may hold the weights in a form of its own
 
 Progress = Callable[[str], None]
@@ -134,10 +136,13 @@ class Bench:
         found = [n for n in CANDIDATES if n in installed_engines()]
         return [*found, *forms(self.original, self.device)]
 
-    def finalists(self) -> list[str]:
-        """The candidates, and what is worth its time once: for the result."""
-        compiled = self.engine == "auto" and self.device.startswith("cuda")
-        return [*self.candidates(), *(FINALISTS if compiled else ())]
+    def finalists(self, graph: Graph) -> list[str]:
+        """The candidates for a version, and what is worth its time once: for the result."""
+        if self.engine != "auto":
+            return self.candidates()
+        compiled = FINALISTS if self.device.startswith("cuda") else ()
+        found = [*self.candidates(), *forms(graph, self.device), *compiled]
+        return list(dict.fromkeys(found))
 
     def lead(self) -> str:
         """The engine that steps are measured on: the one named, or the original's fastest.
@@ -240,9 +245,16 @@ def forms(graph: Graph, device: str) -> list[str]:
     """The forms of a graph that are tried on a device beside the plain one."""
     images = has_images(graph)
     if device == "cpu":
-        return list(LAYOUTS) if images else []
+        return [*(LAYOUTS if images else ()), *(HINTED if _may_hint(graph) else ())]
     unpacked = FLOATS if device.startswith("cuda") and has_packed_floats(graph) else ()
     return [*RECORDED, *(RECORDED_LAYOUTS if images else ()), *unpacked]
+
+
+def _may_hint(graph: Graph) -> bool:
+    from dfc.compress.widening import half_of_products
+    from dfc.runtime.engines import installed_engines
+
+    return half_of_products(graph) is not None and "openvino" in installed_engines()
 
 
 def has_images(graph: Graph) -> bool:

@@ -69,7 +69,7 @@ def _candidates(
     for version in (graph, original):
         if version is None or found:
             continue
-        for name in bench.finalists():
+        for name in bench.finalists(version):
             bench.say(f"building for {name}")
             try:
                 ready = bench.ready(version, name)
@@ -82,7 +82,7 @@ def _candidates(
                 message = f"engine `{name}` gives other results: {ready.wrong}"
                 refusals.setdefault(name, DfcError("V033", message))
     if not found:
-        raise _none(bench.finalists(), refusals)
+        raise _none(bench.finalists(graph), refusals)
     verdicts = {n: "wrong" if e.code == "V033" else "refused" for n, e in refusals.items()}
     return found, [
         EngineReport(n, verdicts[n], e.message) for n, e in refusals.items() if n not in found
@@ -113,7 +113,9 @@ def _fastest(
         if guard.verdict == "reverted":
             ready = bench.ready(original, name)
             after_ms /= guard.ratio or 1.0
-        rivals = [n for n in timings if n != name and timings[n].p50_ms < NEAR * after_ms]
+        known = bench.finalists(original)
+        rivals = [n for n in known if n != name and n in timings
+                  and timings[n].p50_ms < NEAR * after_ms]  # fmt: skip
         other = _captured(bench, ready, original, rivals, engines)
         if other is not None:
             ready, guard = other
@@ -127,7 +129,8 @@ def _fastest(
 def _measured(ready: Ready, name: str, t: Any, chosen: bool, form: str = "") -> EngineReport:
     worst = ready.verdict.worst if ready.verdict is not None else None
     verdict = "chosen" if chosen else "slower"
-    return EngineReport(name, verdict, "", t.p50_ms, t.spread_ms, worst, form)
+    note = getattr(ready.runner, "note", "")
+    return EngineReport(name, verdict, note, t.p50_ms, t.spread_ms, worst, form)
 
 
 def _captured(

@@ -155,6 +155,8 @@ class Compilation:
         report.notes += ["\n".join(x.lines()) for r in outcome.reports for x in r.left_out]
         if probes is not None:
             report.notes += probes.notes
+        promised = outcome.numerics.rtol if choice.graph is outcome.graph else 0.0
+        report.rtol = max(promised, self._allowed())
         _proof(report, probes, mode, outcome.numerics.kind == "changes")
 
     def _settle(

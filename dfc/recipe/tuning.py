@@ -28,7 +28,8 @@ _LEAST_S = {"inductor": 30.0}
 # Cheap ones first: when the budget ends, most has been tried.
 _ORDER = ("eager", "eager:channels_last", "eager:cuda_graph", "eager:channels_last:cuda_graph",
           "eager:floats", "eager:floats:cuda_graph",
-          "onnxruntime", "openvino", "inductor", "inductor:cuda_graph")  # fmt: skip
+          "onnxruntime", "openvino", "openvino:hint",
+          "inductor", "inductor:cuda_graph")  # fmt: skip
 _LONGEST = ("inductor:max_autotune:cuda_graph",)  # measures kernels: on GPUs, where that pays
 
 
@@ -87,7 +88,8 @@ class _Tuning:
         probes = Probes(graph, package.probes)
         if not package.report.proved:  # its results differ from the original's on purpose
             probes = own_probes(probes, graph)
-        self.bench = Bench(graph, probes, "auto", device, say, keep=16, example=inputs)
+        rtol = package.report.rtol
+        self.bench = Bench(graph, probes, "auto", device, say, rtol, keep=16, example=inputs)
 
     def run(self, engines: Sequence[str] | None, seconds: float) -> Tuned:
         current = self.package.engine
@@ -140,7 +142,10 @@ class _Tuning:
             return EngineReport(name, "refused", e.message)
         if ready.wrong is not None:
             return EngineReport(name, "wrong", f"it gives other results: {ready.wrong}")
-        return EngineReport(name, "right", error=ready.verdict.worst if ready.verdict else None)
+        note = getattr(ready.runner, "note", "")
+        return EngineReport(
+            name, "right", note, error=ready.verdict.worst if ready.verdict else None
+        )
 
     def _choose(self, p50: dict[str, float], current: str) -> tuple[str, Decision]:
         """The fastest, if it is faster than the present engine beyond noise."""

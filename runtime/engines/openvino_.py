@@ -7,7 +7,10 @@ and keeps attention's cache in 8 bits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from typing import Any
 
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter
@@ -19,8 +22,6 @@ if find_spec("openvino") is None:  # importing it takes half a second
 
 _WIDE = ("f64", "c128")
 _INT32 = 2**31
-_PRODUCTS = ("aten.linear", "aten.mm", "aten.bmm", "aten.addmm", "aten.matmul", "aten.conv",
-             "aten.scaled_dot_product_attention", "dfc.multi_head_attention")  # fmt: skip
 
 
 class OpenVino(Engine):
@@ -42,7 +43,18 @@ class OpenVino(Engine):
                 return reason
         return why_not(node)
 
+    @property
+    def variants(self) -> Mapping[str, Engine]:
+        """The other form of the graph, where it computes in 16 bits: `openvino:hint`."""
+        return {"hint": Hint()}
+
     def build(self, graph: Graph, device: str = "cpu", threads: int | None = None) -> Runner:
+        return self.build_in(graph, device, threads, precision(graph))
+
+    def build_in(
+        self, graph: Graph, device: str, threads: int | None, precision: str
+    ) -> CheckedRunner:
+        """The graph compiled with OpenVINO's hint of a precision: it decides where that pays."""
         import torch
 
         from dfc.emit.checks import checked, lift_checks
@@ -54,8 +66,43 @@ class OpenVino(Engine):
         _refuse(self, graph)
         lifted, messages = lift_checks(graph)
         count = threads or torch.get_num_threads()
-        session = Session(build_onnx(lifted), lifted, count, precision(lifted))
-        return checked(session.run, len(graph.outputs), messages)
+        session = Session(build_onnx(lifted), lifted, count, precision)
+        run = checked(session.run, len(graph.outputs), messages)
+        return CheckedRunner(run, session.precision)
+
+
+@dataclass(frozen=True)
+class CheckedRunner:
+    """A compiled graph, and what OpenVINO says that it computes in."""
+
+    run: Runner
+    precision: str
+    note: str = ""
+
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+        return self.run(inputs)
+
+
+class Hint(OpenVino):
+    """Runs a graph of 16 bits without its casts; OpenVINO, told of the type, casts by itself.
+
+    Why:   casts of the graph's are converts to OpenVINO and keep its fusions apart.
+    Keeps: of a graph that multiplies in f32, all: it is built as by `openvino`.
+    """
+
+    name = "openvino:hint"
+
+    def build(self, graph: Graph, device: str = "cpu", threads: int | None = None) -> Runner:
+        from dfc.compress.widening import half_of_products, widened
+
+        half = half_of_products(graph)
+        if half is None:
+            return super().build(graph, device, threads)
+        made = self.build_in(widened(graph), device, threads, half)
+        note = f"without the graph's casts, asked for {half}"
+        if made.precision != half:
+            note += f"; it computes in {made.precision} on this processor"
+        return replace(made, note=note)
 
 
 def precision(graph: Graph) -> str:
@@ -64,17 +111,12 @@ def precision(graph: Graph) -> str:
     Why:  asked for f32 it turns values of bf16 into floats, and has lost what they were cast for;
           asked for bf16 it rounds more than the graph says, and the proof tells whether too much.
     """
+    from dfc.compress.widening import half_of_products
     from dfc.planning.host import cpu_features
 
     if not any(f in cpu_features() for f in ("avx512_bf16", "amx_bf16")):
         return "f32"
-    products = (n for n in graph.walk() if n.op.startswith(_PRODUCTS))
-    halves = any(_is_bf16(n.result.type) for n in products if n.results)
-    return "bf16" if halves else "f32"
-
-
-def _is_bf16(type: Type) -> bool:
-    return isinstance(type, TensorType) and type.dtype.name == "bf16"
+    return "bf16" if half_of_products(graph) == "bf16" else "f32"
 
 
 def _why_not(type: Type) -> str | None:
@@ -96,7 +138,9 @@ def _refuse(engine: Engine, graph: Graph) -> None:
         reason = engine.supports(node)
         if reason:
             place = f" (traced from {node.loc})" if node.loc else ""
-            raise DfcError("K003", f"engine `openvino` cannot run `{node.op}`: {reason}{place}")
+            raise DfcError(
+                "K003", f"engine `{engine.name}` cannot run `{node.op}`: {reason}{place}"
+            )
     for v in [*graph.inputs, *graph.parameters.values()]:
         reason = _why_not(v.type)
         if isinstance(v, Parameter) and _is_wide(v):
