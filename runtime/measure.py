@@ -143,7 +143,7 @@ def compare(
     margin: float = MARGIN,
     seconds: float = 2.0,
     apart: bool = False,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
 ) -> Comparison:
     """Whether `after` is faster, slower, or either, than `before`, beyond noise.
 
@@ -151,6 +151,7 @@ def compare(
     each sample begins when those of the other sleep. Measuring stops as soon as the question is
     answered, or after `seconds` (ten times that until there are pairs enough to say anything).
     """
+    clock = clock or time.perf_counter
     for run in (before, after, before, after):
         run(inputs)
     count = _calls_per_sample(before, inputs, clock)

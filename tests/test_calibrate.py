@@ -270,6 +270,8 @@ class Slow(list):
     def __iter__(self):
         for i, x in enumerate(list.__iter__(self)):
             print(i, flush=True)
+            if i == 20:
+                sys.stdin.read()  # it is killed here
             yield x
 observed(Path(sys.argv[1]), Slow(data(200)))
 """
@@ -294,6 +296,7 @@ def test_a_killed_run_goes_on_and_ends_equal(tmp_path):
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(tmp_path)],
         cwd=Path(__file__).parent.parent,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -303,6 +306,7 @@ def test_a_killed_run_goes_on_and_ends_equal(tmp_path):
     child.send_signal(signal.SIGKILL)
     assert child.wait(timeout=30) == -signal.SIGKILL
     child.stdout.close()
+    child.stdin.close()
     count, resumed = observed(tmp_path, data(200))
     _, whole = observed(folder(tmp_path, "whole"), data(200))
     assert count == 200 and 100 < resumed.updates <= 185

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 import dfc
 from dfc.ir.graph import Graph
+from tests.work_clock import WorkClock
 
 
 class Padded(nn.Module):
@@ -21,13 +22,20 @@ class Padded(nn.Module):
         return torch.relu((x * 1).reshape(3))
 
 
-def registered(one: Callable[[bool], float], other: Callable[[bool], float]) -> str:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> WorkClock:
+    return WorkClock(monkeypatch)
+
+
+def registered(
+    clock: WorkClock, one: Callable[[bool], float], other: Callable[[bool], float]
+) -> str:
     for name, times in (("one", one), ("other", other)):
-        make(name, times)
+        make(clock, name, times)
     return "one,other"
 
 
-def make(name: str, milliseconds: Callable[[bool], float]) -> None:
+def make(clock: WorkClock, name: str, milliseconds: Callable[[bool], float]) -> None:
     """An engine that takes so long, for the graph as captured or a shorter one."""
     from dfc.runtime.engines import find_engine
 
@@ -42,7 +50,7 @@ def make(name: str, milliseconds: Callable[[bool], float]) -> None:
             seconds = milliseconds(len(graph) > 1) / 1000
 
             def run(inputs: Any) -> Any:
-                time.sleep(seconds)
+                clock.sleep(seconds)
                 return inner(inputs)
 
             return run
@@ -51,9 +59,11 @@ def make(name: str, milliseconds: Callable[[bool], float]) -> None:
     dfc.engine(Sleepy)
 
 
-def test_the_captured_graph_on_another_engine_may_win(tmp_path: Path) -> None:
+def test_the_captured_graph_on_another_engine_may_win(clock: WorkClock, tmp_path: Path) -> None:
     """`one` is faster with the rewritten graph; `other` would be faster still without."""
-    names = registered(lambda captured: 8 if captured else 4, lambda captured: 1 if captured else 5)
+    names = registered(
+        clock, lambda captured: 8 if captured else 4, lambda captured: 1 if captured else 5
+    )
     compiled = dfc.compile(Padded(), (torch.randn(3),), engine=names)
     assert compiled.engine.name == "other" and len(compiled.graph) > 1
     told = {e.label: e.verdict for e in compiled.report.engines}
@@ -67,16 +77,18 @@ def test_the_captured_graph_on_another_engine_may_win(tmp_path: Path) -> None:
     ]
 
 
-def test_an_engine_far_behind_is_not_built_twice() -> None:
-    names = registered(lambda captured: 3 if captured else 1, lambda captured: 9)
+def test_an_engine_far_behind_is_not_built_twice(clock: WorkClock) -> None:
+    names = registered(clock, lambda captured: 3 if captured else 1, lambda captured: 9)
     compiled = dfc.compile(Padded(), (torch.randn(3),), engine=names)
     assert compiled.engine.name == "one" and len(compiled.graph) == 1
     assert [e.label for e in compiled.report.engines] == ["one", "other"]
 
 
-def test_the_users_own_steps_stand_whatever_is_faster() -> None:
+def test_the_users_own_steps_stand_whatever_is_faster(clock: WorkClock) -> None:
     """Only what dfc chose by itself is taken back."""
-    names = registered(lambda captured: 8 if captured else 4, lambda captured: 1 if captured else 5)
+    names = registered(
+        clock, lambda captured: 8 if captured else 4, lambda captured: 1 if captured else 5
+    )
     compiled = dfc.compile(
         Padded(), (torch.randn(3),), engine=names, recipe="dfc 1\nrecipe r { remove_noops }"
     )

@@ -64,7 +64,7 @@ def both(make: Callable[[int], Any]) -> list[Any]:
     for t in threads:
         t.start()
     for t in threads:
-        t.join(timeout=30)
+        t.join(timeout=60)
     return [found[r] for r in PAIR]
 
 
@@ -122,7 +122,7 @@ def test_tensors_go_between_devices_and_heads_beside_them(tmp_path: Path) -> Non
     for b in range(4):
         sender.send(0, b, values(b))
     sender.finish()
-    thread.join(timeout=30)
+    thread.join(timeout=60)
     for b in range(4):
         for x, y in zip(values(b), found[b], strict=True):
             if isinstance(x, torch.Tensor):

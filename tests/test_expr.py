@@ -8,13 +8,16 @@ from itertools import product
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dfc
 from dfc.errors import DfcError
 from dfc.ir.expr import FUNCTIONS, call, evaluate, free, symbol, symbols
 from dfc.ir.types import DTYPES, TensorType
+
+# The same examples each time, on a machine as slow as it likes.
+STEADY = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 B, S = symbol("B"), symbol("S")
 NAMES = ("B", "S", "u0")  # sizes are never negative; what a node computes from data may be
@@ -63,7 +66,7 @@ def parse_size(text: str) -> Any:
     return next(graph.nodes).attributes["k"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(STEADY, max_examples=300)
 @given(formulas, bindings)
 def test_expressions_compute_what_python_computes(f: Formula, values: dict[str, int]) -> None:
     try:
@@ -76,7 +79,7 @@ def test_expressions_compute_what_python_computes(f: Formula, values: dict[str, 
     assert type(found) is int
 
 
-@settings(max_examples=300, deadline=None)
+@settings(STEADY, max_examples=300)
 @given(formulas)
 def test_text_reads_back_to_the_same_object(f: Formula) -> None:
     try:
@@ -87,7 +90,7 @@ def test_text_reads_back_to_the_same_object(f: Formula) -> None:
     assert again == made and hash(again) == hash(made) and str(again) == str(made)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(STEADY, max_examples=300)
 @given(formulas, bindings, st.sampled_from(NAMES))
 def test_partial_evaluation_agrees(f: Formula, values: dict[str, int], first: str) -> None:
     try:
@@ -100,7 +103,7 @@ def test_partial_evaluation_agrees(f: Formula, values: dict[str, int], first: st
     assert evaluate(part, values) == wanted
 
 
-@settings(max_examples=200, deadline=None)
+@settings(STEADY, max_examples=200)
 @given(formulas, formulas)
 def test_sums_and_products_do_not_mind_the_order(f: Formula, g: Formula) -> None:
     try:

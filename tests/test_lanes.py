@@ -174,15 +174,16 @@ def test_an_interrupted_caller_gets_its_lanes_back() -> None:
     program = schedule("forward", 2, 50)
     given = [{"x0": b} for b in range(50)]
     sums, under_way, interrupted = Sums(2), threading.Event(), threading.Event()
+    waited: list[bool] = []
 
     def run(action: Action, values: Values) -> Values:
         if action == (Kind.F, 0, 3, False):
             under_way.set()
-            interrupted.wait(10)
+            waited.append(interrupted.wait(60))
         return sums.run(action, values)
 
     def interrupt() -> None:
-        under_way.wait(10)
+        under_way.wait(60)
         main = threading.main_thread().ident
         assert main is not None
         signal.pthread_kill(main, signal.SIGINT)
@@ -190,10 +191,9 @@ def test_an_interrupted_caller_gets_its_lanes_back() -> None:
     with Lanes(sums.edges(), run, [1, 1]) as lanes:
         thread = threading.Thread(target=interrupt)
         thread.start()
-        start = time.perf_counter()
         with pytest.raises(KeyboardInterrupt):
             lanes.step(program, given)
-        assert time.perf_counter() - start < 5
+        assert not waited  # the rank is still at it
         interrupted.set()
         thread.join()
         assert [r["x2"] for r in lanes.step(program, given).results] == list(range(2, 52))

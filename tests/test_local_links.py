@@ -19,7 +19,7 @@ from dfc.runtime.pipeline.linking import GlooMeeting, LocalMeeting, joined, meet
 from dfc.runtime.pipeline.local_links import LocalLinks
 from dfc.runtime.pipeline.shared_blocks import LARGE
 
-SOON, FOREVER = timedelta(seconds=5), timedelta(seconds=1e6)
+SOON, FOREVER = timedelta(seconds=60), timedelta(seconds=1e6)
 PAIRS = [(0, 1), (1, 0)]
 
 
@@ -30,7 +30,7 @@ def both(make: Callable[[int], Any]) -> list[Any]:
 
 @pytest.fixture
 def ends(tmp_path: Path) -> Iterator[list[LocalLinks]]:
-    made = both(lambda me: LocalLinks(me, PAIRS, tmp_path, "links1", 5))
+    made = both(lambda me: LocalLinks(me, PAIRS, tmp_path, "links1", 60))
     yield made
     for links in made:
         links.close()
@@ -97,7 +97,7 @@ def test_who_waits_is_told_when_the_other_end_goes(ends: list[LocalLinks], how: 
     else:
         ends[1].interrupt()  # by another thread of its own
     for thread in threads:
-        thread.join(timeout=5)
+        thread.join(timeout=60)
     assert len(told) == 2
     with pytest.raises(RuntimeError):
         ends[1].post((1, 0), block(8, 0), 1).wait(SOON)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -388,9 +389,10 @@ def test_open_file_follows_no_link(package: Path) -> None:
 def test_nothing_stays_open(package: Path) -> None:
     if not sys.platform.startswith("linux"):
         pytest.skip("counts descriptors in /proc")
+    gc.collect()  # what other tests left
     before = len(os.listdir("/proc/self/fd"))
     check_manifest(package)
     (package / "graph.dfc").write_bytes(b"")
     for _ in range(5):
         refusal(package)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from dfc.runtime.measure import compare, judge_pairs, measure, ratio_interval, timing
+from dfc.runtime.measure import (
+    compare,
+    judge_pairs,
+    measure,
+    ratio_interval,
+    timing,
+    wait_until_quiet,
+)
+from tests.work_clock import WorkClock
 
 
 def noisy(ratio: float, count: int, seed: int, noise: float = 0.1) -> tuple[list[float], ...]:
@@ -145,27 +153,16 @@ def test_runners_take_turns() -> None:
     assert all(t.runs == 3 for t in found.values())
 
 
-def test_runners_apart_begin_when_the_others_threads_sleep() -> None:
-    import threading
-    import time
-
-    from dfc.runtime.measure import wait_until_quiet
-
-    def spin(seconds: float) -> None:
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            pass
-
-    thread = threading.Thread(target=spin, args=[0.012])
-    thread.start()
-    wait_until_quiet()
-    assert not thread.is_alive()
-    thread = threading.Thread(target=spin, args=[0.3])  # whoever never rests is not waited for
-    thread.start()
-    begin = time.perf_counter()
-    wait_until_quiet()
-    assert time.perf_counter() - begin < 0.25
-    thread.join()
+def test_runners_apart_begin_when_the_others_threads_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        busy = WorkClock(patch, busy_until=0.012)
+        wait_until_quiet()
+        assert 0.012 < busy.now < 0.015
+        wait_until_quiet()
+        assert busy.now < 0.018
+        never = WorkClock(patch, busy_until=9.0)  # whoever never rests is not waited for
+        wait_until_quiet()
+        assert 0.03 <= never.now < 0.04
 
     clock = Clock()
     a, b = clock.runner("a", [0.010]), clock.runner("b", [0.005])

@@ -363,7 +363,7 @@ def test_threads_that_call_one_model_take_turns(tower: Path) -> None:
         for t in threads:
             t.start()
         for t in threads:
-            t.join(timeout=30)
+            t.join(timeout=120)
         assert not any(t.is_alive() for t in threads) and not wrong
 
 

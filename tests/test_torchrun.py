@@ -174,7 +174,7 @@ def test_ranks_with_other_plans_or_versions_are_told_apart(differs: str) -> None
     for t in ranks:
         t.start()
     for t in ranks:
-        t.join(timeout=20)
+        t.join(timeout=60)
     mine = has[differs][:16]
     assert sorted(told) == [
         f"N055 rank 0 has {differs} {mine}, rank 1 has other",

@@ -16,6 +16,7 @@ from dfc.package import read_package
 from dfc.planning.host import is_another, machine_text, this_machine
 from dfc.recipe.tuning import tune
 from dfc.report import Report
+from tests.work_clock import WorkClock
 
 QUICK = ["--seconds", "0.05"]
 
@@ -87,7 +88,9 @@ def test_the_engine_stays_unless_another_is_faster(package: Path) -> None:
     assert (tuned.before, tuned.after, tuned.decision.verdict) == ("eager", "eager", "kept")
 
 
-def test_a_slower_engine_takes_no_place(package: Path) -> None:
+def test_a_slower_engine_takes_no_place(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = WorkClock(monkeypatch)
+
     @dfc.engine
     class Slow:
         name = "slow_one"
@@ -97,14 +100,12 @@ def test_a_slower_engine_takes_no_place(package: Path) -> None:
             return None
 
         def build(self, graph: Any, device: str = "cpu", threads: int | None = None) -> Any:
-            import time
-
             from dfc.runtime.engines import find_engine
 
             inner = find_engine("eager").build(graph, device)
 
             def run(inputs: Any) -> Any:
-                time.sleep(0.005)
+                clock.sleep(0.005)
                 return inner(inputs)
 
             return run
