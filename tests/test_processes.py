@@ -28,6 +28,7 @@ from dfc.runtime.pipeline.folder import assembly, read_assembly, write_assembly
 from dfc.runtime.pipeline.messages import Layout
 from dfc.runtime.pipeline.processes import Processes
 from dfc.runtime.pipeline.routes import stage_edges
+from tests.fair_clock import FairClock
 from tests.test_pipeline import captured, leaves, one_by_one, stages
 
 B = torch.export.Dim("B", min=1, max=64)
@@ -59,8 +60,23 @@ def gone(pids: Sequence[int], seconds: float) -> bool:
     return True
 
 
-def during(pipeline: Processes, rank: int, signal_: int) -> tuple[threading.Thread, list[float]]:
-    """Send a signal to a rank in the middle of the next step; when it was sent."""
+def gone_in_two(pids: Sequence[int]) -> bool:
+    with FairClock() as clock:
+        begin = clock.now
+        while any(alive(p) for p in pids):
+            if clock.since(begin) > 2:
+                return False
+            time.sleep(0.02)
+    return True
+
+
+def during(
+    pipeline: Processes, rank: int, signal_: int, clock: FairClock | None = None
+) -> tuple[threading.Thread, list[float]]:
+    """Send a signal to a rank in the middle of the next step; when it was sent.
+
+    On a machine that stood still the step may be over before: `struck` then takes the next one.
+    """
     sent: list[float] = []
     step = pipeline._ranks._steps
 
@@ -69,12 +85,23 @@ def during(pipeline: Processes, rank: int, signal_: int) -> tuple[threading.Thre
         while pipeline._ranks._steps == step and time.monotonic() < until:
             time.sleep(0.001)
         time.sleep(0.1)
-        sent.append(time.monotonic())
+        sent.append(clock.now if clock is not None else 0.0)
         os.kill(pipeline._ranks.crew.members[rank].pid, signal_)
 
     thread = threading.Thread(target=wait)
     thread.start()
     return thread, sent
+
+
+def struck(pipeline: Processes, rank: int, signal_: int, args: Sequence[Any]) -> str:
+    """What is told of a rank that gets a signal in a step, which loses nothing by it."""
+    known = len(pipeline.incidents)
+    thread, _ = during(pipeline, rank, signal_)
+    equal(pipeline, args)
+    thread.join()
+    if len(pipeline.incidents) == known:  # the step was over
+        equal(pipeline, args)
+    return pipeline.incidents[known]
 
 
 def test_values_keep_their_bits_and_their_layout() -> None:
@@ -130,7 +157,7 @@ def test_who_does_not_know_the_key_is_sent_away() -> None:
             knock(door.address, b"guessed" * 4)
         mine = knock(door.address, door.key)
         assert mine.send({"did": "hello", "rank": 3})
-        assert came.wait(5) and met == [{"did": "hello", "rank": 3}]
+        assert came.wait(60) and met == [{"did": "hello", "rank": 3}]
         assert mine.receive() == {"do": "end"}
         mine.close()
     finally:
@@ -176,7 +203,7 @@ def test_tied_weights_skips_and_several_stages_a_rank(links: str) -> None:
         equal(pipeline, args)
         assert not pipeline.incidents
         ranks = pipeline.pids
-    assert gone(ranks, 2)
+    assert gone_in_two(ranks)
     with pytest.raises(DfcError, match="K051"):
         pipeline(*args)
 
@@ -213,12 +240,9 @@ def test_a_killed_rank_is_named_restarted_and_nothing_is_lost(
     heavies: tuple[Processes, tuple[torch.Tensor]], rank: int
 ) -> None:
     pipeline, args = heavies
-    before, known = pipeline.pids, len(pipeline.incidents)
-    thread, _ = during(pipeline, rank, signal.SIGKILL)
-    equal(pipeline, args)
-    thread.join()
+    before = pipeline.pids
+    told = struck(pipeline, rank, signal.SIGKILL, args)
     assert pipeline.pids[rank] != before[rank]  # the other too, if it was deaf for seconds
-    told = pipeline.incidents[known]
     assert f"rank {rank} lost" in told and "SIGKILL" in told
 
 
@@ -231,12 +255,9 @@ def test_large_values_survive_a_killed_rank() -> None:
     graph = dfc.trace(nn.Sequential(*layers).eval(), (x,), dynamic_shapes=({0: rows},))
     with Processes(graph, stages(graph, 2), microbatches=16, threads=2) as pipeline:
         first = pipeline(x)
-        thread, _ = during(pipeline, 0, signal.SIGKILL)
-        equal(pipeline, [x])
-        thread.join()
+        assert "rank 0 lost" in struck(pipeline, 0, signal.SIGKILL, [x])
         equal(pipeline, [x + 1])
         assert torch.equal(first, pipeline(x))
-        assert pipeline.incidents
 
 
 def test_a_rank_that_hangs_is_noticed_in_five_seconds(
@@ -244,22 +265,26 @@ def test_a_rank_that_hangs_is_noticed_in_five_seconds(
 ) -> None:
     pipeline, args = heavies
     stuck, known = pipeline.pids[1], len(pipeline.incidents)
-    thread, sent = during(pipeline, 1, signal.SIGSTOP)
-    noticed: list[float] = []
+    with FairClock() as clock:
+        thread, sent = during(pipeline, 1, signal.SIGSTOP, clock)
+        noticed: list[float] = []
 
-    def watch() -> None:
-        while len(pipeline.incidents) == known:
-            time.sleep(0.01)
-        noticed.append(time.monotonic())
+        def watch() -> None:
+            while len(pipeline.incidents) == known:
+                time.sleep(0.01)
+            noticed.append(clock.since(sent[0]))
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    equal(pipeline, args)
-    thread.join()
-    watcher.join(timeout=5)
-    assert gone([stuck], 2)
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        equal(pipeline, args)
+        thread.join()
+        if len(pipeline.incidents) == known:  # the step was over
+            sent[0] = clock.now
+            equal(pipeline, args)
+        watcher.join(timeout=60)
+    assert gone_in_two([stuck])
     assert "rank 1 lost while rank 0 waits in SEND(e1, mb" in pipeline.incidents[known]
-    assert noticed[0] - sent[0] < 5
+    assert noticed[0] < 5
 
 
 def test_without_restarts_the_loss_is_raised_in_two_seconds(
@@ -268,12 +293,16 @@ def test_without_restarts_the_loss_is_raised_in_two_seconds(
     pipeline, args = heavies
     pipeline._ranks.restarts = 0
     try:
-        thread, sent = during(pipeline, 0, signal.SIGKILL)
-        with pytest.raises(DfcError, match=r"rank 0 lost.*: killed by SIGKILL") as caught:
-            pipeline(*args)
-        assert time.monotonic() - sent[0] < 2
+        with FairClock() as clock:
+            thread, sent = during(pipeline, 0, signal.SIGKILL, clock)
+            with pytest.raises(DfcError, match=r"rank 0 lost.*: killed by SIGKILL") as caught:
+                pipeline(*args)
+                thread.join()  # the step was over
+                sent[0] = clock.now
+                pipeline(*args)
+            assert clock.since(sent[0]) < 2
+            thread.join()
         assert caught.value.code == "K058" and caught.value.status == 8
-        thread.join()
     finally:
         pipeline._ranks.restarts = 3
     equal(pipeline, args)
@@ -284,10 +313,8 @@ def test_over_gloo_too_a_killed_rank_is_mended() -> None:
     options: dict[str, Any] = {"microbatches": 16, "threads": 2, "links": "gloo"}
     with Processes(graph, stages(graph, 2), **options) as pipeline:
         pipeline(*args)
-        thread, _ = during(pipeline, 1, signal.SIGKILL)
-        equal(pipeline, args)
-        thread.join()
-        assert "rank 1 lost" in pipeline.incidents[0] and "SIGKILL" in pipeline.incidents[0]
+        told = struck(pipeline, 1, signal.SIGKILL, args)
+        assert "rank 1 lost" in told and "SIGKILL" in told
 
 
 _HOST = """
@@ -315,8 +342,8 @@ def test_an_interrupt_and_the_hosts_death_end_everything(how: int) -> None:
         assert len(ranks) == 2 and all(alive(p) for p in ranks)
         time.sleep(0.5)
         os.killpg(host.pid, how) if how == signal.SIGINT else host.kill()
-        assert gone(ranks, 2)
-        host.wait(timeout=30)  # what PyTorch takes to end
+        assert gone_in_two(ranks)
+        host.wait(timeout=120)  # what PyTorch takes to end
         assert host.returncode == -how
         assert not Path(folder).exists()
     finally:
