@@ -25,10 +25,12 @@ STAGES = {"1f1b": 2, "zb1p": 2, "auto": 2, "gpipe": 2, "interleaved": 4, "interl
           "breadth_first": 4, "zb_v": 4, "dualpipe_v": 4}  # fmt: skip
 
 
-def trainer_of(world: World, name: str, schedule: str, links: str | None = None) -> RankTrainer:
+def trainer_of(
+    world: World, name: str, schedule: str, links: str | None = None, **options: Any
+) -> RankTrainer:
     return RankTrainer(
         staged(name, STAGES[schedule]), world=world, schedule=schedule, microbatches=4,
-        optimizer=adamw, threads=1, deadline=90, links=links,
+        optimizer=adamw, threads=1, deadline=90, links=links, **options,
     )  # fmt: skip
 
 
@@ -47,6 +49,13 @@ def gradients(
             torch.testing.assert_close(trainer.backward(*args), loss)
             own = {n: p.grad for n, p in trainer.parameters.items() if p.grad is not None}
             close(own, {n: expected[n] for n in own})
+            if schedule == schedules[0]:
+                with trainer_of(world, name, schedule, links, recompute=True) as other:
+                    torch.testing.assert_close(other.backward(*args), loss)
+                    same = [torch.equal(other.parameters[n].grad, g) for n, g in own.items()]
+                    assert same and all(same), "recomputing changes gradients"
+                    kept, again = trainer.report().peak_bytes, other.report().peak_bytes
+                    assert sum(again) < sum(kept)
             losses = [float(trainer.step(*args)) for _ in range(3)]
             report = trainer.report()
             state = trainer.state_dict()
