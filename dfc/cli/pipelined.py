@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfc.cli.options import load_used
 from dfc.cli.stage_devices import rank_devices
-from dfc.cli.stage_tiers import show_tiers
+from dfc.cli.stage_tiers import host_data, rank_budgets, show_tiers
 from dfc.errors import DfcError
 
 if TYPE_CHECKING:
@@ -89,8 +89,10 @@ def run_pipelined(
     names = engines[0] if len(engines) == 1 else engines
     if microbatches:
         options["microbatches"] = microbatches
+    host = None
     if memory is not None:
-        options["memory"] = [m.strip() for m in memory.split(",")]
+        options["memory"], host = rank_budgets(memory)
+        options["host"] = host
         options["example"] = inputs
         say("timing what ranks stream")
     with make(compiled.graph, placed, engine=names, **options) as pipeline:
@@ -104,7 +106,7 @@ def run_pipelined(
         data["fewer"] = f"{count} stages, not {stages}: no more of its nodes take time"
     data["incidents"] = list(getattr(pipeline, "incidents", ()))
     if memory is not None:
-        return results, data
+        return results, {**data, **host_data(data["stages"], host)}
     say("timing the model unsplit")
     data["unsplit_seconds"] = _seconds(lambda: compiled.run_flat(inputs))
     data["unsplit_threads"] = torch.get_num_threads()
@@ -151,7 +153,7 @@ def _placed_within(
     from dfc.runtime.tiers.stages import rank_memories
 
     graph = compiled.graph
-    memories = rank_memories(memory.split(","), stages)
+    memories = rank_memories(rank_budgets(memory)[0], stages)
     dims = {v: batch_dim(v, batch_of(graph)) for v in graph.inputs}
     given = dict(zip(graph.inputs, inputs, strict=True))
     first = cut(given, dims, microbatches or MICROBATCHES)[0]
@@ -256,7 +258,8 @@ def step(
             for i, (s, t, rank) in enumerate(zip(
                 pipeline.stages, report.stage_seconds, pipeline.placement, strict=True))
         ],
-        **({"streamed_bytes": list(report.streamed)} if pipeline.tiers else {}),
+        **({"streamed_bytes": list(report.streamed), "read_bytes": list(report.read)}
+           if pipeline.tiers else {}),
         "microbatches": report.program.microbatches,
         "step_seconds": report.seconds,
         "predicted_seconds": report.predicted,

@@ -129,7 +129,8 @@ def run(
     the package's file, or from this machine's memory to a GPU, while other layers compute. It tells
     what a pass took beside the plan and the bound, and what would make it faster. With a budget for
     the host as well (cuda=8GiB,cpu=16GiB) what that does not hold is read from the file. In a
-    pipeline each rank has so much, one value for all or one for each; every microbatch is a pass.
+    pipeline each rank has so much, one value for all or one for each, and the host (1GiB,2GiB,
+    host=4GiB) what ranks on devices stream; every microbatch is a pass.
 
     \b
     A reproducer is what dfc writes when it finds a rewrite to be wrong. It exits with 4 while the
@@ -233,13 +234,14 @@ def check_memory(memory: str, stages: str | None, microbatches: int | None) -> N
     sizes = memory.split(",")
     for size in sizes:
         byte_count(size.rpartition("=")[2].strip())
-    if "=" in memory:
+    if "=" in memory and stages is not None:
+        from dfc.cli.stage_tiers import rank_budgets
+
+        rank_budgets(memory)
+    elif "=" in memory:
         from dfc.cli.streamed import budgets
 
         budgets(memory, "")
-        if stages is not None:
-            help = "give one for all, or one for each: --memory 1GiB,2GiB"
-            raise DfcError("Q006", "the ranks of a pipeline have one memory each", help=help)
         sizes = [memory]
     if stages is None and (len(sizes) > 1 or microbatches is not None):
         option = "--memory of several ranks" if len(sizes) > 1 else "--microbatches"

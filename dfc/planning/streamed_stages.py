@@ -20,9 +20,9 @@ from dfc.planning.problem import Loads
 from dfc.planning.stages import StageGraph, split
 from dfc.planning.streaming import Hop
 from dfc.planning.tier_advice import advice, limit
-from dfc.planning.tier_chain import with_below
+from dfc.planning.tier_chain import share_host
 from dfc.planning.tier_plan import DISK, all_there
-from dfc.planning.tiers import Tiers, least_bytes, plan_tiers, slot_bytes
+from dfc.planning.tiers import Tiers, least_bytes, plan_tiers
 from dfc.planning.weight_blocks import cut
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def stage_tiers(
 ) -> dict[int, Tiers]:  # fmt: skip
     """The tiers of each stage that its device does not hold, by stage.
 
-    Stages on devices share the memory of their `host`, and its disk, by what they copy.
+    Stages on devices share the memory of their `host`, and its disk.
     Raises:  DfcError N060 (status 6) for a stage that does not fit, not even streamed.
     """
     slots = model.problem.slots
@@ -64,20 +64,12 @@ def stage_tiers(
 
 def _on_host(found: Mapping[int, Tiers], host: int) -> dict[int, Tiers]:
     """What the host does not hold of what is copied to devices comes from disk first."""
-    copied = {s: sum(map(slot_bytes, t.loads)) for s, t in found.items() if t.hop.name != "disk"}
-    total = sum(copied.values())
-    if total <= host:
-        return dict(found)
-    made = dict(found)
-    for s, size in copied.items():
-        disk = Hop(len(copied) / DISK, name="disk")
-        try:
-            made[s] = with_below(found[s], host * size // total, disk)
-        except DfcError as e:
-            message = f"stage {s} does not fit: {e.message}"
-            help = e.diagnostics[0].help
-            raise DfcError("N060", message, help=help, status=6) from e
-    return made
+    disk = Hop(1 / DISK, name="disk")
+    copied = {s: t for s, t in found.items() if t.hop.name != disk.name}
+    try:
+        return {**found, **share_host(copied, host, disk)}
+    except DfcError as e:
+        raise DfcError("N060", e.message, help=e.diagnostics[0].help, status=6) from e
 
 
 def _tiers(

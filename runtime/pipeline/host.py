@@ -43,7 +43,7 @@ class _Attempt:
     late: float = 0.0  # seconds from the step's begin to this attempt's
     spans: list[Span] = field(default_factory=list)
     sent: dict[int, int] = field(default_factory=dict)
-    streamed: dict[int, int] = field(default_factory=dict)
+    streamed: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
 class ProcessLanes:
@@ -80,7 +80,7 @@ class ProcessLanes:
             results: list[Numbered] = [{} for _ in given]
             spans: list[Span] = []
             sent: dict[int, int] = {}
-            streamed: Counter[int] = Counter()
+            streamed: Counter[tuple[int, int]] = Counter()
             left, fruitless = list(range(len(given))), 0
             while left:
                 attempt = _Attempt(0, found, given, left, [{} for _ in given], began)
@@ -265,7 +265,7 @@ class ProcessLanes:
             action = Action(Kind(kind), stage, b)
             attempt.spans.append(Span(action, rank, start + attempt.late, end + attempt.late))
         attempt.sent.update({int(e): n for e, n in message["sent"]})
-        attempt.streamed.update({int(s): n for s, n in message["streamed"]})
+        attempt.streamed.update({(s, hop): n for s, hop, n in message["streamed"]})
 
     def _whole(self, attempt: _Attempt) -> set[int]:
         """The microbatches of which every result has come."""

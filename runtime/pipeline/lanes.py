@@ -55,14 +55,15 @@ class Span:
 class Step:
     """What a step gave to the host for each microbatch, its times, and the bytes of each edge.
 
-    `streamed` are the bytes of weights that each stage with too little memory was brought.
+    `streamed` are the bytes of weights that each stage with too little memory was brought, over
+    each hop: 0 is the one that ends at what computes, 1 the one below.
     """
 
     results: list[dict[Any, Any]]
     spans: list[Span]
     seconds: float
     bytes: dict[Edge, int]
-    streamed: Mapping[int, int] = field(default_factory=dict)
+    streamed: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
 
 class Carrier(Protocol):

@@ -11,6 +11,7 @@ from dfc.calling import build_outputs, flat_inputs, own_outputs
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.interpret import bind_inputs
+from dfc.lang.units import byte_count
 from dfc.planning.actions import Action, Program
 from dfc.planning.cost import default_sizes
 from dfc.planning.engine import Runner
@@ -71,11 +72,14 @@ class Pipeline:
     the ranks: `cpu`, `cuda:0`, ...; results lie where they were made. `program` makes the program
     for a number of microbatches. With a `memory`, of each rank or one for all, ranks take no more
     for weights and what is computed of a microbatch: stages that do not fit stream their weights,
-    once for each microbatch; `example` are flat inputs by which that is timed and planned.
+    once for each microbatch; `example` are flat inputs by which that is timed and planned. With a
+    `host` memory, that is all that weights take of this machine's: what ranks on devices stream
+    and it does not hold is read from files, over both hops beside each other.
     Needs:   a graph with a dynamic batch dimension, unless every call is one microbatch.
     Ensures: results equal those of the stages run one after another on the same microbatches.
     Raises:  DfcError N064 (status 6) for a memory that is too small, K070 for weights that are in
-             no file, K073 for an engine that cannot stream.
+             no file, K073 for an engine that cannot stream, K074 for a host's memory without a
+             memory, or without a device.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class Pipeline:
         program: Callable[[int], Program] | None = None,
         build: Callable[[int, StageGraph, int], Runner] | None = None,
         memory: Memory | None = None,
+        host: str | int | None = None,
         example: Sequence[Any] | None = None,
     ) -> None:
         keep_pages()  # of what is put together here, whatever runs the stages
@@ -109,15 +114,21 @@ class Pipeline:
         self._programs: dict[int, Program] = {}
         self.edges = stage_edges(self.stages, graph.outputs)
         self._build = build or self._on_engine
-        self.tiers = [] if memory is None else self._within(memory, example)
+        if host is not None and memory is None:
+            help = 'give memory=["8GiB", "8GiB"], host="16GiB"'
+            raise DfcError("K074", "`host` goes with `memory`", help=help, status=2)
+        self.tiers = [] if memory is None else self._within(memory, host, example)
         self._runners: list[Runner] = []
         self._lanes = self._start()
         self.last: tuple[Program, Step] | None = None
 
-    def _within(self, memory: Memory, example: Sequence[Any] | None) -> list[Tiers]:
-        """What each stage streams, by the memory of its rank."""
+    def _within(
+        self, memory: Memory, host: str | int | None, example: Sequence[Any] | None
+    ) -> list[Tiers]:
+        """What each stage streams, by the memory of its rank and of the host."""
         memories = rank_memories(memory, len(self.threads))
-        ranks = Ranks(self.stages, self.placement, self.devices, self.threads, memories)
+        below = byte_count(host) if host is not None else None
+        ranks = Ranks(self.stages, self.placement, self.devices, self.threads, memories, below)
         sizes, given = default_sizes(self.graph), None
         if example is not None:
             given = self.cut(example)[0]

@@ -58,9 +58,18 @@ class Report:
     @property
     def streamed(self) -> tuple[int, ...]:
         """Bytes of weights that each rank was brought."""
+        return self._over(0)
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """Those of them that were not in the host's memory before either."""
+        return self._over(1)
+
+    def _over(self, hop: int) -> tuple[int, ...]:
         found = [0] * len(self.program.ranks)
-        for stage, size in self.step.streamed.items():
-            found[self.program.placement[stage]] += size
+        for (stage, which), size in self.step.streamed.items():
+            if which == hop:
+                found[self.program.placement[stage]] += size
         return tuple(found)
 
     def trace(self, names: list[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -94,7 +95,8 @@ class Launched(Pipeline):
     ) -> list[Tiers]:
         """As rank 0 plans it for all, since measured times differ from rank to rank."""
         if self.world.rank == 0:
-            return self._told(lambda: plan_stages(ranks, sizes, given))
+            here = replace(ranks, hosts=self.world.hosts)
+            return self._told(lambda: plan_stages(here, sizes, given))
         found = self.world.get("tiers", FOREVER)
         if found is None or "code" in found:
             told = found or {"code": "K058", "message": "rank 0 is lost", "status": 1}
@@ -238,7 +240,7 @@ class LaunchedRanks:
         else:
             spans = [[int(a.kind), a.stage, a.microbatch, s, t] for a, s, t in done.spans]
             said = {"did": "done", "spans": spans, "sent": sorted(done.sent.items()),
-                    "streamed": sorted(self.stages.brought.since().items())}  # fmt: skip
+                    "streamed": self.stages.brought.rows()}  # fmt: skip
         self.world.put(f"done/{number}/{rank}", said)
         if said["did"] == "failed":
             del traffic
@@ -297,7 +299,7 @@ class LaunchedRanks:
 
     def _others(
         self, number: int, sent: dict[int, int], patience: float
-    ) -> tuple[list[Span], dict[int, int], dict[int, int]]:
+    ) -> tuple[list[Span], dict[int, int], dict[tuple[int, int], int]]:
         """Times and bytes of all ranks, which have only to write them when the results are there.
 
         Raises:  DfcError K058.
@@ -310,7 +312,7 @@ class LaunchedRanks:
             for kind, stage, b, start, end in found["spans"]:
                 spans.append(Span(Action(Kind(kind), stage, b), rank, start, end))
             sent.update({int(e): n for e, n in found["sent"]})
-            streamed.update({int(s): n for s, n in found["streamed"]})
+            streamed.update({(s, hop): n for s, hop, n in found["streamed"]})
         return spans, sent, streamed
 
     def _lost(self, e: Exception) -> str:

@@ -174,7 +174,7 @@ class Worker:
         else:
             self.traffic = None
             spans = [[int(a.kind), a.stage, a.microbatch, s, e] for a, s, e in done.spans]
-            streamed = sorted(self.stages.brought.since().items())
+            streamed = self.stages.brought.rows()
             sent = sorted(done.sent.items())
             self._tell("done", number=number, spans=spans, sent=sent, streamed=streamed)
 

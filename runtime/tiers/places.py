@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 from dfc.emit.kernels import KernelCall
 from dfc.ir.graph import Graph, Node, Parameter
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dfc.runtime.tiers.cuda import Copies
+    from dfc.runtime.tiers.relay import Relaying
 
 
 class Place(Protocol):
@@ -150,5 +151,14 @@ class Cuda:
         torch.cuda.current_stream(torch.device(self.device)).synchronize()
 
 
+# By the kind of device: what stands before a colon in its name.
+KINDS: dict[str, Callable[[str], Place]] = {"cpu": lambda device: Processor(), "cuda": Cuda}
+
+
 def place_of(device: str) -> Place:
-    return Cuda(device) if device.startswith("cuda") else Processor()
+    return KINDS[device.partition(":")[0]](device)
+
+
+def is_relayed(place: Place) -> TypeGuard[Relaying]:
+    """Whether weights come there from the host's memory, which a disk may be below."""
+    return hasattr(place, "copier")

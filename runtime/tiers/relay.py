@@ -95,8 +95,14 @@ class Relay:
         self.copier, self.reader, self.held = copier, reader, held
         self.lower = Cycle(reader, reader.loads)
         self._number = {load: j for j, load in enumerate(read)}
+        self._read_bytes = {
+            load: sum(piece.bytes for piece in pieces)
+            for load, pieces in zip(read, reader.loads, strict=True)
+        }
         self._wanted: SimpleQueue[tuple[int, int] | None] = SimpleQueue()
         self._queued = [threading.Event() for _ in copier.slots]
+        self._sizes = [0] * len(copier.slots)  # what each slot's load was read with
+        self.taken_from_below = 0  # bytes that were read and are computed with
         self._settled = threading.Event()
         self._failed: DfcError | None = None
         self._thread = threading.Thread(target=self._feed, name="dfc weights", daemon=True)
@@ -116,6 +122,7 @@ class Relay:
 
     def fill(self, load: int, slot: int) -> None:
         self._queued[slot].clear()
+        self._sizes[slot] = self._read_bytes.get(load, 0)
         self._wanted.put((load, slot))
 
     def ready(self, slot: int) -> None:
@@ -123,6 +130,7 @@ class Relay:
         if self._failed is not None:
             raise self._failed
         self.copier.ready(slot)
+        self.taken_from_below += self._sizes[slot]
 
     def leave(self, slot: int) -> None:
         self.copier.leave(slot)

@@ -18,16 +18,18 @@ from dfc.planning.cost import Sizes
 from dfc.planning.engine import Runner
 from dfc.planning.stages import StageGraph
 from dfc.planning.streaming import Hop, Layer
-from dfc.planning.tier_plan import all_there
+from dfc.planning.tier_chain import by_times, read_bytes, share_host, sharing
+from dfc.planning.tier_plan import DISK, all_there
 from dfc.planning.tiers import Tiers, least_bytes, plan_tiers, shares
 from dfc.planning.weight_blocks import Cut, cut
 from dfc.runtime.tiers.files import extents_of
-from dfc.runtime.tiers.places import Place, place_of
+from dfc.runtime.tiers.places import Place, is_relayed, place_of
 from dfc.runtime.tiers.streamed import Streamed
-from dfc.runtime.tiers.within import Wanted, measured_plan
+from dfc.runtime.tiers.within import Wanted, measured_plan, no_host_between
 
 Memory = str | int | Sequence[str | int]  # of each rank, or one for all: "1GiB"
 STREAMS = "eager"  # the engine that can
+_DISK = Hop(1 / DISK, name="disk")
 
 
 def rank_memories(memory: Memory, ranks: int) -> list[int]:
@@ -45,13 +47,22 @@ def rank_memories(memory: Memory, ranks: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where stages are: `memory` is that of each rank, the rest as a pipeline has it."""
+    """Where stages are: `memory` is that of each rank, the rest as a pipeline has it.
+
+    `host` is what each host's memory holds of weights, as much as it takes where it is None: of
+    ranks on it, and what is copied to the devices of the others. `hosts` are those of the ranks.
+    """
 
     stages: Sequence[StageGraph]
     placement: Sequence[int]
     devices: Sequence[str]
     threads: Sequence[int]
     memory: Sequence[int]
+    host: int | None = None
+    hosts: Sequence[int] | None = None
+
+    def host_of(self, stage: int) -> int:
+        return self.hosts[self.placement[stage]] if self.hosts is not None else 0
 
 
 def plan_stages(ranks: Ranks, sizes: Sizes, given: Mapping[Value, Any] | None) -> list[Tiers]:
@@ -59,20 +70,48 @@ def plan_stages(ranks: Ranks, sizes: Sizes, given: Mapping[Value, Any] | None) -
 
     With a microbatch that is `given`, stages that stream are timed, one after the other.
     Raises:  DfcError N064 (status 6) for a memory that is too small, with its rank and stages;
-             K070 for weights that are to be streamed and in no file.
+             K070 for weights that are to be streamed and in no file; K074 for a host's memory where
+             no rank is on a device.
     """
     places = [place_of(ranks.devices[r]) for r in ranks.placement]
+    if ranks.host is not None and not any(map(is_relayed, places)):
+        raise no_host_between()
     parts = [cut(s.graph, p.calls(s.graph)) for s, p in zip(ranks.stages, places, strict=True)]
     hops = [Hop(1 / p.guess, name=p.source) for p in places]
     found = _planned(ranks, parts, places, hops, sizes)
-    # Ranks that read from one disk, or over one bus, share what it brings.
-    busy = [p.source for p, plan in zip(places, found, strict=True) if plan.streamed]
-    hops = [replace(h, per_byte=h.per_byte * max(1, busy.count(h.name))) for h in hops]
+    times = [_times(ranks, found, s, places[s].source) for s in range(len(found))]
+    hops = [by_times(h, x) for h, x in zip(hops, times, strict=True)]
     found = _planned(ranks, parts, places, hops, sizes)
+    if ranks.host is not None:
+        found = _on_hosts(ranks, found, ranks.host)
     for part, place, plan in zip(parts, places, found, strict=True):
-        if place.device == "cpu":  # before anything is started
-            extents_of(p for i in plan.streamed for p in part.blocks[i].weights)
+        extents_of(w for i in _read(plan, place) for w in part.blocks[i].weights)
     return found if given is None else _measured(ranks, parts, places, found, given)
+
+
+def _times(ranks: Ranks, plans: Sequence[Tiers], stage: int, source: str) -> float:
+    """How many times as long copies from there take as a stage's alone would: ranks of one host
+    share its disk, and the bus to its devices, by what each microbatch brings to each.
+    """
+    mine = ranks.host_of(stage)
+    here = {s: read_bytes(p, source) for s, p in enumerate(plans) if ranks.host_of(s) == mine}
+    return sharing(here).get(stage, 1)
+
+
+def _on_hosts(ranks: Ranks, plans: Sequence[Tiers], memory: int) -> list[Tiers]:
+    """The plans with what the hosts' memory does not hold read from their disks."""
+    found = dict(enumerate(plans))
+    for host in sorted({ranks.host_of(s) for s in found}):
+        here = {s: p for s, p in found.items() if ranks.host_of(s) == host}
+        found.update(share_host(here, memory, _DISK))
+    return [found[s] for s in range(len(plans))]
+
+
+def _read(plan: Tiers, place: Place) -> list[int]:
+    """The blocks whose weights are read from files in each pass."""
+    if not is_relayed(place):
+        return list(plan.streamed)
+    return [plan.streamed[j] for j in plan.below.streamed] if plan.below is not None else []
 
 
 def _planned(
@@ -121,16 +160,16 @@ def _measured(
     """The same plans by what blocks and copies take, as far as any stage streams."""
     found = list(plans)
     last = max((s for s, plan in enumerate(plans) if plan.streamed), default=-1)
-    sources = [places[s].source for s, plan in enumerate(plans) if plan.streamed]
     values = dict(given)
     for s in range(last + 1):
         stage, plan, place = ranks.stages[s], plans[s], places[s]
         inputs = [_on(values[v], place.device) for v in stage.takes]
         with _threads(ranks.threads[ranks.placement[s]]):
             if plan.streamed:
-                wanted = Wanted(plan.memory)
-                sharing = sources.count(place.source)
-                found[s] = measured_plan(parts[s], plan, place, wanted, inputs, sharing)
+                host = plan.below.memory if plan.below is not None else None
+                times = [_times(ranks, plans, s, source) for source in (place.source, _DISK.name)]
+                wanted = Wanted(plan.memory, host=host)
+                found[s] = measured_plan(parts[s], plan, place, wanted, inputs, *times)
             if s < last:
                 made = _once(parts[s], found[s], place, inputs)
                 values.update(zip(stage.gives, made, strict=True))
@@ -188,24 +227,37 @@ def plan_of(data: Mapping[str, Any]) -> Tiers:
     """What `plan_data` wrote."""
     layers = tuple(Layer(**x) for x in data["layers"])
     weights, streamed = tuple(data["weights"]), tuple(data["streamed"])
-    return Tiers(layers, weights, streamed, Hop(**data["hop"]), data["memory"], data["fixed"])
+    below = plan_of(data["below"]) if data["below"] is not None else None
+    return Tiers(
+        layers, weights, streamed, Hop(**data["hop"]), data["memory"], data["fixed"], below
+    )  # fmt: skip
 
 
 class Brought:
-    """What the streaming ones of some stages' runners have brought, step by step."""
+    """What the streaming ones of some stages' runners have brought, step by step.
+
+    By stage and hop: 0 is the one that ends at what computes, 1 the one below.
+    """
 
     def __init__(self, runners: Mapping[int, Runner]) -> None:
         self._streamed = {
             s: r for s, r in runners.items() if isinstance(r, Streamed) and r.plan.streamed
         }
-        self._before = dict.fromkeys(self._streamed, 0)
+        self._before = self._now()
 
-    def since(self) -> dict[int, int]:
-        """Bytes of each stage's weights since the last time."""
-        now = {s: r.brought for s, r in self._streamed.items()}
-        found = {s: now[s] - self._before[s] for s in now}
+    def _now(self) -> dict[tuple[int, int], int]:
+        return {(s, h): n for s, r in self._streamed.items() for h, n in enumerate(r.brought)}
+
+    def since(self) -> dict[tuple[int, int], int]:
+        """Bytes of each stage's weights over each hop since the last time."""
+        now = self._now()
+        found = {which: n - self._before[which] for which, n in now.items()}
         self._before = now
         return found
+
+    def rows(self) -> list[list[int]]:
+        """The same as JSON has it: stage, hop, bytes."""
+        return [[*which, n] for which, n in sorted(self.since().items())]
 
 
 def close_all(runners: Sequence[Runner]) -> None:

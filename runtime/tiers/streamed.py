@@ -103,9 +103,12 @@ class Streamed:
         return sum(x.untyped_storage().nbytes() for x in self.memory())
 
     @property
-    def brought(self) -> int:
-        """Bytes of weights that passes so far took from slots."""
-        return self.cycle.brought
+    def brought(self) -> tuple[int, ...]:
+        """Bytes of weights that passes so far took from slots; of those that were read from below,
+        where a second hop is.
+        """
+        read = getattr(self.carrier, "taken_from_below", None)
+        return (self.cycle.brought,) if read is None else (self.cycle.brought, read)
 
     def close(self) -> None:
         """End what brings weights, and let go of all memory; it cannot be called any more."""

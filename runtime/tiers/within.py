@@ -16,7 +16,7 @@ from dfc.planning.tier_plan import DISK, planned
 from dfc.planning.tiers import Tiers, plan_tiers
 from dfc.planning.weight_blocks import Cut, cut
 from dfc.runtime.tiers.clock import block_seconds
-from dfc.runtime.tiers.places import Place, place_of
+from dfc.runtime.tiers.places import Place, is_relayed, place_of
 from dfc.runtime.tiers.relay import Relay
 from dfc.runtime.tiers.streamed import Streamed
 
@@ -64,11 +64,8 @@ def within(
              device is the host.
     """
     place = place or place_of(device)
-    if wanted.host is not None and not hasattr(place, "copier"):
-        raise DfcError(
-            "K074", "weights come to a processor from disk: there is no memory between",
-            help="leave out the host's memory, or name a device: cuda=8GiB,cpu=16GiB", status=2,
-        )  # fmt: skip
+    if wanted.host is not None and not is_relayed(place):
+        raise no_host_between()
     parts = cut(graph, place.calls(graph))
     sizes = bind_inputs(graph, inputs) if inputs is not None else {}
     plan = first_plan(parts, wanted, place, {**default_sizes(graph), **sizes})
@@ -77,6 +74,13 @@ def within(
     say("timing each part of the model")
     measured = measured_plan(parts, plan, place, wanted, inputs)
     return Streamed(parts, measured, place)
+
+
+def no_host_between() -> DfcError:
+    return DfcError(
+        "K074", "weights come to a processor from disk: there is no memory between",
+        help="leave out the host's memory, or name a device: cuda=8GiB,cpu=16GiB", status=2,
+    )  # fmt: skip
 
 
 def first_plan(parts: Cut, wanted: Wanted, place: Place, sizes: Sizes) -> Tiers:
@@ -92,11 +96,18 @@ def _on_host(plan: Tiers, wanted: Wanted, disk: Hop) -> Tiers:
 
 
 def measured_plan(
-    parts: Cut, plan: Tiers, place: Place, wanted: Wanted, inputs: Sequence[Any], sharing: int = 1
+    parts: Cut,
+    plan: Tiers,
+    place: Place,
+    wanted: Wanted,
+    inputs: Sequence[Any],
+    sharing: float = 1,
+    disk_sharing: float = 1,
 ) -> Tiers:
     """The plan by what blocks and copies take; another one only where it is clearly faster.
 
-    Copies take so many times as long as was measured where several are `sharing` what brings them.
+    Copies take so many times as long as was measured where several are `sharing` what brings them,
+    and reads from a disk below so many times.
     """
     import torch
 
@@ -110,7 +121,7 @@ def measured_plan(
                 runner(inputs)
                 clock.stamp()
             between = clock.seconds()
-            copied, disk = runner.carrier.copied(), _disk(runner)
+            copied, disk = runner.carrier.copied(), disk_sharing * _disk(runner)
     finally:
         runner.close()
     timed = [i for i, b in enumerate(parts.blocks) if b.first is not None]
@@ -124,7 +135,10 @@ def measured_plan(
     other = plan_tiers(
         layers, plan.weights, plan.memory, now.hop, plan.fixed, wanted.slots, wanted.placement
     )  # fmt: skip
-    other = _on_host(other, wanted, Hop(disk, name="disk"))
+    try:
+        other = _on_host(other, wanted, Hop(disk, name="disk"))
+    except DfcError:
+        return now  # its larger slots are too much for the host
     return other if other.pass_seconds * _BETTER < now.pass_seconds else now
 
 
