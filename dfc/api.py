@@ -47,8 +47,9 @@ def trace(
 def parse(text: str, file: str = "<string>") -> Graph:
     """Read graph text.
 
-    Raises:  DfcError P family with `file:line:col`.
+    Raises:  DfcError P family with `file:line:col`; Q055 for what is no text.
     """
+    check_given(text=text)
     from dfc.lang.graph_parser import parse_graph
 
     return parse_graph(text, file)

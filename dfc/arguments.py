@@ -24,7 +24,8 @@ def check_given(**given: Any) -> None:
     Raises:  DfcError Q055 (status 2).
     """
     for name, value in given.items():
-        wanted = None if value is None else _wanted(name, value)
+        absent = value is None and name != "text"  # all others may be left out
+        wanted = None if absent else _wanted(name, value)
         if wanted is not None:
             message = f"`{name}` is {wanted[0]}, got {_brief(value)}"
             raise DfcError("Q055", message, help=wanted[1], status=2)
@@ -36,6 +37,8 @@ def _wanted(name: str, value: Any) -> tuple[str, str | None] | None:
         return None if isinstance(value, Mapping) else ("a mapping", f"as in {_MAPPINGS[name]}")
     if name in ("progress", "print_after", "say"):
         return None if callable(value) else ("a function", "as in progress=print")
+    if name == "text":
+        return None if isinstance(value, str) else ("the text of a graph", "read a file first")
     if name == "engine":
         return None if isinstance(value, str) else ("a name", "as in `eager`, or `auto`")
     if name == "passes":

@@ -561,3 +561,16 @@ def test_a_model_that_fails_with_an_expanded_buffer_is_told_as_it_fails() -> Non
 
     with pytest.raises(dfc.DfcError, match=r"T003.*itself fails on the example"):
         dfc.compile(Wrong().eval(), (torch.ones(2, 4),))
+
+
+@pytest.mark.parametrize("given", [3, None, b"graph"])
+def test_what_is_no_text_is_no_graph(given: Any) -> None:
+    with pytest.raises(dfc.DfcError, match="`text` is the text of a graph, got") as e:
+        dfc.parse(given)
+    assert (e.value.code, e.value.status) == ("Q055", 2)
+
+
+def test_a_limit_below_zero_is_refused() -> None:
+    graph = dfc.parse("dfc 1\ngraph @f(%x: f32[2]) -> f32[2] {\n  return %x\n}\n")
+    with pytest.raises(dfc.DfcError, match="`limit` counts changes: it is 0 or more, got -1"):
+        dfc.compile(graph, recipe="dfc 1\nrecipe r {\n  cse with limit=-1\n}\n", engine="eager")

@@ -125,6 +125,9 @@ class Quota:
     """
 
     def __init__(self, limit: int | None, skip: tuple[int, ...]) -> None:
+        if limit is not None and limit < 0:
+            message = f"`limit` counts changes: it is 0 or more, got {limit}"
+            raise DfcError("Q012", message, status=2)
         self.limit, self.skip = limit, skip
         self.number = self.done = 0
         self._left: set[Node] = set()
