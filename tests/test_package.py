@@ -324,3 +324,15 @@ def test_an_existing_package_is_replaced_only_by_force(saved: Path, tmp_path: Pa
     with pytest.raises(dfc.DfcError, match="D011"):
         loaded.save(tmp_path / "mine", force=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "net.dfcpkg"]
+
+
+def test_ops_of_transformers_are_found_where_it_is_not_imported() -> None:
+    """A package of a mixture of experts is read in a process that never saw the model."""
+    pytest.importorskip("transformers.integrations.moe")
+    code = (
+        "from dfc.ir.op import lookup; import dfc.ops;"
+        "print(lookup('transformers.grouped_mm_fallback.default').name)"
+    )
+    argv = [sys.executable, "-c", code]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "transformers.grouped_mm_fallback.default", done.stderr

@@ -174,6 +174,24 @@ def flat_results(result: Any) -> tuple[Any, ...]:
     return tuple(flat)
 
 
+def _import_home(namespace: str) -> bool:
+    """Import what declares the ops of a library that models come from, if it is installed.
+
+    A package of such a model is read where nothing else imports it; the text that names the op
+    chooses among these alone.
+    """
+    try:
+        if namespace == "transformers":
+            import transformers.integrations.moe  # noqa: F401
+        elif namespace == "torchvision":
+            import torchvision  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
+        else:
+            return False
+    except ImportError:
+        return False
+    return True
+
+
 @cache
 def _resolve(name: str) -> OpInfo | None:
     parts = name.split(".")
@@ -182,11 +200,17 @@ def _resolve(name: str) -> OpInfo | None:
     import torch
 
     namespace, base, overload = parts
-    try:
-        torch._C._dispatch_find_schema_or_throw(
-            f"{namespace}::{base}", "" if overload == "default" else overload
-        )
-    except RuntimeError:
+
+    def known() -> bool:
+        try:
+            torch._C._dispatch_find_schema_or_throw(
+                f"{namespace}::{base}", "" if overload == "default" else overload
+            )
+        except RuntimeError:
+            return False
+        return True
+
+    if not known() and not (_import_home(namespace) and known()):
         return None
     return AtenOp(name, getattr(getattr(getattr(torch.ops, namespace), base), overload))
 
