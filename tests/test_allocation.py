@@ -48,7 +48,7 @@ print(json.dumps([before, both()]))
 def faults(**environment: str) -> list[list[int]]:
     """New pages of two results, of this thread and of another: before an engine is built, after."""
     run = subprocess.run(
-        [sys.executable, "-c", _FAULTS], capture_output=True, text=True, timeout=120, check=True,
+        [sys.executable, "-c", _FAULTS], capture_output=True, text=True, timeout=300, check=True,
         env={**os.environ, **environment},
     )  # fmt: skip
     found: list[list[int]] = json.loads(run.stdout)

@@ -101,7 +101,7 @@ def uncapturable():
 
 def slow():
     Path("ready").touch()
-    time.sleep(60)
+    time.sleep(3600)
 
 
 class Loud(torch.nn.Module):
@@ -118,7 +118,7 @@ def loud():
 class Slow(torch.nn.Module):
     def forward(self, x):
         Path("ready").touch()
-        time.sleep(60)
+        time.sleep(3600)
         return x
 
 
@@ -476,20 +476,18 @@ def test_ctrl_c_ends_a_command_at_once(made: Path, tmp_path: Path, factory: str)
     )
     try:
         _wait_for(tmp_path / "ready", process)
-        start = time.monotonic()
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
         told = process.stderr.readline()
         while told and "interrupted" not in told:
             told = process.stderr.readline()
         process.send_signal(signal.SIGINT)  # again, while it ends
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=300)  # of an hour that it would sleep
         err = told + err
     finally:
         process.kill()
     assert process.returncode == 130
     assert "dfc: interrupted" in err and "Traceback" not in err
-    assert time.monotonic() - start < 20  # of 60 that it would sleep
     assert os.listdir(tmp_path) == ["ready"]
 
 

@@ -304,7 +304,7 @@ def test_a_killed_run_goes_on_and_ends_equal(tmp_path):
     while int(child.stdout.readline()) < 20:
         pass
     child.send_signal(signal.SIGKILL)
-    assert child.wait(timeout=30) == -signal.SIGKILL
+    assert child.wait(timeout=300) == -signal.SIGKILL
     child.stdout.close()
     child.stdin.close()
     count, resumed = observed(tmp_path, data(200))

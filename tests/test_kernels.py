@@ -327,7 +327,7 @@ print(sorted(set(re.findall(r'lib(?:gomp|iomp5|omp)[-.\\w]*', maps))))
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "3"},
     )
@@ -557,7 +557,7 @@ def test_a_variable_turns_kernels_off_or_chooses_a_path(value: str, path: str | 
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         cwd=ROOT,
         env={**os.environ, library.OFF: value},
     )

@@ -40,7 +40,7 @@ def fault_points(tmp_path: Path, what: str, before: str, renames: str) -> list[s
     rehearsal.mkdir()
     final = prepare(rehearsal, what, before)
     child = spawn(what, final, "new", renames)
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=300)
     assert child.returncode == 0, err
     assert (state(what, final), litter(rehearsal)) == ("new", [])
     hits = json.loads(out.splitlines()[-1])
@@ -62,7 +62,7 @@ def test_kill_at_every_fault_point_leaves_old_or_new(
         folder.mkdir()
         final = prepare(folder, what, before)
         child = spawn(what, final, "new", renames, fault=f"{point}:kill")
-        _, err = child.communicate(timeout=60)
+        _, err = child.communicate(timeout=300)
         assert child.returncode == -signal.SIGKILL, (point, err)
         found = state(what, final)
         allowed = {before, "new"} | ({"absent"} if renames == "plain" else set())
@@ -91,7 +91,7 @@ def test_a_signal_leaves_nothing_behind(
         folder.mkdir()
         final = prepare(folder, what, before)
         child = spawn(what, final, "new", renames, fault=f"{name}:1:{how}")
-        _, err = child.communicate(timeout=60)
+        _, err = child.communicate(timeout=300)
         assert child.returncode == -(signal.SIGTERM if how == "term" else signal.SIGINT), err
         after = "new" if name == "publish.fsync_parent" else before
         assert (state(what, final), litter(folder)) == (after, []), name
@@ -199,7 +199,7 @@ def test_a_file_size_limit_is_a_clean_error(tmp_path: Path, body: str) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 7, done.stderr
     assert f"error[D013]: cannot write `{final}`: file too large, after " in done.stdout
@@ -385,7 +385,7 @@ def test_signal_handlers_are_left_as_they_were(tmp_path: Path) -> None:
 def test_racing_writers_leave_one_whole_result(tmp_path: Path) -> None:
     final = tmp_path / "m.dfcpkg"
     children = [spawn("folder", final, name, rounds=20) for name in ("one", "two", "six")]
-    errors = [child.communicate(timeout=60)[1] for child in children]
+    errors = [child.communicate(timeout=300)[1] for child in children]
     assert [child.returncode for child in children] == [0, 0, 0], errors
     assert state("folder", final) in ("one", "two", "six")
     assert litter(tmp_path) == []

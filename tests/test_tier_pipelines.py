@@ -278,7 +278,7 @@ def test_ranks_of_torchrun_take_the_plan_of_the_first(tower: Path, graph: Graph)
     for size, status in ((memory, 0), ("1KB", 1)):
         done = subprocess.run(
             [*launched, *given, size, *options], env=environment(), capture_output=True, text=True,
-            timeout=120,
+            timeout=300,
         )  # fmt: skip
         assert done.returncode == status, done.stderr
         if status:

@@ -18,7 +18,7 @@ from dfc.planning.machine import Device, Machine, Wire
 from dfc.planning.pipeline import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 120
+SECONDS = 300
 
 
 class Deep(nn.Module):

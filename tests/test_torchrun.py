@@ -43,7 +43,7 @@ def test_the_command_runs_under_torchrun_as_on_threads(links: str, tmp_path: Pat
     launched = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dfc.cli",
          *given, "--on", "torchrun", *over[links], "--json", "-o", outputs[1]],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert launched.returncode == 0, launched.stderr
     told = json.loads(launched.stdout)["pipeline"]  # of rank 0 alone
@@ -101,7 +101,7 @@ def test_ranks_load_what_is_used(on: str, tmp_path: Path) -> None:
     launcher = TORCHRUN if on == "torchrun" else []
     ran = subprocess.run(
         [sys.executable, *launcher, "-m", "dfc.cli", *given], cwd=tmp_path, env=environment(),
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["pipeline"]["on"] == on
@@ -216,7 +216,7 @@ def test_a_lost_rank_is_named_by_those_that_wait() -> None:
         assert ranks[0].stdout.readline() == "equal\n"
         time.sleep(0.3)
         ranks[1].send_signal(signal.SIGKILL)
-        _, err = ranks[0].communicate(timeout=60)
+        _, err = ranks[0].communicate(timeout=300)
         assert ranks[0].returncode == 1
         assert "K058" in err and "lost" in err and "rank 1" in err, err
     finally:
