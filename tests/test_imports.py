@@ -213,6 +213,7 @@ BROAD = {
     "dfc/registry.py": 1,  # what happens when another package is imported
     "dfc/rewrite/custom.py": 1,  # the user's own pass
     "runtime/pipeline/rank.py": 1,  # whatever a kernel raises is told with its action
+    "runtime/pipeline/training_worker.py": 1,  # the user's optimizer, told with its lines
 }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,22 +114,29 @@ def assembly(
 
 def write_assembly(folder: Path, made: Assembly, stages: Sequence[StageGraph]) -> None:
     """Write the folder. Weights that a file holds stay there; others are written once."""
+    made.weights.update(write_graphs(folder, [s.graph for s in stages]))
+    (folder / _FILE).write_text(json.dumps(asdict(made)), encoding="utf-8")
+
+
+def write_graphs(folder: Path, graphs: Sequence[Graph]) -> dict[str, list[str]]:
+    """Write graphs without weights, and those that no file holds; file and key of each weight."""
     loose: dict[str, Parameter] = {}
-    for i, stage in enumerate(stages):
-        bare = stage.graph.copy()
-        for name, p in stage.graph.parameters.items():
+    weights: dict[str, list[str]] = {}
+    for i, graph in enumerate(graphs):
+        bare = graph.copy()
+        for name, p in graph.parameters.items():
             if isinstance(p.data, SafetensorsData):
-                made.weights[name] = [str(p.data.path.absolute()), p.data.key]
+                weights[name] = [str(p.data.path.absolute()), p.data.key]
             elif p.data is not None:
                 loose[name] = p
-                made.weights[name] = [str(folder / "weights.safetensors"), name]
+                weights[name] = [str(folder / "weights.safetensors"), name]
             bare.parameters[name].data = None
         (folder / _stage(i)).write_text(str(bare), encoding="utf-8")
     if loose:
         types = {name: p.type for name, p in loose.items()}
         tensors = (p.data.tensor() for p in loose.values() if p.data is not None)
         write_safetensors(folder / "weights.safetensors", types, tensors)  # type: ignore[arg-type]
-    (folder / _FILE).write_text(json.dumps(asdict(made)), encoding="utf-8")
+    return weights
 
 
 def read_assembly(folder: Path) -> Assembly:
@@ -148,15 +155,15 @@ def read_assembly(folder: Path) -> Assembly:
     return made
 
 
-def read_stage(folder: Path, made: Assembly, stage: int) -> Graph:
-    """A stage's graph, its weights mapped from their files."""
+def read_graph(folder: Path, weights: Mapping[str, Sequence[str]], number: int) -> Graph:
+    """A graph of `write_graphs`, its weights mapped from their files."""
     from dfc.lang.graph_parser import parse_graph
 
-    path = folder / _stage(stage)
+    path = folder / _stage(number)
     graph = parse_graph(path.read_text(encoding="utf-8"), str(path))
     for name, p in graph.parameters.items():
-        if name in made.weights:
-            file, key = made.weights[name]
+        if name in weights:
+            file, key = weights[name]
             p.data = SafetensorsData(Path(file), key)
     return graph
 
@@ -226,4 +233,4 @@ def _stage(i: int) -> str:
     return f"stage_{i:02d}.dfc"
 
 
-__all__ = ["Assembly", "Run", "Stages", "TensorType", "assembly", "read_assembly", "read_stage"]
+__all__ = ["Assembly", "Run", "Stages", "TensorType", "assembly", "read_assembly", "read_graph"]

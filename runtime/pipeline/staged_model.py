@@ -41,6 +41,7 @@ class StagedModel:
         self.graph = with_loss(graph, loss, targets) if loss else graph
         inner = self.graph.copy()
         _write_stages(graph, inner, stage_of)
+        self.stage_of = [n.stage for _, n in zip(self.graph.nodes, inner.nodes, strict=True)]
         self.masks = masked(inner)
         self.inputs = dict(zip(self.graph.inputs, inner.inputs, strict=False))
         self.loss = loss_of(inner)

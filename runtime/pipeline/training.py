@@ -44,7 +44,14 @@ from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.streams import device_names
 from dfc.runtime.pipeline.trained import TrainedStage, builder
 from dfc.runtime.pipeline.training_report import TrainingReport
-from dfc.runtime.pipeline.training_state import State, copied, optimizer_state, restore, slots_of
+from dfc.runtime.pipeline.training_state import (
+    State,
+    copied,
+    optimizer_state,
+    restore,
+    slots_of,
+    write_into,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -202,17 +209,23 @@ class Trainer:
         Raises:  DfcError K010.. for arguments that do not fit, K050 for a stage that fails.
         """
         loss = self.backward(*args, **kwargs)
+        self.update()
+        return loss
+
+    def update(self) -> None:
+        """Let the optimizers take the step of the last gradients."""
         for optimizer in self.optimizers:
             optimizer.step()
         self._homes.changed()
         self.steps += 1
-        return loss
 
     def backward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The loss of a batch, with every parameter's `grad`, and no optimizer step."""
-        inputs = dict(
-            zip(self.model.graph.inputs, flat_inputs(self.model.graph, args, kwargs), strict=True)
-        )
+        return self.backward_flat(flat_inputs(self.model.graph, args, kwargs))
+
+    def backward_flat(self, flat: Sequence[torch.Tensor]) -> torch.Tensor:
+        """As `backward`, of the graph's inputs in order."""
+        inputs = dict(zip(self.model.graph.inputs, flat, strict=True))
         given = self._given(cut(inputs, self._dims, self.microbatches))
         program = self.programs.of(len(given), lambda: self.measure(given))
         self.last = program, self._compute(program, given)
@@ -277,6 +290,12 @@ class Trainer:
 
     # what was made
 
+    def set_options(self, **values: Any) -> None:
+        """Change options of all optimizers: set_options(lr=1e-4)."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group.update(values)
+
     def state_dict(self) -> dict[str, Any]:
         """Weights, optimizer slots and options by the parameters' names, however it was cut."""
         found: dict[str, Any] = copied(self._state())
@@ -311,6 +330,13 @@ class Trainer:
                  another model.
         """
         self.load_state_dict(checkpoint.read(Path(folder)))
+
+    def load_into(self, model: torch.nn.Module) -> None:
+        """Give a module of PyTorch's the weights as they are now, by their names.
+
+        Raises:  DfcError N075 (exit status 2) for a module that lacks one, or has another shape.
+        """
+        write_into(model, checkpoint.model_state(self.state_dict()["weights"], self.model.graph))
 
     def _state(self) -> State:
         """The state, whose tensors are those that are trained where these lie on the host."""

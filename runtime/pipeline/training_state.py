@@ -48,7 +48,7 @@ def restore(
     import torch
 
     weights = state["weights"]
-    _refuse(parameters, weights)
+    refuse_other(parameters, weights)
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(weights[name])
@@ -70,7 +70,24 @@ def _placed(slots: dict[str, Any], like: torch.Tensor, group: Mapping[str, Any])
     }
 
 
-def _refuse(parameters: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
+def write_into(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copy weights into a module's parameters of the same names; buffers stay as they are.
+
+    Raises:  DfcError N075 (exit status 2) before anything is written.
+    """
+    import torch
+
+    parameters = dict(model.named_parameters())
+    refuse_other(parameters, {n: x for n, x in weights.items() if n in parameters})
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(weights[name])
+
+
+def refuse_other(parameters: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
+    """
+    Raises:  DfcError N075 (exit status 2) for weights of another model.
+    """
     missing = sorted(set(parameters) - set(weights))
     extra = sorted(set(weights) - set(parameters))
     if missing or extra:

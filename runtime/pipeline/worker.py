@@ -108,7 +108,7 @@ class Worker:
     def _load(self) -> bool:
         import torch
 
-        from dfc.runtime.pipeline.folder import Stages, read_assembly, read_stage, stages_of
+        from dfc.runtime.pipeline.folder import Stages, read_assembly, read_graph, stages_of
 
         began = time.perf_counter()
         try:
@@ -117,7 +117,8 @@ class Worker:
             self.made = made = read_assembly(self.folder)
             torch.set_num_threads(made.threads[self.rank])
             self.edges = made.routed()
-            graphs = {s: read_stage(self.folder, made, s) for s in stages_of(made, self.rank)}
+            mine = stages_of(made, self.rank)
+            graphs = {s: read_graph(self.folder, made.weights, s) for s in mine}
             self.stages = Stages(made, graphs, self.rank, self.device)
         except DfcError as e:
             self._tell("failed", number=0, **_error(e))
@@ -192,7 +193,7 @@ def _error(e: DfcError) -> dict[str, Any]:
 
 def serve(
     folder: Path, rank: int, born: int, host: tuple[str, int], key: bytes,
-    before: Before | None = None, device: str = "",
+    before: Before | None = None, device: str = "", kind: type[Worker] = Worker,
 ) -> None:  # fmt: skip
     """Be a rank for the host at that address, until it says that it is over.
 
@@ -201,14 +202,14 @@ def serve(
     """
     channel = knock(host, key)
     channel.send({"did": "hello", "rank": rank, "born": born, "pid": os.getpid()})
-    Worker(folder, rank, channel, before, device).serve()
+    kind(folder, rank, channel, before, device).serve()
 
 
-def main(before: Before | None = None) -> None:
+def main(before: Before | None = None, kind: type[Worker] = Worker) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the host decides what an interrupt means
     folder, rank, born, host, port = sys.argv[1:6]
     key = bytes.fromhex(os.environ.pop("DFC_RANK_KEY"))
-    serve(Path(folder), int(rank), int(born), (host, int(port)), key, before)
+    serve(Path(folder), int(rank), int(born), (host, int(port)), key, before, kind=kind)
     os._exit(0)  # threads of libraries are not waited for
 
 

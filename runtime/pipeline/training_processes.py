@@ -1,0 +1,320 @@
+"""Training in several processes of this machine, from one ordinary script or notebook.
+
+    with ProcessTrainer(graph, plan, optimizer=partial(torch.optim.AdamW, lr=1e-3)) as trainer:
+        for x, target in batches:
+            loss = trainer.step(x, target)
+        trainer.load_into(model)
+
+Each rank is a fresh Python that reads the graph as text and maps its weights; nothing of the script
+is run again in it. With `checkpoint=folder, every=100` the trainer saves by itself, keeps the
+batches since, and starts all ranks again from there when one is lost: the call goes on, and its
+loss is what it would have been.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from dfc.calling import flat_inputs
+from dfc.errors import DfcError
+from dfc.ir.graph import Graph, Node
+from dfc.planning.actions import Action, Kind, Program, parse_program
+from dfc.planning.stages import HOST
+from dfc.runtime.pipeline import checkpoint as checkpoints
+from dfc.runtime.pipeline.control import Message
+from dfc.runtime.pipeline.crew import Launcher
+from dfc.runtime.pipeline.differentiated import Differentiated
+from dfc.runtime.pipeline.folder import write_graphs
+from dfc.runtime.pipeline.lanes import Span, Step
+from dfc.runtime.pipeline.linking import meeting
+from dfc.runtime.pipeline.named_factory import told
+from dfc.runtime.pipeline.spawn import private_folder
+from dfc.runtime.pipeline.staged_model import StagedModel
+from dfc.runtime.pipeline.training import Trainer, Way
+from dfc.runtime.pipeline.training_gang import Gang, entry
+from dfc.runtime.pipeline.training_report import TrainingReport
+from dfc.runtime.pipeline.training_state import State, refuse_other
+
+if TYPE_CHECKING:
+    import torch
+
+    from dfc.planning.pipeline import Plan
+
+T = TypeVar("T")
+RESTARTS = 3  # times that ranks may be lost in one call
+_JOB = "training.json"
+
+
+class ProcessTrainer(Trainer):
+    """A trainer whose ranks are processes of this machine; the options of `Trainer`, and these.
+
+    `optimizer` travels by its name: a class or function of a module, or a `functools.partial` of
+    one with numbers, words and lists.
+    `checkpoint` is a folder that is written every so many steps; then ranks that are lost are
+    started again, `restarts` times in a call at most, and the batches since are repeated from
+    copies. `modules` are imported in each rank first: those that declare operators. Weights and
+    optimizers are in the ranks: see `state_dict`, `load_into`, `set_options`.
+    Ensures: losses and weights are those of `Trainer` with the same options, to the bit; all
+             processes end with the trainer, or with this process. A step that fails in the model
+             has changed nothing, and the next may follow.
+    Raises:  DfcError N077 for an optimizer that cannot travel, K050 and K057 for what fails in a
+             rank, K058 for a rank that is lost for good, else as `Trainer`.
+    """
+
+    def __init__(
+        self,
+        graph: Graph | StagedModel,
+        stage_of: Mapping[Node, int] | Plan | None = None,
+        *,
+        optimizer: Callable[..., Any],
+        checkpoint: str | os.PathLike[str] | None = None,
+        every: int = 100,
+        restarts: int = RESTARTS,
+        links: str | None = None,
+        modules: Sequence[str] = (),
+        launcher: Callable[[Path, list[int], list[str]], Launcher] = entry,
+        **options: Any,
+    ) -> None:
+        if every < 1 or restarts < 0:
+            raise DfcError("N073", "`every` is 1 or more, `restarts` 0 or more", status=2)
+        if options.get("sequential"):
+            raise DfcError("N073", "ranks in processes are not `sequential`", status=2)
+        self._optimizer = told(optimizer)
+        self.checkpoint = None if checkpoint is None else Path(checkpoint).absolute()
+        self.every, self.restarts = every, restarts
+        self.incidents: list[str] = []
+        self._links, self._modules, self._launcher = links, list(modules), launcher
+        self._engine = str(options.get("engine", "eager"))
+        recompute = options.get("recompute")
+        self._recompute = (
+            recompute
+            if recompute is None or isinstance(recompute, (bool, str))
+            else sorted(recompute)
+        )
+        if isinstance(recompute, str) and not (stage_of is None or isinstance(stage_of, Mapping)):
+            self._recompute = None  # the plan has chosen
+        self._memory = options.get("memory")
+        self._closed = False
+        self._base: Path | None = None  # what ranks that are started again begin with
+        self._log: list[tuple[int, str, Any]] = []  # what was done since, with the step before it
+        super().__init__(graph, stage_of, optimizer=optimizer, **options)
+
+    def _mine(self) -> Sequence[Differentiated]:
+        return ()  # none of the stages is this process's
+
+    def _start(self, threads: Sequence[int]) -> Way:
+        self._folder = private_folder()
+        folder, model = Path(self._folder.name), self.model
+        met = meeting(self._links, folder, "127.0.0.1")
+        schedule = self.programs.schedule
+        job = {
+            "weights": write_graphs(folder, [model.graph]), "stages": model.stage_of,
+            "threads": list(threads), "meeting": met.told, "modules": self._modules,
+            "optimizer": self._optimizer,
+            "schedule": [str(schedule), schedule.name] if isinstance(schedule, Program)
+            else schedule,
+            "options": {
+                "microbatches": self.microbatches, "reduction": self.reduction,
+                "chunks": self.programs.chunks, "batch": self.batch, "engine": self._engine,
+                "seed": self.seed, "links": self._links,
+                "recompute": self._recompute, "memory": self._memory,
+            },
+        }  # fmt: skip
+        (folder / _JOB).write_text(json.dumps(job), encoding="utf-8")
+        launcher = self._launcher(folder, list(threads), ["cpu"] * len(threads))
+        self._gang = Gang(len(threads), launcher, met, self._readers())
+        try:
+            self._gang.start()
+        except (DfcError, KeyboardInterrupt):
+            self._end()
+            raise
+        return _Nowhere()
+
+    def _readers(self) -> list[list[int]]:
+        """The ranks that read each of the graph's inputs."""
+        placement = self.programs.placement
+        found = []
+        for v in self.model.graph.inputs:
+            own = self.model.inputs[v]
+            edges = [e for e in self.model.edges if e.source == HOST and own in e.values]
+            found.append(sorted({placement[e.target] for e in edges}))
+        return found
+
+    @property
+    def pids(self) -> list[int]:
+        """The process of each rank."""
+        return [m.pid for _, m in sorted(self._gang.crew.members.items())]
+
+    def step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One optimizer step on a batch; the loss before it.
+
+        Raises:  DfcError K010.. for arguments that do not fit, K050 for a stage that fails, K057
+                 for an optimizer that does, K058 for a rank that is lost for good.
+        """
+        flat = flat_inputs(self.model.graph, args, kwargs)
+        loss = self._backward(flat)
+        self._note("step", [x.clone() for x in flat] if self.checkpoint else None)
+        self.steps += 1  # decided: whoever is lost now is brought here again
+        try:
+            self._mended(lambda again: None if again else self._gang.ask("update"))
+        except DfcError as e:
+            if e.code == "K057":  # the same would happen again
+                self.steps -= 1
+                self._log = self._log[:-1]
+            raise
+        if self.checkpoint is not None and self.steps % self.every == 0:
+            self.save(self.checkpoint)
+        return loss
+
+    def backward_flat(self, flat: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The loss of a batch; gradients stay in the ranks."""
+        return self._backward(flat)
+
+    def _backward(self, flat: Sequence[torch.Tensor]) -> torch.Tensor:
+        import torch
+
+        found = self._mended(lambda _: self._gang.backward(flat))
+        self._tell_of(found)
+        return torch.tensor(found[0]["loss"], dtype=self.model.loss.tensor_type.dtype.to_torch())
+
+    def _tell_of(self, found: Sequence[Message]) -> None:
+        """Keep what the ranks say of a step, for the report."""
+        told = found[0]["program"]
+        program = parse_program(*told) if told else self.last and self.last[0]
+        assert program is not None
+        spans = [Span(Action(Kind(k), s, b), rank, start, end)
+                 for rank, m in enumerate(found) for k, s, b, start, end in m["spans"]]  # fmt: skip
+        edges = dict.fromkeys(self.model.edges, 0)
+        for message in found:
+            for i, size in message["sent"]:
+                edges[self.model.edges[i]] += size
+        seconds = max(m["seconds"] for m in found)
+        self.last = program, Step([], spans, seconds, edges)
+        self._kept = sorted(row for m in found for row in m["kept"])
+
+    def report(self) -> TrainingReport:
+        """What the last step took on all ranks, and kept, beside what was predicted.
+
+        Raises:  DfcError N052 before the first step.
+        """
+        if self.last is None:
+            raise DfcError("N052", "the trainer has not taken a step yet")
+        program, step = self.last
+        _, most, saved, taken, peak = (tuple(column) for column in zip(*self._kept, strict=True))
+        allowed = self.programs.limits(program)
+        return TrainingReport(program, step, allowed, most, saved, taken, peak)
+
+    def set_options(self, **values: Any) -> None:
+        """Change options of all optimizers: set_options(lr=1e-4)."""
+        self._mended(lambda _: self._gang.ask("options", values=values))
+        self._note("options", values)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """As `Trainer.save`."""
+        path = Path(folder).absolute()
+        self._mended(lambda _: self._gang.ask("save", folder=str(path)))
+        if path == self.checkpoint:
+            self._base, self._log = path, []
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """As `Trainer.load`; with `checkpoint` it is saved there at once."""
+        self._load(Path(folder).absolute(), checkpoints.read(Path(folder)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimizer slots and options of the whole model, however it was cut."""
+        path = Path(self._folder.name) / "state"
+        self.save(path)
+        return dict(checkpoints.read(path))
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from a state, made by stages like these or others.
+
+        Raises:  DfcError N075 (exit status 2) for parameters that are missing or of another shape.
+        """
+        self._refuse(state)
+        path = Path(self._folder.name) / "given"
+        checkpoints.write(path, state, self.model.graph)
+        self._load(path, state)
+
+    def _load(self, path: Path, state: State) -> None:
+        self._refuse(state)
+        self._mended(lambda _: self._gang.ask("load", folder=str(path)))
+        self.steps, self.seed = int(state["step"]), int(state["seed"])
+        if self.checkpoint is not None:
+            self._base, self._log = path, []
+            if path != self.checkpoint:
+                self.save(self.checkpoint)
+
+    def _refuse(self, state: State) -> None:
+        read = {name for part in self.model.parts for name in part.joint.weights}
+        own = {n: x for n, x in self.model.weights().items() if n in read}
+        refuse_other(own, state["weights"])
+
+    def _note(self, what: str, value: Any) -> None:
+        if self.checkpoint is not None:
+            self._log.append((self.steps, what, value))
+
+    def _mended(self, run: Callable[[bool], T]) -> T:
+        """Run with ranks that are there; where some were lost on the way, again.
+
+        `run` is told whether the ranks were started again, with all that is in the log.
+        """
+        lost = 0
+        while True:
+            try:
+                return run(self._ready())
+            except DfcError as e:
+                if e.code != "K058" or self._closed:
+                    raise
+                if self.checkpoint is None:
+                    help = "checkpoint=FOLDER goes on by itself; else make the trainer again and "
+                    raise DfcError("K058", e.message, help=help + "load what was saved") from None
+                if lost == self.restarts:
+                    raise
+                self.incidents.append(e.message)
+                lost += 1
+
+    def _ready(self) -> bool:
+        """All ranks there and where they were; whether they had to be started for that."""
+        if self._closed:
+            raise DfcError("K051", "the trainer is closed")
+        if self._gang.alive:
+            return False
+        if self.checkpoint is None:
+            raise DfcError("K058", "the ranks have ended")
+        self._gang.start()
+        at = 0
+        if self._base is not None:
+            at = self._gang.ask("load", folder=str(self._base))[0]["steps"]
+        for step, what, value in self._log:
+            if step < at:
+                continue  # it was saved, and who saved it was lost before it could say so
+            if what == "options":
+                self._gang.ask("options", values=value)
+            else:
+                self._gang.backward(value)
+                self._gang.ask("update")
+        return True
+
+    def close(self) -> None:
+        """End the ranks' processes."""
+        self._closed = True
+        self._end()
+
+    def _end(self) -> None:
+        self._gang.close()
+        self._folder.cleanup()
+
+
+class _Nowhere:
+    """No program runs in this process."""
+
+    def step(self, program: Program, given: Sequence[Mapping[Any, Any]]) -> Step:
+        raise AssertionError("ranks run programs")
+
+    def close(self) -> None:
+        """Nothing is held."""

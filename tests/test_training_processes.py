@@ -1,0 +1,169 @@
+"""Training in processes that a script starts itself: equal to threads, mended, nothing left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dfc.errors import DfcError
+from dfc.runtime.pipeline.training import Trainer
+from dfc.runtime.pipeline.training_processes import ProcessTrainer
+from tests.test_pipeline_training import adamw, captured, staged
+from tests.test_processes import gone
+
+ROOT = Path(__file__).parent.parent
+ADAMW = partial(torch.optim.AdamW, lr=1e-2)
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Weights and slots, to the bit; gradients are in the slots."""
+    assert a["step"] == b["step"]
+    for name, x in b["weights"].items():
+        assert torch.equal(a["weights"][name], x), name
+        for slot, y in b["slots"][name].items():
+            assert torch.equal(a["slots"][name][slot], y), (name, slot)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "schedule"), [("mlp", 2, "1f1b"), ("tied", 4, "interleaved_zb")]
+)
+def test_processes_train_as_threads_do(
+    name: str, stages: int, schedule: str, tmp_path: Path
+) -> None:
+    """To the bit; states and folders go on in the other way; a failure changes nothing."""
+    model, args = captured(name)
+    options: dict[str, Any] = {"schedule": schedule, "microbatches": 4, "threads": 2}
+    with (
+        Trainer(staged(name, stages), optimizer=adamw, **options) as threads,
+        ProcessTrainer(staged(name, stages), optimizer=ADAMW, **options) as processes,
+    ):
+        pids = processes.pids
+        for _ in range(2):
+            assert torch.equal(processes.step(*args), threads.step(*args))
+        same(processes.state_dict(), threads.state_dict())
+        report = processes.report()
+        assert report.in_flight == threads.report().in_flight
+        assert len(report.timing.busy) == 2 and all(report.timing.busy)
+        bad = args[1].clone()
+        bad[-1] = 99
+        with pytest.raises(DfcError, match=r"rank [01]: stage . failed") as e:
+            processes.step(args[0], bad)
+        assert e.value.code == ("K050")
+        for trainer in (processes, threads):
+            trainer.set_options(lr=3e-3)
+            trainer.step(*args)
+        same(processes.state_dict(), threads.state_dict())
+        processes.save(tmp_path / "last")
+        threads.load(tmp_path / "last")
+        threads.step(*args)
+        threads.save(tmp_path / "last")
+        processes.load(tmp_path / "last")
+        assert processes.steps == 4 and processes.pids == pids
+        assert torch.equal(processes.step(*args), threads.step(*args))
+        processes.load_into(model)
+        for n, p in threads.parameters.items():
+            assert torch.equal(model.get_parameter(n), p)
+    assert gone(pids, 5)
+
+
+def killed(trainer: ProcessTrainer, rank: int, signal_: int, args: Any) -> None:
+    """Send a signal to a rank while it steps."""
+    pid = trainer.pids[rank]
+    thread = threading.Timer(0.05, os.kill, (pid, signal_))
+    thread.start()
+    try:
+        while thread.is_alive() or pid in trainer.pids:
+            trainer.step(*args)
+    finally:
+        thread.join()
+
+
+def test_a_lost_rank_is_named_or_started_again(tmp_path: Path) -> None:
+    """zb1p with a tied table; with a checkpoint losses go on as if nothing had been."""
+    _, args = captured("tied")
+    options: dict[str, Any] = {"schedule": "zb1p", "microbatches": 4, "threads": 2}
+    with ProcessTrainer(staged("tied", 2), optimizer=ADAMW, **options) as trainer:
+        trainer.step(*args)
+        pids, began = trainer.pids, time.monotonic()
+        with pytest.raises(DfcError, match=r"rank 1 lost.*SIGKILL") as e:
+            killed(trainer, 1, signal.SIGKILL, args)
+        assert e.value.code == "K058" and "checkpoint=" in str(e.value)
+        assert time.monotonic() - began < 5
+        assert gone(pids, 5)
+        with pytest.raises(DfcError, match="the ranks have ended"):
+            trainer.step(*args)
+    with (
+        Trainer(staged("tied", 2), optimizer=adamw, **options) as threads,
+        ProcessTrainer(staged("tied", 2), optimizer=ADAMW, checkpoint=tmp_path / "last", every=2,
+                       **options) as trainer,
+    ):  # fmt: skip
+        for _ in range(3):
+            trainer.step(*args)
+        killed(trainer, 0, signal.SIGKILL, args)
+        assert len(trainer.incidents) == 1 and "rank 0 lost" in trainer.incidents[0]
+        for _ in range(trainer.steps):
+            threads.step(*args)
+        same(trainer.state_dict(), threads.state_dict())
+
+
+_SCRIPT = """
+import sys, torch, dfc
+from functools import partial
+from tests.test_pipeline_training import captured, staged
+from dfc.runtime.pipeline.training_processes import ProcessTrainer
+_, args = captured("mlp")
+trainer = ProcessTrainer(staged("mlp", 2), microbatches=4, threads=2,
+                         optimizer=partial(torch.optim.AdamW, lr=1e-2))
+print(*trainer.pids, flush=True)
+while True:
+    trainer.step(*args)
+"""
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGKILL])
+def test_a_script_without_a_guard_ends_with_its_ranks(signal_: int, tmp_path: Path) -> None:
+    """It has no `if __name__ == "__main__"`, no `close()`, and is interrupted or killed."""
+    (tmp_path / "train.py").write_text(_SCRIPT)
+    script = subprocess.Popen(
+        [sys.executable, str(tmp_path / "train.py")], stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    try:
+        assert script.stdout is not None
+        pids = [int(p) for p in script.stdout.readline().split()]
+        assert len(pids) == 2
+        time.sleep(0.2)
+        script.send_signal(signal_)
+        assert script.wait(timeout=5) != 0
+        assert gone(pids, 5)
+    finally:
+        script.kill()
+        script.wait()
+
+
+def _local(parameters: Any) -> torch.optim.Optimizer:
+    raise ValueError("no such rate")
+
+
+def test_what_cannot_be_is_told() -> None:
+    model = staged("mlp", 2)
+    with pytest.raises(DfcError, match="cannot travel") as e:
+        ProcessTrainer(model, optimizer=lambda p: torch.optim.SGD(p, 1e-2))
+    assert e.value.code == "N077" and "functools.partial" in str(e.value)
+    with pytest.raises(DfcError, match="every"):
+        ProcessTrainer(model, optimizer=ADAMW, every=0)
+    with pytest.raises(DfcError, match="sequential"):
+        ProcessTrainer(model, optimizer=ADAMW, sequential=True)
+    with pytest.raises(DfcError, match=r"(?s)rank [01]: the optimizer .*ValueError.*_local") as e:
+        ProcessTrainer(model, optimizer=_local, microbatches=2, threads=2)
+    assert e.value.code == "K057"
