@@ -260,6 +260,8 @@ def test_targets_that_cannot_be_written_are_refused_before_the_work(
     assert "an output is empty" in refused_before_the_work(fails, made, 2, "-o", "")
     err = refused_before_the_work(fails, made, 2, "-o", "m.x", "--html", "./m.x")
     assert "`-o` and `--html` both write `./m.x`" in err
+    err = refused_before_the_work(fails, made, 2, "--onnx", made / "nets.py", "--force")
+    assert "`--onnx` would replace" in err and "which is read" in err
     Path("work").mkdir()
     Path("work/thesis.txt").write_text("years")
     err = refused_before_the_work(fails, made, 2, "-o", "work", "--force")

@@ -121,7 +121,7 @@ def compile(
       dfc compile encoder.py:build -r small.dfc --data val=data.py:val --metric top1=data.py:top1
       dfc compile graph.dfc -p 'canonicalize,fuse{rules=attention}' --print-after fuse
     """
-    from dfc.cli.outputs import require_apart, require_writable
+    from dfc.cli.outputs import require_apart, require_sources_kept, require_writable
     from dfc.cli.progress import Progress
     from dfc.cli.recipes import choose_recipe, emit_paths
 
@@ -129,6 +129,8 @@ def compile(
     parts = _stages(stages, onnx)
     named = (("-o", output), ("--onnx", onnx), ("--html", html))
     require_apart(*named)
+    read = [model, recipe, target, *(data or ()), *(metric or ()), *(function or ())]
+    require_sources_kept(read, *named)
     require_writable(output, force, folder=True)
     require_writable(onnx, force, folder=parts is not None)
     require_writable(html, force)
@@ -137,6 +139,7 @@ def compile(
         chosen = choose_recipe(recipe, name, level, passes, target, settings)
         for what, path, is_folder in emit_paths(chosen.plan, output):
             require_apart(*named, (what, path))
+            require_sources_kept(read, (what, path))
             require_writable(path, force, folder=is_folder)
         job = _Job(
             chosen, data, metric, function, budget, engine, verify, strict, device, reproducers, say

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from dfc.errors import DfcError
@@ -31,6 +32,28 @@ def require_apart(*outputs: tuple[str, str | Path | None]) -> None:
         if first != what:
             message = f"`{first}` and `{what}` both write `{path}`"
             raise DfcError("D011", message, help="give each a path of its own")
+
+
+def require_sources_kept(
+    read: Iterable[str | None], *outputs: tuple[str, str | Path | None]
+) -> None:  # fmt: skip
+    """Refuse an output that would replace a file which is read, `--force` or not: models, recipes
+    and data are the user's own. A package may be replaced by what is made of it.
+
+    `read` are names as the command line has them: `net.py:build`, `val=data.py:val`, `r.dfc`.
+    Raises:  DfcError D011.
+    """
+    kept = {path.resolve() for name in read if name is not None for path in _files_of(name)}
+    for what, output in outputs:
+        if output is not None and Path(output).is_file() and Path(output).resolve() in kept:
+            message = f"`{what}` would replace `{output}`, which is read"
+            raise DfcError("D011", message, help="write to a path of its own")
+
+
+def _files_of(name: str) -> list[Path]:
+    own = [name, name.partition("=")[2], name.rpartition(":")[0]]
+    own.append(own[1].rpartition(":")[0])
+    return [path for x in own if x and (path := Path(x)).is_file()]
 
 
 def write_text(path: str, text: str, force: bool) -> None:

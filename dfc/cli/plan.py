@@ -113,7 +113,7 @@ def plan(
     from dfc.api import plan as make
     from dfc.cli.inputs import parse_sizes
     from dfc.cli.measured import measure_times, measured_data, measured_text, read_times
-    from dfc.cli.outputs import require_apart, require_writable
+    from dfc.cli.outputs import require_apart, require_sources_kept, require_writable
     from dfc.cli.progress import Progress
     from dfc.cli.sources import open_source, read_text
     from dfc.planning.fewer import fewer_devices, fewer_text
@@ -122,6 +122,7 @@ def plan(
     load_used(use)
     wanted = _wanted(pin, together)
     require_apart(("--svg", svg), ("--trace", trace))
+    require_sources_kept([model, str(target)], ("--svg", svg), ("--trace", trace))
     require_writable(svg, force)
     require_writable(trace, force)
     if target is not None:

@@ -137,7 +137,7 @@ def run(
     rewrite is wrong, and with 0 when it no longer is.
     """
     from dfc.cli.inputs import output_names
-    from dfc.cli.outputs import require_apart, require_writable
+    from dfc.cli.outputs import require_apart, require_sources_kept, require_writable
     from dfc.cli.progress import Progress
 
     check_place(on, pipeline)
@@ -148,6 +148,7 @@ def run(
     if is_reproducer(model):
         raise typer.Exit(replay_folder(model, as_json))
     require_apart(("-o", output), ("--trace", trace))
+    require_sources_kept([model, *(inputs or ())], ("-o", output), ("--trace", trace))
     require_writable(output, force)
     require_writable(trace, force)
     if output and Path(output).suffix not in _FORMATS:

@@ -116,11 +116,15 @@ def require_space(folder: AnyPath, need_bytes: int) -> None:
     if free < need_bytes:
         raise DfcError(
             "D012",
-            f"not enough space in `{os.fspath(folder)}`: {need_bytes} bytes are needed, "
-            f"{free} are free, {need_bytes - free} are missing",
+            f"not enough space in `{os.fspath(folder)}`: {_mb(need_bytes)} are needed, "
+            f"{_mb(free)} are free, {_mb(need_bytes - free)} are missing",
             help="free some space, or write somewhere else",
             status=7,
         )
+
+
+def _mb(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.2f} MB"
 
 
 def sweep(folder: AnyPath) -> None:
@@ -302,7 +306,9 @@ def _recover(aside: Path) -> None:
 
 
 def _exists(final: AnyPath) -> DfcError:
-    return DfcError("D010", f"`{os.fspath(final)}` exists", help="`--force` replaces it")
+    return DfcError(
+        "D010", f"`{os.fspath(final)}` exists", help="`--force` (in Python force=True) replaces it"
+    )
 
 
 def _errno_of(error: BaseException) -> int:
