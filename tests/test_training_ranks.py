@@ -63,6 +63,12 @@ def judge(found: list[Any], tied: set[str]) -> None:
         assert found["losses"] == pytest.approx(first["zb1p"]["losses"], rel=1e-5)
 
 
+def test_ranks_follow_a_plan_with_several_stages_each(tmp_path: Path) -> None:
+    found = run_ranks(tmp_path, 2, "planned", "mlp")
+    assert all(f["same"] and f["stages"] == 4 for f in found)
+    assert sorted(n for f in found for n in f["mine"]) == found[0]["all"]
+
+
 def test_ranks_that_differ_or_fail_are_told_and_none_waits(tmp_path: Path) -> None:
     found = run_ranks(tmp_path, 2, "refused", "mlp")
     for rank, other in ((0, 1), (1, 0)):

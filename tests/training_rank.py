@@ -17,9 +17,13 @@ import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from dfc.errors import DfcError
+from dfc.planning.machine import Wire
+from dfc.planning.model import Wish
+from dfc.planning.pipeline import plan
 from dfc.runtime.pipeline.training_ranks import RankTrainer
 from dfc.runtime.pipeline.world import World
-from tests.test_pipeline_training import adamw, captured, close, reference, staged
+from tests.test_looped_plans import machine
+from tests.test_pipeline_training import adamw, captured, close, reference, staged, traced
 
 STAGES = {"1f1b": 2, "zb1p": 2, "auto": 2, "gpipe": 2, "interleaved": 4, "interleaved_zb": 4,
           "breadth_first": 4, "zb_v": 4, "dualpipe_v": 4}  # fmt: skip
@@ -63,6 +67,23 @@ def gradients(
             found[schedule] = {"losses": losses, "weights": digest, "program": str(report.program),
                                "in_flight": report.in_flight}  # fmt: skip
     return found
+
+
+def planned(world: World, name: str) -> dict[str, Any]:
+    """Stages, schedule and microbatches of a plan with two stages a rank, gradients beside those of
+    plain PyTorch."""
+    model, args = captured(name)
+    graph = traced(name)[2]
+    found = plan(graph, machine(2, wire=Wire(1e12, 0.0)), schedule="interleaved_zb",
+                 stages_per_device=2, wish=Wish(microbatches=4, trains=True))  # fmt: skip
+    loss, expected = reference(model, args, 4)
+    with RankTrainer(graph, found, world=world, optimizer=adamw, threads=1, deadline=90) as trainer:
+        torch.testing.assert_close(trainer.backward(*args), loss)
+        own = {n: p.grad for n, p in trainer.parameters.items() if p.grad is not None}
+        close(own, {n: expected[n] for n in own})
+        report = trainer.report()
+        return {"same": report.program == found.program, "mine": sorted(own),
+                "stages": len(report.in_flight), "all": sorted(expected)}  # fmt: skip
 
 
 def refused(world: World, name: str) -> dict[str, Any]:
@@ -115,6 +136,7 @@ def main() -> None:
     jobs: dict[str, Callable[[], dict[str, Any]]] = {
         "gradients": lambda: gradients(world, name, links=what or None),
         "every_schedule": lambda: gradients(world, name, list(STAGES)),
+        "planned": lambda: planned(world, name),
         "refused": lambda: refused(world, name),
         "steps": lambda: steps(world, name, what),
         "lost": lambda: lost(world, name),

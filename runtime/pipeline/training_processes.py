@@ -121,11 +121,11 @@ class ProcessTrainer(Trainer):
                 "microbatches": self.microbatches, "reduction": self.reduction,
                 "chunks": self.programs.chunks, "batch": self.batch, "engine": self._engine,
                 "seed": self.seed, "links": self._links,
-                "recompute": self._recompute, "memory": self._memory,
+                "recompute": self._recompute, "memory": self._memory, "devices": self.devices,
             },
         }  # fmt: skip
         (folder / _JOB).write_text(json.dumps(job), encoding="utf-8")
-        launcher = self._launcher(folder, list(threads), ["cpu"] * len(threads))
+        launcher = self._launcher(folder, list(threads), self.devices)
         self._gang = Gang(len(threads), launcher, met, self._readers())
         try:
             self._gang.start()

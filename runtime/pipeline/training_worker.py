@@ -34,7 +34,7 @@ from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.training import Way
 from dfc.runtime.pipeline.training_exchange import Ranks
 from dfc.runtime.pipeline.training_ranks import RankTrainer
-from dfc.runtime.pipeline.worker import Worker, _error, main
+from dfc.runtime.pipeline.worker import Worker, error_told, main
 from dfc.runtime.pipeline.world import World
 
 JOB = "training.json"
@@ -72,7 +72,8 @@ class SupervisedTrainer(RankTrainer):
         self._each = threads
         self._name = self._first_name
         self._ranks = _Supervised(self.world, self._name, self.model, self.programs.placement,
-                                  self._run, self.deadline, self._links)  # fmt: skip
+                                  self._run, self.deadline, self._links,
+                                  self.devices[self.world.rank])  # fmt: skip
         self._ranks.doing = self._doing
         return self._ranks
 
@@ -99,7 +100,7 @@ class TrainingWorker(Worker):
         try:
             self._make()
         except DfcError as e:
-            self._tell("failed", number=0, **_error(e))
+            self._tell("failed", number=0, **error_told(e))
             self.commands.get()  # the host ends this process
             return
         self.doing.set("idle")
@@ -118,7 +119,7 @@ class TrainingWorker(Worker):
         except PeerLost as e:
             self._tell("broken", number=number, why=e.message)
         except DfcError as e:
-            self._tell("failed", number=number, **_error(e))
+            self._tell("failed", number=number, **error_told(e))
         else:
             self.doing.set("idle")
             self._tell("done", number=number, **(found or {}))

@@ -121,7 +121,7 @@ class Worker:
             graphs = {s: read_graph(self.folder, made.weights, s) for s in mine}
             self.stages = Stages(made, graphs, self.rank, self.device)
         except DfcError as e:
-            self._tell("failed", number=0, **_error(e))
+            self._tell("failed", number=0, **error_told(e))
             return False
         self.types = self.stages.types(self.edges)
         self.doing.set("idle")
@@ -166,7 +166,7 @@ class Worker:
             done = self.stages.row(self.routes, self.traffic, microbatches, self.doing)
         except DfcError as e:
             self._drop()
-            self._tell("failed", number=number, **_error(e))
+            self._tell("failed", number=number, **error_told(e))
         except LinkLost as e:
             self._drop()
             self._tell("broken", number=number, peer=e.peer, why=str(e))
@@ -186,7 +186,7 @@ class Worker:
         self.links = self.traffic = None
 
 
-def _error(e: DfcError) -> dict[str, Any]:
+def error_told(e: DfcError) -> dict[str, Any]:
     first = e.diagnostics[0]
     return {"code": e.code, "message": e.message, "help": first.help, "status": e.status}
 
