@@ -174,17 +174,17 @@ def test_hundreds_of_steps_end_and_threads_with_them() -> None:
 def test_a_stage_that_fails_is_named_and_nothing_hangs() -> None:
     _, args, graph = captured("chain")
     with Pipeline(graph, stages(graph, 3), microbatches=6) as pipeline:
-        whole = pipeline._lanes.run
+        whole = pipeline._lanes.lanes.run
 
         def fails(action: Action, values: Values) -> Values:
             if (action.stage, action.microbatch) == (1, 2):
                 raise RuntimeError("out of luck")
             return whole(action, values)
 
-        pipeline._lanes.run = fails
+        pipeline._lanes.lanes.run = fails
         with pytest.raises(DfcError, match="stage 1 failed on microbatch 2: out of luck"):
             pipeline(*args)
-        pipeline._lanes.run = whole
+        pipeline._lanes.lanes.run = whole
         pipeline(*args)  # it goes on
 
 

@@ -215,7 +215,7 @@ def test_a_missed_requirement_is_an_error_with_the_report(net: Model) -> None:
         make(net, "require error <= 1e-6\nrequire size <= 1GiB\nround_weights")
     assert e.value.status == 5 and e.value.code == "Q050"
     assert [r.met for r in e.value.report.requirements] == [False, True]
-    assert "error is 0." in e.value.message and "is 1e-06" in e.value.message
+    assert "error is 0." in e.value.message
     assert e.value.compiled(*net[1]).shape == (3, 4)
 
 
