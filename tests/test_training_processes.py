@@ -40,7 +40,11 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "stages", "schedule"), [("mlp", 2, "1f1b"), ("tied", 4, "interleaved_zb")]
+    ("name", "stages", "schedule"),
+    [
+        ("mlp", 2, "1f1b"),
+        pytest.param("tied", 4, "interleaved_zb", marks=pytest.mark.slow),
+    ],
 )
 def test_processes_train_as_threads_do(
     name: str, stages: int, schedule: str, tmp_path: Path
@@ -184,7 +188,9 @@ while True:
 """
 
 
-@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "signal_", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_a_script_without_a_guard_ends_with_its_ranks(signal_: int, tmp_path: Path) -> None:
     """It has no `if __name__ == "__main__"`, no `close()`, and is interrupted or killed."""
     (tmp_path / "train.py").write_text(_SCRIPT)
