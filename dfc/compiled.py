@@ -53,6 +53,10 @@ class Compiled:
         self._outputs = len(graph.outputs)
         self._owned: frozenset[int] | None = None
 
+    def __repr__(self) -> str:
+        where = "" if self.device == "cpu" else f" on {self.device}"
+        return f"<dfc.Compiled: {len(self.graph)} nodes, run by {self.engine.name}{where}>"
+
     def _initial_state(self) -> dict[str, Any]:
         """The current value of each mutated parameter."""
         return {

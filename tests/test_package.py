@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -77,6 +78,7 @@ def test_a_package_is_plain_files_and_no_code(saved: Path) -> None:
 def test_a_package_comes_back_whole(saved: Path) -> None:
     model, args, shapes = _net()
     compiled = dfc.compile(model, args, dynamic_shapes=shapes, engine="eager")
+    assert re.fullmatch(r"<dfc.Compiled: \d+ nodes, run by eager>", repr(compiled))
     loaded = dfc.load(saved)
     assert loaded.graph == compiled.graph and str(loaded.graph) == str(compiled.graph)
     assert loaded.recipe == compiled.recipe

@@ -358,6 +358,7 @@ def test_the_command_shows_a_table_a_plot_and_data(
     assert run([*call, *more, "-o", str(plot)]) == 0
     shown = capsys.readouterr().out
     assert "each layer alone" in shown and "all 4 at once" in shown and "bound" in shown
+    assert f"wrote {plot}" in shown.replace("\n", "")
     svg = plot.read_text()
     assert svg.startswith("<svg") and "head" in svg
     assert run([*call, "--no-times", "--json"]) == 0

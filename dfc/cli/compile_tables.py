@@ -62,7 +62,8 @@ def print_facts(model: str, compiled: Compiled, data: dict[str, Any]) -> None:
         print_text(f"note: {note}")
     print_text("")
     for kind, file in data["written"].items():
-        print_text(f"wrote {file['path']} ({kind}, {bytes_text(file['bytes'])})")
+        what = "by the recipe" if kind.startswith("emitted") else kind
+        print_text(f"wrote {file['path']} ({what}, {bytes_text(file['bytes'])})")
     print_text(f"next: {data['next']}")
 
 

@@ -175,6 +175,10 @@ def _sensitivity(
         tell(found, every)
     if output is not None:
         write_plot(found, output, force)
+        if not as_json:
+            from dfc.cli.tables import print_text
+
+            print_text(f"wrote {output}")
 
 
 def _passes(
