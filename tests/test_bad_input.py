@@ -574,3 +574,10 @@ def test_a_limit_below_zero_is_refused() -> None:
     graph = dfc.parse("dfc 1\ngraph @f(%x: f32[2]) -> f32[2] {\n  return %x\n}\n")
     with pytest.raises(dfc.DfcError, match="`limit` counts changes: it is 0 or more, got -1"):
         dfc.compile(graph, recipe="dfc 1\nrecipe r {\n  cse with limit=-1\n}\n", engine="eager")
+
+
+def test_a_target_is_read_before_the_model_is_built(fails: Try, made: Path) -> None:
+    Path("bad.dfc").write_text("dfc 1\ntarget t { device a : h100(memory=36GB) }\n")
+    err = fails(2, "plan", f"{made}/nets.py:slow", "-t", "bad.dfc")
+    assert "`h100` has no `memory`" in err and "did you mean `mem`" in err
+    assert not Path("ready").exists()

@@ -118,6 +118,7 @@ def plan(
     from dfc.cli.sources import open_source, read_text
     from dfc.planning.fewer import fewer_devices, fewer_text
     from dfc.planning.layouts import layouts
+    from dfc.recipe.sources import plan_of
 
     load_used(use)
     wanted = _wanted(pin, together)
@@ -126,7 +127,8 @@ def plan(
     require_writable(svg, force)
     require_writable(trace, force)
     if target is not None:
-        read_text(target)  # before the model is loaded
+        read_text(target)
+        plan_of("O0", target=target)  # what is wrong in it is told before the model is loaded
     with Progress() as say:
         say(f"reading {model}")
         source = open_source(model)
@@ -293,10 +295,8 @@ def show_plan(found: Plan) -> None:
     for told in streamed_text(found.tiers, [s.device for s in found.stages]):
         print(told)
     for again in replays(found.program, found.costs):
-        print(
-            f"stage {again.stage} recomputes: saves {bytes_text(again.saves)}, "
-            f"costs {time(again.costs)} a step"
-        )
+        longer = f"costs {time(again.costs)} a step" if again.costs > 0 else "costs no time"
+        print(f"stage {again.stage} recomputes: saves {bytes_text(again.saves)}, {longer}")
     if found.idle:
         print(f"not used, as it would be no better with them: {', '.join(found.idle)}")
     if len(found.device_stages) < len(found.stages):
