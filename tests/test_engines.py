@@ -86,7 +86,7 @@ def test_engine_gives_the_models_results(engine, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", cases(), ids=lambda c: c.name)
-@pytest.mark.parametrize("engine", [e for e in ENGINES if e not in ("eager", "inductor")])
+@pytest.mark.parametrize("engine", [e for e in ENGINES if e != "eager"])
 def test_engine_is_right_on_the_whole_zoo_or_refuses(engine, case):
     try:
         _, compiled = _compiled(case.name)
