@@ -8,7 +8,7 @@ anew whenever the weight was.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dfc.runtime.pipeline.differentiated import Differentiated
 
@@ -50,10 +50,3 @@ class Homes:
         """Write the copies anew."""
         for (name, _), copy in self._copies.items():
             copy.copy_(self.parameters[name].detach())
-
-
-def on_host(state: Any) -> Any:
-    """A state, or a part of one, whose tensors lie in this machine's memory."""
-    if isinstance(state, Mapping):
-        return {k: on_host(v) for k, v in state.items()}
-    return state.to("cpu") if hasattr(state, "device") else state

@@ -35,7 +35,7 @@ from dfc.runtime.allocation import keep_pages
 from dfc.runtime.pipeline import checkpoint
 from dfc.runtime.pipeline.differentiated import Differentiated, Gradient
 from dfc.runtime.pipeline.dropout import Mask
-from dfc.runtime.pipeline.homes import Homes, on_host
+from dfc.runtime.pipeline.homes import Homes
 from dfc.runtime.pipeline.lanes import Step
 from dfc.runtime.pipeline.local import Computing, one_each, rank_threads
 from dfc.runtime.pipeline.programs import AUTO, Programs
@@ -47,6 +47,7 @@ from dfc.runtime.pipeline.training_report import TrainingReport
 from dfc.runtime.pipeline.training_state import (
     State,
     copied,
+    on_host,
     optimizer_state,
     restore,
     slots_of,

@@ -104,3 +104,10 @@ def copied(x: Any) -> Any:
     if isinstance(x, Mapping):
         return {k: copied(v) for k, v in x.items()}
     return x.detach().clone() if hasattr(x, "detach") else x
+
+
+def on_host(state: Any) -> Any:
+    """A state, or a part of one, whose tensors lie in this machine's memory."""
+    if isinstance(state, Mapping):
+        return {k: on_host(v) for k, v in state.items()}
+    return state.to("cpu") if hasattr(state, "device") else state
