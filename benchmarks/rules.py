@@ -71,7 +71,7 @@ def prepare_dfc(made: list[Step]) -> Prepared:
     from dfc.lang.source import Source
     from dfc.passes.fuse import Fuse
     from dfc.rewrite.driver import run_passes
-    from dfc.rewrite.rule import rules_of
+    from dfc.rewrite.read_rules import rules_of
     from dfc.rewrite.rulesets import instead
 
     rules = rules_of(Source(rule_text(), "idle.dfc"), "idle")

@@ -36,7 +36,8 @@ from dfc.package import attach_held, read_probes, write_probes
 from dfc.publish import publish_folder
 from dfc.recipe.plan import PassStep, Plan, VerifyStep
 from dfc.rewrite.pass_ import EXACT, Numerics, Pass, close
-from dfc.rewrite.rule import RuleSet, rules_of
+from dfc.rewrite.read_rules import rules_of
+from dfc.rewrite.rule import RuleSet
 from dfc.rewrite.rulesets import instead, shipped_sets
 from dfc.rewrite.verdicts import LeftOut
 

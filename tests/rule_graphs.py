@@ -25,7 +25,8 @@ from dfc.rewrite.construct import Construction, construct
 from dfc.rewrite.deciding import Facts, base_of
 from dfc.rewrite.match import Refusal, attempt
 from dfc.rewrite.pass_ import Context
-from dfc.rewrite.rule import RuleSet, rules_of
+from dfc.rewrite.read_rules import rules_of
+from dfc.rewrite.rule import RuleSet
 from dfc.rewrite.rulesets import instead
 
 DOUBLE = "match y = neg(neg(x))\nrewrite y = x"

@@ -18,7 +18,7 @@ from dfc.errors import DfcError
 from dfc.lang.source import Source
 from dfc.rewrite.bisect import Candidate, bisect
 from dfc.rewrite.pass_ import PASSES, Pass, find_pass
-from dfc.rewrite.rule import rules_of
+from dfc.rewrite.read_rules import rules_of
 from dfc.rewrite.rulesets import instead
 from dfc.rewrite.search import NotBroken, bad_bound, find_border, first_bad
 from tests.seeded import BUGS, Bug, Seeded, host

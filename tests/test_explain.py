@@ -18,7 +18,7 @@ from dfc.errors import DfcError
 from dfc.lang.source import Source
 from dfc.rewrite import rulesets
 from dfc.rewrite.pass_ import KEPT, Context, Decision, find_pass
-from dfc.rewrite.rule import rules_of
+from dfc.rewrite.read_rules import rules_of
 
 RULES = """\
 dfc 1

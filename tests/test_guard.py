@@ -24,7 +24,7 @@ from dfc.rewrite.blame import PER_RULE
 from dfc.rewrite.driver import run_passes
 from dfc.rewrite.pass_ import EXACT, Context, Pass, find_pass, pass_classes
 from dfc.rewrite.probe import make_probes
-from dfc.rewrite.rule import rules_of
+from dfc.rewrite.read_rules import rules_of
 from dfc.rewrite.rulesets import instead
 from tests.golden_file import Golden, give_data, parse
 from tests.seeded import BUGS, Bug, Seeded, host, read_through_alias

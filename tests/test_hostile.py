@@ -32,7 +32,7 @@ from dfc.lang.tokens import MAX_TOKENS, grammar, tokenize
 from dfc.recipe.resolve import check_source, resolve_all
 from dfc.rewrite.deciding import Facts
 from dfc.rewrite.match import Matcher
-from dfc.rewrite.rule import read_rules, rules_of
+from dfc.rewrite.read_rules import read_rules, rules_of
 from tests.random_documents import random_document
 
 HERE = Path(__file__).parent

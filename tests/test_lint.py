@@ -10,7 +10,7 @@ import pytest
 from dfc.cli import main
 from dfc.lang.source import Source
 from dfc.rewrite.lint import Lint, lint
-from dfc.rewrite.rule import rules_of
+from dfc.rewrite.read_rules import rules_of
 
 
 def lints(text: str) -> list[Lint]:

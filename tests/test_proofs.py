@@ -14,7 +14,8 @@ from dfc.errors import DfcError
 from dfc.lang.source import Source
 from dfc.rewrite import proofs, rulesets
 from dfc.rewrite.prove import prove
-from dfc.rewrite.rule import Rule, RuleSet, rules_of
+from dfc.rewrite.read_rules import rules_of
+from dfc.rewrite.rule import Rule, RuleSet
 
 NEGATION = """dfc 1
 rule negated_twice(x) {

@@ -6,7 +6,7 @@ import pytest
 
 from dfc.lang.source import Source
 from dfc.rewrite.prove import Proof, prove
-from dfc.rewrite.rule import rules_of
+from dfc.rewrite.read_rules import rules_of
 
 
 def proof(text: str) -> Proof:

@@ -63,7 +63,11 @@ def test_a_metric_without_a_direction_is_told_its_form() -> None:
 
 def test_every_code_has_an_example() -> None:
     root = Path(dfc.__file__).parent
-    files = [*root.glob("lang/[!g]*.py"), root / "lang" / "source.py", root / "rewrite/rule.py"]
+    files = [
+        *root.glob("lang/[!g]*.py"),
+        root / "lang" / "source.py",
+        root / "rewrite/read_rules.py",
+    ]
     files += [root / "recipe" / f"{n}.py" for n in
               ("resolve", "names", "steps", "goals", "targets", "settings", "sentences", "order",
                "options", "imports")]  # fmt: skip

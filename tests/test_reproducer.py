@@ -20,7 +20,7 @@ from dfc.rewrite import rulesets
 from dfc.rewrite.driver import run_passes
 from dfc.rewrite.pass_ import find_pass
 from dfc.rewrite.probe import make_probes
-from dfc.rewrite.rule import rules_of
+from dfc.rewrite.read_rules import rules_of
 from dfc.rewrite.rulesets import instead
 from tests.seeded import BUGS, Bug, Seeded, host
 

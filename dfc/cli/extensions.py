@@ -31,7 +31,7 @@ def load_extension(name: str) -> None:
 
 def _rules(path: Path) -> None:
     from dfc.cli.progress import Progress
-    from dfc.rewrite.rule import load_rules
+    from dfc.rewrite.read_rules import load_rules
     from dfc.rewrite.rulesets import add_set, proved_rules
 
     if not path.is_file():

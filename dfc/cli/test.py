@@ -78,7 +78,7 @@ def test(
 
 
 def _read(path: Path) -> RuleSet:
-    from dfc.rewrite.rule import load_rules
+    from dfc.rewrite.read_rules import load_rules
 
     found = load_rules(path)
     if not found.rules:

@@ -10,7 +10,8 @@ from dfc.lang import syntax as s
 from dfc.lang.source import Source
 from dfc.recipe import plan as p
 from dfc.recipe.imports import File, std_files
-from dfc.rewrite.rule import RuleSet, read_rules
+from dfc.rewrite.read_rules import read_rules
+from dfc.rewrite.rule import RuleSet
 from dfc.rewrite.rulesets import all_sets, is_another, shipped_sets
 
 MAX_PROBLEMS = 100  # what nobody reads is not looked for

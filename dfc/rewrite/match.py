@@ -92,11 +92,11 @@ class Compiled:
 
 
 def _line(m: s.Match) -> Line:
-    from dfc.rewrite.rule import _pattern_names
+    from dfc.rewrite.rule import pattern_names
 
     pattern = compile_pattern(m.pattern)
     names = tuple(w.name for w in m.names)
-    mentions = frozenset(_pattern_names(m.pattern))
+    mentions = frozenset(pattern_names(m.pattern))
     return Line(names, pattern, root_bases(pattern), height(pattern), mentions)
 
 

@@ -14,7 +14,8 @@ from functools import cache
 
 from dfc.errors import DfcError, Diagnostic, did_you_mean
 from dfc.rewrite.proofs import problems_of, rules_folder
-from dfc.rewrite.rule import Rule, RuleSet, load_rules
+from dfc.rewrite.read_rules import load_rules
+from dfc.rewrite.rule import Rule, RuleSet
 
 _loaded: dict[str, RuleSet] = {}
 _as_they_are: set[str] = set()  # sets whose rules are taken without proof
