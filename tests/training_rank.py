@@ -82,6 +82,8 @@ def planned(world: World, name: str) -> dict[str, Any]:
         own = {n: p.grad for n, p in trainer.parameters.items() if p.grad is not None}
         close(own, {n: expected[n] for n in own})
         report = trainer.report()
+        made = [p.number for p in trainer.model.parts if "whole" in vars(p)]
+        assert made == [t.stage.number for t in trainer.trained], "others' stages too"
         return {"same": report.program == found.program, "mine": sorted(own),
                 "stages": len(report.in_flight), "all": sorted(expected)}  # fmt: skip
 

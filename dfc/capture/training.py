@@ -7,7 +7,8 @@ gradient they compute.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,19 @@ class Joint:
     input_gradients: tuple[Value | None, ...]  # of each input
     weight_gradients: Mapping[str, Value]
 
+    def copy(self) -> Joint:
+        """One whose graph may be changed."""
+        graph, twin = self.graph.copy_with_map()
+
+        def some(values: Iterable[Value | None]) -> tuple[Value | None, ...]:
+            return tuple(v and twin[v] for v in values)
+
+        return Joint(
+            graph, graph.inputs[: len(self.inputs)], {n: twin[v] for n, v in self.weights.items()},
+            tuple(twin[v] for v in self.outputs), some(self.tangents), some(self.input_gradients),
+            {n: twin[v] for n, v in self.weight_gradients.items()},
+        )  # fmt: skip
+
 
 def joint_graph(
     graph: Graph, weights: Sequence[str], inputs: Sequence[bool], outputs: Sequence[bool]
@@ -61,14 +75,56 @@ def joint_graph(
     return _converted(traced, graph, parameters, table, set(weights))
 
 
-def differentiable(graph: Graph, weights: Sequence[str], inputs: Sequence[bool]) -> list[bool]:
-    """Which outputs depend, by derivatives, on the weights or on the inputs that are marked."""
-    lifted, parameters = _lifted(graph)
-    wanted = [w and _is_float(v) for v, w in zip(graph.inputs, inputs, strict=True)]
-    wanted += [p.name in set(weights) for p in parameters]
-    with torch.enable_grad():
-        found = to_fx(lifted)(*_fakes(lifted, SymbolTable(lifted.ranges), wanted))
-    return [isinstance(x, torch.Tensor) and x.requires_grad for x in found]
+class Derivatives:
+    """What depends on what by derivatives: the graph, run on tensors without numbers.
+
+    `inputs` are those that derivatives are wanted by; `outputs` says of each output whether it
+    depends on one of them or on a weight.
+    Raises:  DfcError N071 for an operator that draws random numbers.
+    Cost:    a fourth of `joint_graph`.
+    """
+
+    def __init__(self, graph: Graph, weights: Sequence[str], inputs: Sequence[bool]) -> None:
+        refuse_random(graph)
+        lifted, parameters = _lifted(graph)
+        self._names = [p.name for p in parameters]
+        wanted = [w and _is_float(v) for v, w in zip(graph.inputs, inputs, strict=True)]
+        wanted += [name in set(weights) for name in self._names]
+        self._leaves = _fakes(lifted, SymbolTable(lifted.ranges), wanted)
+        with torch.enable_grad(), _refused():
+            self._results = to_fx(lifted)(*self._leaves)
+        self.outputs = [isinstance(x, torch.Tensor) and x.requires_grad for x in self._results]
+
+    def by(self, outputs: Sequence[bool]) -> tuple[list[bool], list[str]]:
+        """The inputs and the weights that the marked outputs have derivatives by.
+
+        Needs:   outputs that depend on something.
+        Raises:  DfcError N070 for an operator that PyTorch cannot differentiate.
+        """
+        chosen = [x for x, o in zip(self._results, outputs, strict=True) if o]
+        leaves = [x for x in self._leaves if x.requires_grad]
+        found: dict[int, Any] = {}
+        if chosen and leaves:
+            with _refused():
+                ones = [torch.ones_like(x) for x in chosen]
+                gradients = torch.autograd.grad(
+                    chosen, leaves, ones, retain_graph=True, allow_unused=True
+                )
+            found = {id(x): g for x, g in zip(leaves, gradients, strict=True)}
+        has = [found.get(id(x)) is not None for x in self._leaves]
+        count = len(has) - len(self._names)
+        return has[:count], [n for n, h in zip(self._names, has[count:], strict=True) if h]
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """
+    Raises:  DfcError N070 for what PyTorch refuses.
+    """
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as e:
+        raise DfcError("N070", f"PyTorch cannot differentiate the graph: {e}") from e
 
 
 def refuse_random(graph: Graph) -> None:
@@ -138,11 +194,8 @@ def _traced(module: fx.GraphModule, fakes: list[Any], outputs: list[bool]) -> fx
         kept = [x if o else x.detach() for x, o in zip(results, outputs, strict=True)]
         return [torch.ops.dfc.boundary(x) for x in kept]
 
-    try:
-        with torch.enable_grad(), fx.traceback.preserve_node_meta():
-            traced = aot_export_joint_simple(forward, tuple(fakes), trace_joint=True)
-    except (RuntimeError, NotImplementedError) as e:
-        raise DfcError("N070", f"PyTorch cannot differentiate the graph: {e}") from e
+    with _refused(), torch.enable_grad(), fx.traceback.preserve_node_meta():
+        traced = aot_export_joint_simple(forward, tuple(fakes), trace_joint=True)
     assert isinstance(traced, fx.GraphModule)
     return traced
 

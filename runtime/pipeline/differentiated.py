@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
-from dfc.capture.training import Joint, differentiable, joint_graph
+from dfc.capture.training import Derivatives, Joint, joint_graph
 from dfc.errors import DfcError
 from dfc.ir.graph import Value
 from dfc.planning.backward import Cut, cut
@@ -27,40 +28,70 @@ class Gradient:
 
 
 @dataclass(frozen=True)
-class Differentiated:
-    """One stage: its graph, its joint graph, and the parts of that which actions run."""
+class Flow:
+    """What others have to know of a stage's gradients: of what it takes, and of its weights."""
 
-    number: int
-    stage: StageGraph
-    joint: Joint
-    cut: Cut
+    takes: tuple[bool, ...]
+    weights: tuple[str, ...]
+
+
+class Differentiated:
+    """One stage: its graph, its joint graph, and the parts of that which actions run.
+
+    The joint graph is made when it is first asked for: who runs some of the stages pays for those.
+    """
+
+    def __init__(
+        self, number: int, stage: StageGraph, flow: Flow, make: Callable[[], Joint]
+    ) -> None:
+        self.number, self.stage, self.flow, self._make = number, stage, flow, make
+
+    @cached_property
+    def whole(self) -> Joint:
+        """The joint graph before it was cut."""
+        made = self._make()
+        assert tuple(g is not None for g in made.input_gradients) == self.flow.takes
+        assert tuple(made.weight_gradients) == self.flow.weights
+        return made
+
+    @cached_property
+    def joint(self) -> Joint:
+        """The joint graph, with sums of gradients: its values are those of the parts."""
+        return self.whole.copy()
+
+    @cached_property
+    def cut(self) -> Cut:
+        return cut(self.joint)
 
     def gradients(self) -> list[Gradient]:
         """What goes back to earlier stages, in the order of what the stage takes."""
-        pairs = zip(self.stage.takes, self.cut.input_gradients, strict=True)
-        return [Gradient(v, self.number) for v, g in pairs if g is not None]
+        pairs = zip(self.stage.takes, self.flow.takes, strict=True)
+        return [Gradient(v, self.number) for v, has in pairs if has]
 
 
 def differentiated(
     stages: Sequence[StageGraph], weights: Sequence[str], loss: Value
 ) -> list[Differentiated]:
-    """Differentiate every stage, from the last to the first.
+    """Find what gradients go from stage to stage, from the last to the first.
 
     Needs:   `loss` is what a stage gives.
     Raises:  DfcError N072 for a loss that no weight changes, N070 and N071 as `joint_graph`.
     """
     depends: set[Value] = set()  # on a weight, by derivatives
+    traced = []
     for stage in stages:
-        found = differentiable(stage.graph, weights, [v in depends for v in stage.takes])
-        depends |= {v for v, d in zip(stage.gives, found, strict=True) if d}
+        traced.append(Derivatives(stage.graph, weights, [v in depends for v in stage.takes]))
+        depends |= {v for v, d in zip(stage.gives, traced[-1].outputs, strict=True) if d}
     if loss not in depends:
         raise DfcError("N072", f"the loss %{loss.name} does not depend on any weight", status=2)
     wanted, made = {loss}, []
     for number in reversed(range(len(stages))):
         stage = stages[number]
         outputs = [v in wanted and v in depends for v in stage.gives]
-        joint = joint_graph(stage.graph, weights, [v in depends for v in stage.takes], outputs)
-        made.append(Differentiated(number, stage, joint, cut(joint)))
+        takes, names = traced[number].by(outputs)
+        inputs = [v in depends for v in stage.takes]
+        make = partial(joint_graph, stage.graph, weights, inputs, outputs)
+        made.append(Differentiated(number, stage, Flow(tuple(takes), tuple(names)), make))
         wanted |= {g.value for g in made[-1].gradients()}
     return made[::-1]
 

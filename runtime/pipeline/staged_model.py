@@ -14,8 +14,13 @@ from dfc.emit.trainable import trainable
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
 from dfc.ir.types import TensorType
-from dfc.planning.stages import split
-from dfc.runtime.pipeline.differentiated import differentiated, edges_of, readers_of
+from dfc.planning.stages import StageGraph, split
+from dfc.runtime.pipeline.differentiated import (
+    Differentiated,
+    differentiated,
+    edges_of,
+    readers_of,
+)
 from dfc.runtime.pipeline.dropout import masked
 
 if TYPE_CHECKING:
@@ -26,7 +31,8 @@ class StagedModel:
     """A differentiated model.
 
     `graph` is called like the model, targets last; `inputs` says which value of the stages stands
-    for which of its inputs; `masks` are inputs of the stages alone.
+    for which of its inputs; `masks` are inputs of the stages alone. `read` are the weights that
+    some stage reads. `parts` are the differentiated stages, where they are at hand already.
     Raises:  DfcError N050 for stages that are not convex or numbered, N07x for what cannot be
              trained.
     """
@@ -37,6 +43,7 @@ class StagedModel:
         stage_of: Mapping[Node, int],
         loss: Callable[..., Any] | None = None,
         targets: Sequence[TensorType] = (),
+        parts: Callable[[Sequence[StageGraph]], list[Differentiated]] | None = None,
     ) -> None:
         self.graph = with_loss(graph, loss, targets) if loss else graph
         inner = self.graph.copy()
@@ -47,7 +54,10 @@ class StagedModel:
         self.loss = loss_of(inner)
         self._trainable = {p.name: p for p in trainable(inner)}
         stages = split(inner, {n: n.stage for n in inner.nodes if n.stage is not None})
-        self.parts = differentiated(stages, list(self._trainable), self.loss)
+        weights = list(self._trainable)
+        self.parts = parts(stages) if parts else differentiated(stages, weights, self.loss)
+        read = (p for s in stages for p in s.graph.parameters.values() if p.use_count)
+        self.read = {p.name for p in read if p.name in self._trainable}
         self.edges = edges_of(self.parts, self.loss)
         self.readers = readers_of(self.parts)
 

@@ -249,6 +249,6 @@ def tied(parts: Sequence[Differentiated]) -> dict[str, list[int]]:
     """The weights that several stages have gradients of, with those stages in order."""
     found: dict[str, list[int]] = {}
     for part in parts:
-        for name in part.cut.weight_gradients:
+        for name in part.flow.weights:
             found.setdefault(name, []).append(part.number)
     return {name: stages for name, stages in found.items() if len(stages) > 1}

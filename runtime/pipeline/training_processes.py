@@ -28,11 +28,11 @@ from dfc.runtime.pipeline import checkpoint as checkpoints
 from dfc.runtime.pipeline.control import Message
 from dfc.runtime.pipeline.crew import Launcher
 from dfc.runtime.pipeline.differentiated import Differentiated
-from dfc.runtime.pipeline.folder import write_graphs
 from dfc.runtime.pipeline.lanes import Span, Step
 from dfc.runtime.pipeline.linking import meeting
 from dfc.runtime.pipeline.named_factory import told
 from dfc.runtime.pipeline.spawn import private_folder
+from dfc.runtime.pipeline.staged_folder import write_staged
 from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.training import Trainer, Way
 from dfc.runtime.pipeline.training_gang import Gang, entry
@@ -112,8 +112,8 @@ class ProcessTrainer(Trainer):
         met = meeting(self._links, folder, "127.0.0.1")
         schedule = self.programs.schedule
         job = {
-            "weights": write_graphs(folder, [model.graph]), "stages": model.stage_of,
-            "threads": list(threads), "meeting": met.told, "modules": self._modules,
+            "model": write_staged(folder, model), "threads": list(threads),
+            "meeting": met.told, "modules": self._modules,
             "optimizer": self._optimizer,
             "schedule": [str(schedule), schedule.name] if isinstance(schedule, Program)
             else schedule,
@@ -250,8 +250,7 @@ class ProcessTrainer(Trainer):
                 self.save(self.checkpoint)
 
     def _refuse(self, state: State) -> None:
-        read = {name for part in self.model.parts for name in part.joint.weights}
-        own = {n: x for n, x in self.model.weights().items() if n in read}
+        own = {n: x for n, x in self.model.weights().items() if n in self.model.read}
         refuse_other(own, state["weights"])
 
     def _note(self, what: str, value: Any) -> None:

@@ -87,11 +87,11 @@ class RankTrainer(Trainer):
         """Every rank says what it has, before anything is linked."""
         import torch
 
-        stages = "".join(p.joint.graph.fingerprint() for p in self.model.parts)
+        parts = [f"{p.stage.graph.fingerprint()} {p.flow}" for p in self.model.parts]
         has = {"torch": torch.__version__, "schedule": self.programs.schedule,
                "microbatches": self.microbatches, "seed": self.seed,
                "recompute": [self.programs.recompute, self.programs.room],
-               "stages": sha256(stages.encode()).hexdigest()}  # fmt: skip
+               "stages": sha256("".join(parts).encode()).hexdigest()}  # fmt: skip
         self.world.same({what: str(x) for what, x in has.items()}, f"{self._name}/has")
 
     def _threads(self, total: int) -> list[int]:

@@ -26,11 +26,10 @@ from dfc.errors import DfcError
 from dfc.planning.actions import Program, parse_program
 from dfc.planning.stages import HOST
 from dfc.runtime.pipeline.control import Message
-from dfc.runtime.pipeline.folder import read_graph
 from dfc.runtime.pipeline.linking import joined
 from dfc.runtime.pipeline.links import FOREVER, Doing
 from dfc.runtime.pipeline.named_factory import found
-from dfc.runtime.pipeline.staged_model import StagedModel
+from dfc.runtime.pipeline.staged_folder import read_staged
 from dfc.runtime.pipeline.training import Way
 from dfc.runtime.pipeline.training_exchange import Ranks
 from dfc.runtime.pipeline.training_ranks import RankTrainer
@@ -132,8 +131,7 @@ class TrainingWorker(Worker):
             for name in job["modules"]:
                 import_module(name)
             optimizer = found(job["optimizer"])
-        graph = read_graph(self.folder, job["weights"], 0)
-        stages = {n: s for n, s in zip(graph.nodes, job["stages"], strict=True) if s is not None}
+        model = read_staged(self.folder, job["model"])
         schedule = job["schedule"]
         if not isinstance(schedule, str):
             schedule = parse_program(*schedule)
@@ -148,7 +146,7 @@ class TrainingWorker(Worker):
                 return own
 
         self.trainer = SupervisedTrainer(
-            StagedModel(graph, stages), world=World(self.rank, ranks, store), deadline=FOREVER,
+            model, world=World(self.rank, ranks, store), deadline=FOREVER,
             schedule=schedule, optimizer=made, threads=job["threads"][self.rank],
             doing=self.doing, name=f"birth{birth}", **job["options"],
         )  # fmt: skip
