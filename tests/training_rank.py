@@ -69,6 +69,30 @@ def gradients(
     return found
 
 
+def several(world: World, name: str) -> dict[str, Any]:
+    """Four stages, and what `auto` finds for where they are by default, and for a V."""
+    model, args = captured(name)
+    loss, expected = reference(model, args, 4)
+    options: dict[str, Any] = {"world": world, "microbatches": 4, "optimizer": adamw, "threads": 1,
+                               "deadline": 90}  # fmt: skip
+    found = {}
+    asked: list[tuple[str, str, Any]] = [
+        ("zb1p", "interleaved_zb", 2), ("loops", "auto", None), ("zb_v", "auto", [0, 1, 1, 0])
+    ]  # fmt: skip
+    for what, schedule, ranks in asked:
+        with RankTrainer(staged(name, 4), schedule=schedule, ranks=ranks, **options) as trainer:
+            torch.testing.assert_close(trainer.backward(*args), loss)
+            own = {n: p.grad for n, p in trainer.parameters.items() if p.grad is not None}
+            close(own, {n: expected[n] for n in own})
+            losses = [float(trainer.step(*args)) for _ in range(2)]
+            report = trainer.report()
+            assert report.program.placement == ((0, 1, 1, 0) if what == "zb_v" else (0, 1, 0, 1))
+            digest = {n: float(p.detach().double().sum()) for n, p in trainer.parameters.items()}
+            found[what] = {"losses": losses, "weights": digest, "program": str(report.program),
+                           "in_flight": report.in_flight}  # fmt: skip
+    return found
+
+
 def planned(world: World, name: str) -> dict[str, Any]:
     """Stages, schedule and microbatches of a plan with two stages a rank, gradients beside those of
     plain PyTorch."""
@@ -138,6 +162,7 @@ def main() -> None:
     jobs: dict[str, Callable[[], dict[str, Any]]] = {
         "gradients": lambda: gradients(world, name, links=what or None),
         "every_schedule": lambda: gradients(world, name, list(STAGES)),
+        "several": lambda: several(world, name),
         "planned": lambda: planned(world, name),
         "refused": lambda: refused(world, name),
         "steps": lambda: steps(world, name, what),

@@ -87,13 +87,18 @@ def flights(
 
     Raises:  DfcError N002 for a schedule that cannot be made for these numbers.
     """
-    lean = _lean(name, layout, devices, microbatches)
+    lean = lean_program(name, layout, devices, microbatches)
     if recompute:
         return in_flight(recomputing(lean, range(lean.stages)), Kind.R)
     return in_flight(lean)
 
 
-def _lean(name: str, layout: Layout, p: int, m: int) -> Program:
+def lean_program(name: str, layout: Layout, p: int, m: int) -> Program:
+    """The program of a schedule, of `auto` one that keeps few microbatches and exists for all
+    numbers of them.
+
+    Raises:  DfcError N002 for a schedule that cannot be made for these numbers.
+    """
     if name != "auto":
         return schedule(name, p, m, layout.chunks)
     if layout == ONE:

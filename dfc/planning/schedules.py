@@ -9,7 +9,7 @@ ZB-V, arXiv 2405.15362; DualPipeV, DeepSeek's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dfc.errors import DfcError, did_you_mean
@@ -99,6 +99,20 @@ def forward_of(program: Program, microbatches: int | None = None) -> Program:
     if not program.trains and program.microbatches == count:
         return program
     return forward_program(program.placement, count)
+
+
+def split(program: Program) -> Program:
+    """The program with I and W, one right after the other, for each B."""
+    import numpy as np
+
+    ranks = []
+    for rows in program.ranks:
+        both = (rows[:, 0] & ~JOINED) == B
+        found = np.repeat(rows, 1 + both, axis=0)
+        at = np.flatnonzero(both) + np.arange(both.sum())  # where the I of each B is
+        found[at, 0], found[at + 1, 0] = I, rows[both, 0] & JOINED | W
+        ranks.append(found)
+    return replace(program, ranks=tuple(ranks))
 
 
 def _gpipe(p: int, m: int, v: int) -> Program:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from dfc.errors import DfcError
 from dfc.planning.actions import Kind, Program
 from dfc.planning.auto import auto
+from dfc.planning.layouts import Layout, layouts, lean_program
 from dfc.planning.recompute import needed, recomputing
-from dfc.planning.schedules import SCHEDULES, schedule
+from dfc.planning.schedules import SCHEDULES, schedule, split
 from dfc.planning.simulate import Costs, in_flight
 
 AUTO = "auto"
+Shared = int | Sequence[int] | None  # the number of ranks, or the rank of each stage
 
 
 class Programs:
     """The programs of one trainer, made once for each number of microbatches.
 
-    `schedule` is a name, "auto", or a program; `chunks` counts the stages of a rank for schedules
-    that leave it open. `recompute` are the stages that recompute, those of a program besides; None
-    where they are the fewest with which ranks hold no more than `room` bytes of activations.
+    `schedule` is a name, "auto", or a program. `ranks` is how many share the stages, or the rank of
+    each stage; without it "auto" has a rank for each stage, and schedules that leave it open have
+    `chunks` stages a rank. `recompute` are the stages that recompute, those of a program besides;
+    None where they are the fewest with which ranks hold no more than `room` bytes of activations.
+    `moves` says that "auto" may put stages on other ranks when it chooses the first program: in
+    loops, or in a V.
     Raises:  DfcError N073 for stages that cannot be shared out, N001 and N002 as `schedule`.
     """
 
@@ -31,6 +36,8 @@ class Programs:
         chunks: int,
         recompute: Collection[int] | None = (),
         room: float = float("inf"),
+        ranks: Shared = None,
+        moves: bool = False,
     ) -> None:
         self.schedule, self.stages, self.chunks = schedule, stages, chunks
         self.recompute, self.room = recompute, room
@@ -39,7 +46,14 @@ class Programs:
         if isinstance(schedule, Program) and schedule.stages != stages:
             raise DfcError("N073", f"the program is for {schedule.stages} stages, there are "
                            f"{stages}", status=2)  # fmt: skip
-        first = self._named("zb1p" if schedule == AUTO else schedule, microbatches)
+        if ranks is not None:
+            self.chunks = _each(stages, ranks)
+        self._layouts = _of_auto(stages, ranks) if schedule == AUTO else []
+        if not moves:
+            self._layouts = self._layouts[:1]
+        first = self.to_measure(microbatches)
+        if ranks is not None and schedule != AUTO:
+            _check_ranks(first, ranks)
         self.first = recomputing(first, recompute or ())
         self.placement = first.placement
         every = {a.kind for r in range(len(first.ranks)) for a in first.actions(r)}
@@ -63,13 +77,33 @@ class Programs:
                 assert costs is not None
                 some = needed(named, costs, [self.room] * len(named.ranks))
             return recomputing(named, some)
-        caps = [] if self.room == float("inf") else [self.room] * self.stages
-        return auto(self.stages, m, costs, caps, recompute=self.recompute).program
+        return self._best(m, costs)
+
+    def _best(self, m: int, costs: Costs) -> Program:
+        """The best program of all places that stages may have, which then are theirs."""
+        ranks, found, failed = 1 + max(self.placement), [], None
+        caps = [] if self.room == float("inf") else [self.room] * ranks
+        for layout in self._layouts:
+            try:
+                best = auto(ranks, m, costs, caps, layout.placement(ranks), self.recompute)
+            except DfcError as e:
+                if e.code != "N062":
+                    raise
+                failed = failed or e
+            else:
+                found.append((best.simulation, layout))
+        if failed is not None and not found:
+            raise failed
+        best_step, layout = min(found, key=lambda x: (x[0].makespan, max(x[0].peaks)))
+        self._layouts, self.placement = [layout], best_step.program.placement
+        return best_step.program
 
     def to_measure(self, microbatches: int) -> Program:
         """A program in which each stage's actions are timed, none of which recomputes."""
-        named = "zb1p" if self.schedule == AUTO else self.schedule
-        return self._named(named, microbatches)
+        if self.schedule != AUTO:
+            return self._named(self.schedule, microbatches)
+        layout = self._layouts[0]
+        return split(lean_program(AUTO, layout, self.stages // layout.chunks, microbatches))
 
     def limits(self, program: Program) -> tuple[int, ...]:
         """The most microbatches that each stage keeps at once."""
@@ -95,3 +129,56 @@ class Programs:
         if not found.trains:
             raise DfcError("N073", f"`{name}` has no backward pass", status=2)
         return found
+
+
+def _count(ranks: int | Sequence[int]) -> int:
+    return ranks if isinstance(ranks, int) else 1 + max(ranks, default=-1)
+
+
+def _each(stages: int, ranks: int | Sequence[int]) -> int:
+    """How many stages each rank has.
+
+    Raises:  DfcError N073 where ranks cannot have equally many.
+    """
+    count = _count(ranks)
+    if count < 1 or stages % count:
+        help = f"cut the model into a multiple of {count}" if count > 0 else "there is at least one"
+        message = f"{stages} stages cannot be shared out evenly among {count} ranks"
+        raise DfcError("N073", message, help=help, status=2)
+    return stages // count
+
+
+def _of_auto(stages: int, ranks: Shared) -> list[Layout]:
+    """Where stages may be, for `auto` to choose from.
+
+    Raises:  DfcError N073 for ranks of stages for which there is no schedule.
+    """
+    if ranks is None:
+        return [Layout()]
+    each, count = _each(stages, ranks), _count(ranks)
+    every: dict[tuple[int, ...], Layout] = {}
+    for layout in layouts(AUTO, each, True):
+        every.setdefault(layout.placement(count), layout)
+    if isinstance(ranks, int):
+        return list(every.values())
+    if tuple(ranks) not in every:
+        told = " or ".join(str(list(placement)) for placement in every)
+        raise DfcError("N073", f"no schedule has its stages on ranks {list(ranks)}",
+                       help=f"{stages} stages on {count} ranks: {told}", status=2)  # fmt: skip
+    return [every[tuple(ranks)]]
+
+
+def _check_ranks(program: Program, ranks: int | Sequence[int]) -> None:
+    """
+    Raises:  DfcError N073 for a program whose stages are on other ranks.
+    """
+    asked = 1 + max(program.placement) if isinstance(ranks, int) else program.placement
+    if asked == (ranks if isinstance(ranks, int) else tuple(ranks)):
+        return
+    each, name = program.stages // _count(ranks), program.name
+    fit = [n for n, s in SCHEDULES.items() if s.trains and s.chunks in ("any", str(each))]
+    raise DfcError(
+        "N073", f"`{name}` has {program.stages} stages on ranks {list(program.placement)}, not "
+        f"on {ranks if isinstance(ranks, int) else list(ranks)}",
+        help=f"with {each} a rank there are {', '.join(fit)}, and auto", status=2,
+    )  # fmt: skip

@@ -38,7 +38,7 @@ from dfc.runtime.pipeline.dropout import Mask
 from dfc.runtime.pipeline.homes import Homes
 from dfc.runtime.pipeline.lanes import Step
 from dfc.runtime.pipeline.local import Computing, one_each, rank_threads
-from dfc.runtime.pipeline.programs import AUTO, Programs
+from dfc.runtime.pipeline.programs import AUTO, Programs, Shared
 from dfc.runtime.pipeline.sequential import Sequential
 from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.streams import device_names
@@ -78,9 +78,13 @@ class Trainer:
     without it the model returns the loss. With `reduction="mean"` a microbatch counts for its part
     of the batch's items, with "sum" it counts whole. `stage_of` gives each node its stage, or is a
     plan. `schedule` is a name, a program, or "auto": the best for the stages' times, measured in
-    the first step; by default a plan's, else "1f1b" with 8 microbatches. `chunks` is how many
-    stages a rank has in schedules that allow any number. `devices` are those of the ranks, or of
-    all: `cpu`, `cuda:0`, ...; weights, gradients and optimizers' slots lie there.
+    the first step, of those that have the stages on these ranks; by default a plan's, else "1f1b"
+    with 8 microbatches. `ranks` is how many there are, or the rank of each stage: with 4 stages 2
+    puts them in loops (0, 1, 0, 1) or in a V (0, 1, 1, 0), whichever the schedule has and "auto"
+    finds best. By default they are a plan's for "auto", else one for each of `devices`, else one
+    for each stage, or `chunks` stages each in schedules that allow any number. `devices` are those
+    of the ranks, or of all: `cpu`, `cuda:0`, ...; weights, gradients and optimizers' slots lie
+    there; where they differ, "auto" leaves stages in loops.
     A stage that recomputes keeps of each microbatch what other stages gave it, and runs its forward
     again before its backward pass: `recompute` is True, the stages that do, or "auto": as few as
     leave each rank no more than `memory` bytes of activations ("2GiB"), as measured in the first
@@ -104,6 +108,7 @@ class Trainer:
         targets: Sequence[TensorType] = (),
         reduction: str = "mean",
         chunks: int = 2,
+        ranks: Shared = None,
         batch: str | None = None,
         engine: str = "eager",
         threads: int | None = None,
@@ -121,30 +126,42 @@ class Trainer:
         if recompute == AUTO and stage_of is not None and not isinstance(stage_of, Mapping):
             recompute = None  # the plan has chosen
         if stage_of is not None and not isinstance(stage_of, Mapping):
+            if schedule == AUTO and ranks is None:
+                ranks = stage_of.program.placement
             stage_of, schedule, microbatches = _of_plan(stage_of, graph, schedule, microbatches)
         schedule, microbatches = schedule or "1f1b", microbatches or 8
         self.model = model = _model(graph, stage_of, loss, targets)
         self.reduction, self.microbatches, self.seed = reduction, microbatches, seed
         some, room = _recompute(recompute, memory, len(model.parts))
-        self.programs = Programs(schedule, len(model.parts), microbatches, chunks, some, room)
+        if ranks is None and schedule == AUTO:
+            ranks = self._ranks_of(devices)
+        alike = isinstance(devices, str) or len(set(devices)) == 1
+        self.programs = Programs(schedule, len(model.parts), microbatches, chunks, some, room,
+                                 ranks, moves=alike and self._moves and not sequential)  # fmt: skip
         self.batch = batch or batch_of(model.graph)
         self._dims = {v: batch_dim(v, self.batch) for v in model.graph.inputs}
-        placement = self.programs.placement
-        ranks = 1 + max(placement)
-        self.devices = device_names(one_each(devices, ranks, "devices", "ranks"))
+        count = 1 + max(self.programs.placement)
+        self.devices = device_names(one_each(devices, count, "devices", "ranks"))
         _check_devices(self.devices, sequential)
         mine = self._mine()
         self._homes = Homes(model.weights(), mine, [self.device_of(p) for p in mine])
         self.parameters = self._homes.parameters
-        each = self._threads(threads or torch.get_num_threads())
+        self._each = each = self._threads(threads or torch.get_num_threads())
         self.trained = self._trained(mine, engine, each)
         self._by_stage = {t.stage.number: t for t in self.trained}
         self.optimizers = [optimizer(owned) for owned in self._owned() if owned]
         self._way: Way = Sequential(model.edges, self._run) if sequential else self._start(each)
+        self._placed = self.programs.placement
         self.steps = 0
         self.last: tuple[Program, Step] | None = None
 
     # what differs where ranks are processes
+
+    _moves = True  # whether stages may change ranks once they are measured
+
+    def _ranks_of(self, devices: str | Sequence[str]) -> int | None:
+        """How many ranks there are where nobody says so: None is one for each stage."""
+        return None if isinstance(devices, str) else len(devices)
 
     def _mine(self) -> Sequence[Differentiated]:
         """The stages of this process."""
@@ -239,6 +256,9 @@ class Trainer:
         return total
 
     def _compute(self, program: Program, given: Sequence[Mapping[Any, Any]]) -> Step:
+        if program.placement != self._placed:  # all ranks are on one device
+            self._way.close()
+            self._way, self._placed = self._start(self._each), program.placement
         limits = self.programs.limits(program)
         for number, stage in self._by_stage.items():
             if stage.recomputes != (number in program.recomputes):

@@ -103,6 +103,8 @@ class ProcessTrainer(Trainer):
         self._log: list[tuple[int, str, Any]] = []  # what was done since, with the step before it
         super().__init__(graph, stage_of, optimizer=optimizer, **options)
 
+    _moves = False  # ranks have the weights of their own stages alone
+
     def _mine(self) -> Sequence[Differentiated]:
         return ()  # none of the stages is this process's
 
@@ -119,7 +121,7 @@ class ProcessTrainer(Trainer):
             else schedule,
             "options": {
                 "microbatches": self.microbatches, "reduction": self.reduction,
-                "chunks": self.programs.chunks, "batch": self.batch, "engine": self._engine,
+                "ranks": self.programs.placement, "batch": self.batch, "engine": self._engine,
                 "seed": self.seed, "links": self._links,
                 "recompute": self._recompute, "memory": self._memory, "devices": self.devices,
             },

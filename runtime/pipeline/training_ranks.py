@@ -77,6 +77,11 @@ class RankTrainer(Trainer):
         self._saves = count()
         super().__init__(graph, stage_of, **options)
 
+    _moves = False  # ranks have the weights of their own stages alone
+
+    def _ranks_of(self, devices: str | Sequence[str]) -> int | None:
+        return self.world.size
+
     def _mine(self) -> Sequence[Differentiated]:
         placement = self.programs.placement
         self.world.expect(1 + max(placement))
@@ -90,6 +95,7 @@ class RankTrainer(Trainer):
         parts = [f"{p.stage.graph.fingerprint()} {p.flow}" for p in self.model.parts]
         has = {"torch": torch.__version__, "schedule": self.programs.schedule,
                "microbatches": self.microbatches, "seed": self.seed,
+               "ranks": self.programs.placement,
                "recompute": [self.programs.recompute, self.programs.room],
                "stages": sha256("".join(parts).encode()).hexdigest()}  # fmt: skip
         self.world.same({what: str(x) for what, x in has.items()}, f"{self._name}/has")

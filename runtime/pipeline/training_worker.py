@@ -68,7 +68,6 @@ class SupervisedTrainer(RankTrainer):
         super().__init__(*args, **options)
 
     def _start(self, threads: Sequence[int]) -> Way:
-        self._each = threads
         self._name = self._first_name
         self._ranks = _Supervised(self.world, self._name, self.model, self.programs.placement,
                                   self._run, self.deadline, self._links,
