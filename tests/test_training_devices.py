@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfc.errors import DfcError
 from dfc.runtime.pipeline.homes import Homes
 from dfc.runtime.pipeline.training import Trainer
-from dfc.runtime.pipeline.training_state import copied, restore, slots_of
+from dfc.runtime.pipeline.training_state import on_host, restore, slots_of
 from tests.test_pipeline_training import adamw, captured, staged
 
 TABLE = "table.weight"
@@ -52,10 +54,40 @@ def test_slots_are_put_where_their_parameter_is_but_for_the_count_of_steps() -> 
     adam = torch.optim.Adam(own.values())
     slots = {"step": torch.tensor(7.0), "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}
     state: Any = {"weights": {"w": torch.ones(3)}, "slots": {"w": slots}, "options": {}}
-    restore(own, slots_of(own, [adam]), copied(state))
+    restore(own, slots_of(own, [adam]), state)
     held = adam.state[own["w"]]
     assert held["exp_avg"].is_meta and held["exp_avg_sq"].is_meta and held["step"].is_cpu
     assert float(held["step"]) == 7
+
+
+class _Copies(TorchDispatchMode):
+    """Counts what makes a tensor anew."""
+
+    made = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.made += func in (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_state_is_copied_once_from_wherever_it_lies() -> None:
+    """`cuda:0` is a place here, as PyTorch simulates it: nothing lies there."""
+    with FakeTensorMode():
+        away, here = torch.ones(3, device="cuda:0"), torch.ones(3)
+        with _Copies() as own:
+            found = on_host({"weights": {"a": away, "b": here}, "step": 3}, copy=True)
+        with _Copies() as lent:
+            shown = on_host({"a": away, "b": here})
+    assert own.made == 2 and lent.made == 1 and found["step"] == 3
+    assert all(x.is_cpu for x in (*found["weights"].values(), *shown.values()))
+    parameter = {"w": torch.nn.Parameter(torch.ones(3, device="meta"))}
+    adam = torch.optim.Adam(parameter.values())
+    slots = {"step": torch.tensor(7.0), "exp_avg": torch.ones(3)}
+    state: Any = {"weights": {"w": torch.ones(3)}, "slots": {"w": slots}, "options": {}}
+    with _Copies() as put:
+        restore(parameter, slots_of(parameter, [adam]), state)
+    assert put.made == len(slots)
+    assert adam.state[parameter["w"]]["step"] is not slots["step"]
 
 
 @pytest.mark.parametrize(

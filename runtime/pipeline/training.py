@@ -46,7 +46,6 @@ from dfc.runtime.pipeline.trained import TrainedStage, builder
 from dfc.runtime.pipeline.training_report import TrainingReport
 from dfc.runtime.pipeline.training_state import (
     State,
-    copied,
     on_host,
     optimizer_state,
     restore,
@@ -319,7 +318,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, optimizer slots and options by the parameters' names, however it was cut."""
-        found: dict[str, Any] = copied(self._state())
+        found: dict[str, Any] = on_host(self._state(), copy=True)
         return found
 
     def load_state_dict(self, state: State) -> None:
@@ -342,7 +341,7 @@ class Trainer:
         Raises:  DfcError D011.. for a place that cannot be written to, N076 for optimizers' options
                  that are not numbers, words or lists.
         """
-        checkpoint.write(Path(folder), self._state(), self.model.graph)
+        checkpoint.write(Path(folder), on_host(self._state()), self.model.graph)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Go on from what `save` wrote, in one process or in several, with these stages or others.
@@ -360,12 +359,10 @@ class Trainer:
         write_into(model, checkpoint.model_state(self.state_dict()["weights"], self.model.graph))
 
     def _state(self) -> State:
-        """The state, whose tensors are those that are trained where these lie on the host."""
+        """The state, whose tensors are those that are trained."""
         weights = {name: p.detach() for name, p in self.parameters.items()}
         slots = optimizer_state(self._named_slots(), self.parameters)
-        own = {"weights": weights, "step": self.steps, "seed": self.seed, **slots}
-        found: State = on_host(own)
-        return found
+        return {"weights": weights, "step": self.steps, "seed": self.seed, **slots}
 
     def _named_slots(self) -> Iterable[tuple[str, Any, Any]]:
         return slots_of(self.parameters, self.optimizers)

@@ -39,7 +39,7 @@ from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.training import Trainer, Way
 from dfc.runtime.pipeline.training_exchange import Ranks
 from dfc.runtime.pipeline.training_report import TrainingReport
-from dfc.runtime.pipeline.training_state import State
+from dfc.runtime.pipeline.training_state import State, on_host
 from dfc.runtime.pipeline.world import World
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class RankTrainer(Trainer):
         Needs:   a folder that all ranks see.
         """
         key = f"{self._name}/saved/{next(self._saves)}"
-        state, model = self._state(), self.model.graph
+        state, model = on_host(self._state()), self.model.graph
         checkpoint.write_together(Path(folder), state, model, self.world, key)
 
     def load(self, folder: str | os.PathLike[str]) -> None:

@@ -55,19 +55,21 @@ def restore(
     for name, optimizer, group in slots:
         held = state["slots"].get(name, {})
         group.update(state["options"].get(name, {}))
-        optimizer.state[parameters[name]] = _placed(copied(held), parameters[name], group)
+        optimizer.state[parameters[name]] = _placed(held, parameters[name], group)
 
 
-def _placed(slots: dict[str, Any], like: torch.Tensor, group: Mapping[str, Any]) -> Any:
-    """Slots on their parameter's device, as optimizers keep them.
+def _placed(slots: Mapping[str, Any], like: torch.Tensor, group: Mapping[str, Any]) -> Any:
+    """Copies of slots on their parameter's device, as optimizers keep them.
 
     Source:  torch.optim.Optimizer: `step` stays on the host where kernels are not recorded with it.
     """
     counted = group.get("capturable") or group.get("fused")
-    return {
-        k: x.to(like.device) if hasattr(x, "device") and (k != "step" or counted) else x
-        for k, x in slots.items()
-    }
+
+    def placed(name: str, x: torch.Tensor) -> torch.Tensor:
+        device = like.device if name != "step" or counted else x.device
+        return x.detach().to(device, copy=True)
+
+    return {k: placed(k, x) if hasattr(x, "detach") else x for k, x in slots.items()}
 
 
 def write_into(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
@@ -99,15 +101,9 @@ def refuse_other(parameters: Mapping[str, Any], weights: Mapping[str, Any]) -> N
                            f"{list(weights[name].shape)} in the state", status=2)  # fmt: skip
 
 
-def copied(x: Any) -> Any:
-    """A state, or a part of one, whose tensors are its own."""
-    if isinstance(x, Mapping):
-        return {k: copied(v) for k, v in x.items()}
-    return x.detach().clone() if hasattr(x, "detach") else x
-
-
-def on_host(state: Any) -> Any:
-    """A state, or a part of one, whose tensors lie in this machine's memory."""
+def on_host(state: Any, copy: bool = False) -> Any:
+    """A state, or a part of one, in this machine's memory: what lies elsewhere is copied, and what
+    is there where asked for."""
     if isinstance(state, Mapping):
-        return {k: on_host(v) for k, v in state.items()}
-    return state.to("cpu") if hasattr(state, "device") else state
+        return {k: on_host(v, copy) for k, v in state.items()}
+    return state.detach().to("cpu", copy=copy) if hasattr(state, "detach") else state
