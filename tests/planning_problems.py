@@ -17,13 +17,14 @@ SHAPES: tuple[dict[str, Any], ...] = (
     {}, {"memory": True}, {"links": True}, {"memory": True, "links": True}, {"kinds": 2},
     {"memory": True, "links": True, "wishes": True}, {"streams": True},
     {"streams": True, "links": True, "wishes": True},
+    {"memory": True, "takes": True}, {"memory": True, "takes": True, "links": True, "wishes": True},
 )  # fmt: skip
 
 
 def made(
     rng: random.Random, n: int, k: int, *, chain: bool = False, memory: bool = False,
     links: bool = False, kinds: int = 1, wishes: bool = False,
-    streams: bool = False, devices: tuple[int, ...] = (),
+    streams: bool = False, takes: bool = False, devices: tuple[int, ...] = (),
 ) -> Problem:  # fmt: skip
     """A random problem; times and bytes are small integers, so that ties happen. `devices` are
     those of the k stages, where devices have several."""
@@ -37,7 +38,7 @@ def made(
     whole = float(weights.sum() + kept.sum() * 2)
     at = devices or tuple(range(k))
     count = 1 + max(at)
-    tight = (0.2, 1.0) if streams else (1.0, 2.0)
+    tight = (0.2, 1.0) if streams else (1.2, 4.0) if takes else (1.0, 2.0)
     rooms = [whole / count * rng.uniform(*tight) for _ in range(count)]
     slots = [
         Slot(
@@ -45,7 +46,8 @@ def made(
             memory=rooms[at[s]] if memory or streams else INFINITE,
             receive=rng.choice([0.5, 1.0, 3.0]) if links else INFINITE,
             send=rng.choice([0.5, 1.0, 3.0]) if links else INFINITE,
-            in_flight=k - s if memory else 1,
+            in_flight=k - s if memory and not takes else 1,
+            taken=k - s if takes else 0,
             stream=rng.choice([0.25, 0.5, 1.0]) if streams else 0.0,
         )
         for s in range(k)

@@ -399,3 +399,40 @@ def test_ways_that_there_are_not_are_refused() -> None:
         planned("1GB", "sometimes")
     with pytest.raises(DfcError, match="backward pass"):
         dfc.plan(decoder(), target("1GB"), recompute="auto")
+
+
+class Bulge(nn.Module):
+    """Narrow layers with one in the middle whose result is wide, where an even cut would be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [8, 8, 8, 8, 8, 256, 8, 8, 8]
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in pairwise(widths))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("way", ["always", "auto"])
+def test_a_cut_is_found_whose_inputs_fit(way: str) -> None:
+    """An even cut has a stage take what is wide, eight times; beside it there is room."""
+    graph = dfc.trace(Bulge(), (torch.zeros(64, 8),))
+
+    def planned(memory: str, objective: str = "time") -> Plan:
+        return dfc.plan(graph, target(memory), train=True, recompute=way, schedule="gpipe",
+                        microbatches=8, measured=lambda node: 1.0, objective=objective)  # fmt: skip
+
+    roomy, tight = planned("1GB"), planned("400KB")
+    assert tight.peak <= 0.9 * 400e3
+    assert tight.modelled is not None
+    check(tight.program, tight.costs, [0.9 * 400e3 - tight.modelled.live] * 2)
+    wide, narrow = (max(plan.costs.taken) for plan in (roomy, tight))
+    assert wide == 64 * 256 * 4 and narrow in ((64 * 8 * 4,) if way == "always" else (wide,))
+    if way == "always":
+        assert roomy.peak > 0.9 * 400e3, "the even cut does not fit"
+        assert planned("1GB", "memory").peak <= tight.peak
+    with pytest.raises(DfcError, match=r"N06[02]") as e:
+        planned("150KB")
+    assert e.value.status == 6

@@ -5,7 +5,7 @@ The partition is proposed by its bottleneck; the simulator decides which candida
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -78,11 +78,18 @@ def best_candidate(
     for layout in _promising(choices, row, most, aim):
         if best is not None and _cannot_win(best, row, aim):
             break
+        quick = effort if best is None else replace(effort, seconds=0.0)
+        shaped = wish.with_layout(layout)
+
+        def partitioned(shaped: Wish, layout: Layout = layout, quick: Effort = quick) -> Chosen:
+            if layout != ONE:
+                return _looped(row, shaped, quick)
+            if not shaped.holds_inputs:
+                return row
+            return best_row(model, machine, shaped, aim, devices, quick)
+
         try:
-            quick = effort if best is None else replace(effort, seconds=0.0)
-            shaped = wish.with_layout(layout)
-            chosen = row if layout == ONE else _looped(row, shaped, quick)
-            tried = _candidate(chosen, graph, shaped, hops, host, aim)
+            tried = _with_room(partitioned, graph, shaped, hops, host, aim)
         except DfcError as e:
             if e.code not in _CANNOT:
                 raise
@@ -114,6 +121,30 @@ def _cannot_win(best: Candidate, row: Chosen, aim: Wanted) -> bool:
     its part of the work."""
     least = lower_bound(row.model.problem) * best.wish.microbatches
     return aim == "throughput" and best.value(aim) <= least * _WORTH
+
+
+def _with_room(
+    partitioned: Callable[[Wish], Chosen], graph: Graph, wish: Wish, hops: Mapping[str, Hop],
+    host: int | None, aim: Wanted,
+) -> Candidate:  # fmt: skip
+    """The candidate of a partition that leaves out what recomputing stages take, as long as it
+    fits; else, and where memory is what counts, of one that holds it too.
+
+    Why:  the first is free to cut anywhere, and not all stages need recompute.
+    Raises:  DfcError N060 and N062 (status 6) where neither fits.
+    """
+    found: list[Candidate] = []
+    for holds in (False, True) if wish.recompute != "never" else (False,):
+        some = replace(wish, holds_inputs=holds)
+        try:
+            found.append(_candidate(partitioned(some), graph, some, hops, host, aim))
+        except DfcError as e:
+            last = holds or wish.recompute == "never"
+            if e.code not in ("N060", "N062") or (not found and (last or e.code == "N060")):
+                raise
+        if found and aim != "memory":
+            break
+    return min(found, key=lambda c: c.value(aim))
 
 
 def _candidate(

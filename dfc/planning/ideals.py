@@ -182,6 +182,8 @@ class _Pairs:
         if p.objective != "memory" and not np.isfinite(slot.memory):
             return np.zeros(self.nested.shape)
         held = self._added(p.weights + slot.in_flight * p.activations)
+        if slot.taken:
+            held = held + slot.taken * self._received()
         for size, readers in p.tied:
             held = held + size * (self._added_count(readers) > 0)
         return held

@@ -69,6 +69,7 @@ class _Model:
         self.at_least = 0.0
         self.receive_of: dict[tuple[int, int], int] = {}
         self.send_of: dict[tuple[int, int], int] = {}
+        self.taken_of: dict[tuple[int, int], int] = {}
         self.tied_of: dict[tuple[int, int], int] = {}
         self.wait_of: dict[int, int] = {}
         for i, t in enumerate(p.tensors):
@@ -77,6 +78,8 @@ class _Model:
                     self.receive_of[i, s] = self._variable()
                 if np.isfinite(p.slots[s].send) and t.bytes and p.objective == "throughput":
                     self.send_of[i, s] = self._variable()
+                if p.slots[s].taken and t.bytes:
+                    self.taken_of[i, s] = self._variable()
         for i in range(len(p.tied)):
             for d in sorted(set(p.shares)):
                 self.tied_of[i, d] = self._variable()
@@ -168,6 +171,7 @@ class _Model:
         for s in stages:
             held = (p.weights + p.slots[s].in_flight * p.activations) / self.memory_scale
             parts += [self.in_stage(v, s, float(held[v])) for v in range(p.n)]
+            parts += self._taken(s)
         for i, (size, readers) in enumerate(p.tied):
             g = self.tied_of[i, p.shares[stages[0]]]
             parts.append(([g], [size / self.memory_scale], 0.0))
@@ -180,6 +184,18 @@ class _Model:
             self.add([*parts, *beyond], room / self.memory_scale)
         if p.objective == "memory":
             self.add([*parts, ([self.value], [-1.0], 0.0)])
+
+    def _taken(self, s: int) -> list[tuple[list[int], list[float], float]]:
+        """What a stage holds of what comes in from other stages."""
+        p, parts = self.problem, []
+        for i, t in enumerate(p.tensors):
+            if (i, s) in self.taken_of:
+                g = self.taken_of[i, s]
+                parts.append(([g], [p.slots[s].taken * t.bytes / self.memory_scale], 0.0))
+                for v in t.readers:
+                    self.add([self.in_stage(v, s), self.in_stage(t.producer, s, -1.0),
+                              ([g], [-1.0], 0.0)])  # fmt: skip
+        return parts
 
     def _traffic(self) -> None:
         p = self.problem

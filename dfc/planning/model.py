@@ -38,8 +38,10 @@ class Wish:
     stages_per_device: int = 1
     turns: bool = False  # whether these are in a V, not in loops
     # Stages that keep what they take and run their forward again: "always" all, "auto" as few as
-    # leave devices room; a partition then holds what all of them would.
+    # leave devices room; a partition then holds what all of them would, with `holds_inputs` what
+    # they take as well.
     recompute: str = "never"
+    holds_inputs: bool = False
 
     @property
     def layout(self) -> Layout:
@@ -52,10 +54,24 @@ class Wish:
         """How many microbatches each stage keeps activations of."""
         if not self.trains:
             return (1,) * (devices * self.stages_per_device)
+        return self._flights(devices, self.recompute != "never")
+
+    def taken(self, devices: int) -> tuple[int, ...]:
+        """How many microbatches each stage keeps of what it takes and may need again.
+
+        Why:  a stage that keeps no fewer activations when it recomputes does so only if it must.
+        """
+        whole, again = self._flights(devices, False), self.in_flight(devices)
+        if self.recompute == "never" or not (self.trains and self.holds_inputs):
+            return (0,) * len(whole)
+        must = self.recompute == "always"
+        return tuple(a if must or a > b else 0 for a, b in zip(whole, again, strict=True))
+
+    def _flights(self, devices: int, again: bool) -> tuple[int, ...]:
         # Devices are chosen with a stage each, whatever the schedule has on them later.
         known = SCHEDULES.get(self.schedule)
         alone = self.layout == ONE and known is not None and known.chunks != "1"
-        name, again = "auto" if alone else self.schedule, self.recompute != "never"
+        name = "auto" if alone else self.schedule
         return flights(name, self.layout, devices, self.microbatches, again)
 
 
@@ -312,9 +328,10 @@ def _slots(
     Raises:  DfcError N043 for neighbours without a link, if they must be `linked`.
     """
     wire = machine.wire if linked else lambda a, b: machine.way(a, b) or Wire()
-    at = wish.layout.placement(len(machine.devices))
+    count = len(machine.devices)
+    at, flights, taken = wish.layout.placement(count), wish.in_flight(count), wish.taken(count)
     found = []
-    for s, (d, flight) in enumerate(zip(at, wish.in_flight(len(machine.devices)), strict=True)):
+    for s, d in enumerate(at):
         device = machine.devices[d]
         into = wire(at[s - 1], d) if s else Wire()
         out = wire(d, at[s + 1]) if s + 1 < len(at) else Wire()
@@ -323,7 +340,7 @@ def _slots(
         room = device.usable - live
         stream = wish.streams.get(device.name, 0.0) if room > 0 else 0.0
         found.append(
-            Slot(d, room, into.bandwidth, out.bandwidth, flight, into.latency, stream)
+            Slot(d, room, into.bandwidth, out.bandwidth, flights[s], taken[s], into.latency, stream)
         )  # fmt: skip
     return tuple(found)
 

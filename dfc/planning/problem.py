@@ -48,6 +48,7 @@ class Slot:
     receive: float = INFINITE
     send: float = INFINITE
     in_flight: int = 1  # microbatches whose activations are held at once
+    taken: int = 0  # microbatches of which what comes in from other stages is held besides
     latency: float = 0.0
     stream: float = 0.0
 
@@ -209,6 +210,8 @@ def loads(problem: Problem, stage: Sequence[int]) -> Loads:
         for s in others:
             received[s] += t.bytes
             wait[s] = problem.slots[s].latency
+        for s in {stage[v] for v in t.readers} - {own}:
+            held[shares[s]] += problem.slots[s].taken * t.bytes
     for size, readers in problem.tied:
         for d in {shares[stage[v]] for v in readers}:
             held[d] += size
