@@ -19,7 +19,7 @@ class EngineReport:
     """
 
     name: str
-    verdict: str  # "chosen", "slower", "refused", "wrong", "not tried"
+    verdict: str  # "chosen", "slower", "not faster", "refused", "wrong", "not tried"
     reason: str = ""
     p50_ms: float | None = None
     spread_ms: float | None = None

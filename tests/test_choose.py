@@ -77,6 +77,16 @@ def test_the_captured_graph_on_another_engine_may_win(clock: WorkClock, tmp_path
     ]
 
 
+def test_what_is_not_faster_beyond_noise_is_not_called_slower(clock: WorkClock) -> None:
+    names = registered(
+        clock, lambda captured: 8 if captured else 4, lambda captured: 3.97 if captured else 5
+    )
+    compiled = dfc.compile(Padded(), (torch.randn(3),), engine=names)
+    last = compiled.report.engines[-1]
+    assert compiled.engine.name == "one" and last.label == "other, as captured"
+    assert last.verdict == "not faster" and last.reason.startswith("in turns with `one` 1.01x")
+
+
 def test_an_engine_far_behind_is_not_built_twice(clock: WorkClock) -> None:
     names = registered(clock, lambda captured: 3 if captured else 1, lambda captured: 9)
     compiled = dfc.compile(Padded(), (torch.randn(3),), engine=names)

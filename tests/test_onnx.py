@@ -351,6 +351,21 @@ def test_an_op_without_translation_is_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("opset", [0, 99, "20"])
+def test_an_opset_that_is_none_is_refused(opset: Any) -> None:
+    with pytest.raises(DfcError, match="an opset is a whole number up to") as caught:
+        build_onnx(trace(nn.ReLU(), (x(3),)), opset=opset)
+    assert caught.value.status == 2
+
+
+def test_an_opset_that_is_too_old_is_told(tmp_path: Path) -> None:
+    graph = trace(nn.GELU(), (x(3),))
+    with pytest.raises(DfcError, match="opset 13 cannot express the model") as caught:
+        export_onnx(graph, tmp_path / "m.onnx", opset=13)
+    assert caught.value.code == "X001" and "write opset 20" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_without_weights_is_refused() -> None:
     with torch.device("meta"):
         model = nn.Linear(4, 4)

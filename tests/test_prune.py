@@ -349,3 +349,19 @@ def test_what_changes_the_rest_is_taken_only_when_asked_for() -> None:
     error = refused(graph, '"a"')
     assert "what=width" in "".join(error.diagnostics[0].notes)
     assert shape(prune(graph, '"a"', what="width", ratio=0.5), "norm.weight") == (16,)
+
+
+def test_the_prediction_stands_on_stderr_before_anything_is_measured(tmp_path: Path) -> None:
+    """Progress is shown after a second; what a pass tells is shown in any case."""
+    from typer.testing import CliRunner
+
+    from dfc.cli import app
+
+    graph, recipe = tmp_path / "net.pt2", tmp_path / "p.dfc"
+    torch.export.save(torch.export.export(Net().eval(), (X,)), graph)
+    recipe.write_text("dfc 1\nrecipe p {\n  prune with ratio=0.5\n}\n")
+    done = CliRunner().invoke(
+        app, ["compile", str(graph), "-r", str(recipe), "--engine", "eager", "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "prune: predicted" in done.stderr and done.stdout.startswith("{")

@@ -255,7 +255,7 @@ def test_a_package_is_held_to_its_own_results(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, ids = Net().eval(), torch.randint(0, 300, (2, 7))
     compiled = dfc.compile(net, (ids,), recipe="dfc 1\nrecipe q { quantize int8 }", engine="eager")
-    assert compiled.report.lossy
+    assert compiled.report.lossy and compiled.report.proof.startswith("no metric judges")
     compiled.save(tmp_path / "m.dfcpkg")
     done = CliRunner().invoke(app, ["verify", str(tmp_path / "m.dfcpkg")])
     assert done.exit_code == 0, done.output

@@ -15,7 +15,7 @@ import pytest
 import torch
 from onnxscript import ir
 
-from dfc.emit.onnx import build_onnx
+from dfc.emit.onnx import build_onnx, export_onnx
 from dfc.ir.graph import Graph
 from dfc.ir.interpret import interpret
 from dfc.ir.types import TensorType
@@ -174,6 +174,32 @@ def test_half_precision_scales_are_widened_when_written(tmp_path: Path) -> None:
     assert "FLOAT16" not in names and len(model.graph.initializers) == 2
     found, _ = run(graph, x, tmp_path, contrib=True)
     assert torch.equal(found, interpret(graph, [x])[0])
+
+
+@pytest.mark.parametrize("contrib", [True, False])
+def test_layers_in_half_precision_find_their_kernel_too(contrib: bool, tmp_path: Path) -> None:
+    """The scales are cast before the layer; the kernel would give zeros for such."""
+    x, w, scale = operands(64, 32, -8, 7)
+    packed = pack4((w + 8).to(torch.uint8))
+    x = x.bfloat16()
+    tensors = [packed, scale.bfloat16(), None, None]
+    graph = layer("dfc.linear_w4", x, tensors, group=32, activations="int8")
+    model = ir.serde.serialize_model(build_onnx(graph, opset=21, contrib=contrib))
+    assert sum(len(t.raw_data) for t in model.graph.initializer) == packed.nbytes + scale.nbytes
+    probe = ([x], interpret(graph, [x]))
+    export_onnx(graph, tmp_path / "layer.onnx", probes=[probe], opset=21, contrib=contrib)
+
+
+def test_what_a_translation_gave_up_is_not_written() -> None:
+    """Neither nodes that nothing reads nor a second form of the weights."""
+    x, w, scale = operands(201, 32, 0, 15, 7)
+    more = scale.shape[1] * 32 - 201
+    codes = torch.nn.functional.pad(w, (0, more)).to(torch.uint8)
+    graph = layer("dfc.linear_w4", x, [pack4(codes), scale, None, None], group=32)
+    model = ir.serde.serialize_model(build_onnx(graph, opset=21))
+    read = {i for n in model.graph.node for i in n.input} | {o.name for o in model.graph.output}
+    assert all(read & set(n.output) for n in model.graph.node)
+    assert {t.name for t in model.graph.initializer} <= read
 
 
 def test_quantize_linear_rounds_ties_as_the_op_does(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ came out. No optimizer runs over the model.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from onnxscript import ir
@@ -50,9 +51,11 @@ def build_onnx(
 
     With `contrib`, operators of ONNX Runtime's own may stand where they are faster.
 
-    Raises:  DfcError X001 for an op without a translation, X004 for a parameter without data.
+    Raises:  DfcError X001 for an op without a translation, X004 for a parameter without data,
+             X005 for an opset that does not exist.
     """
     onnx_ops.load()
+    _require_opset(opset)
     _require_types(graph, opset)
     root = Root(opset, contrib)
     sizes = Sizes()
@@ -65,20 +68,50 @@ def build_onnx(
     translate_nodes(b, graph, env, ranges)
     outputs = write_outputs(b, graph, env, names)
     stateful = [env[m.target] for m in graph.mutations if isinstance(m.target, Parameter)]
-    replaced = {x for x, _ in root.derived if not x.uses()}
-    initializers = [v for v in initializers if v not in replaced] + [*root.derived.values()]
     made = ir.Graph(
         [*inputs, *stateful],
         outputs,
         nodes=[*root.constant_nodes, *b.nodes],
-        initializers=initializers,
+        initializers=[*initializers, *root.derived.values()],
         name=name or graph.name,
         opset_imports=root.domains,
     )
     model = ir.Model(made, ir_version=ir_version(opset), producer_name="dfc")
     if root.functions:
         _inline(model, root)
+    _drop_unused(made, [*root.derived.values(), *(x for x, _ in root.derived)])
     return model
+
+
+def _drop_unused(graph: ir.Graph, weights: Iterable[Val]) -> None:
+    """Take out what a translation made before it turned out not to fit, and such of the weights.
+
+    Why:  ONNX Runtime warns of each when it loads the file, and weights would lie in it twice.
+    """
+    outputs = set(graph.outputs)
+
+    def is_read(v: ir.Value) -> bool:
+        return v in outputs or any(u.node.graph is not None for u in v.uses())
+
+    for node in reversed(graph):
+        if not any(map(is_read, node.outputs)):
+            graph.remove(node)
+    for v in weights:
+        if v.name is not None and not is_read(v):
+            graph.initializers.pop(v.name, None)
+
+
+def _require_opset(opset: object) -> None:
+    """Refuse what is no opset that the onnx library knows.
+
+    Raises:  DfcError X005 (status 2).
+    """
+    from onnx.defs import onnx_opset_version
+
+    known = onnx_opset_version()
+    if type(opset) is not int or not 1 <= opset <= known:
+        message = f"an opset is a whole number up to {known}, got {opset!r}"
+        raise DfcError("X005", message, help=f"{OPSET} is usual", status=2)
 
 
 def _require_types(graph: Graph, opset: int) -> None:

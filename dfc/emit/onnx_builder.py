@@ -346,10 +346,12 @@ class Builder:
     def derived(self, x: Val, name: str, make: Callable[[Any], Any]) -> Val | None:
         """What a function makes of a parameter's tensor, as a constant; None of what is computed.
 
+        A parameter in half precision is seen through the cast that widened it.
         Why:  kernels that pack their weights want constants even where no optimizer folds them.
         """
         from dfc.emit.onnx_values import torch_tensor
 
+        x = _before_cast(x)
         raw = getattr(x.const_value, "raw", None)
         if type(raw).__module__.partition(".")[0] != "torch":
             return None
@@ -443,6 +445,13 @@ class Builder:
     def scope(self) -> Builder:
         """A builder for a nested graph."""
         return Builder(self.root, self.sizes.nested(), self)
+
+
+def _before_cast(x: Val) -> Val:
+    """The parameter that a cast widened; any other value as it is."""
+    node = x.producer()
+    source = node.inputs[0] if node is not None and node.op_type == "Cast" else None
+    return x if source is None or source.const_value is None else source
 
 
 def np_array(x: Any, dtype: ir.DataType) -> np.ndarray[Any, Any]:

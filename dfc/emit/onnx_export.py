@@ -57,13 +57,20 @@ def export_onnx(
     Raises:  DfcError X001 for an op without a translation, X002 for a model that is invalid or
              fails to run, X003 (status 4) for a result that differs, D010.. for the file itself.
     """
-    from dfc.emit.onnx import ENGINE_OPSET, build_onnx, file_opset
+    from dfc.emit.onnx import ENGINE_OPSET, OPSET, build_onnx, file_opset
     from dfc.publish import publish_file
 
     target = Path(path).absolute()
     usual = ENGINE_OPSET if contrib else file_opset(graph)
-    model = build_onnx(graph, opset=opset or usual, contrib=contrib, name=name)
-    _check(model, target)
+    chosen = usual if opset is None else opset
+    model = build_onnx(graph, opset=chosen, contrib=contrib, name=name)
+    try:
+        _check(model, target)
+    except DfcError as e:
+        if chosen >= OPSET:
+            raise
+        message = f"opset {chosen} cannot express the model: {e.message}"
+        raise DfcError("X001", message, help=f"write opset {OPSET} or later") from e
     size = sum(_nbytes(v) for v in model.graph.initializers.values())
     external = size > data_above_bytes
     with contextlib.ExitStack() as stack:

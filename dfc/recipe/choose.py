@@ -154,28 +154,33 @@ def _captured(
     held = next(e for e in engines if e.verdict == "chosen").name
     now, *theirs = bench.times([(ready.graph, held), *((original, n) for n in built)], seconds=0.3)
     best = min(range(len(theirs)), key=lambda i: theirs[i].p50_ms)
-    names, chosen = list(built), None
+    names, chosen, undecided = list(built), None, ""
     if theirs[best].p50_ms < now.p50_ms:
-        chosen = _challenge(bench, (ready.graph, held), (original, names[best]))
+        chosen, undecided = _challenge(bench, (ready.graph, held), (original, names[best]))
     if chosen is not None:
         engines[:] = [replace(e, verdict="slower") if e.verdict == "chosen" else e for e in engines]
     for i, n in enumerate(names):
-        taken = chosen is not None and i == best
-        engines.append(_measured(built[n], n, theirs[i], taken, CAPTURED))
+        report = _measured(built[n], n, theirs[i], chosen is not None and i == best, CAPTURED)
+        if undecided and i == best:
+            report = replace(report, verdict="not faster", reason=undecided)
+        engines.append(report)
     return None if chosen is None else (built[names[best]], chosen)
 
 
-def _challenge(bench: Bench, now: tuple[Graph, str], other: tuple[Graph, str]) -> Decision | None:
-    """Whether the other version on its engine is faster beyond noise."""
+def _challenge(
+    bench: Bench, now: tuple[Graph, str], other: tuple[Graph, str]
+) -> tuple[Decision | None, str]:
+    """The decision for the other version if it is faster beyond noise; else what was measured."""
     bench.say(f"comparing with the original on {other[1]}")
     c = bench.compare_versions(now, other, "faster", margin=GUARD_MARGIN, seconds=GUARD_SECONDS)
     if c.verdict != "faster":
-        return None
+        return None, f"in turns with `{now[1]}` {c}"
     words = f"the captured graph on `{other[1]}` is {c} as the result on `{now[1]}`"
-    return Decision(
+    decision = Decision(
         "the result against the original", "reverted", words, other[1], c.ratio, c.low, c.high,
         c.runs,
     )  # fmt: skip
+    return decision, ""
 
 
 def placement_notes(bench: Bench, ready: Ready) -> list[str]:

@@ -157,7 +157,9 @@ class Compilation:
             report.notes += probes.notes
         promised = outcome.numerics.rtol if choice.graph is outcome.graph else 0.0
         report.rtol = max(promised, self._allowed())
-        _proof(report, probes, mode, outcome.numerics.kind == "changes")
+        changes = outcome.numerics.kind == "changes" and choice.graph is outcome.graph
+        judges = tuple(m.name for m in self.plan.metrics) if changes else ()
+        _proof(report, probes, mode, changes, judges)
 
     def _settle(
         self, compiled: Compiled, meter: Meter, choice: Choice, labelled: Mapping[str, Graph]
@@ -200,7 +202,9 @@ def _name(model: Any) -> str:
     return str(getattr(model, "__name__", type(model).__name__))
 
 
-def _proof(report: Report, probes: Any, mode: str, lossy: bool) -> None:
+def _proof(
+    report: Report, probes: Any, mode: str, lossy: bool, judges: tuple[str, ...] = ()
+) -> None:
     report.lossy = lossy
     if probes is None or mode == "none":
         report.proof = "unproved"
@@ -209,7 +213,8 @@ def _proof(report: Report, probes: Any, mode: str, lossy: bool) -> None:
     errors = [e.error for e in report.engines if e.verdict == "chosen" and e.error is not None]
     report.error = max(errors, default=0.0)
     if lossy:
-        report.proof = "judged by its metrics: the recipe changes results on purpose"
+        by = f"judged by {', '.join(judges)}" if judges else "no metric judges the result"
+        report.proof = f"{by}: the recipe changes results on purpose"
         return
     report.original_error = own_error(probes)
     report.proved = True

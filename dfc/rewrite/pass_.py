@@ -91,8 +91,8 @@ class Context:
         return self.decisions is not None
 
     def tell(self, text: str) -> None:
-        """Say something at once that also belongs into the report."""
-        self.say(text)
+        """Say at once, in a line that stays where `say` has such, what belongs in the report."""
+        getattr(self.say, "log", self.say)(text)
         self.products.setdefault("notes", []).append(text)
 
     def decided(

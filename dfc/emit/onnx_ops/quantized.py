@@ -113,7 +113,7 @@ def _blocks8(b: Builder, weight: Val, group: int) -> Val | None:
 
 def _scales(b: Builder, scale: Val, activations: str) -> Val:
     """float32 scales; constant ones where the kernel gives zeros for what it could not pack."""
-    if scale.dtype == D.FLOAT:
+    if scale.dtype == D.FLOAT and scale.const_value is not None:
         return scale
     made = b.derived(scale, "wide", lambda t: t.float()) if activations == "int8" else None
     return made or b.cast(scale, D.FLOAT)
