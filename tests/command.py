@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from dfc.cli import app
+from dfc.cli.command import app
 
 VERBS = [c.name or "" for c in app.registered_commands]
 NET = """

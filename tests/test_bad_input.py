@@ -200,7 +200,7 @@ def fails(
         ("{}/nothing.dfc", 2, "there is no"),
         ("{}/nothing.dfcpkg", 2, "there is no"),
         ("model.onnx", 2, "there is no `model.onnx`"),
-        ("", 2, "MODEL is empty"),
+        ("", 2, "`MODEL` is empty"),
         ("{}", 2, "is not a package: it has no manifest.json"),
     ],
 )
@@ -257,7 +257,7 @@ def refused_before_the_work(fails: Try, made: Path, status: int, *argv: object) 
 def test_targets_that_cannot_be_written_are_refused_before_the_work(
     fails: Try, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "an output is empty" in refused_before_the_work(fails, made, 2, "-o", "")
+    assert "`--output` is empty" in refused_before_the_work(fails, made, 2, "-o", "")
     err = refused_before_the_work(fails, made, 2, "-o", "m.x", "--html", "./m.x")
     assert "`-o` and `--html` both write `./m.x`" in err
     err = refused_before_the_work(fails, made, 2, "--onnx", made / "nets.py", "--force")

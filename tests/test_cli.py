@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dfc
-from dfc.cli import app, main
+from dfc.cli import main
+from dfc.cli.command import app
 from dfc.cli.steps import parse_steps, resolved
 from dfc.recipe.sources import DEFAULT_RECIPE
 from tests.command import NET, VERBS, Run

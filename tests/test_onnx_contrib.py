@@ -399,7 +399,7 @@ def test_a_compiled_model_and_the_command_line_take_contrib(tmp_path: Path) -> N
     import onnx
     from typer.testing import CliRunner
 
-    from dfc.cli import app
+    from dfc.cli.command import app
 
     class Net(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

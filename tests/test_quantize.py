@@ -250,7 +250,7 @@ def test_a_package_is_held_to_its_own_results(tmp_path: Path) -> None:
     """`dfc verify` does not call a quantized model wrong for differing from the original."""
     from typer.testing import CliRunner
 
-    from dfc.cli import app
+    from dfc.cli.command import app
 
     torch.manual_seed(0)
     net, ids = Net().eval(), torch.randint(0, 300, (2, 7))

@@ -132,7 +132,7 @@ def test_a_function_or_data_that_was_not_passed_is_named() -> None:
 def test_the_command_takes_a_function(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    from dfc.cli import app
+    from dfc.cli.command import app
 
     (tmp_path / "net.py").write_text(
         "import torch\n"

@@ -10,7 +10,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import dfc
-from dfc.cli import app
+from dfc.cli.command import app
 from dfc.compress.widening import half_of_products, widened
 from dfc.ir.graph import Graph
 from dfc.ir.types import TensorType

@@ -1,6 +1,7 @@
 """The `dfc` command: one file per verb, errors as text with an exit status, data on stdout.
 
-A verb's module is light; torch and onnx are imported inside the functions that need them, so that
+Everything is imported inside `main`: Ctrl-C has its status from the first import on. A verb's
+module is light as well; torch and onnx are imported inside the functions that need them, so that
 `dfc --help` answers at once.
 """
 
@@ -9,112 +10,20 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
 
-import typer
-
-from dfc.cli.bench import bench as bench_
-from dfc.cli.bisect import bisect as bisect_
-from dfc.cli.calibrate import calibrate as calibrate_
-from dfc.cli.check import check as check_
-from dfc.cli.compile import compile as compile_
-from dfc.cli.diff import diff as diff_
-from dfc.cli.doctor import doctor as doctor_
-from dfc.cli.explain import explain as explain_
-from dfc.cli.failures import INTERRUPTED, guarded, usage
-from dfc.cli.fmt import fmt as fmt_
-from dfc.cli.list import list_
-from dfc.cli.lsp import lsp as lsp_
-from dfc.cli.plan import plan as plan_
-from dfc.cli.run import run as run_
-from dfc.cli.select import select as select_
-from dfc.cli.show import show as show_
-from dfc.cli.test import test as test_
-from dfc.cli.tune import tune as tune_
-from dfc.cli.verify import verify as verify_
-
-app = typer.Typer(
-    rich_markup_mode=None,  # plain help: examples keep their lines, and nothing slow is loaded
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for verb in (
-    compile_,
-    run_,
-    bench_,
-    plan_,
-    calibrate_,
-    tune_,
-    show_,
-    select_,
-    explain_,
-    verify_,
-    check_,
-    fmt_,
-    diff_,
-    bisect_,
-    test_,
-    list_,
-    doctor_,
-    lsp_,
-):
-    app.command(name=verb.__name__.rstrip("_"))(verb)
-
-
-@app.callback(invoke_without_command=True)
-def _top(
-    ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-) -> None:
-    """A dataflow-graph compiler for PyTorch models: proved, never worse, explained.
-
-    MODEL is FILE.py:FUNCTION or package.module:FUNCTION (a function that returns (module, args),
-    (module, args, kwargs) or (module, args, kwargs, dynamic_shapes)), a model.pt2, a graph.dfc or
-    a package folder.
-
-    \b
-    Examples:
-      dfc compile encoder.py:build -o encoder.dfcpkg --onnx encoder.onnx
-      dfc run encoder.dfcpkg --random --size B=4
-      dfc doctor
-
-    \b
-    Exit status:
-      0  done                             5    a requirement is not met
-      1  internal error                   6    does not fit
-      2  bad input, packages included     7    environment: disk, libraries
-      3  capture failed, unsupported op   8    failed while running, your code raised
-      4  results differ                   9    a check found differences
-                                          130  interrupted
-    """
-    if version:
-        import dfc
-
-        typer.echo(f"dfc {dfc.__version__}")
-    elif ctx.invoked_subcommand is None:
-        typer.echo(ctx.get_help())
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. The console script passes it to `sys.exit`."""
-    given = [*(sys.argv[1:] if argv is None else argv)]
-    return guarded(lambda: _dispatch(given, last=argv is None), given)
-
-
-def _dispatch(argv: Sequence[str], last: bool) -> int:
-    """One command; the `last` thing that the process does may not be interrupted twice."""
     try:
-        result: Any = app([*argv], prog_name="dfc", standalone_mode=False)
-    except SystemExit as e:  # typer's answer to a reader that went away
-        if isinstance(e.__context__, BrokenPipeError):
-            raise e.__context__ from None
-        raise
-    except Exception as e:
-        if hasattr(e, "format_message"):  # typer's own: a wrong option, a missing argument
-            raise usage(e, [c.name or "" for c in app.registered_commands]) from e
-        raise
-    if result == INTERRUPTED:  # typer's answer to Ctrl-C
-        if last:
+        from dfc.cli.command import dispatch
+        from dfc.cli.failures import guarded
+
+        given = [*(sys.argv[1:] if argv is None else argv)]
+        return guarded(lambda: dispatch(given), given)
+    except KeyboardInterrupt:
+        if argv is None:  # the last thing that this process does
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # again, while libraries wind down
-        raise KeyboardInterrupt
-    return result if isinstance(result, int) else 0
+        print("dfc: interrupted; nothing was left half-written", file=sys.stderr, flush=True)
+        return INTERRUPTED

@@ -7,7 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from dfc.cli.options import Device, Files, Json, Model, Random, Seed, Sizes, Use, load_used
+from dfc.cli.options import (
+    Device,
+    Files,
+    Json,
+    Model,
+    Random,
+    Seconds,
+    Seed,
+    Sizes,
+    Threads,
+    Use,
+    load_used,
+)  # fmt: skip
 from dfc.errors import DfcError
 
 _DEFAULT = "eager,onnxruntime"
@@ -23,12 +35,8 @@ def bench(
     random: Random = False,
     size: Sizes = None,
     seed: Seed = 0,
-    seconds: Annotated[
-        float, typer.Option("--seconds", min=0.01, help="Measuring time for each engine.")
-    ] = 2.0,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Threads for each engine.")
-    ] = None,
+    seconds: Seconds = 2.0,
+    threads: Threads = None,
     device: Device = "cpu",
     use: Use = None,
     as_json: Json = False,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dfc.cli.options import Force, Json
+from dfc.cli.options import MAX_THREADS, Force, Json
 
 if TYPE_CHECKING:
     from dfc.runtime.calibrate.device import Measured
@@ -21,7 +21,10 @@ def calibrate(
         Path, typer.Option("-o", "--output", metavar="FILE", help="Where the target is written.")
     ] = Path("host.dfc"),
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Threads of the processor; default all.")
+        int | None,
+        typer.Option(
+            "--threads", min=1, max=MAX_THREADS, help="Threads of the processor; default all."
+        ),
     ] = None,
     name: Annotated[str, typer.Option("--name", help="The target's name.")] = "host",
     quick: Annotated[

@@ -127,6 +127,8 @@ def compile(
 
     load_used(use)
     parts = _stages(stages, onnx)
+    if contrib and onnx is None:
+        raise DfcError("Q006", "--contrib is for a file", help="name it: --onnx FILE")
     named = (("-o", output), ("--onnx", onnx), ("--html", html))
     require_apart(*named)
     read = [model, recipe, target, *(data or ()), *(metric or ()), *(function or ())]
@@ -199,7 +201,7 @@ class _Job:
         check_device(self.device)
         Budget.of(self.budget)
         _check_print_after(print_after, [step.name for step in self.chosen.plan.passes()])
-        refuse_unread(self.chosen.plan, self.data, self.metrics)
+        refuse_unread(self.chosen.plan, self.data, self.metrics, self.functions)
         say(f"loading {model}")
         source = open_source(model)
         metrics, data = named_metrics(self.metrics), named_data(self.data)
@@ -275,7 +277,7 @@ def _stages(text: str | None, onnx: str | None) -> str | int | None:
         return None
     if onnx is None:
         raise DfcError("Q006", "--stages needs a folder", help="name it: --onnx FOLDER")
-    if text.isdigit() and int(text):
+    if text.isdecimal() and int(text):
         return int(text)
     if text != "separate":
         raise DfcError("Q006", f"--stages is a number or `separate`, got `{text}`")

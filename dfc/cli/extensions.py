@@ -26,7 +26,9 @@ def load_extension(name: str) -> None:
     if ":" in name and not Path(name).exists():
         file = name.rpartition(":")[0]
         raise DfcError("Q010", f"--use takes a whole file, not `{name}`", help=f"--use {file}")
-    load_module(name)
+    if load_module(name)[0].__file__ is None:
+        help = "name the file: --use FILE.py"
+        raise DfcError("Q010", f"--use {name} is a folder without Python code", help=help)
 
 
 def _rules(path: Path) -> None:

@@ -12,18 +12,15 @@ from typing import Any
 
 from dfc.errors import DfcError, did_you_mean
 
-INTERNAL, DIFFERENT, INTERRUPTED = 1, 9, 130
+INTERNAL, DIFFERENT = 1, 9
 
 
 def guarded(action: Callable[[], int], argv: Sequence[str]) -> int:
-    """Run a command; every way to fail becomes its documented status."""
+    """Run a command; every way to fail becomes its documented status, but Ctrl-C (`main`)."""
     try:
         status = action()
         sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
-        _say("dfc: interrupted; nothing was left half-written")
-        return INTERRUPTED
     except BrokenPipeError:  # `dfc show ... | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
@@ -47,6 +44,9 @@ def usage(error: Any, verbs: Sequence[str]) -> DfcError:
     if message.startswith("No such command"):
         message = message.partition(". ")[0]  # it guesses too, and once is enough
         hint = did_you_mean(message.split("'")[1], verbs) or hint
+    if message.startswith("No such option"):
+        message, option = error.message, error.option_name
+        hint = did_you_mean(option, error.possibilities or ()) or hint
     return DfcError("Q010", message[:1].lower() + message[1:].rstrip("."), help=hint)
 
 

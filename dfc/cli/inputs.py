@@ -160,9 +160,9 @@ def parse_sizes(graph: Graph, text: str) -> dict[str, int]:
     """
     known = sorted(graph.ranges)
     found: dict[str, int] = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
+    for part in text.split(",") if text else ():
         name, equals, number = (p.strip() for p in part.partition("="))
-        if not equals or not number.isdigit():
+        if not equals or not number.isdecimal():
             raise DfcError("D055", f"`{part}` is no size", help="write NAME=NUMBER, as in B=4,S=16")
         if name not in known:
             have = f"it has {', '.join(known)}" if known else "all its sizes are fixed"
@@ -171,6 +171,8 @@ def parse_sizes(graph: Graph, text: str) -> dict[str, int]:
                 f"there is no dynamic dimension `{name}`: {have}",
                 help=did_you_mean(name, known),
             )
+        if name in found:
+            raise DfcError("D055", f"`{name}` is given twice: {found[name]} and {number}")
         low, high = graph.ranges[name]
         if int(number) < low or (high is not None and int(number) > high):
             shown = f"{low}..{high}" if high is not None else f"at least {low}"

@@ -31,6 +31,16 @@ Sizes = Annotated[
     ),
 ]
 
+Seconds = Annotated[
+    float,
+    typer.Option("--seconds", min=0.01, max=86_400, help="Measuring time for each engine."),
+]
+MAX_THREADS = 4096  # a library that is asked for a billion takes the process down
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, max=MAX_THREADS, help="Threads for each engine."),
+]
+
 
 def _seed(value: int) -> int:
     if not -(2**63) <= value < 2**64:

@@ -77,7 +77,9 @@ def choose_recipe(
     given = [o for o, x in (("-r", recipe), ("-O", level), ("-p", passes)) if x is not None]
     if len(given) > 1:
         raise DfcError("D054", f"{' and '.join(given)} both name the steps", help="give one")
-    values = dict(_pair("--set", s, "STEP.OPTION=VALUE") for s in settings or ())
+    values = dict(_pairs("--set", settings, "STEP.OPTION=VALUE"))
+    if name is not None and recipe is None:
+        raise DfcError("Q006", "--name is for a file of recipes", help="name it: -r FILE")
     if passes is not None:
         from dfc.cli.steps import parse_pipeline
 
@@ -98,8 +100,7 @@ def named_data(given: Sequence[str] | None) -> dict[str, Any]:
     from dfc.origin import failure_of
 
     made: dict[str, Any] = {}
-    for text in given or ():
-        name, place = _pair("--data", text, "NAME=FILE.py:FUNCTION")
+    for name, place in _pairs("--data", given, "NAME=FILE.py:FUNCTION"):
         function, file = _function("--data", place)
         try:
             made[name] = function()
@@ -110,14 +111,20 @@ def named_data(given: Sequence[str] | None) -> dict[str, Any]:
     return made
 
 
-def refuse_unread(plan: Plan, data: Sequence[str] | None, metrics: Sequence[str] | None) -> None:
-    """Refuse data and metrics that no line of the recipe names: most are misspelled.
+def refuse_unread(
+    plan: Plan, data: Sequence[str] | None, metrics: Sequence[str] | None,
+    functions: Sequence[str] | None,
+) -> None:  # fmt: skip
+    """Refuse what no line of the recipe names: most of it is misspelled.
 
     Raises:  DfcError Q051.
     """
     read = {v for step in plan.passes() for v in step.options.values() if isinstance(v, str)}
-    known = {"data": [*plan.data, *read], "metric": [m.name for m in plan.metrics]}
-    for kind, given in (("data", data), ("metric", metrics)):
+    known = {
+        "data": [*plan.data, *read], "metric": [m.name for m in plan.metrics],
+        "function": sorted(read),
+    }  # fmt: skip
+    for kind, given in (("data", data), ("metric", metrics), ("function", functions)):
         for text in given or ():
             name = text.partition("=")[0].strip()
             if name and name not in known[kind]:
@@ -135,8 +142,23 @@ def named_functions(option: str, given: Sequence[str] | None) -> dict[str, Calla
 
     Raises:  DfcError D057, D050, D051.
     """
-    pairs = [_pair(option, text, "NAME=FILE.py:FUNCTION") for text in given or ()]
+    pairs = _pairs(option, given, "NAME=FILE.py:FUNCTION")
     return {name: _function(option, place)[0] for name, place in pairs}
+
+
+def _pairs(option: str, given: Sequence[str] | None, form: str) -> list[tuple[str, str]]:
+    """`NAME=VALUE` of an option, each name once.
+
+    Raises:  DfcError D057.
+    """
+    found: dict[str, str] = {}
+    for text in given or ():
+        name, value = _pair(option, text, form)
+        if name in found:
+            message = f"{option}: `{name}` is given twice, as {found[name]} and as {value}"
+            raise DfcError("D057", message, help="give one")
+        found[name] = value
+    return [*found.items()]
 
 
 def _pair(option: str, text: str, form: str) -> tuple[str, str]:

@@ -381,7 +381,7 @@ def _count(text: str) -> int | None:
     """How many stages --pipeline asks for, None for those of the plan."""
     if text == "plan":
         return None
-    if not text.isdigit() or not int(text):
+    if not text.isdecimal() or not int(text):
         help = "write --pipeline 2, or --pipeline plan"
         raise DfcError("Q006", f"`{text}` is neither a number of stages nor `plan`", help=help)
     return int(text)

@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,6 +194,8 @@ def _exported(path: Path) -> Source:
 
     if not path.is_file():
         raise DfcError("D050", f"there is no `{path}`", help=_near(path))
+    if not zipfile.is_zipfile(path):
+        raise DfcError("D050", f"`{path}` is no exported program: it is no zip archive")
     try:
         program = torch.export.load(path)
     except Exception as e:

@@ -9,7 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from dfc.cli.options import Device, Files, Force, Json, Random, Seed, Sizes, Use, load_used
+from dfc.cli.options import (
+    Device,
+    Files,
+    Force,
+    Json,
+    Random,
+    Seconds,
+    Seed,
+    Sizes,
+    Threads,
+    Use,
+    load_used,
+)  # fmt: skip
 
 
 def tune(
@@ -32,12 +44,8 @@ def tune(
     random: Random = False,
     size: Sizes = None,
     seed: Seed = 0,
-    seconds: Annotated[
-        float, typer.Option("--seconds", min=0.01, help="Measuring time for each engine.")
-    ] = 1.0,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Threads for each engine.")
-    ] = None,
+    seconds: Seconds = 1.0,
+    threads: Threads = None,
     device: Device = "cpu",
     force: Force = False,
     use: Use = None,
