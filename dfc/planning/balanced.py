@@ -23,7 +23,8 @@ def balanced(graph: Graph, stages: int, inputs: Sequence[Any], threads: int = 1)
     """
     from dfc.planning.pipeline import stage_of
 
-    return stage_of(_plan(graph, [1e18] * stages, inputs, threads, {}))
+    count = min(stages, max(len(graph), 1))
+    return stage_of(_plan(graph, [1e18] * count, inputs, threads, {}))
 
 
 def balanced_within(

@@ -8,7 +8,7 @@ from functools import lru_cache
 from dfc.errors import DfcError
 from dfc.planning.actions import Kind, Program
 from dfc.planning.recompute import recomputing
-from dfc.planning.schedules import SCHEDULES, known_schedule, schedule, why_not
+from dfc.planning.schedules import MAX_ACTIONS, SCHEDULES, known_schedule, schedule, why_not
 from dfc.planning.simulate import in_flight
 
 _TRIED = (2, 4)  # stages a device, besides one
@@ -61,6 +61,22 @@ def layouts(name: str, chunks: int | None, trains: bool) -> list[Layout]:
     if chunks is None and known.chunks == "any":
         return [Layout(v) for v in (_TRIED if trains else (1,))]
     return [Layout(chunks or int(known.chunks), known.turns)]
+
+
+def check_counts(nodes: int, devices: int, microbatches: int, chunks: int) -> None:
+    """
+    Raises:  DfcError N066 for more stages a device than there are nodes, N002 for a step that is
+             longer than any that is planned.
+    """
+    if microbatches < 1:
+        raise DfcError("N002", f"a step has at least one microbatch, not {microbatches}", status=2)
+    if chunks > max(nodes, 1):
+        message = f"{chunks} stages a device are more than the {nodes} nodes of the model"
+        raise DfcError("N066", message, status=2)
+    if microbatches * devices * chunks > MAX_ACTIONS:
+        message = f"{microbatches} microbatches on {devices} devices are more than one step has"
+        help = f"plan at most {MAX_ACTIONS // (devices * chunks)}: a step repeats"
+        raise DfcError("N002", message, help=help, status=2)
 
 
 def _of_auto(chunks: int | None, trains: bool) -> list[Layout]:

@@ -17,7 +17,7 @@ from dfc.planning.actions import Program
 from dfc.planning.candidates import Candidate, best_candidate
 from dfc.planning.cost import Sizes, default_sizes
 from dfc.planning.devices import Wanted, price
-from dfc.planning.layouts import layouts
+from dfc.planning.layouts import check_counts, layouts
 from dfc.planning.machine import Device, Machine
 from dfc.planning.model import Limits, Modelled, Wish, modelled
 from dfc.planning.partition import Effort
@@ -161,6 +161,7 @@ def plan(
              otherwise than by time or cost, or with several stages a device.
     """
     machine.check()
+    check_counts(len(graph), len(machine.devices), wish.microbatches, stages_per_device or 1)
     check_wish(hops, wish, objective, stages_per_device)
     choices = layouts(schedule, stages_per_device, wish.trains)
     streams = {name: float(1 / hop.per_byte) for name, hop in hops.items()}

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 F, I, W, B = Kind.F, Kind.I, Kind.W, Kind.B  # noqa: E741 - the papers' letters
 
 
+MAX_ACTIONS = 2**24  # of each kind in one step: 4096 microbatches on 4096 ranks
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How a schedule is made, and what it asks of ranks, chunks and microbatches."""
@@ -67,6 +70,8 @@ def why_not(found: Schedule, ranks: int, microbatches: int, chunks: int) -> str 
     """Why a schedule does not exist for these numbers, None when it does."""
     if min(ranks, microbatches, chunks) < 1:
         return "it needs at least one rank, one microbatch and one chunk"
+    if ranks * microbatches * chunks > MAX_ACTIONS:
+        return f"a step has at most {MAX_ACTIONS} actions of a kind, as a step repeats"
     if found.chunks != "any" and chunks != int(found.chunks):
         return f"it has {found.chunks} chunk a rank, not {chunks}"
     return found.refuses(ranks, microbatches, chunks)
