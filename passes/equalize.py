@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dfc.compress.calibrate import batches_of, observe
 from dfc.compress.equalizing import ChannelPeak, Pair, balanced, pairs_of
 from dfc.compress.producers import change_constant
+from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
 from dfc.lang.selectors import Selector
 from dfc.rewrite.pass_ import CHANGES, KEPT, Context, Data, Numerics, Pass, Quota, close
@@ -56,6 +57,9 @@ class Equalize(Pass):
         return close(1e-5) if self.data is None else CHANGES
 
     def run(self, graph: Graph, ctx: Context) -> int:
+        if self.rounds < 1:
+            message = f"`rounds` is at least 1, got {self.rounds}"
+            raise DfcError("Q012", message, status=2)
         pairs = self._pairs(graph, ctx)
         peaks = self._peaks(graph, pairs, ctx)
         quota = Quota(self.limit, self.skip)

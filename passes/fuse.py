@@ -12,7 +12,7 @@ from dfc.ir.graph import Graph, Node, Parameter
 from dfc.lang.selectors import Selector
 from dfc.rewrite.deciding import Facts
 from dfc.rewrite.match import Matcher
-from dfc.rewrite.pass_ import EXACT, Context, Numerics, Pass, close
+from dfc.rewrite.pass_ import EXACT, Context, Numerics, Pass, check_quota, close
 from dfc.rewrite.replace import Order, Replaced, replace
 from dfc.rewrite.rule import Rule
 from dfc.rewrite.rulesets import proved_rules, select_rules
@@ -80,6 +80,7 @@ class Fuse(Pass):
         return close(rtol) if rtol else EXACT
 
     def run(self, graph: Graph, ctx: Context) -> int:
+        check_quota(self.limit, self.skip)
         journal = ctx.products.setdefault(JOURNAL, Journal())
         proved = proved_rules(self.rules)
         journal.left_out |= {name: found[0].message for name, found in proved.left_out.items()}

@@ -7,6 +7,7 @@ type rule with the symbols bound to sample numbers, which is independent of symb
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from dfc.errors import DfcError, Diagnostic
 from dfc.ir.expr import Expr, evaluate, symbols
@@ -184,12 +185,18 @@ def _types(
 ) -> Iterator[Diagnostic]:
     from dfc.ops.aten import sample_types, waits_for_data
 
+    nodes, told = list(nodes), set[str]()
     for node in nodes:
-        if unknown and not unknown.isdisjoint(_symbols(node)):
-            lookup(node.op)
-            continue
         try:
             info = lookup(node.op)
+        except DfcError as e:
+            if node.op not in told:
+                told.add(node.op)
+                yield _unknown(node, e, sum(n.op == node.op for n in nodes) - 1)
+            continue
+        if unknown and not unknown.isdisjoint(_symbols(node)):
+            continue
+        try:
             problem = _form(node, info)
             if problem is not None:
                 yield problem
@@ -218,6 +225,15 @@ def _types(
         for r, t, d in zip(node.results, found, declared, strict=True):
             if not _fits(t, d):
                 yield _problem("V021", node, f"%{r.name} is {r.type}, its op gives {t}")
+
+
+def _unknown(node: Node, error: DfcError, others: int) -> Diagnostic:
+    """An op that there is not, told once for all nodes that have it."""
+    found = _problem(error.code, node, error.message, error.diagnostics[0].help)
+    if not others:
+        return found
+    more = f"{others} more node{'s have' if others > 1 else ' has'} it"
+    return replace(found, notes=(*found.notes, more))
 
 
 def _symbols(node: Node) -> frozenset[str]:

@@ -151,7 +151,10 @@ class Search:
 
 
 def nearest(wanted: str, known: Sequence[str], count: int = 3) -> str | None:
-    """The nearest known names; of a pattern, those near its first part that no name has."""
+    """The nearest known names; of a pattern, those near its first part that no name has;
+    of what only holds others, all of these."""
+    if wanted and any(k.startswith(f"{wanted}.") for k in known):
+        return f"did you mean `{wanted}.**`?"
     if "*" in wanted:
         parts = sorted({part for name in known for part in name.split(".")})
         odd = [w for w in wanted.split(".") if w and "*" not in w and w not in parts]

@@ -117,6 +117,16 @@ def named(value: Value) -> str:
     return f"{'!' if isinstance(value, Parameter) else '%'}{value.name}"
 
 
+def check_quota(limit: int | None, skip: tuple[int, ...]) -> None:
+    """Raises:  DfcError Q012 for a number of changes, or of one of them, below zero."""
+    if limit is not None and limit < 0:
+        message = f"`limit` counts changes: it is 0 or more, got {limit}"
+        raise DfcError("Q012", message, status=2)
+    if skip and min(skip) < 0:
+        message = f"`skip` names changes by number, from 0: got {min(skip)}"
+        raise DfcError("Q012", message, status=2)
+
+
 class Quota:
     """Which of a pass's changes are made: at most `limit` of them, and none of those in `skip`.
 
@@ -125,9 +135,7 @@ class Quota:
     """
 
     def __init__(self, limit: int | None, skip: tuple[int, ...]) -> None:
-        if limit is not None and limit < 0:
-            message = f"`limit` counts changes: it is 0 or more, got {limit}"
-            raise DfcError("Q012", message, status=2)
+        check_quota(limit, skip)
         self.limit, self.skip = limit, skip
         self.number = self.done = 0
         self._left: set[Node] = set()

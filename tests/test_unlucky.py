@@ -1,0 +1,166 @@
+"""What a hurried user types, and what surrounds the command: one line that helps, its status, and
+nothing left behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dfc
+from dfc.cli import main
+from dfc.errors import DfcError
+from dfc.ir.verify import verify
+from dfc.planning.layouts import check_counts
+from tests.command import NET, Run
+
+NESTED = """
+import torch
+
+
+class Outer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+
+    def forward(self, x):
+        return self.encoder(x)
+
+
+def build():
+    return Outer(), (torch.ones(2, 4),)
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("unlucky")
+    (made / "net.py").write_text(NET + "\n\ndef train(module, data):\n    return None\n")
+    (made / "nothing").mkdir()
+    package = str(made / "net.dfcpkg")
+    assert main(["compile", f"{made}/net.py:build", "-o", package, "--engine", "eager"]) == 0
+    return made
+
+
+# The command line
+
+WORDS = [
+    ("run {}/net.dfcpkg --size B=2 --size B=3", "`--size` takes one value, and is given 2 times"),
+    ("run {}/net.dfcpkg -o a.npz --output b.npz", "`--output` takes one value"),
+    ("run {}/net.dfcpkg --size B=2,B=3", "`B` is given twice: 2 and 3"),
+    ("run {}/net.dfcpkg --size ,", "`` is no size"),
+    ("run {}/net.dfcpkg --size B=²", "`B=²` is no size"),
+    ("run {}/net.dfcpkg --pipeline ²", "`²` is neither a number"),
+    ("run {}/net.dfcpkg --egine eager", "did you mean `--engine`?"),
+    ("bench {}/net.dfcpkg --threads 1000000000", "less than or equal to 4096"),
+    ("bench {}/net.dfcpkg --seconds inf", "less than or equal to 86400"),
+    ("plan {}/net.py:build --stages-per-device 1000", "1000 stages a device are more than the"),
+    ("plan {}/net.py:build -m 1000000000", "1000000000 microbatches on 1 devices"),
+    ("compile {}/net.py:build --contrib", "name it: --onnx FILE"),
+    ("compile {}/net.py:build --name small", "name it: -r FILE"),
+    ("compile {}/net.py:build --use nothing", "is a folder without Python code"),
+    ("compile {0}/net.py:build --function t={0}/net.py:train", "names no function `t`"),
+    ("compile {}/net.py:build --set cse.limit=3 --set cse.limit=4", "as 3 and as 4"),
+    ("compile {}/net.py:build -p cse{{skip=[-1]}}", "`skip` names changes by number, from 0"),
+    ("compile {}/net.py:build -p fuse{{limit=-1}}", "`limit` counts changes: it is 0 or more"),
+    ("compile {}/net.py:build -p equalize{{rounds=0}}", "`rounds` is at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), WORDS, ids=[w[0].replace("{}/", "") for w in WORDS])
+def test_words_that_mean_nothing(
+    run: Run, home: Path, monkeypatch: pytest.MonkeyPatch, words: str, said: str
+) -> None:
+    monkeypatch.chdir(home)
+    done = run(*words.replace("{}", "{0}").format(home).split())
+    assert (done.status, done.out) == (2, "")
+    assert said in done.err and "Traceback" not in done.err
+    assert not list(home.glob("*.npz"))
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["run", ""], "MODEL"),
+        (["tune", ""], "PACKAGE"),  # no longer the folder that one stands in
+        (["check", "x.dfc", ""], "FILE"),
+        (["run", "m", "--engine", ""], "--engine"),
+        (["compile", "m", "-o", ""], "--output"),
+        (["compile", "m", "--data", ""], "--data"),
+        (["plan", "m", "--on", ""], "--on"),
+    ],
+)
+def test_an_unset_variable_of_a_script_is_told(run: Run, words: list[str], name: str) -> None:
+    done = run(*words)
+    assert (done.status, done.out) == (2, "")
+    assert f"`{name}` is empty" in done.err
+
+
+def test_flags_may_stand_twice(run: Run, home: Path) -> None:
+    assert run("run", home / "net.dfcpkg", "--random", "--json", "--random", "--json").status == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"text"])
+def test_a_broken_exported_program_is_one_error(run: Run, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m.pt2").write_bytes(content)
+    done = run("show", tmp_path / "m.pt2")
+    assert done.status == 2 and "is no exported program" in done.err
+    assert "W1" not in done.err and len(done.err.splitlines()) == 1  # torch warns of it as well
+
+
+# Ctrl-C before anything is there to be interrupted
+
+
+def test_ctrl_c_while_the_command_is_imported_is_one_line(tmp_path: Path) -> None:
+    """Whatever is imported first: typer stands for all of it."""
+    (tmp_path / "typer.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport time\ntime.sleep(60)\n"
+    )
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        f"sys.path.insert(0, {str(tmp_path)!r});"
+        "from dfc.cli import main; sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "doctor"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 130
+    assert done.stderr == "dfc: interrupted; nothing was left half-written\n"
+
+
+# In Python
+
+
+@pytest.mark.parametrize("opset", ["x", 0, -1, 5, 99, 10**12, True, 20.0])
+def test_an_opset_that_there_is_not(tmp_path: Path, opset: object) -> None:
+    compiled = dfc.compile(torch.nn.ReLU(), (torch.ones(2),), engine="eager")
+    with pytest.raises(DfcError, match="`opset` is a version of ONNX's operators, 7 to") as e:
+        compiled.export(tmp_path / "m.onnx", opset=opset)
+    assert e.value.status == 2 and not list(tmp_path.iterdir())
+
+
+def test_a_step_that_nobody_waits_for_is_not_planned() -> None:
+    check_counts(nodes=10, devices=4096, microbatches=4096, chunks=1)
+    with pytest.raises(DfcError, match="a step repeats") as e:
+        check_counts(nodes=10, devices=2, microbatches=10**9, chunks=1)
+    assert e.value.status == 2
+
+
+def test_an_unknown_op_is_told_once_for_all_its_nodes() -> None:
+    lines = "".join(f"  %n{i}: f32[2] = aten.expp.default(%x)\n" for i in range(5))
+    other = "  %m: f32[2] = aten.siin.default(%x)\n"
+    graph = dfc.parse(f"dfc 1\ngraph @f(%x: f32[2]) -> f32[2] {{\n{lines}{other}  return %m\n}}\n")
+    with pytest.raises(DfcError) as e:
+        verify(graph)
+    assert [d.code for d in e.value.diagnostics] == ["V010", "V010"]
+    assert e.value.diagnostics[0].notes == ("node %n0", "4 more nodes have it")
+
+
+def test_a_module_that_only_holds_others_is_told_how_to_mean_them(run: Run, home: Path) -> None:
+    (home / "nested.py").write_text(NESTED)
+    done = run("select", f"{home}/nested.py:build", '"encoder"')
+    assert done.status == 2 and "did you mean `encoder.**`?" in done.err
+    assert run("select", f"{home}/nested.py:build", '"encoder.**"').status == 0
