@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import dfc
 from dfc.cli import main
@@ -132,14 +131,6 @@ def test_ctrl_c_while_the_command_is_imported_is_one_line(tmp_path: Path) -> Non
 
 
 # In Python
-
-
-@pytest.mark.parametrize("opset", ["x", 0, -1, 5, 99, 10**12, True, 20.0])
-def test_an_opset_that_there_is_not(tmp_path: Path, opset: object) -> None:
-    compiled = dfc.compile(torch.nn.ReLU(), (torch.ones(2),), engine="eager")
-    with pytest.raises(DfcError, match="`opset` is a version of ONNX's operators, 7 to") as e:
-        compiled.export(tmp_path / "m.onnx", opset=opset)
-    assert e.value.status == 2 and not list(tmp_path.iterdir())
 
 
 def test_a_step_that_nobody_waits_for_is_not_planned() -> None:
