@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -18,6 +19,7 @@ from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
 from dfc.planning.actions import Action, Kind, Program, parse_program
 from dfc.planning.auto import auto
+from dfc.planning.backward import FULL, SELECTIVE
 from dfc.planning.check import check
 from dfc.planning.pipeline import Plan
 from dfc.planning.planfile import of_text, to_text
@@ -25,6 +27,7 @@ from dfc.planning.recompute import needed, recomputing
 from dfc.planning.recompute_choice import replays
 from dfc.planning.schedules import SCHEDULES, schedule
 from dfc.planning.simulate import Costs, in_flight, peaks, simulate
+from dfc.runtime.pipeline.programs import Programs
 from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.training import Trainer
 
@@ -96,20 +99,20 @@ def equal(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> None:
 def test_gradients_are_equal_to_the_bit_dropout_and_tied_weights_included(name: str) -> None:
     plain, _ = trained(name)
     state = torch.get_rng_state()
-    for stages in (True, {0, 2}):
-        again, trainer = trained(name, recompute=stages)
+    for some in (True, {0, 2}, "selective"):
+        again, trainer = trained(name, recompute=some)
         equal(plain, again)
         assert trainer.last is not None
-        assert trainer.last[0].recomputes == ({0, 1, 2, 3} if stages is True else {0, 2})
+        assert trainer.last[0].recomputes == ({0, 2} if some == {0, 2} else {0, 1, 2, 3})
     assert torch.equal(torch.get_rng_state(), state)  # dropout draws by counters
 
 
 def test_fewer_bytes_are_alive_as_the_report_says() -> None:
     """Of tensors that live between two actions, by what Python holds, not by what is counted."""
     model, args = staged()
-    most: dict[bool, list[int]] = {}
+    most: dict[bool | str, list[int]] = {}
     reports = {}
-    for again in (False, True):
+    for again in (False, "selective", True):
         with Trainer(model, schedule="gpipe", microbatches=5, optimizer=adamw, threads=1,
                      sequential=True, recompute=again) as trainer:  # fmt: skip
             run, most[again] = trainer._run, [0] * 4
@@ -127,8 +130,13 @@ def test_fewer_bytes_are_alive_as_the_report_says() -> None:
             trainer.step(*args)
             reports[again] = trainer.report()
     assert sum(most[True]) < 0.4 * sum(most[False])
+    assert sum(most[True]) < sum(most["selective"]) < 0.75 * sum(most[False])
     assert sum(reports[True].peak_bytes) < 0.45 * sum(reports[False].peak_bytes)
     for s in range(4):
+        own = reports["selective"]
+        assert (
+            most["selective"][s] <= own.peak_bytes[s] <= most["selective"][s] + own.saved_bytes[s]
+        )
         assert most[True][s] < 0.7 * most[False][s]
         # What the stage took is counted where it recomputes alone.
         assert (
@@ -170,6 +178,27 @@ def test_the_fewest_stages_recompute_that_leave_the_room() -> None:
         trained("1f1b", recompute="auto")
     with pytest.raises(DfcError, match="4 stages"):
         trained("1f1b", recompute={4})
+
+
+def test_selective_recomputation_leaves_cheap_operators_alone_to_run_again() -> None:
+    _, trainer = trained("gpipe", recompute="selective")
+    for stage in trainer.trained:
+        again = [n.op for n in stage._runs[Kind.R].part.graph.nodes]
+        assert again and not any("mm" in op for op in again)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "auto"])
+def test_the_quicker_way_that_fits_is_taken(name: str) -> None:
+    full = Costs([3, 3], [3, 3], [0, 0], activations=[10, 10], taken=[1, 1])
+    ways = {FULL: full, SELECTIVE: replace(full, replay=[1, 1], taken=[4, 4], remade=[6, 6])}
+    for room, again, way in ((20, (), None), (14, (0,), SELECTIVE), (12, (0,), FULL)):
+        programs = Programs(name, 2, 4, 1, None, room)
+        found = programs.of(4, ways.__getitem__)
+        assert found.recomputes == set(again)
+        assert way is None or programs.way == way
+        assert max(peaks(found, ways[programs.way])) <= room
+    with pytest.raises(DfcError, match="N062"):
+        Programs(name, 2, 4, 1, None, 9).of(4, ways.__getitem__)
 
 
 def test_a_failed_recomputation_is_named_and_the_next_step_is_whole() -> None:

@@ -7,7 +7,7 @@ of I is kept until then. W and B add to the sums over earlier microbatches, whic
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -16,6 +16,9 @@ from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.slice import slice_graph
 from dfc.ir.tree import LEAF, Seq
 from dfc.planning.accumulate import accumulate
+from dfc.planning.rematerialize import fewest_kept
+
+FULL, SELECTIVE = "full", "selective"  # how a stage recomputes
 
 
 class Differentiated(Protocol):
@@ -23,6 +26,8 @@ class Differentiated(Protocol):
 
     @property
     def graph(self) -> Graph: ...
+    @property
+    def inputs(self) -> tuple[Value, ...]: ...
     @property
     def weights(self) -> Mapping[str, Value]: ...
     @property
@@ -95,33 +100,46 @@ def cut(joint: Differentiated) -> Cut:
 
 @dataclass(frozen=True)
 class Replay:
-    """Of a stage that recomputes: F, which gives what other stages read and no more, and R, which
-    makes what the backward pass reads, and nothing that only other stages read."""
+    """Of a stage that recomputes: F, which gives what other stages read and what is kept, and R,
+    which makes what the backward pass reads of it, and nothing that only other stages read."""
 
     forward: Part
     again: Part
+    kept: frozenset[Value]
 
 
-def replay(joint: Differentiated, found: Cut) -> Replay:
-    """The parts with which a stage recomputes."""
-    outputs, saved = _needed(joint.outputs, ()), _needed(found.saved, ())
-    return Replay(
-        _part(joint.graph, outputs, "F", frozenset(joint.outputs)),
-        _part(joint.graph, saved & outputs, "R", found.saved),
-    )
+def replay(joint: Differentiated, found: Cut, taken: Collection[Value], way: str) -> Replay:
+    """The parts with which a stage recomputes.
+
+    Of its inputs it keeps those that are `taken` from other stages; the others are given again. By
+    the way "selective" it keeps instead what makes R cheap, in the fewest bytes.
+    """
+    forward = _needed(joint.outputs, ())
+    if way == FULL:
+        kept = frozenset(taken)
+    else:
+        mine = {*joint.inputs, *(r for n in forward for r in n.results)}
+        free = {*joint.weights.values(), *joint.inputs} - {*taken}
+        kept = fewest_kept(joint.graph, found.saved & mine, free)
+    made = _needed(found.saved, (), kept) & forward
+    again = _part(joint.graph, made, "R", found.saved - kept)
+    kept |= {v for v in again.takes if v in taken}  # also those that only tell it a size
+    return Replay(_part(joint.graph, forward, "F", kept.union(joint.outputs)), again, kept)
 
 
-def _needed(values: Iterable[Value], known: Iterable[Node]) -> frozenset[Node]:
-    """The nodes that make these values, without those that are known."""
+def _needed(
+    values: Iterable[Value], known: Iterable[Node], given: Collection[Value] = ()
+) -> frozenset[Node]:
+    """The nodes that make these values, without those that are known, and from what is given."""
     found, done = set(), set(known)
-    todo = [v.node for v in values if v.node is not None]
+    todo = [v for v in values if v not in given]
     while todo:
-        node = todo.pop()
-        if node in done:
+        node = todo.pop().node
+        if node is None or node in done:
             continue
         done.add(node)
         found.add(node)
-        todo += [v.node for v in node.operands if v.node is not None]
+        todo += [v for v in node.operands if v not in given]
     return frozenset(found)
 
 

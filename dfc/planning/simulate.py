@@ -39,7 +39,8 @@ class Costs:
     and R `replay`, by default what F takes.
     `edges` are (producer, consumer, bytes); the default is a chain without bytes. `links` gives
     the link of a pair of ranks, else `link`. `activations` are kept from F until W or B, in bytes;
-    a stage that recomputes keeps what it takes (`taken`) from F on, and all else from R on.
+    a stage that recomputes keeps what it takes (`taken`) from F on, and all else from R on
+    (`remade`, by default all `activations`).
     `resident` are the bytes that a rank holds all the time. `slots` is how many transfers of one
     edge may have arrived without having been used; 0 is without a limit.
     """
@@ -52,6 +53,7 @@ class Costs:
     edges: Sequence[tuple[int, int, int]] | None = None
     activations: Sequence[int] = ()
     taken: Sequence[int] = ()
+    remade: Sequence[int] = ()
     replay: Sequence[Number] = ()
     resident: Sequence[int] = ()
     slots: int = 0
@@ -141,7 +143,7 @@ def simulate(program: Program, costs: Costs) -> Simulation:
 
 def _check(program: Program, costs: Costs) -> None:
     n = program.stages
-    for what in ("forward", "inputs", "weights", "activations", "taken", "replay"):
+    for what in ("forward", "inputs", "weights", "activations", "taken", "remade", "replay"):
         given = getattr(costs, what)
         if len(given) != n and (given or what == "forward"):
             raise DfcError("N021", f"{len(given)} costs of `{what}` for {n} stages")
@@ -172,7 +174,7 @@ def peaks(program: Program, costs: Costs) -> tuple[int, ...]:
     made = np.zeros((len(Kind), program.stages), dtype=np.int64)  # by an action of each kind
     made[Kind.F] = costs.activations or 0
     for s in program.recomputes:
-        made[Kind.R, s] = made[Kind.F, s]
+        made[Kind.R, s] = costs.remade[s] if costs.remade else made[Kind.F, s]
         made[Kind.F, s] = costs.taken[s] if costs.taken else 0
     whole = made.sum(axis=0)
     found = []

@@ -7,10 +7,11 @@ from collections.abc import Callable, Collection, Sequence
 from dfc.errors import DfcError
 from dfc.planning.actions import Kind, Program
 from dfc.planning.auto import auto
+from dfc.planning.backward import FULL, SELECTIVE
 from dfc.planning.layouts import Layout, layouts, lean_program
 from dfc.planning.recompute import needed, recomputing
 from dfc.planning.schedules import SCHEDULES, schedule, split
-from dfc.planning.simulate import Costs, in_flight
+from dfc.planning.simulate import Costs, Simulation, in_flight, simulate
 
 AUTO = "auto"
 Shared = int | Sequence[int] | None  # the number of ranks, or the rank of each stage
@@ -22,7 +23,8 @@ class Programs:
     `schedule` is a name, "auto", or a program. `ranks` is how many share the stages, or the rank of
     each stage; without it "auto" has a rank for each stage, and schedules that leave it open have
     `chunks` stages a rank. `recompute` are the stages that recompute, those of a program besides;
-    None where they are the fewest with which ranks hold no more than `room` bytes of activations.
+    None where they are the fewest with which ranks hold no more than `room` bytes of activations,
+    by the quicker way: fully, or selectively; `way` is that of the last program that was given.
     `moves` says that "auto" may put stages on other ranks when it chooses the first program: in
     loops, or in a V.
     Raises:  DfcError N073 for stages that cannot be shared out, N001 and N002 as `schedule`.
@@ -38,10 +40,11 @@ class Programs:
         room: float = float("inf"),
         ranks: Shared = None,
         moves: bool = False,
+        way: str = FULL,
     ) -> None:
         self.schedule, self.stages, self.chunks = schedule, stages, chunks
-        self.recompute, self.room = recompute, room
-        self._made: dict[int, Program] = {}
+        self.recompute, self.room, self.way = recompute, room, way
+        self._made: dict[int, tuple[Program, str]] = {}
         self._limits: dict[int, tuple[Program, tuple[int, ...]]] = {}
         if isinstance(schedule, Program) and schedule.stages != stages:
             raise DfcError("N073", f"the program is for {schedule.stages} stages, there are "
@@ -59,28 +62,49 @@ class Programs:
         every = {a.kind for r in range(len(first.ranks)) for a in first.actions(r)}
         self.kinds = every | set(Kind) if schedule == AUTO else every
 
-    def of(self, microbatches: int, measured: Callable[[], Costs]) -> Program:
-        """The program; `measured` is asked for what the stages cost, where they are to choose by.
+    def of(self, microbatches: int, measured: Callable[[str], Costs]) -> Program:
+        """The program; `measured` is asked for what the stages cost, by a way to recompute, where
+        they are to choose by.
 
         Raises:  DfcError N062 (status 6) where not even stages that recompute have room.
         """
         if microbatches not in self._made:
-            chosen = self.schedule == AUTO or self.recompute is None
-            self._made[microbatches] = self._chosen(microbatches, measured() if chosen else None)
-        return self._made[microbatches]
+            self._made[microbatches] = self._chosen(microbatches, measured)
+        program, self.way = self._made[microbatches]
+        return program
 
-    def _chosen(self, m: int, costs: Costs | None) -> Program:
-        if costs is None or self.schedule != AUTO:
+    def _chosen(self, m: int, measured: Callable[[str], Costs]) -> tuple[Program, str]:
+        if self.recompute is not None:
+            if self.schedule != AUTO:
+                return recomputing(self._named(self.schedule, m), self.recompute), self.way
+            step, layout = self._best(m, measured(self.way))
+            self._settle(layout)
+            return step.program, self.way
+        full, selective = self._tried(m, measured(FULL)), self._tried(m, measured(SELECTIVE))
+        found = {w: x for w, x in ((FULL, full), (SELECTIVE, selective)) if isinstance(x, tuple)}
+        if not found:
+            assert isinstance(full, DfcError)
+            raise full
+        way = min(found, key=lambda w: (found[w][0].makespan, max(found[w][0].peaks)))
+        step, layout = found[way]
+        self._settle(layout)
+        return step.program, way
+
+    def _tried(self, m: int, costs: Costs) -> tuple[Simulation, Layout | None] | DfcError:
+        """A step in which ranks have room, or why there is none."""
+        try:
+            if self.schedule == AUTO:
+                return self._best(m, costs)
             named = self._named(self.schedule, m)
-            some = self.recompute
-            if some is None:
-                assert costs is not None
-                some = needed(named, costs, [self.room] * len(named.ranks))
-            return recomputing(named, some)
-        return self._best(m, costs)
+            some = needed(named, costs, [self.room] * len(named.ranks))
+            return simulate(recomputing(named, some), costs), None
+        except DfcError as e:
+            if e.code != "N062":
+                raise
+            return e
 
-    def _best(self, m: int, costs: Costs) -> Program:
-        """The best program of all places that stages may have, which then are theirs."""
+    def _best(self, m: int, costs: Costs) -> tuple[Simulation, Layout | None]:
+        """The best step of all places that stages may have."""
         ranks, found, failed = 1 + max(self.placement), [], None
         caps = [] if self.room == float("inf") else [self.room] * ranks
         for layout in self._layouts:
@@ -94,9 +118,12 @@ class Programs:
                 found.append((best.simulation, layout))
         if failed is not None and not found:
             raise failed
-        best_step, layout = min(found, key=lambda x: (x[0].makespan, max(x[0].peaks)))
-        self._layouts, self.placement = [layout], best_step.program.placement
-        return best_step.program
+        return min(found, key=lambda x: (x[0].makespan, max(x[0].peaks)))
+
+    def _settle(self, layout: Layout | None) -> None:
+        """Stages stay where they were once found best."""
+        if layout is not None:
+            self._layouts, self.placement = [layout], layout.placement(1 + max(self.placement))
 
     def to_measure(self, microbatches: int) -> Program:
         """A program in which each stage's actions are timed, none of which recomputes."""

@@ -1,8 +1,9 @@
 """One stage in training: runs F, I, W and B, and keeps what they need of each other.
 
 Gradients are added up by W and B themselves, over the old sums where the engine can. A stage that
-recomputes keeps what other stages gave it, and runs its forward again in R; what the caller gave is
-given again, masks of dropout drawn again, so that they are the same to the bit.
+recomputes keeps what other stages gave it, and runs its forward again in R, or keeps what leaves
+cheap operators to R; what the caller gave is given again, masks of dropout drawn again, so that
+they are the same to the bit.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class TrainedStage:
         readers: Mapping[Value, Sequence[Gradient]],
         build: Build,
         kinds: Collection[Kind],
-        recomputes: bool = False,
+        recomputes: str | None = None,
         drawn: Collection[Value] = (),
     ) -> None:
         import torch
@@ -61,6 +62,8 @@ class TrainedStage:
         joint, sums = stage.joint, stage.cut.sums
         self.stage, self._build, self._kinds = stage, build, kinds
         self._drawn = frozenset(drawn)
+        sources = zip(joint.inputs, stage.stage.sources, strict=False)
+        self._taken = frozenset(v for v, source in sources if source != HOST)
         self._runs: dict[Kind, _Run] = {}
         self.recompute(recomputes)
         self._weights = {joint.weights[name]: weights[name] for name in joint.weights}
@@ -80,27 +83,27 @@ class TrainedStage:
             for v, g in zip(stage.stage.takes, stage.cut.input_gradients, strict=True)
             if g is not None
         ]
-        sources = zip(joint.inputs, stage.stage.sources, strict=False)
-        self._taken = frozenset(v for v, source in sources if source != HOST)
         self._alive: dict[int, dict[Value, Any]] = {}
         self._whole: set[int] = set()  # the microbatches of which all is kept
         self.most = self.most_bytes = 0
         self.limit = 0
-        self.saved_bytes = self.taken_bytes = 0
         self._fresh = True  # nothing of this step is in the gradients yet
 
-    def recompute(self, recomputes: bool) -> None:
-        """Whether the stage keeps all that F makes, or has it made again by R."""
+    def recompute(self, recomputes: str | None) -> None:
+        """Whether the stage keeps all that F makes, or has R make it again, and in which way."""
         joint, cut = self.stage.joint, self.stage.cut
         table = {Kind.F: cut.forward, Kind.I: cut.inputs, Kind.W: cut.weights, Kind.B: cut.both}
         parts = {kind: table[kind] for kind in self._kinds if kind in table}
+        self._kept = cut.saved
         if recomputes:
-            again = replay(joint, cut)
+            again = replay(joint, cut, self._taken, recomputes)
             parts |= {Kind.F: again.forward, Kind.R: again.again}
-        sums = cut.sums.values()
-        changed = {k: p for k, p in parts.items() if k not in self._runs or k == Kind.F}
+            self._kept = again.kept
+        sums, anew = cut.sums.values(), (Kind.F, Kind.R)
+        changed = {k: p for k, p in parts.items() if k not in self._runs or k in anew}
         self._runs |= {k: _Run(p, self._build, sums) for k, p in changed.items()}
         self.recomputes = recomputes
+        self.saved_bytes = self.taken_bytes = 0
 
     def start(self, limit: int) -> None:
         """Begin a step that keeps at most `limit` microbatches at once.
@@ -141,9 +144,9 @@ class TrainedStage:
         known = dict(zip(joint.inputs, (values[v] for v in self.stage.stage.takes), strict=True))
         self._runs[Kind.F](known, self._weights)
         found = {v: known[out] for v, out in self._given}
-        self._keep(b, known, self._taken if self.recomputes else self.stage.cut.saved)
-        mine = {v: known[v] for v in self._taken}
-        self.taken_bytes = self.taken_bytes or _bytes(mine.values(), ())
+        self._keep(b, known, self._kept)
+        taken = self._kept if self.recomputes else self._taken
+        self.taken_bytes = self.taken_bytes or _bytes([known[v] for v in taken], ())
         if not self.recomputes:
             self._is_whole(b, self._given_by_others(values))
         self._note_bytes()

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,7 +30,9 @@ from dfc.ir.interpret import bind_inputs
 from dfc.ir.types import TensorType
 from dfc.lang.units import byte_count
 from dfc.planning.actions import Action, Kind, Program
+from dfc.planning.backward import FULL, SELECTIVE
 from dfc.planning.microbatches import batch_dim, batch_of, cut
+from dfc.planning.recompute import recomputing
 from dfc.planning.simulate import Costs
 from dfc.planning.stages import HOST
 from dfc.runtime.allocation import keep_pages
@@ -85,9 +89,10 @@ class Trainer:
     of the ranks, or of all: `cpu`, `cuda:0`, ...; weights, gradients and optimizers' slots lie
     there; where they differ, "auto" leaves stages in loops.
     A stage that recomputes keeps of each microbatch what other stages gave it, and runs its forward
-    again before its backward pass: `recompute` is True, the stages that do, or "auto": as few as
-    leave each rank no more than `memory` bytes of activations ("2GiB"), as measured in the first
-    step. By default a plan's.
+    again before its backward pass: `recompute` is True, or the stages that do. With "selective" all
+    stages keep what leaves cheap operators alone to run again, in the fewest bytes. With "auto" as
+    few recompute, by the quicker of both ways, as leave each rank no more than `memory` bytes of
+    activations ("2GiB"), as measured in the first step. By default a plan's.
     Needs:   convex stages, a graph that writes to no state.
     Ensures: dropout is drawn by counters (`seed`, step, operator, microbatch): masks do not depend
              on stages or schedule. Other random operators are refused.
@@ -131,12 +136,12 @@ class Trainer:
         schedule, microbatches = schedule or "1f1b", microbatches or 8
         self.model = model = _model(graph, stage_of, loss, targets)
         self.reduction, self.microbatches, self.seed = reduction, microbatches, seed
-        some, room = _recompute(recompute, memory, len(model.parts))
+        some, room, way = _recompute(recompute, memory, len(model.parts))
         if ranks is None and schedule == AUTO:
             ranks = self._ranks_of(devices)
         alike = isinstance(devices, str) or len(set(devices)) == 1
         self.programs = Programs(schedule, len(model.parts), microbatches, chunks, some, room,
-                                 ranks, moves=alike and self._moves and not sequential)  # fmt: skip
+                                 ranks, alike and self._moves and not sequential, way)  # fmt: skip
         self.batch = batch or batch_of(model.graph)
         self._dims = {v: batch_dim(v, self.batch) for v in model.graph.inputs}
         count = 1 + max(self.programs.placement)
@@ -187,7 +192,7 @@ class Trainer:
         for part in parts:
             rank, device = self.programs.placement[part.number], self.device_of(part)
             build, weights = builder(engine, threads[rank], device), self._homes.on(device)
-            again = part.number in self.programs.first.recomputes
+            again = self.programs.way if part.number in self.programs.first.recomputes else None
             readers, kinds, drawn = self.model.readers, self.programs.kinds, self.model.masks
             found.append(TrainedStage(part, weights, readers, build, kinds, again, drawn))
         return found
@@ -195,7 +200,7 @@ class Trainer:
     def measure(self, given: Sequence[Mapping[Any, Any]], repeats: int = 2) -> Costs:
         """What F, I and W of each stage take here, or F and B, and the bytes that each keeps."""
         n = len(self.model.parts)
-        times, saved = self._measured(given, repeats)
+        times, saved = self._measured(given, self.programs.to_measure(len(given)), repeats)
         f = [times[int(Kind.F), s] for s in range(n)]
         i = [times.get((int(Kind.I), s)) or times[int(Kind.B), s] for s in range(n)]
         w = [times.get((int(Kind.W), s), 0.0) for s in range(n)]
@@ -204,14 +209,22 @@ class Trainer:
         kept, taken = zip(*(saved[s] for s in range(n)), strict=True)
         return Costs(f, i, w, edges=edges, activations=kept, taken=taken)
 
+    def _selective(self, given: Sequence[Mapping[Any, Any]], plain: Costs) -> Costs:
+        """The costs with what selective recomputation takes, keeps and makes again."""
+        n = len(self.model.parts)
+        program = recomputing(self.programs.to_measure(len(given)), range(n))
+        times, saved = self._measured(given, program, 1)
+        remade, kept = zip(*(saved[s] for s in range(n)), strict=True)
+        replay = [times[int(Kind.R), s] for s in range(n)]
+        return replace(plain, replay=replay, taken=kept, remade=remade)
+
     def _measured(
-        self, given: Sequence[Mapping[Any, Any]], repeats: int
+        self, given: Sequence[Mapping[Any, Any]], program: Program, repeats: int
     ) -> tuple[dict[tuple[int, int], float], dict[int, tuple[int, int]]]:
-        """The median of each kind of action and stage, and what a stage keeps and takes."""
+        """The median of each kind of action and stage, and what a stage saves and keeps first."""
         times: dict[tuple[Kind, int], list[float]] = {}
-        program = self.programs.to_measure(len(given))
         for repeat in range(1 + repeats):
-            step = self._compute(program, given)
+            step = self._compute(program, given, SELECTIVE)
             for span in step.spans if repeat else ():
                 key = span.action.kind, span.action.stage
                 times.setdefault(key, []).append(span.end - span.start)
@@ -244,8 +257,11 @@ class Trainer:
         """As `backward`, of the graph's inputs in order."""
         inputs = dict(zip(self.model.graph.inputs, flat, strict=True))
         given = self._given(cut(inputs, self._dims, self.microbatches))
-        program = self.programs.of(len(given), lambda: self.measure(given))
-        self.last = program, self._compute(program, given)
+        plain = cache(lambda: self.measure(given))
+        program = self.programs.of(
+            len(given), lambda way: plain() if way == FULL else self._selective(given, plain())
+        )
+        self.last = program, self._compute(program, given, self.programs.way)
         self._gather()
         shares = [g[Gradient(self.model.loss, HOST)] for g in given]
         found = [r[self.model.loss] for r in self.last[1].results]
@@ -254,14 +270,15 @@ class Trainer:
             total = total + x * share
         return total
 
-    def _compute(self, program: Program, given: Sequence[Mapping[Any, Any]]) -> Step:
+    def _compute(self, program: Program, given: Sequence[Mapping[Any, Any]], way: str) -> Step:
         if program.placement != self._placed:  # all ranks are on one device
             self._way.close()
             self._way, self._placed = self._start(self._each), program.placement
         limits = self.programs.limits(program)
         for number, stage in self._by_stage.items():
-            if stage.recomputes != (number in program.recomputes):
-                stage.recompute(not stage.recomputes)
+            again = way if number in program.recomputes else None
+            if stage.recomputes != again:
+                stage.recompute(again)
             stage.start(limits[number])
         return self._way.step(program, given)
 
@@ -422,8 +439,9 @@ def _of_plan(
 
 def _recompute(
     wanted: bool | Collection[int] | str | None, memory: int | str | None, stages: int
-) -> tuple[Collection[int] | None, float]:
-    """The stages that recompute, None where they are chosen, and the bytes that ranks may hold.
+) -> tuple[Collection[int] | None, float, str]:
+    """The stages that recompute, None where they are chosen, the bytes that ranks may hold, and the
+    way.
 
     Raises:  DfcError N073 for what is no choice.
     """
@@ -432,14 +450,16 @@ def _recompute(
         raise DfcError("N073", "`recompute` and `memory` do not agree", help=help, status=2)
     if wanted == AUTO:
         assert memory is not None
-        return None, float(byte_count(memory))
+        return None, float(byte_count(memory)), FULL
+    if wanted == SELECTIVE:
+        return range(stages), float("inf"), SELECTIVE
     if wanted is None or isinstance(wanted, bool):
-        return range(stages) if wanted else (), float("inf")
+        return range(stages) if wanted else (), float("inf"), FULL
     if isinstance(wanted, str) or not set(wanted) <= set(range(stages)):
-        help = 'it is True, False, "auto", or stages by number'
+        help = 'it is True, False, "selective", "auto", or stages by number'
         raise DfcError("N073", f"`recompute` is {wanted!r}, there are {stages} stages", help=help,
                        status=2)  # fmt: skip
-    return frozenset(wanted), float("inf")
+    return frozenset(wanted), float("inf"), FULL
 
 
 def _check_devices(devices: Sequence[str], sequential: bool) -> None:

@@ -31,6 +31,7 @@ from dfc.runtime.pipeline.differentiated import Differentiated
 from dfc.runtime.pipeline.lanes import Span, Step
 from dfc.runtime.pipeline.linking import meeting
 from dfc.runtime.pipeline.named_factory import told
+from dfc.runtime.pipeline.programs import AUTO
 from dfc.runtime.pipeline.spawn import private_folder
 from dfc.runtime.pipeline.staged_folder import write_staged
 from dfc.runtime.pipeline.staged_model import StagedModel
@@ -95,7 +96,7 @@ class ProcessTrainer(Trainer):
             if recompute is None or isinstance(recompute, (bool, str))
             else sorted(recompute)
         )
-        if isinstance(recompute, str) and not (stage_of is None or isinstance(stage_of, Mapping)):
+        if recompute == AUTO and not (stage_of is None or isinstance(stage_of, Mapping)):
             self._recompute = None  # the plan has chosen
         self._memory = options.get("memory")
         self._closed = False

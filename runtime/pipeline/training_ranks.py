@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfc.ir.graph import Graph, Node
-from dfc.planning.actions import Action, Kind
+from dfc.planning.actions import Action, Kind, Program
 from dfc.runtime.pipeline import checkpoint
 from dfc.runtime.pipeline.differentiated import Differentiated
 from dfc.runtime.pipeline.lanes import Span, Step
@@ -74,7 +74,7 @@ class RankTrainer(Trainer):
         self.world = world or World.of_launcher()
         self.deadline, self._links = deadline, links
         self._name = f"trainer{next(_numbers)}"  # its part of the store
-        self._saves = count()
+        self._saves, self._measures = count(), count()
         super().__init__(graph, stage_of, **options)
 
     _moves = False  # ranks have the weights of their own stages alone
@@ -96,7 +96,7 @@ class RankTrainer(Trainer):
         has = {"torch": torch.__version__, "schedule": self.programs.schedule,
                "microbatches": self.microbatches, "seed": self.seed,
                "ranks": self.programs.placement,
-               "recompute": [self.programs.recompute, self.programs.room],
+               "recompute": [self.programs.recompute, self.programs.room, self.programs.way],
                "stages": sha256("".join(parts).encode()).hexdigest()}  # fmt: skip
         self.world.same({what: str(x) for what, x in has.items()}, f"{self._name}/has")
 
@@ -129,11 +129,11 @@ class RankTrainer(Trainer):
             parameter.grad = total.to(parameter.device)
 
     def _measured(
-        self, given: Sequence[Mapping[Any, Any]], repeats: int
+        self, given: Sequence[Mapping[Any, Any]], program: Program, repeats: int
     ) -> tuple[dict[tuple[int, int], float], dict[int, tuple[int, int]]]:
-        times, saved = super()._measured(given, repeats)
+        times, saved = super()._measured(given, program, repeats)
         mine = [[[*k, x] for k, x in times.items()], [[s, *x] for s, x in saved.items()]]
-        every = self.world.share(f"{self._name}/measured/{self.steps}", mine)
+        every = self.world.share(f"{self._name}/measured/{next(self._measures)}", mine)
         return (
             {(kind, s): x for found, _ in every for kind, s, x in found},
             {s: (kept, taken) for _, found in every for s, kept, taken in found},
