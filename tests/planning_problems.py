@@ -40,6 +40,7 @@ def made(
     count = 1 + max(at)
     tight = (0.2, 1.0) if streams else (1.2, 4.0) if takes else (1.0, 2.0)
     rooms = [whole / count * rng.uniform(*tight) for _ in range(count)]
+    rates = [rng.choice([0.25, 0.5, 1.0]) if streams else 0.0 for _ in range(count)]
     slots = [
         Slot(
             kind=at[s] % kinds,
@@ -48,7 +49,7 @@ def made(
             send=rng.choice([0.5, 1.0, 3.0]) if links else INFINITE,
             in_flight=k - s if memory and not takes else 1,
             taken=k - s if takes else 0,
-            stream=rng.choice([0.25, 0.5, 1.0]) if streams else 0.0,
+            stream=rates[at[s]],
         )
         for s in range(k)
     ]

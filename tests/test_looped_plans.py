@@ -34,7 +34,7 @@ FREE = Wire()
 
 
 @pytest.mark.parametrize("devices", [LOOPS, V], ids=["loops", "V"])
-@pytest.mark.parametrize("shape", [s for s in SHAPES if "streams" not in s], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_partitions_are_those_of_brute_force(
     devices: tuple[int, ...], shape: dict[str, Any]
 ) -> None:

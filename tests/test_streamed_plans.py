@@ -43,9 +43,10 @@ def machine(memory: float, link: float, count: int = 2, flops: float = 1e9) -> M
     return Machine("gpus", (*gpus, host), wires)
 
 
-def streamed(graph: Graph, target: Machine, batch: int = 8) -> Plan:
+def streamed(graph: Graph, target: Machine, batch: int = 8, each: int | None = None) -> Plan:
     hops = stream_hops(target)
-    return plan(graph, target, sizes={"B": batch}, wish=Wish(microbatches=4), hops=hops)
+    return plan(graph, target, sizes={"B": batch}, wish=Wish(microbatches=4), hops=hops,
+                stages_per_device=each)  # fmt: skip
 
 
 def whole(graph: Graph) -> int:
@@ -70,6 +71,46 @@ def test_stages_stream_what_does_not_fit_and_take_as_long(chain: Graph) -> None:
     assert found.bottleneck == pytest.approx(max(s.seconds for s in found.stages))
     assert found.partition.value == pytest.approx(found.bottleneck)
     assert found.step_seconds >= 4 * found.bottleneck
+
+
+@pytest.mark.parametrize(("each", "share"), [(2, 0.35), (2, 0.45), (3, 0.45)])
+def test_several_stages_of_a_device_share_its_memory_and_its_link(
+    chain: Graph, each: int, share: float
+) -> None:
+    target = machine(whole(chain) * share, link=1e6)
+    found = streamed(chain, target, each=each)
+    assert found.program.placement == tuple(range(2)) * each and found.tiers
+    usable = target.devices[0].usable
+    for d in (0, 1):
+        mine = [s for s in found.stages if s.index % 2 == d]
+        tiers = [found.tiers[s.index] for s in mine]
+        assert any(t.streamed for t in tiers) and sum(t.memory for t in tiers) <= usable
+        assert sum(t.held_bytes for t in tiers) <= usable
+        assert all(s.memory == mine[0].memory <= usable * (1 + 1e-9) for s in mine)
+        assert [s.streams for s in mine] == [t.bytes_per_pass for t in tiers]
+        for s, t in zip(mine, tiers, strict=True):
+            assert s.seconds == pytest.approx(float(t.pass_seconds))
+            assert s.limit == "streaming" or not t.streamed
+        # What no division of the memory spares the link, and the passes one after the other.
+        beyond = sum(s.weights for s in mine) - usable
+        assert sum(s.streams for s in mine) >= beyond
+        assert found.bottleneck >= sum(s.seconds for s in mine) * (1 - 1e-9)
+    assert found.step_seconds >= 4 * found.bottleneck * (1 - 1e-9)
+    told = streamed_text(found.tiers, [s.device for s in found.stages])
+    assert len(told) == sum(bool(t.streamed) for t in found.tiers.values())
+    graph = chain.copy()
+    for node, s in zip(graph.nodes, found.partition.stage, strict=True):
+        graph.set_stage(node, s)
+    assert of_text(to_text(found), graph).stages == found.stages
+
+
+def test_several_stages_fill_sooner_where_copies_hide(chain: Graph) -> None:
+    """Slots of every stage take memory, and nobody waits for what they bring."""
+    target = machine(whole(chain) * 0.4, link=1e9, flops=1e7)
+    one, two = streamed(chain, target), streamed(chain, target, each=2)
+    assert one.tiers and two.tiers and len(two.stages) == 4
+    assert two.bottleneck == pytest.approx(one.bottleneck, rel=0.02)
+    assert two.step_seconds < 0.95 * one.step_seconds
 
 
 def test_the_partition_takes_copies_into_account(chain: Graph) -> None:
@@ -168,6 +209,11 @@ def test_what_is_not_planned_with_streams_is_refused(chain: Graph) -> None:
     with pytest.raises(DfcError, match=r"N060.*not even streamed") as e:
         streamed(chain, tiny, batch=1)
     assert e.value.status == 6
+    with pytest.raises(DfcError, match=r"N060.*stages 0 and . do not fit on `gpu0`, not even"):
+        streamed(chain, tiny, batch=1, each=2)
+    small = machine(whole(chain) * 0.3, link=1e6).at([0, 1])
+    with pytest.raises(DfcError, match=r"N060.*\n.*`--stream`\): .* to `gpu0` and .* to `gpu1`"):
+        plan(chain, small, sizes={"B": 8}, stages_per_device=2)
 
 
 def test_the_command(chain: Graph, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,11 @@ from dfc.cli import main
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
 from dfc.ir.weights import SafetensorsData
+from dfc.planning.machine import Device, Machine, Wire
+from dfc.planning.model import Wish
+from dfc.planning.pipeline import plan, stage_of
 from dfc.planning.streaming import Hop, Layer
+from dfc.planning.tier_plan import stream_hops
 from dfc.planning.tiers import ALIGN, Tiers, least_bytes, plan_tiers, shares
 from dfc.planning.weight_blocks import weight_bytes
 from dfc.runtime.kernels.graph import are_built
@@ -129,6 +133,50 @@ def test_results_are_bit_equal_and_bytes_as_planned(
             assert pipeline.last is not None
             assert list(pipeline.last[1].streamed.values()) == planned
             assert sum(pipeline.report().streamed) == sum(planned)
+
+
+def test_a_plan_with_several_stages_a_device_streams_what_it_says(graph: Graph) -> None:
+    """Two parts of this processor with 45 % of their weights each, and two stages each."""
+    size = sum(weight_bytes(p) for p in graph.parameters.values())
+    one = Device("part0", "cpu", size * 0.25, 1e10, {"f32": 1e10})
+    target = Machine("parts", (one, replace(one, name="part1")),
+                     {(0, 1): Wire(1e9), (1, 0): Wire(1e9)})  # fmt: skip
+    found = plan(graph, target, sizes={"B": 2}, wish=Wish(microbatches=4), stages_per_device=2,
+                 hops=stream_hops(target))  # fmt: skip
+    assert sum(bool(t.streamed) for t in found.tiers.values()) >= 2
+    memory = [sum(found.tiers[s].memory for s in mine) for mine in ((0, 2), (1, 3))]
+    with Pipeline(
+        graph, stage_of(found), microbatches=4, placement=found.program.placement, memory=memory
+    ) as pipeline:
+        equal(pipeline, ids(8))
+        streamed = pipeline.report().streamed
+    brought = [4 * s.streams for s in found.stages]
+    assert list(streamed) == [brought[0] + brought[2], brought[1] + brought[3]]
+
+
+def test_the_command_runs_a_plan_with_several_stages_a_device_within_memories(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = (
+        "dfc 1\ntarget pair {\n  device a : cpu(mem=1GB, peak=10GFLOPS, bw=10GB/s)\n"
+        "  device b : cpu(mem=1GB, peak=10GFLOPS, bw=10GB/s)\n"
+        "  link a <-> b : local(bw=1GB/s, latency=1us)\n}\nrecipe staged for pair {\n"
+        "  partition on a, b with stages_per_device=2, microbatches=4\n}\n"
+    )
+    path = saved(tmp_path / "m.dfcpkg", 8, 96, recipe)
+    found = opened(path, build=False).plan
+    assert found is not None and found.program.placement == (0, 1, 0, 1)
+    sums = memory_of(found.graph, stage_of(found), 0.5)
+    memory = f"{sums[0] + sums[2]},{sums[1] + sums[3]}"
+    given = ["run", str(path), "--random", "--size", "B=8", "--pipeline", "plan", "--json"]
+    for on in ("threads", "processes"):
+        assert main([*given, "--memory", memory, "--on", on]) == 0
+        told = json.loads(capsys.readouterr().out)["pipeline"]
+        each = [s["tiers"] for s in told["stages"]]
+        assert [s["rank"] for s in told["stages"]] == [0, 1, 0, 1]
+        assert sum(bool(t["streamed"]) for t in each) >= 2
+        brought = [4 * t["bytes_per_pass"] for t in each]
+        assert told["streamed_bytes"] == [brought[0] + brought[2], brought[1] + brought[3]]
 
 
 def settled(reader: Reader) -> int:

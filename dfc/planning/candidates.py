@@ -25,7 +25,7 @@ from dfc.planning.recompute import needed, recomputing
 from dfc.planning.rivals import no_worse
 from dfc.planning.schedules import schedule
 from dfc.planning.simulate import Costs, Link, Simulation, simulate
-from dfc.planning.streamed_stages import stage_tiers
+from dfc.planning.streamed_stages import stage_seconds, stage_tiers
 from dfc.planning.streaming import Hop
 from dfc.planning.tiers import Tiers
 
@@ -153,7 +153,7 @@ def _candidate(
     model, machine, found = chosen.model, chosen.machine, chosen.partition
     load = loads(model.problem, found.stage)
     tiers = stage_tiers(graph, model, machine, found.stage, load, hops, host)
-    load, found = _with_passes(load, found, tiers, machine, aim)
+    load, found = _with_passes(load, found, tiers, model, machine, aim)
     if not wish.trains or aim != "memory" or wish.recompute == "never":
         again = wish.recompute
     else:
@@ -191,17 +191,20 @@ def _looped(row: Chosen, wish: Wish, effort: Effort) -> Chosen:
 
 
 def _with_passes(
-    load: Loads, found: Partition, tiers: Mapping[int, Tiers], machine: Machine, objective: Wanted
-) -> tuple[Loads, Partition]:
-    """Streaming stages take as long as their passes, and the partition is worth what they allow.
+    load: Loads, found: Partition, tiers: Mapping[int, Tiers], model: Modelled, machine: Machine,
+    objective: Wanted,
+) -> tuple[Loads, Partition]:  # fmt: skip
+    """Streaming stages take as long as their passes, one after the other where a device has
+    several, and the partition is worth what they allow.
 
     Keeps:  the bound, which is without slots: no partition is better.
     """
     if not tiers:
         return load, found
-    stream = load.stream.copy()
-    for s, plan in tiers.items():
-        stream[s] = float(plan.pass_seconds)
+    at = np.array(model.problem.device_of)
+    took = np.bincount(at, weights=stage_seconds(load, tiers))
+    streams = np.isin(np.arange(len(took)), at[list(tiers)])
+    stream = np.where(streams, took, load.stream)
     load = replace(load, stream=stream)
     by = price(machine) if objective == "cost" else 1.0
     return load, replace(found, value=max(found.value, load.bottleneck * by))
@@ -234,7 +237,7 @@ def _costs(
 ) -> Costs:  # fmt: skip
     """What F, I and W of each stage take on its device, what it keeps and sends."""
     problem, at = model.problem, model.problem.device_of
-    seconds = load.compute if problem.looped else np.maximum(load.compute, load.stream)
+    seconds = stage_seconds(load, tiers)
     kept = np.zeros(problem.stages)
     held = np.zeros(len(machine.devices))
     for v, s in enumerate(stage):
@@ -243,8 +246,10 @@ def _costs(
     for size, readers in problem.tied:
         for d in {at[stage[v]] for v in readers}:
             held[d] += size
+    for s in tiers:
+        held[at[s]] = problem.slots[s].memory
     for s, plan in tiers.items():
-        held[at[s]] = plan.held_bytes - (plan.memory - problem.slots[s].memory)
+        held[at[s]] -= plan.memory - plan.held_bytes
     crossing: dict[tuple[int, int], float] = {}
     for t in problem.tensors:
         for s in {stage[v] for v in t.readers} - {stage[t.producer]}:

@@ -89,14 +89,18 @@ def _streamed(model: Modelled, machine: Machine) -> str:
     """What stages would stream, where there are several, and what that takes at least."""
     if machine.devices[1:] and all(slot.memory > 0 for slot in model.problem.slots):
         rates = [1 / float(hop.per_byte) for hop in stream_hops(machine).values()]
-        slots = [replace(s, stream=r) for s, r in zip(model.problem.slots, rates, strict=True)]
-        problem = replace(model.problem.with_stages(slots), objective="throughput", idle=True)
+        at = model.problem.device_of
+        slots = [replace(s, stream=rates[d]) for s, d in zip(model.problem.slots, at, strict=True)]
+        rooms = {d: s.memory for d, s in zip(at, slots, strict=True)}
+        problem = replace(
+            model.problem.with_stages(slots), objective="throughput", idle=not model.problem.looped
+        )
         found = partition(problem, _QUICK)
         load = loads(problem, found.stage)
         beyond = [
-            f"{_bytes(float(held - slot.memory))} to `{d.name}`"
-            for held, slot, d in zip(load.memory, slots, machine.devices, strict=True)
-            if held > slot.memory
+            f"{_bytes(float(held - rooms[i]))} to `{d.name}`"
+            for i, (held, d) in enumerate(zip(load.memory, machine.devices, strict=True))
+            if held > rooms[i]
         ]
         took = amount_text(load.bottleneck, "time")
         return (

@@ -56,7 +56,10 @@ def _rank(problem: Problem, stage: Sequence[int]) -> tuple[float, float]:
 
 
 def _even(problem: Problem, solve: Solve) -> Iterator[tuple[int, ...]]:
-    """Partitions into even stages that fit, by several ways to share the memory of a device."""
+    """Partitions into even stages that fit, by several ways to share the memory of a device.
+
+    Where weights beyond the memory are streamed all of them fit, and are told apart later.
+    """
     free: Sequence[int] | None = None
     for share in (_whole, _equal, _as_held, _as_bytes):
         room = share(problem, free, solve)
@@ -69,7 +72,8 @@ def _even(problem: Problem, solve: Solve) -> Iterator[tuple[int, ...]]:
             free = free or stage
             if why_not(problem, stage) is None:
                 yield stage
-                return
+                if not any(slot.stream for slot in problem.slots):
+                    return
 
 
 def _solved(problem: Problem, solve: Solve) -> tuple[int, ...] | None:

@@ -25,7 +25,7 @@ from dfc.planning.problem import Loads, Partition, value_of
 from dfc.planning.recompute_choice import best_way
 from dfc.planning.rivals import compared
 from dfc.planning.simulate import Costs, Simulation, simulate
-from dfc.planning.streamed_stages import check_wish
+from dfc.planning.streamed_stages import check_wish, stage_seconds
 from dfc.planning.streaming import Hop
 from dfc.planning.tiers import Tiers
 
@@ -158,11 +158,11 @@ def plan(
     Whether stages recompute is `wish.recompute`.
     Raises:  DfcError N001, N002, N066, N067 for the schedule, N040.. for sizes and devices, N043
              for a link that is missing, N060 (status 6) when it does not fit; N065 for streaming
-             otherwise than by time or cost, or with several stages a device.
+             in training, or otherwise than by time or cost.
     """
     machine.check()
     check_counts(len(graph), len(machine.devices), wish.microbatches, stages_per_device or 1)
-    check_wish(hops, wish, objective, stages_per_device)
+    check_wish(hops, wish, objective)
     choices = layouts(schedule, stages_per_device, wish.trains)
     streams = {name: float(1 / hop.per_byte) for name, hop in hops.items()}
     bound, wish = default_sizes(graph, sizes), replace(wish, schedule=schedule, streams=streams)
@@ -194,7 +194,7 @@ def _stages(
     model: Modelled, machine: Machine, stage: Sequence[int], load: Loads, simulation: Simulation,
     edges: Sequence[tuple[int, int, int]], tiers: Mapping[int, Tiers],
 ) -> tuple[Stage, ...]:  # fmt: skip
-    found = []
+    found, seconds = [], stage_seconds(load, tiers)
     for s, rank in enumerate(simulation.program.placement):
         device = machine.devices[rank]
         mine = [v for v, x in enumerate(stage) if x == s]
@@ -203,10 +203,10 @@ def _stages(
         sent = float(sum(size for a, _, size in edges if a == s))
         found.append(Stage(
             s, device.name, len(nodes), _modules(nodes),
-            float(max(load.compute[s], load.stream[rank])),
+            float(seconds[s]),
             float(sum(model.problem.weights[v] for v in mine)),
             simulation.peaks[rank] + live, device.memory, sent,
-            _limit(model, device, mine, s, load),
+            _limit(model, device, mine, s, load, tiers),
             float(tiers[s].bytes_per_pass) if s in tiers else 0.0,
         ))  # fmt: skip
     return tuple(found)
@@ -217,7 +217,10 @@ def _modules(nodes: Sequence[Any]) -> str:
     return next((n.loc.module for n in nodes if n.loc and n.loc.module), "")
 
 
-def _limit(model: Modelled, device: Device, mine: Sequence[int], slot: int, load: Loads) -> str:
+def _limit(
+    model: Modelled, device: Device, mine: Sequence[int], slot: int, load: Loads,
+    tiers: Mapping[int, Tiers],
+) -> str:  # fmt: skip
     spent = {"computing": 0.0, "moving": 0.0, "launching": 0.0}
     for v in mine:
         for work in model.works[v]:
@@ -227,7 +230,7 @@ def _limit(model: Modelled, device: Device, mine: Sequence[int], slot: int, load
                 spent["launching"] += work.launching(device)
     links = {
         "receiving": float(load.receive[slot]), "sending": float(load.send[slot]),
-        "streaming": float(load.stream[load.shares[slot]]) / _HIDDEN,
+        "streaming": float(tiers[slot].pass_seconds) / _HIDDEN if slot in tiers else 0.0,
     }  # fmt: skip
     kinds = spent if load.compute[slot] >= max(links.values()) else links
     return max(kinds, key=lambda k: kinds[k])

@@ -92,10 +92,16 @@ def plan_stages(ranks: Ranks, sizes: Sizes, given: Mapping[Value, Any] | None) -
 def _times(ranks: Ranks, plans: Sequence[Tiers], stage: int, source: str) -> float:
     """How many times as long copies from there take as a stage's alone would: ranks of one host
     share its disk, and the bus to its devices, by what each microbatch brings to each.
+
+    Why:  a rank runs one of its stages at a time; the slots of the others are full meanwhile.
     """
     mine = ranks.host_of(stage)
-    here = {s: read_bytes(p, source) for s, p in enumerate(plans) if ranks.host_of(s) == mine}
-    return sharing(here).get(stage, 1)
+    here: dict[int, int] = {}
+    for s, plan in enumerate(plans):
+        if ranks.host_of(s) == mine:
+            rank = ranks.placement[s]
+            here[rank] = here.get(rank, 0) + read_bytes(plan, source)
+    return sharing(here).get(ranks.placement[stage], 1)
 
 
 def _on_hosts(ranks: Ranks, plans: Sequence[Tiers], memory: int) -> list[Tiers]:
