@@ -466,6 +466,53 @@ def test_a_stopped_gradient_stays_stopped(passes: list[str]) -> None:
         close({n: p.grad for n, p in trainer.parameters.items()}, expected)
 
 
+class Positions(nn.Module):
+    """Makes a tensor itself, and gives it a size that is only known when it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.places = nn.Embedding(17, 8), nn.Embedding(5, 8)
+        self.head = nn.Linear(8, 17)
+
+    def forward(self, ids: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        at = torch.arange(5).unsqueeze(0).expand(ids.shape[0], -1)
+        return F.cross_entropy(
+            self.head(self.table(ids) + self.places(at)).flatten(0, 1), y.flatten()
+        )
+
+
+def test_a_tensor_that_the_model_makes_may_take_the_size_of_the_batch() -> None:
+    model, ids = Positions(), torch.randint(17, (6, 5))
+    args = ids, ids
+    graph = dfc.trace(model, args, dynamic_shapes=({0: B}, {0: B}))
+    with Trainer(graph, evenly(graph, 2), microbatches=2, optimizer=adamw, threads=1) as trainer:
+        loss, expected = reference(model, args, 2)
+        torch.testing.assert_close(trainer.backward(*args), loss)
+        close({n: p.grad for n, p in trainer.parameters.items()}, expected)
+
+
+def test_a_frozen_weight_stays_as_it_is_and_its_graph_says_so() -> None:
+    torch.manual_seed(0)
+    model, (x, y) = MLP(), (torch.randn(8, 12), torch.randint(5, (8,)))
+    model.layers[0].requires_grad_(False)
+    model.layers[4].weight.requires_grad_(False)  # a norm's
+    graph = dfc.trace(model, (x, y), dynamic_shapes=({0: B}, {0: B}))
+    read = dfc.parse(str(graph))
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert {p.name for p in read.parameters.values() if p.kind == "frozen"} == frozen
+    with Trainer(graph, evenly(graph, 2), microbatches=2, optimizer=adamw, threads=1) as trainer:
+        trainer.step(x, y)
+        assert set(trainer.parameters) == {n for n, _ in model.named_parameters()} - frozen
+        after = MLP()
+        trainer.load_into(after)
+    for name, p in after.named_parameters():
+        assert torch.equal(p, model.get_parameter(name)) == (name in frozen)
+    model.requires_grad_(False)
+    still = dfc.trace(model, (x, y))
+    with pytest.raises(DfcError, match="all its weights are frozen"):
+        StagedModel(still, evenly(still, 2))
+
+
 class Noisy(nn.Module):
     def __init__(self) -> None:
         super().__init__()

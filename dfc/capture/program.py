@@ -342,9 +342,8 @@ class _Parameters:
         aliases = tuple(n for n in self.aliases.get(id(tensor), ()) if n != name)
         declared = names.type_of(tensor)
         assert isinstance(declared, TensorType)
-        kind = {InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer"}.get(
-            spec.kind, "constant"
-        )
+        own = "parameter" if tensor.requires_grad or not tensor.is_floating_point() else "frozen"
+        kind = {InputKind.PARAMETER: own, InputKind.BUFFER: "buffer"}.get(spec.kind, "constant")
         data: ParameterData | None = None
         refuse_leaked(name, tensor)
         if not tensor.is_meta:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dfc.capture.convert import Converter, Names
 from dfc.emit.fx import to_fx
@@ -70,7 +71,7 @@ def joint_graph(
     table = SymbolTable(lifted.ranges)
     wanted = [w and _is_float(v) for v, w in zip(graph.inputs, inputs, strict=True)]
     wanted += [p.name in set(weights) for p in parameters]
-    fakes = _fakes(lifted, table, wanted)
+    _, fakes = _fakes(lifted, table, wanted)
     traced = _traced(to_fx(lifted), fakes, list(outputs))
     return _converted(traced, graph, parameters, table, set(weights))
 
@@ -90,8 +91,9 @@ class Derivatives:
         self._names = [p.name for p in parameters]
         wanted = [w and _is_float(v) for v, w in zip(graph.inputs, inputs, strict=True)]
         wanted += [name in set(weights) for name in self._names]
-        self._leaves = _fakes(lifted, SymbolTable(lifted.ranges), wanted)
-        with torch.enable_grad(), _refused():
+        self._mode, self._leaves = _fakes(lifted, SymbolTable(lifted.ranges), wanted)
+        # in the mode what the graph makes itself (aten.arange) is without numbers as well
+        with self._mode, torch.enable_grad(), _refused():
             self._results = to_fx(lifted)(*self._leaves)
         self.outputs = [isinstance(x, torch.Tensor) and x.requires_grad for x in self._results]
 
@@ -105,7 +107,7 @@ class Derivatives:
         leaves = [x for x in self._leaves if x.requires_grad]
         found: dict[int, Any] = {}
         if chosen and leaves:
-            with _refused():
+            with self._mode, _refused():
                 ones = [torch.ones_like(x) for x in chosen]
                 gradients = torch.autograd.grad(
                     chosen, leaves, ones, retain_graph=True, allow_unused=True
@@ -158,18 +160,19 @@ def _is_float(value: Value) -> bool:
     return isinstance(value.type, TensorType) and value.type.dtype.is_float
 
 
-def _fakes(graph: Graph, table: SymbolTable, wanted: Sequence[bool]) -> list[Any]:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
+def _fakes(
+    graph: Graph, table: SymbolTable, wanted: Sequence[bool]
+) -> tuple[FakeTensorMode, list[Any]]:
     found = []
-    with FakeTensorMode(shape_env=table.env, allow_non_fake_inputs=True):
+    mode = FakeTensorMode(shape_env=table.env, allow_non_fake_inputs=True)
+    with mode:
         for v, grad in zip(graph.inputs, wanted, strict=True):
             if not isinstance(v.type, TensorType):
                 raise DfcError("N070", f"the input %{v.name} is a number: a partitioned model is "
                                "trained on tensors alone")  # fmt: skip
             shape = [table.concrete(s) for s in v.type.shape]
             found.append(torch.empty(shape, dtype=v.type.dtype.to_torch(), requires_grad=grad))
-    return found
+    return mode, found
 
 
 @torch.library.custom_op("dfc::boundary", mutates_args=())

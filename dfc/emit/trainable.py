@@ -73,7 +73,7 @@ def _register(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 
 def trainable(graph: Graph) -> Sequence[Parameter]:
-    """The float parameters that are read, and constants that are a layer's weights."""
+    """Float parameters that are read and not frozen, and constants that are a layer's weights."""
     weights = {
         node.inputs[i]
         for node in graph.walk()

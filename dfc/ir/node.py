@@ -76,6 +76,7 @@ class Value:
 class Parameter(Value):
     """A named tensor that the model owns: a parameter, a buffer, or a lifted constant.
 
+    A parameter that asks for no gradient (`requires_grad_(False)`) is of the kind "frozen".
     `data` is anything with `tensor()` and `sha256()`, or None for a model without weights.
     """
 

@@ -19,7 +19,7 @@ from dfc.lang.graph_trees import GraphTrees
 
 MAX_BYTES = 256 * 1024 * 1024
 
-_KINDS = ("buffer", "constant", "state")
+_KINDS = ("frozen", "buffer", "constant", "state")
 
 
 def parse_graph(text: str, file: str = "<string>") -> Graph:

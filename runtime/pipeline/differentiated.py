@@ -83,7 +83,7 @@ def differentiated(
         traced.append(Derivatives(stage.graph, weights, [v in depends for v in stage.takes]))
         depends |= {v for v, d in zip(stage.gives, traced[-1].outputs, strict=True) if d}
     if loss not in depends:
-        raise DfcError("N072", f"the loss %{loss.name} does not depend on any weight", status=2)
+        raise _nothing_to_train(stages, weights, loss)
     wanted, made = {loss}, []
     for number in reversed(range(len(stages))):
         stage = stages[number]
@@ -94,6 +94,17 @@ def differentiated(
         made.append(Differentiated(number, stage, Flow(tuple(takes), tuple(names)), make))
         wanted |= {g.value for g in made[-1].gradients()}
     return made[::-1]
+
+
+def _nothing_to_train(
+    stages: Sequence[StageGraph], weights: Sequence[str], loss: Value
+) -> DfcError:
+    message, help = f"the loss %{loss.name} does not depend on any weight", None
+    kinds = {p.kind for s in stages for p in s.graph.parameters.values()}
+    if not weights and "frozen" in kinds:
+        message = "the model cannot be trained: all its weights are frozen"
+        help = "call requires_grad_() on those to be trained, and trace it again"
+    return DfcError("N072", message, help=help, status=2)
 
 
 def edges_of(stages: Sequence[Differentiated], loss: Value) -> list[Edge]:
