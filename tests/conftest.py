@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import signal
+import sys
+import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -23,6 +26,17 @@ logging.getLogger("torch.__trace").propagate = False
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bless", action="store_true", help="rewrite tests/golden; read the diff")
+
+
+@pytest.fixture(autouse=True)
+def seeded(request: pytest.FixtureRequest) -> None:
+    """What a test draws does not depend on the tests before it."""
+    seed = zlib.crc32(request.node.nodeid.encode())
+    random.seed(seed)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed)
 
 
 @pytest.fixture

@@ -90,7 +90,9 @@ def build():
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
 
-@pytest.mark.parametrize("on", ["processes", "torchrun", "ray"])
+@pytest.mark.parametrize(
+    "on", [pytest.param(on, marks=pytest.mark.slow) for on in ("processes", "ray")] + ["torchrun"]
+)
 def test_ranks_load_what_is_used(on: str, tmp_path: Path) -> None:
     """The op exists in the file alone: a rank that does not load it cannot run its stage."""
     if on == "ray":

@@ -33,6 +33,13 @@ _LONG = {
     "wavlm",
     "levit",
     "pegasus_with_loss",
+    "wav2vec2_masked",
+    "wav2vec2_bert",
+    "audio_spectrogram_transformer",
+    "sew",
+    "hubert",
+    "unet_dynamic_image",
+    "inner_optimiser",
 }
 
 
