@@ -16,9 +16,11 @@ import pytest
 import torch
 
 from dfc.errors import DfcError
+from dfc.planning.actions import Action, Kind
 from dfc.planning.machine import Wire
 from dfc.planning.model import Wish
 from dfc.planning.pipeline import plan
+from dfc.runtime.pipeline.links import Doing
 from dfc.runtime.pipeline.training import Trainer
 from dfc.runtime.pipeline.training_processes import ProcessTrainer
 from tests.fair_clock import FairClock
@@ -153,6 +155,14 @@ def test_a_rank_that_hangs_is_named_with_what_its_peer_waits_for() -> None:
         assert struck(trainer, 1, signal.SIGSTOP, args) < 5
         assert "rank 1 lost" in told[0] and "rank 0 waits in" in told[0]
         assert gone_in_two(pids)
+
+
+def test_every_action_is_told_with_its_stage() -> None:
+    """A rank that is in one for long is judged by what that stage should take."""
+    for kind in Kind:
+        doing = Doing()
+        doing.set(kind.name, 2, 5)
+        assert str(doing) == str(Action(kind, 2, 5)) == f"{kind.name}(2,5)"
 
 
 def test_a_plan_that_recomputes_is_followed() -> None:

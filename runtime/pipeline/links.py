@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dfc.planning.actions import Kind
 from dfc.planning.stages import HOST
 from dfc.runtime.pipeline.messages import Layout, Message, layout_of
 from dfc.runtime.pipeline.rank_device import RankDevice, on_host
@@ -48,7 +49,7 @@ class Doing:
     def __str__(self) -> str:
         if self.what in ("RECV", "SEND"):
             return f"{self.what}(e{self.number}, mb{self.microbatch})"
-        if self.what in ("F", "I", "W", "B"):
+        if self.what in Kind.__members__:
             return f"{self.what}({self.number},{self.microbatch})"
         return self.what
 
