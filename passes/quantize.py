@@ -103,6 +103,7 @@ class Quantize(Pass):
             ctx.decided(node, KEPT, reason)
         if not chosen:
             if self._is_done(graph):
+                ctx.tell("quantize: the layers that it could take read codes already")
                 return 0
             raise self._nothing(kept)
         check_numbers(chosen)
@@ -220,6 +221,8 @@ class Quantize(Pass):
         chosen = []
         for w in found:
             reason = self._why_not(w, only, unwanted, smallest)
+            if reason is None and scheme != "static":
+                reason = self._no_gain(w)
             if reason is None:
                 chosen.append(w)
             else:
@@ -247,6 +250,13 @@ class Quantize(Pass):
             return f"its rows of {k} are shorter than a group of {group}"
         return None
 
+    def _no_gain(self, w: Weighted) -> str | None:
+        """Why codes with a scale for each row are no smaller than the floats, if they are not."""
+        k, size = w.shape[1], w.weight.tensor_type.dtype.itemsize
+        if self.bits == 8 and self.per == "channel" and k + size >= k * size:
+            return f"its rows are {k} wide: with a scale for each, codes take as many bytes"
+        return None
+
     def _is_done(self, graph: Graph) -> bool:
         """Whether the graph reads codes already: a second run finds nothing to do."""
         return any(n.op.startswith(_READERS) for n in graph.nodes)
@@ -257,6 +267,9 @@ class Quantize(Pass):
         notes = tuple(f"{described(n)}: {reason}" for n, reason in list(kept.items())[:5])
         more = len(kept) - len(notes)
         help = "`dfc select MODEL 'op(linear) | op(embedding)'` lists layers and module paths"
+        if not kept:
+            message = "the model has no linear layer, convolution or table to quantize"
+            return DfcError("D096", message)
         return DfcError(
             "D096", f"nothing is left to quantize{where}{but}", help=help,
             notes=notes + ((f"and {more} more",) if more else ()),

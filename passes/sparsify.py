@@ -22,6 +22,7 @@ from dfc.compress.sparse import Sparsity, magnitude, sparsegpt, wanda
 from dfc.compress.sweep import BLOCK
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter
+from dfc.ir.weights import TensorData
 from dfc.lang.selectors import Selector
 from dfc.rewrite.pass_ import CHANGES, KEPT, Context, Data, Pass
 
@@ -42,7 +43,7 @@ class Sparsify(Pass):
 
     Needs:    linear layers with constant weights; data, unless by magnitude.
     Ensures:  each chosen layer has exactly the share of zeros, or the pattern in every row.
-    Keeps:    shapes; weights that other ops read as well, embedding tables among them.
+    Keeps:    names, shapes; weights that other ops read as well, embedding tables among them.
     Cost:     one run of the data; by sparsegpt outputs * inputs^2 multiplications for a layer.
     Raises:   DfcError D080..D084 for data that does not fit, D085 when there is none; D090..D092
               for what calibration shows of a layer; D093 when there is no linear layer; D095 for a
@@ -169,7 +170,7 @@ def _put(
     sparsity: Sparsity,
     ctx: Context,
 ) -> int:
-    """Let the layers read their new weights; how many weights changed."""
+    """Give the weights their new numbers; how many weights changed."""
     changed = 0
     for weight in _weights(groups):
         assert weight.data is not None
@@ -179,10 +180,9 @@ def _put(
             for layer in weight.users:
                 ctx.decided(layer, KEPT, reason)
             continue
-        made = graph.add_constant(f"{weight.name}.sparse", sparse)
         for layer in weight.users:
             ctx.decided(layer, "sparsified", f"{sparsity} zeros, {how}; {NO_SPEED}")
-        graph.replace_uses(weight, made)
+        weight.data = TensorData(weight.name, sparse)
         changed += 1
     return changed
 

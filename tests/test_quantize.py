@@ -246,6 +246,35 @@ def test_files_shrink(tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
+def test_a_layer_that_codes_would_make_larger_stays(tmp_path: Path) -> None:
+    """Rows of one weight: a code and a scale take more bytes than it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(1, 2048), nn.ReLU(), nn.Linear(2048, 4)).eval()
+    for steps in ("quantize int8", "quantize fp8 with scheme=weights"):
+        made = dfc.compile(
+            net, (torch.randn(3, 1),), recipe=f"dfc 1\nrecipe q {{ {steps} }}", engine="eager"
+        )
+        assert "0.weight" in made.graph.parameters and "2.weight" not in made.graph.parameters
+    with pytest.raises(DfcError, match="nothing is left") as caught:
+        text = 'dfc 1\nrecipe q { quantize int8 except "2" }'
+        dfc.compile(net, (torch.randn(3, 1),), recipe=text, engine="eager")
+    assert "rows are 1 wide" in str(caught.value)
+
+
+def test_a_second_quantization_that_finds_nothing_says_so() -> None:
+    torch.manual_seed(0)
+    net, ids = Net().eval(), torch.randint(0, 300, (2, 7))
+    text = "dfc 1\nrecipe q {\n  quantize int8\n  quantize int4\n}\n"
+    report = dfc.compile(net, (ids,), recipe=text, engine="eager").report
+    assert any("read codes already" in n for n in report.notes)
+
+
+def test_a_model_without_layers_is_told_so() -> None:
+    text = "dfc 1\nrecipe q { quantize int8 }"
+    with pytest.raises(DfcError, match="no linear layer, convolution or table"):
+        dfc.compile(nn.Softmax(-1), (torch.randn(3, 4),), recipe=text, engine="eager")
+
+
 def test_a_package_is_held_to_its_own_results(tmp_path: Path) -> None:
     """`dfc verify` does not call a quantized model wrong for differing from the original."""
     from typer.testing import CliRunner

@@ -141,6 +141,7 @@ class Freeze(dfc.Pass):
     kind: Literal["int8", "fp8"] = "int8"
     bits: int = 8
     share: float = 0.5
+    form: Literal["auto", "round"] = "auto"
     budget_bytes: int = 0
     wait_ms: float = 0.0
     data: dfc.Data | None = None
@@ -189,6 +190,7 @@ def test_options_are_typed_by_the_fields(more_passes: None) -> None:
     }  # fmt: skip
     assert options("freeze with wait_ms=3, budget_bytes=1GB")["wait_ms"] == 3.0
     assert str(options("freeze with bits=auto")["bits"]) == "tune(4, 8)"
+    assert options("freeze with form=auto")["form"] == "auto"  # a value, where nothing is tried
     wrong = "freeze fp9\nfreeze using calb\nfreeze with bits=3ms\nfreeze with wait_ms=3B"
     found = problems(f"data calib\nrecipe r {{\n{wrong}\nfreeze with share=auto\n}}")
     assert [d.code for d in found] == ["Q012", "Q012", "Q015", "Q015", "Q012"]

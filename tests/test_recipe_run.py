@@ -323,6 +323,15 @@ def test_a_metric_that_raises_is_blamed_by_its_line(net: Model, val: Any) -> Non
         make(net, "minimize loss\ncse", DATA, metrics={"loss": lambda run: 1.0}, **given)
 
 
+def test_a_call_that_a_metric_makes_wrong_names_the_metric(net: Model, val: Any) -> None:
+    def narrow(run: Any, data: Any) -> float:
+        return float(run(torch.ones(3, 5)).mean())
+
+    with pytest.raises(dfc.DfcError, match="must have size 8") as e:
+        make(net, "minimize loss\ncse", DATA, data={"val": val}, metrics={"loss": narrow})
+    assert "metric `loss` called the model so" in str(e.value) and e.value.status == 2
+
+
 def test_a_metric_without_data_gets_the_model_alone(net: Model) -> None:
     def mean(run: Any) -> torch.Tensor:
         return run(torch.ones(3, 8)).abs().mean()

@@ -182,7 +182,7 @@ def test_the_step_is_the_sum_of_its_parts(graph: Graph) -> None:
     for batch in CALIB:
         interpret(graph, [batch], observe=watch)
     wanted, _ = sparsegpt(weight_of(layer).data.tensor(), hessian, HALF)
-    made = sparse.parameters["model.layers.0.self_attn.q_proj.weight.sparse"]
+    made = sparse.parameters["model.layers.0.self_attn.q_proj.weight"]
     torch.testing.assert_close(made.data.tensor(), wanted)
 
 
@@ -328,4 +328,6 @@ def test_in_a_recipe_and_a_package(tmp_path: Path) -> None:
     compiled = dfc.compile(model, (tokens(),), recipe=text, data={"calib": CALIB}, engine="eager")
     compiled.save(tmp_path / "m.dfcpkg")
     again = dfc.load(tmp_path / "m.dfcpkg")
+    assert compiled.report.bytes_after <= compiled.report.bytes_before  # no weight is stored twice
+    assert {*again.graph.parameters} <= {*dfc.trace(model, (tokens(),)).parameters}
     assert set(zeros_by_layer(again.graph).values()) == {0.5, 0.0}

@@ -134,4 +134,6 @@ def _not_finite(x: Any) -> str | None:
     if bool(finite.all()) or (bool((x[~finite] == -torch.inf).all()) and not x[finite].any()):
         return None
     where = [int(i) for i in (~finite).nonzero()[0]]
-    return f"has {int((~finite).sum())} numbers that are NaN or infinite, the first at {where}"
+    bad = int((~finite).sum())
+    words = "1 number that is" if bad == 1 else f"{bad} numbers that are"
+    return f"has {words} NaN or infinite, the first at {where}"

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dfc.compress.statistics import Paired, paired, pooled
@@ -57,8 +57,8 @@ class UserMetric:
         given = (run, self.data) if self.declared.data else (run,)
         try:
             value = self.function(*given)
-        except DfcError:
-            raise
+        except DfcError as e:
+            raise _while_calling(self, e) from e
         except (Exception, SystemExit) as e:
             own = code.co_filename if code else ""
             raise failure_of(e, f"metric `{name}`", own, _called(self)) from e
@@ -84,6 +84,13 @@ class Measured:
 
     value: float
     items: Any = None  # a numpy array of float64
+
+
+def _while_calling(metric: UserMetric, error: DfcError) -> DfcError:
+    """The error of a call of the model, with the metric that made it."""
+    note = f"metric `{metric.declared.name}` called the model so"
+    told = [replace(d, notes=(*d.notes, note)) for d in error.diagnostics]
+    return DfcError.of(told, status=error.status)
 
 
 def _called(metric: UserMetric) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,8 @@ def option_value(
         return p.Hole(hole, tuple(values))
     if isinstance(x, s.Word) and x.name == "auto":
         choices = cls.auto.get(name)
+        if not choices and x.name in typing.get_args(hint):
+            return x.name
         if not choices:
             raise BadValue(f"`{cls.name}` has no choices of its own for it", x.at, "tune(a, b)")
         return p.Hole(hole, tuple(choices))
