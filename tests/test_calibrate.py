@@ -215,9 +215,10 @@ def test_a_mask_of_minus_infinity_is_no_bad_number():
 # The journal
 
 
-def observed(folder, batches, every_s=0.0, key=""):
+def observed(folder, batches, every_s=0.0, key="", said=None):
     graph, total = graph_of(), Total()
-    ctx = context(batches, journal=Journal(folder, every_s))
+    say = (lambda what: None) if said is None else said.append
+    ctx = context(batches, journal=Journal(folder, every_s), say=say)
     value = node(graph, "aten.relu.default").results[0]
     count = observe(graph, batches_of(ctx, "calib", graph), {value: total}, ctx, key)
     return count, total
@@ -288,8 +289,10 @@ class Interrupted(list):
 def test_an_interrupted_run_goes_on(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         observed(tmp_path, Interrupted(data()))
-    _, found = observed(tmp_path, data())
+    said = []
+    _, found = observed(tmp_path, data(), said=said)
     assert found.updates == 7
+    assert said == ["calibration: 5 batches were seen in an earlier run: not run again"]
 
 
 def test_a_killed_run_goes_on_and_ends_equal(tmp_path):

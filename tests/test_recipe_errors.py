@@ -94,6 +94,7 @@ def test_a_string_that_is_not_closed() -> None:
         ("recipe r { cse with limt=3 }", "did you mean `limit`?"),
         ("recipe r { dce with limt=3 }", "it has"),
         ("recipe r { cse with limit=yes }", "`limit` is a whole number or none"),
+        ('recipe r { fuse with limit=3 except "a" }', "`except` and what it names stand before"),
         ("recipe r { minimise latency }", "did you mean `minimize`?"),
         ("recipe r { require latency <= 20 }", "write its unit: ns, us, ms, s, min, h"),
         ("recipe r { require size <= 3GIB }", "did you mean `GiB`"),

@@ -525,3 +525,11 @@ def test_a_test_tells_what_its_quantities_are_and_no_number_twice() -> None:
     report = dfc.compile(model, args, recipe=text, engine="eager").report
     (told,) = report.requirements
     assert re.fullmatch(r"error is [\d.e-]+", told.numbers)
+
+
+def test_steps_without_layers_that_change_results_are_left_out() -> None:
+    """`recover` has no layers; its function need not be there."""
+    model, args = net()
+    text = "dfc 1\nrecipe r {\n  recover by train\n  autocast bf16\n}\n"
+    (found,) = dfc.sensitivity(model, args, recipe=text, times=False)
+    assert found.layers and "autocast" in found.step

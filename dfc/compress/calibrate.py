@@ -56,6 +56,8 @@ def observe(
     entry = run.entry(batches, key) if ctx.journal is not None else None
     total = getattr(batches, "count", None) or 0
     skipped = entry.resume(batches) if entry else 0
+    if skipped:
+        ctx.log(f"calibration: {skipped} batches were seen in an earlier run: not run again")
     done = 0
     for done, batch in enumerate(batches, 1):
         if done > skipped:

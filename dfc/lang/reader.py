@@ -41,6 +41,7 @@ _SIGN_OF = {
     "EQUAL": "=", "LSQB": "[", "RSQB": "]", "BOTH_WAYS": "<->", "ONE_WAY": "->",
 }  # fmt: skip
 # What a statement looks like whose end has to be known by heart.
+_PHRASES = ("except", "using", "by", "to", "on", "from", "into", "at", "keep")
 _FORMS = {"metric": "`metric top1 on val, higher is better`"}
 
 
@@ -269,6 +270,9 @@ class _Parser:
         got = {"_NL": "end of line", "$END": "end of file"}.get(token.type, f"`{token.text}`")
         words = sorted(_WORD_OF[k] for k in takes if k in _WORD_OF)
         help = did_you_mean(token.text, words) if token.type == "WORD" else None
+        before = {t.text for t in self.tokens[self._start(i) : i]}
+        if token.text in _PHRASES and "with" in before:
+            help = f"`{token.text}` and what it names stand before `with` and its options"
         help = help or _FORMS.get(self.tokens[self._start(i)].text if i < len(self.tokens) else "")
         at = (token.start, max(token.end, token.start + 1))
         self._problem("P002", f"unexpected {got}; expected {_wanted(takes, words)}", at, help)

@@ -121,7 +121,7 @@ def _lossy(
         if s in lossy:
             if s in wanted:
                 yield s.label, p, current
-        else:
+        elif p.numerics.kind != "changes":
             say(f"step {s.label}")
             current = run_passes(current, [p], mode="none", ctx=ctx).graph
 

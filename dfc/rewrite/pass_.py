@@ -90,9 +90,13 @@ class Context:
         """Whether anybody wants to know: reasons that cost something are built only then."""
         return self.decisions is not None
 
-    def tell(self, text: str) -> None:
-        """Say at once, in a line that stays where `say` has such, what belongs in the report."""
+    def log(self, text: str) -> None:
+        """Say something in a line that stays, where `say` has such."""
         getattr(self.say, "log", self.say)(text)
+
+    def tell(self, text: str) -> None:
+        """Log something that also belongs into the report."""
+        self.log(text)
         self.products.setdefault("notes", []).append(text)
 
     def decided(
