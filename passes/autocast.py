@@ -44,8 +44,8 @@ class Autocast(Pass):
     Needs:    a valid graph; for f16 data or an example, to see which values overflow.
     Ensures:  what multiplies matrices runs in the half type; casts move as few bytes as can be, and
               none undoes another.
-    Keeps:    the types of inputs and outputs; in f32, with a reason: softmax, norms, exponentials,
-              long sums, what `except` names, what is too large or too small for the type.
+    Keeps:    the types of inputs and outputs; integer layers; in f32, with a reason: softmax,
+              norms, exponentials, long sums, what `except` names, what is too large or too small.
     Why:      with `only_weights`, files shrink as well, and engines without 16-bit kernels lose
               nothing: they cast once, when they load. Run it last: folding constants undoes it.
     Cost:     one maximum flow; for f16 the graph is run once for each batch of the data.
@@ -138,6 +138,8 @@ class _Reasons:
 
     def _odd(self, node: Node) -> str | None:
         """Why a node cannot run in the half type whatever the data: its own numbers forbid it."""
+        if any(map(_was_rounded, node.operands)):
+            return "it reads codes, which engines multiply as whole numbers"
         if not any(map(is_f32, node.operands)):
             return "it makes f32 from what is not"
         if any(isinstance(r.type, TensorType) and r.type.dtype != F32 for r in node.results):
@@ -164,6 +166,14 @@ class _Reasons:
         for node in self.wishes:
             if self.wishes[node] != "f32":
                 self._pin(node, _too_large(node, seen, limit, where, self.dtype))
+
+
+def _was_rounded(v: Value) -> bool:
+    """Whether a value was computed, quantized and is only written as a float again."""
+    if v.node is None or v.node.op != "dfc.dequantize":
+        return False
+    codes = next(v.node.operands)
+    return codes.node is not None and codes.node.op == "dfc.quantize"
 
 
 def _too_large(

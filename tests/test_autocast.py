@@ -385,3 +385,20 @@ def test_declared_ops_say_what_they_want() -> None:
     assert said["dfc.multi_head_attention"] == "half"
     assert said["dfc.rotary_embedding"] == "follow"
     assert said["dfc.skip_layer_norm"] == "f32"
+
+
+def test_integer_layers_stay_as_they_are() -> None:
+    """A layer that reads codes is run on whole numbers: a cast would tear it from them."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8)
+    )
+    steps = 'quantize int8 using calib except "4" with scheme=static\n  autocast bf16'
+    compiled = dfc.compile(
+        net.eval(), (torch.randn(5, 32),), engine="eager",
+        recipe=f"dfc 1\ndata calib\nrecipe r {{\n  {steps}\n}}\n",
+        data={"calib": [torch.randn(5, 32)]},
+    )  # fmt: skip
+    linears = [n for n in compiled.graph.nodes if n.op == "aten.linear.default"]
+    types = [str(n.result.tensor_type.dtype) for n in linears]
+    assert types == ["f32", "f32", "bf16"]

@@ -168,7 +168,7 @@ BAD = {
     "labels": ([(torch.ones(5, 4), torch.ones(5))], "D081", "without labels"),
     "name": ([{"image": torch.ones(5, 4)}], "D081", "no argument `image`"),
     "nan": ([torch.ones(5, 4), torch.full((5, 4), torch.nan)], "D082", "batch 2 of data"),
-    "inf": ([infinite()], "D082", r"`input` has 1 numbers .* the first at \[2, 1\]"),
+    "inf": ([infinite()], "D082", r"`input` has 1 number .* the first at \[2, 1\]"),
     "empty": ([], "D080", "gave no batch"),
     "one tensor": (torch.ones(5, 4), "D081", "put it into a list"),
     "generator": ((x for x in data()), "D083", "only once: it is a generator"),
