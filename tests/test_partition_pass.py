@@ -231,7 +231,7 @@ def test_pins_and_what_stays_together_are_respected(graph: dfc.Graph) -> None:
         dfc.plan(graph, machine(3), pins={"head": "gpu7"})
     with pytest.raises(DfcError, match=r"Q021"):
         dfc.plan(graph, machine(3), pins={"tail": "gpu1"})
-    with pytest.raises(DfcError, match=r"N048.*pinned to `gpu0` and to `gpu1`"):
+    with pytest.raises(DfcError, match=r"N048.*\(head\) is pinned to `gpu0` and to `gpu1`"):
         dfc.plan(graph, machine(3), pins={"head": "gpu0", "op(linear)": "gpu1"})
 
 

@@ -245,7 +245,7 @@ def test_dropout_does_not_depend_on_how_the_model_is_cut() -> None:
     x, y = torch.randn(9, 8), torch.randint(4, (9,))
     graph = dfc.trace(model, (x,), dynamic_shapes=({0: B},))
     assert any("dropout" in n.op for n in graph.nodes)
-    target = (TensorType(dtype_of(torch.int64), (symbol("B"),)),)
+    target = ("i64[B]",)
     curves = []
     for count, schedule, seed in ((1, "gpipe", 0), (3, "1f1b", 0), (2, "zb1p", 0), (1, "gpipe", 1)):
         with Trainer(graph, evenly(graph, count), schedule=schedule, microbatches=3,
@@ -543,6 +543,8 @@ def test_what_cannot_be_trained_is_refused_before_it_runs() -> None:
         StagedModel(plain, evenly(plain, 1))
     with pytest.raises(DfcError, match="one float tensor without dimensions"):
         StagedModel(plain, evenly(plain, 1), loss=lambda y: y)
+    with pytest.raises(DfcError, match="a target is given by its type, not by `Tensor`"):
+        StagedModel(plain, evenly(plain, 1), loss=F.mse_loss, targets=(torch.ones(2, 4),))  # type: ignore[arg-type]
     with pytest.raises(DfcError, match="does not depend on any weight"):
         StagedModel(plain, evenly(plain, 1), loss=lambda y: y.detach().mean())
 

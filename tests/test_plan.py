@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 import dfc
+from dfc.cli.tables import bytes_text
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
+from dfc.lang.units import byte_count
 from dfc.planning.catalogue import CATALOGUE, known_device
 from dfc.planning.cost import default_sizes, work_of
 from dfc.planning.machine import Device, Machine, Wire
@@ -246,3 +248,7 @@ def test_the_example_plans_a_decoder_without_weights_for_gpus_that_are_not_here(
     found = dfc.plan(model, str(Path("examples/four_h100.dfc").resolve()), args, microbatches=16)
     assert [s.device for s in found.stages] == ["gpu0", "gpu1", "gpu2", "gpu3"]
     assert sum(s.weights for s in found.stages) > 16e9
+
+
+def test_bytes_are_read_as_they_are_told() -> None:
+    assert byte_count(bytes_text(24_600)) == byte_count("24.6KB") == 24_600

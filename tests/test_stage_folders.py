@@ -208,7 +208,9 @@ def test_fewer_stages_than_asked_for_are_told(
     folder = str(tmp_path / "small.stages")
     given = ["compile", f"{model}:build", "--engine", "eager", "--onnx", folder, "--stages", "9"]
     assert main(given) == 0
-    assert "1 stages, not 9: no more of its nodes take time" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "1 stages, not 9: no more of its nodes take time" in told
+    assert f"next: dfc run {folder} --random" in told
 
 
 def test_a_folder_is_published_whole_or_not_at_all(

@@ -14,17 +14,19 @@ from dfc.ir import tree
 from dfc.ir.graph import Argument, Graph, Node, Value
 from dfc.ir.tree import LEAF
 from dfc.ir.types import TensorType
+from dfc.lang.graph_types import GraphTypes
 from dfc.ops.symbolic import SymbolTable
 
 
-def with_loss(graph: Graph, loss: Callable[..., Any], targets: Sequence[TensorType]) -> Graph:
+def with_loss(graph: Graph, loss: Callable[..., Any], targets: Sequence[TensorType | str]) -> Graph:
     """A copy that returns `loss(outputs, *targets)`: its nodes are the graph's, then the loss's.
 
     The targets become arguments `target`, `target_1`, ... after the model's own.
-    Raises:  DfcError N074 for a loss that is not one float, or that reads tensors of its own.
+    Raises:  DfcError N074 for a loss that is not one float, or that reads tensors of its own, and
+             for targets that are no types.
     """
     copy = graph.copy()
-    extra = [copy.add_input(copy.fresh_name("target"), t) for t in targets]
+    extra = [copy.add_input(copy.fresh_name("target"), _type(t)) for t in targets]
     copy.arguments = (*copy.arguments, *(Argument(v.name, LEAF) for v in extra))
     outputs = list(copy.outputs)
     table = SymbolTable(copy.ranges)
@@ -40,6 +42,16 @@ def with_loss(graph: Graph, loss: Callable[..., Any], targets: Sequence[TensorTy
     assert made is not None
     copy.set_outputs([made])
     return copy
+
+
+def _type(target: object) -> TensorType:
+    """A type, or one that is read from its text: `i64[B]`."""
+    found = GraphTypes(target, "targets").type() if isinstance(target, str) else target
+    if not isinstance(found, TensorType):
+        raise DfcError("N074", f"a target is given by its type, not by `{type(target).__name__}`",
+                       help='write targets=["i64[B]"], with the names of the model\'s own sizes',
+                       status=2)  # fmt: skip
+    return found
 
 
 def _traced(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def facts(model: str, compiled: Compiled, written: dict[str, str]) -> dict[str, 
 def _next(model: str, written: dict[str, str]) -> str:
     if "package" in written:
         return f"dfc bench {written['package']}"
+    if "onnx" in written and Path(written["onnx"]).is_dir():  # stages
+        return f"dfc run {written['onnx']} --random"
     return f"dfc compile {json.dumps(model) if ' ' in model else model} -o model.dfcpkg"
 
 

@@ -116,11 +116,13 @@ def plan(
     from dfc.cli.outputs import require_apart, require_sources_kept, require_writable
     from dfc.cli.progress import Progress
     from dfc.cli.sources import open_source, read_text
+    from dfc.planning.devices import wanted as objective
     from dfc.planning.fewer import fewer_devices, fewer_text
     from dfc.planning.layouts import layouts
     from dfc.recipe.sources import plan_of
 
     load_used(use)
+    objective(by)
     wanted = _wanted(pin, together)
     require_apart(("--svg", svg), ("--trace", trace))
     require_sources_kept([model, str(target)], ("--svg", svg), ("--trace", trace))

@@ -18,6 +18,8 @@ UNITS: Mapping[str, tuple[str, float]] = {
     **{f"{p}iB": ("bytes", 1024.0**i) for i, p in enumerate(["K", "M", "G", "T"], 1)},
     **{f"{p}B/s": ("bytes/s", 1000.0**i) for i, p in enumerate(["", "K", "M", "G", "T"])},
     **{f"{p}iB/s": ("bytes/s", 1024.0**i) for i, p in enumerate(["K", "M", "G", "T"], 1)},
+    "kB": ("bytes", 1000.0),  # as it is told
+    "kB/s": ("bytes/s", 1000.0),
     **{f"{p}FLOPS": ("flops/s", 1000.0**i) for i, p in enumerate(["", "K", "M", "G", "T", "P"])},
     "ns": ("time", 1e-9),
     "us": ("time", 1e-6),

@@ -39,9 +39,9 @@ def wanted(objective: str) -> Wanted:
     """
     name = "throughput" if objective == "time" else objective
     if name not in get_args(Wanted):
-        known = get_args(Wanted)
+        known = ("time", *get_args(Wanted)[1:])
         help = did_you_mean(name, known) or f"there are {', '.join(known)}"
-        raise DfcError("N032", f"`{objective}` is no objective", help=help)
+        raise DfcError("N032", f"`{objective}` is no objective", help=help, status=2)
     return cast(Wanted, name)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
 from dfc.lang.selectors import Selector, parse_selector
-from dfc.planning.model import Limits
+from dfc.planning.model import Limits, named
 
 Part = str | Selector  # a module path, the text of a selector, or one
 
@@ -47,7 +47,7 @@ def pin(found: dict[Node, str], nodes: Sequence[Node], device: str) -> None:
     for node in nodes:
         other = found.setdefault(node, device)
         if other != device:
-            raise DfcError("N048", f"{node!r} is pinned to `{other}` and to `{device}`")
+            raise DfcError("N048", f"{named(node)} is pinned to `{other}` and to `{device}`")
 
 
 def selector(part: Part) -> Selector:

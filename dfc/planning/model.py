@@ -144,7 +144,7 @@ def modelled(
             kept[t.producer] += t.bytes
     live = live_bytes(graph, sizes)
     pins, together = _pins(limits, group_of, machine), _together(limits, group_of)
-    names = tuple(_name(nodes[0]) for nodes in groups)
+    names = tuple(named(nodes[0]) for nodes in groups)
     problem = Problem(
         time,
         tensors,
@@ -199,7 +199,7 @@ def _where_supported(
                 time[g, k] = np.inf
                 reasons.append(f"`{device.name}`: {why}")
         if len(reasons) == len(machine.devices):
-            raise DfcError("N047", f"no device can run {_name(nodes[0])}", notes=tuple(reasons))
+            raise DfcError("N047", f"no device can run {named(nodes[0])}", notes=tuple(reasons))
     return time
 
 
@@ -211,12 +211,12 @@ def _pins(
     for node, name in limits.pins.items():
         if name not in names:
             help = did_you_mean(name, names) or f"there are {', '.join(names)}"
-            raise DfcError("N046", f"{_name(node)} is pinned to `{name}`, which is no device",
+            raise DfcError("N046", f"{named(node)} is pinned to `{name}`, which is no device",
                            help=help)  # fmt: skip
         at = names.index(name)
         other = found.setdefault(group_of[node], at)
         if other != at:
-            message = f"{_name(node)} is pinned to `{name}`, and to `{names[other]}`"
+            message = f"{named(node)} is pinned to `{name}`, and to `{names[other]}`"
             raise DfcError("N048", message, help="views belong to what they look at")
     return found
 
@@ -365,6 +365,7 @@ def live_bytes(graph: Graph, sizes: Sizes) -> float:
     return most
 
 
-def _name(node: Node) -> str:
+def named(node: Node) -> str:
+    """A node as messages name it: by its value, and where it is in the model."""
     value = f"%{node.results[0].name}" if node.results else node.op
     return f"{value} ({node.loc.module})" if node.loc and node.loc.module else value

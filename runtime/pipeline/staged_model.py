@@ -42,7 +42,7 @@ class StagedModel:
         graph: Graph,
         stage_of: Mapping[Node, int],
         loss: Callable[..., Any] | None = None,
-        targets: Sequence[TensorType] = (),
+        targets: Sequence[TensorType | str] = (),
         parts: Callable[[Sequence[StageGraph]], list[Differentiated]] | None = None,
     ) -> None:
         self.graph = with_loss(graph, loss, targets) if loss else graph

@@ -77,17 +77,17 @@ class Trainer:
     """A partitioned model with its optimizers; `step` takes a whole batch.
 
     `graph` may be a `StagedModel`, which several trainers can share: then it has stages and loss.
-    `loss` is a function of the model's outputs and of the targets, whose types are `targets`;
-    without it the model returns the loss. With `reduction="mean"` a microbatch counts for its part
-    of the batch's items, with "sum" it counts whole. `stage_of` gives each node its stage, or is a
-    plan. `schedule` is a name, a program, or "auto": the best for the stages' times, measured in
-    the first step, of those that have the stages on these ranks; by default a plan's, else "1f1b"
-    with 8 microbatches. `ranks` is how many there are, or the rank of each stage: with 4 stages 2
-    puts them in loops (0, 1, 0, 1) or in a V (0, 1, 1, 0), whichever the schedule has and "auto"
-    finds best. By default they are a plan's for "auto", else one for each of `devices`, else one
-    for each stage, or `chunks` stages each in schedules that allow any number. `devices` are those
-    of the ranks, or of all: `cpu`, `cuda:0`, ...; weights, gradients and optimizers' slots lie
-    there; where they differ, "auto" leaves stages in loops.
+    `loss` is a function of the model's outputs and of the targets, whose types are `targets`
+    (["i64[B]"]); without it the model returns the loss. With `reduction="mean"` a microbatch counts
+    for its part of the batch's items, with "sum" it counts whole. `stage_of` gives each node its
+    stage, or is a plan. `schedule` is a name, a program, or "auto": the best for the stages' times,
+    measured in the first step, of those that have the stages on these ranks; by default a plan's,
+    else "1f1b" with 8 microbatches. `ranks` is how many there are, or the rank of each stage: with
+    4 stages 2 puts them in loops (0, 1, 0, 1) or in a V (0, 1, 1, 0), whichever the schedule has
+    and "auto" finds best. By default they are a plan's for "auto", else one for each of `devices`,
+    else one for each stage, or `chunks` stages each in schedules that allow any number. `devices`
+    are those of the ranks, or of all: `cpu`, `cuda:0`, ...; weights, gradients and optimizers'
+    slots lie there; where they differ, "auto" leaves stages in loops.
     A stage that recomputes keeps of each microbatch what other stages gave it, and runs its forward
     again before its backward pass: `recompute` is True, or the stages that do. With "selective" all
     stages keep what leaves cheap operators alone to run again, in the fewest bytes. With "auto" as
@@ -109,7 +109,7 @@ class Trainer:
         schedule: str | Program | None = None,
         microbatches: int | None = None,
         loss: Callable[..., Any] | None = None,
-        targets: Sequence[TensorType] = (),
+        targets: Sequence[TensorType | str] = (),
         reduction: str = "mean",
         chunks: int = 2,
         ranks: Shared = None,
@@ -250,7 +250,11 @@ class Trainer:
         self.steps += 1
 
     def backward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The loss of a batch, with every parameter's `grad`, and no optimizer step."""
+        """The loss of a batch, with every parameter's `grad`, and no optimizer step.
+
+        Gradients take the place of the last ones: what is to be added up is one batch, in so many
+        microbatches as fit.
+        """
         return self.backward_flat(flat_inputs(self.model.graph, args, kwargs))
 
     def backward_flat(self, flat: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -473,7 +477,7 @@ def _items(part: Mapping[Value, Any], dims: Mapping[Value, int | None]) -> int:
 
 def _model(
     graph: Graph | StagedModel, stage_of: Mapping[Node, int] | None,
-    loss: Callable[..., Any] | None, targets: Sequence[TensorType],
+    loss: Callable[..., Any] | None, targets: Sequence[TensorType | str],
 ) -> StagedModel:  # fmt: skip
     if isinstance(graph, StagedModel):
         if stage_of is not None or loss is not None:
