@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch.overrides import TorchFunctionMode
 
 from dfc.capture.convert import Converter, Names
+from dfc.capture.places import package_path
 from dfc.errors import DfcError
 from dfc.ir import tree
 from dfc.ir.graph import Argument, Graph, Node, Value
@@ -77,7 +80,23 @@ def _traced(
                         dtype=v.tensor_type.dtype.to_torch())
             for v in values
         ]  # fmt: skip
-        return make_fx(run)(*fakes)
+        with fx.traceback.preserve_node_meta(), _Lines():
+            return make_fx(run)(*fakes)
+
+
+class _Lines(TorchFunctionMode):
+    """Lets nodes have the line that calls PyTorch; make_fx itself looks at `forward` alone."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        frame = sys._getframe(1)
+        while frame.f_back and package_path(frame.f_code.co_filename).startswith("torch/"):
+            frame = frame.f_back
+        code = frame.f_code
+        line = f'  File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}'
+        fx.traceback.set_stack_trace([line])
+        return func(*args, **(kwargs or {}))
 
 
 def loss_of(graph: Graph) -> Value:

@@ -364,13 +364,16 @@ class _Watch:
 
 
 def failure_of(action: Action, error: BaseException) -> DfcError:
-    """An action's error with its stage and microbatch."""
+    """An action's error with its stage, its microbatch, and the model's line."""
+    from dfc.emit.places import place_of
+
     what = {Kind.F: "", Kind.B: "the backward pass of ", Kind.I: "the input gradient of ",
             Kind.W: "the weight gradient of ", Kind.R: "the recomputation of "}  # fmt: skip
     where = f"stage {action.stage} failed on {what[action.kind]}microbatch {action.microbatch}"
     said = error.message if isinstance(error, DfcError) else str(error)
     if not isinstance(error, DfcError | RuntimeError | ValueError):
         said = f"{type(error).__name__}: {said}"
-    found = DfcError("K050", f"{where}: {said}")
+    place = place_of(error)
+    found = DfcError("K050", f"{where}: {said}{f' ({place})' if place else ''}")
     found.__cause__ = error
     return found
