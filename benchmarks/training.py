@@ -1,7 +1,8 @@
 """Training in two processes: ours beside torch.distributed.pipelining, a thousand steps.
 
-python benchmarks/training.py [FILE]                      all of it, 8 minutes; also written to FILE
-python benchmarks/training.py --only large [FILE]         one part: small, large or steps
+python benchmarks/training.py [FILE]                      all of it, 9 minutes; also written to FILE
+python benchmarks/training.py --only large [FILE]         one part: small, large, trainers or steps
+python benchmarks/training.py --only trainers [FILE]      our three trainers in turn, a minute
 python benchmarks/training.py --links gloo [FILE]         over one kind of links: sockets or gloo
 python benchmarks/training.py --steps zb_v,auto [FILE]    a thousand steps of these schedules alone
 
@@ -12,6 +13,10 @@ The same model, cut at the same place, the same microbatches and optimizer, one 
 Each round times some steps of each in turn, in the same pair of processes; ratios are of medians,
 in brackets the lowest and the highest ratio of a single round. The two-thread single process in
 plain PyTorch is told beside them.
+
+`trainers` are a Trainer (two threads), a ProcessTrainer (a script and two processes of its own) and
+two processes of a launcher with a RankTrainer, in turn: the first two in this process, whose rounds
+are between those of the third.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,6 +44,8 @@ import dfc
 from dfc.ir.graph import Graph, Node
 from dfc.planning.host import machine_text, this_machine
 from dfc.runtime.pipeline.staged_model import StagedModel
+from dfc.runtime.pipeline.training import Trainer
+from dfc.runtime.pipeline.training_processes import ProcessTrainer
 from dfc.runtime.pipeline.training_ranks import RankTrainer
 from dfc.runtime.pipeline.world import World
 
@@ -179,6 +187,97 @@ def single(model: nn.Module, args: Any, steps: int, threads: int) -> float:
     return median(took[1:])
 
 
+def trainers(say: Say) -> None:
+    """Steps of a Trainer, a ProcessTrainer and a pair of RankTrainers, in turn."""
+    for name, (width, items, steps) in SHAPES.items():
+        model, args = made(width, items)
+        staged = cut(model, args, 2)
+        options: dict[str, Any] = {"schedule": "1f1b", "microbatches": M, "threads": RANKS,
+                                   "optimizer": partial(torch.optim.SGD, lr=1e-3)}  # fmt: skip
+        with ExitStack() as open_:
+            threads = open_.enter_context(Trainer(staged, **options))
+            start = time.perf_counter()
+            processes = open_.enter_context(ProcessTrainer(staged, **options))
+            waited = time.perf_counter() - start
+            pair = open_.enter_context(Pair(name))
+            runs: dict[str, Callable[[int], None]] = {
+                "threads": partial(many, threads, args),
+                "processes": partial(many, processes, args),
+                "ranks": pair.steps,
+            }  # fmt: skip
+            took: dict[str, list[float]] = {kind: [] for kind in runs}
+            for _ in range(ROUNDS + 1):
+                for kind, run in runs.items():
+                    begin = time.perf_counter()
+                    run(steps)
+                    took[kind].append((time.perf_counter() - begin) / steps)
+        say(f"trainers, {name} (layers of {width}, 1f1b)")
+        say(f"  start: {waited:.1f} s for a ProcessTrainer")
+        took = {kind: times[1:] for kind, times in took.items()}
+        for kind, times in took.items():
+            said = f"  {kind}: {median(times) * 1e3:.2f} ms a step"
+            beside = f", threads take {ratio(took['threads'], times)} times as long"
+            say(said + (beside if kind != "threads" else ""))
+
+
+def many(trainer: Trainer, args: Any, steps: int) -> None:
+    for _ in range(steps):
+        trainer.step(*args)
+
+
+class Pair:
+    """Two processes with a RankTrainer, which take some steps when they are told."""
+
+    def __init__(self, name: str) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self.ranks = [started(self._folder.name, r, name) for r in range(RANKS)]
+        self._heard()
+
+    def steps(self, count: int) -> None:
+        for rank in self.ranks:
+            assert rank.stdin is not None
+            rank.stdin.write(f"{count}\n")
+            rank.stdin.flush()
+        self._heard()
+
+    def _heard(self) -> None:
+        for rank in self.ranks:
+            assert rank.stdout is not None
+            if rank.stdout.readline() != "done\n":
+                raise SystemExit("a rank of the pair has ended")
+
+    def __enter__(self) -> Pair:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for rank in self.ranks:
+            rank.kill()
+            rank.wait()
+        self._folder.cleanup()
+
+
+def started(folder: str, rank: int, name: str) -> subprocess.Popen[str]:
+    own = {"OMP_NUM_THREADS": "1", "DFC_BENCH_RANK": str(rank)}
+    return subprocess.Popen(
+        [sys.executable, __file__, folder, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True, env={**os.environ, **own},
+    )  # fmt: skip
+
+
+def pair_main(rank: int, folder: Path, name: str) -> None:
+    """A rank of a `Pair`."""
+    torch.set_num_threads(1)
+    world = World(rank, RANKS, FileStore(str(folder / "store"), RANKS))
+    width, items, _ = SHAPES[name]
+    trainer, step = ours(world, *made(width, items), "1f1b", 2, "sockets")
+    with trainer:
+        print("done", flush=True)
+        for line in sys.stdin:
+            for _ in range(int(line)):
+                step()
+            print("done", flush=True)
+
+
 Say = Callable[[str], None]
 
 
@@ -265,7 +364,7 @@ def options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", nargs="?", type=Path, help="where to write what is printed")
-    parser.add_argument("--only", choices=[*SHAPES, "steps"], help="one part alone")
+    parser.add_argument("--only", choices=[*SHAPES, "trainers", "steps"], help="one part alone")
     parser.add_argument("--steps", metavar="NAMES", help=f"of {','.join(SCHEDULES)}")
     parser.add_argument("--links", choices=LINKS, help="one kind alone")
     found = parser.parse_args()
@@ -275,14 +374,17 @@ def options() -> argparse.Namespace:
     if unknown:
         parser.error(f"there is no schedule {unknown.pop()}: {', '.join(SCHEDULES)}")
     only = found.only or ("steps" if found.steps else None)
-    found.parts = [only] if only else [*SHAPES, "steps"]
+    found.parts = [only] if only else [*SHAPES, "trainers", "steps"]
     return found
 
 
 def main() -> None:
     if "DFC_BENCH_RANK" in os.environ:
-        folder, parts, schedules, links = sys.argv[1:]
         rank = int(os.environ["DFC_BENCH_RANK"])
+        if len(sys.argv) == 3:
+            pair_main(rank, Path(sys.argv[1]), sys.argv[2])
+            return
+        folder, parts, schedules, links = sys.argv[1:]
         kinds = links.split(",")
         rank_main(rank, Path(folder), parts.split(","), schedules.split(","), kinds)
         return
@@ -290,25 +392,48 @@ def main() -> None:
     head = f"{machine_text(this_machine())}, torch {torch.__version__}"
     print(head, flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        told = [folder, *map(",".join, (chosen.parts, chosen.schedules, chosen.links))]
-        ranks = [
-            subprocess.Popen([sys.executable, __file__, *told],
-                             env={**os.environ, **own, "DFC_BENCH_RANK": str(r)})
-            for r in range(RANKS)
-        ]  # fmt: skip
+        said = Path(folder) / "said"
         try:
-            for rank in ranks:
-                if rank.wait(timeout=1200):
-                    raise SystemExit(f"a rank ended with status {rank.returncode}")
+            run_parts(chosen, Path(folder), said)
         finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-            said = Path(folder) / "said"
             if chosen.file and said.exists():  # also what was done before a failure
                 older = chosen.file.read_text() if chosen.file.exists() else ""
                 chosen.file.write_text(f"{head}\n{with_older(said.read_text(), older)}")
+
+
+def run_parts(chosen: argparse.Namespace, folder: Path, said: Path) -> None:
+    """The parts that ranks run, then the one in which they are started in turn."""
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        with said.open("a") as f:
+            f.write(f"{line}\n")
+
+    parts = [p for p in chosen.parts if p != "trainers"]
+    if parts:
+        in_ranks(folder, parts, chosen.schedules, chosen.links)
+    if "trainers" in chosen.parts:
+        trainers(say)
+
+
+def in_ranks(
+    folder: Path, parts: Sequence[str], schedules: Sequence[str], links: Sequence[str]
+) -> None:
+    own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    told = [str(folder), *map(",".join, (parts, schedules, links))]
+    ranks = [
+        subprocess.Popen([sys.executable, __file__, *told],
+                         env={**os.environ, **own, "DFC_BENCH_RANK": str(r)})
+        for r in range(RANKS)
+    ]  # fmt: skip
+    try:
+        for rank in ranks:
+            if rank.wait(timeout=1200):
+                raise SystemExit(f"a rank ended with status {rank.returncode}")
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
 
 
 if __name__ == "__main__":
