@@ -221,8 +221,10 @@ def test_a_script_without_a_guard_ends_with_its_ranks(signal_: int, tmp_path: Pa
         script.wait()
 
 
-def _local(parameters: Any) -> torch.optim.Optimizer:
-    raise ValueError("no such rate")
+def _local(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    if len(parameters) > 1:
+        raise ValueError("no such rate")
+    return torch.optim.SGD(parameters, 1e-2)
 
 
 def test_what_cannot_be_is_told() -> None:

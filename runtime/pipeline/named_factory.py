@@ -13,7 +13,7 @@ from dfc.errors import DfcError
 
 _HELP = (
     "give a class, functools.partial(torch.optim.AdamW, lr=1e-3), or a function of a module that "
-    "can be imported"
+    "can be imported: not of this script or notebook"
 )
 
 
@@ -31,10 +31,14 @@ def told(make: Callable[..., Any]) -> dict[str, Any]:
     if args:
         raise _refused("a partial has its first arguments, which are the parameters: name them")
     module, name = getattr(inner, "__module__", ""), getattr(inner, "__qualname__", "")
+    if "<lambda>" in name:
+        raise _refused("a lambda has no name")
+    if "<" in name:
+        raise _refused(f"`{inner.__name__}` is made inside of a function")
     if module == "__main__":
-        raise _refused("it is of this script, which other processes do not run")
-    if not module or not name or "<" in name:
-        raise _refused(f"`{name or make}` has no name in a module")
+        raise _refused(f"`{name}` is of this script, which other processes do not run")
+    if not module or not name:
+        raise _refused(f"a {type(inner).__name__} has no name in a module")
     said = {"module": module, "name": name, "args": args, "named": named}
     try:
         json.dumps(said)
@@ -46,11 +50,12 @@ def told(make: Callable[..., Any]) -> dict[str, Any]:
 def found(said: dict[str, Any]) -> Callable[..., Any]:
     """The function that `told` told of; lists are tuples, as options of optimizers are."""
     inner = attrgetter(said["name"])(import_module(said["module"]))
-    args = [_tupled(x) for x in said["args"]]
-    return functools.partial(inner, *args, **{k: _tupled(x) for k, x in said["named"].items()})
+    args = [tupled(x) for x in said["args"]]
+    return functools.partial(inner, *args, **{k: tupled(x) for k, x in said["named"].items()})
 
 
-def _tupled(x: Any) -> Any:
+def tupled(x: Any) -> Any:
+    """Lists as tuples, which JSON does not know."""
     return tuple(x) if isinstance(x, list) else x
 
 

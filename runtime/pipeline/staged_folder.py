@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from dfc.capture.training import Joint
-from dfc.ir.graph import Graph, Value
+from dfc.ir.graph import Graph, ParameterData, Value
+from dfc.ir.weights import TensorData
 from dfc.planning.stages import StageGraph
 from dfc.runtime.pipeline.differentiated import Differentiated, Flow
 from dfc.runtime.pipeline.folder import read_graph, write_graphs
 from dfc.runtime.pipeline.staged_model import StagedModel
+
+_LINE = 64  # bytes
 
 
 def write_staged(folder: Path, model: StagedModel) -> dict[str, Any]:
@@ -33,7 +36,8 @@ def read_staged(folder: Path, told: Mapping[str, Any]) -> StagedModel:
     """The model, whose joint graphs are read when they are first asked for."""
     graph = read_graph(folder, told["weights"], 0)
     stages = {n: s for n, s in zip(graph.nodes, told["stages"], strict=True) if s is not None}
-    return StagedModel(graph, stages, parts=partial(_parts, folder, told))
+    parts = partial(_parts, folder, told)
+    return StagedModel(graph, stages, parts=parts)
 
 
 def _parts(
@@ -41,6 +45,8 @@ def _parts(
 ) -> list[Differentiated]:
     def joint(number: int) -> Joint:
         graph = read_graph(folder, told["weights"], 1 + number)
+        for p in graph.parameters.values():
+            p.data = p.data and _aligned(p.name, p.data)
         return _joint(graph, told["joints"][number])
 
     found = []
@@ -75,6 +81,15 @@ def _joint(graph: Graph, roles: Mapping[str, Any]) -> Joint:
         input_gradients=optional(roles["takes"], outputs),
         weight_gradients={name: next(outputs) for name in roles["gradients"]},
     )
+
+
+def _aligned(name: str, data: ParameterData) -> ParameterData:
+    """Weights that are not trained, as PyTorch aligns its own; files have them anywhere.
+
+    Why:     products of what lies elsewhere are rounded in another order.
+    """
+    x = data.tensor()
+    return TensorData(name, x.clone()) if x.data_ptr() % _LINE else data
 
 
 def _present(values: Iterable[Value | None]) -> list[bool]:

@@ -31,8 +31,9 @@ class StagedModel:
     """A differentiated model.
 
     `graph` is called like the model, targets last; `inputs` says which value of the stages stands
-    for which of its inputs; `masks` are inputs of the stages alone. `read` are the weights that
-    some stage reads. `parts` are the differentiated stages, where they are at hand already.
+    for which of its inputs; `masks` are inputs of the stages alone. `read` are the types of the
+    weights that some stage trains. `parts` makes the differentiated stages, where they are at hand
+    already.
     Raises:  DfcError N050 for stages that are not convex or numbered, N07x for what cannot be
              trained.
     """
@@ -57,7 +58,7 @@ class StagedModel:
         weights = list(self._trainable)
         self.parts = parts(stages) if parts else differentiated(stages, weights, self.loss)
         read = (p for s in stages for p in s.graph.parameters.values() if p.use_count)
-        self.read = {p.name for p in read if p.name in self._trainable}
+        self.read = {p.name: p.tensor_type for p in read if p.name in self._trainable}
         self.edges = edges_of(self.parts, self.loss)
         self.readers = readers_of(self.parts)
 

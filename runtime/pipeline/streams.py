@@ -24,6 +24,7 @@ from dfc.errors import DfcError
 from dfc.planning.actions import Action
 from dfc.planning.engine import Runner
 from dfc.planning.stages import HOST
+from dfc.planning.torch_device import check_device
 from dfc.runtime.pipeline.lanes import Run, Step, Values
 
 if TYPE_CHECKING:
@@ -205,7 +206,8 @@ def drivers_of(devices: Sequence[str]) -> list[int]:
 def device_names(devices: Sequence[str]) -> list[str]:
     """Devices as tensors name theirs: `cuda` is the one that PyTorch is at.
 
-    Raises:  DfcError N053 for what is neither a processor nor a CUDA device.
+    Raises:  DfcError N053 for what is neither a processor nor a CUDA device, K004 (status 7) for
+             `cuda` where there is none.
     """
     import torch
 
@@ -216,6 +218,8 @@ def device_names(devices: Sequence[str]) -> list[str]:
             message = f"rank {rank} is to run on `{name}`, which is neither cpu nor cuda:0, ..."
             raise DfcError("N053", message, status=2)
         if kind == "cuda":
+            if not index:
+                check_device(name)
             found.append(f"cuda:{index or torch.cuda.current_device()}")
         else:
             found.append("cpu")

@@ -35,13 +35,16 @@ from dfc.planning.microbatches import batch_dim, batch_of, cut
 from dfc.planning.recompute import recomputing
 from dfc.planning.simulate import Costs
 from dfc.planning.stages import HOST
+from dfc.planning.torch_device import check_device
 from dfc.runtime.allocation import keep_pages
 from dfc.runtime.pipeline import checkpoint
+from dfc.runtime.pipeline.clipping import norms, shorten, together
 from dfc.runtime.pipeline.differentiated import Differentiated, Gradient
 from dfc.runtime.pipeline.dropout import Mask
 from dfc.runtime.pipeline.homes import Homes
 from dfc.runtime.pipeline.lanes import Step
 from dfc.runtime.pipeline.local import Computing, one_each, rank_threads
+from dfc.runtime.pipeline.optimizer_options import set_options
 from dfc.runtime.pipeline.programs import AUTO, Programs, Shared
 from dfc.runtime.pipeline.sequential import Sequential
 from dfc.runtime.pipeline.staged_model import StagedModel
@@ -93,11 +96,13 @@ class Trainer:
     stages keep what leaves cheap operators alone to run again, in the fewest bytes. With "auto" as
     few recompute, by the quicker of both ways, as leave each rank no more than `memory` bytes of
     activations ("2GiB"), as measured in the first step. By default a plan's.
+    `clip` is how long all gradients together may be: longer ones are shortened before the
+    optimizers' step, as `clip_grad_norm_` does; `norm` is what they were.
     Needs:   convex stages, a graph that writes to no state.
     Ensures: dropout is drawn by counters (`seed`, step, operator, microbatch): masks do not depend
              on stages or schedule. Other random operators are refused.
     Raises:  DfcError N050 for stages, N07x for what cannot be trained, N001.. for schedules, N053
-             for devices.
+             for devices, K004 (status 7) for one that is not there.
     """
 
     def __init__(
@@ -121,11 +126,16 @@ class Trainer:
         sequential: bool = False,
         recompute: bool | Collection[int] | str | None = None,
         memory: int | str | None = None,
+        clip: float | None = None,
     ) -> None:
         import torch
 
         if reduction not in ("mean", "sum"):
             raise DfcError("N073", f"reduction is `mean` or `sum`, not `{reduction}`", status=2)
+        if clip is not None and not clip > 0:
+            raise DfcError("N073", f"`clip` is more than 0, not {clip}", status=2)
+        self.clip = clip
+        self.norm: float | None = None
         keep_pages()
         if recompute == AUTO and stage_of is not None and not isinstance(stage_of, Mapping):
             recompute = None  # the plan has chosen
@@ -147,6 +157,8 @@ class Trainer:
         count = 1 + max(self.programs.placement)
         self.devices = device_names(one_each(devices, count, "devices", "ranks"))
         _check_devices(self.devices, sequential)
+        for device in self._devices_here():
+            check_device(device)
         mine = self._mine()
         self._homes = Homes(model.weights(), mine, [self.device_of(p) for p in mine])
         self.parameters = self._homes.parameters
@@ -166,6 +178,10 @@ class Trainer:
     def _ranks_of(self, devices: str | Sequence[str]) -> int | None:
         """How many ranks there are where nobody says so: None is one for each stage."""
         return None if isinstance(devices, str) else len(devices)
+
+    def _devices_here(self) -> Sequence[str]:
+        """The devices of this machine that are asked for."""
+        return self.devices
 
     def _mine(self) -> Sequence[Differentiated]:
         """The stages of this process."""
@@ -244,10 +260,17 @@ class Trainer:
 
     def update(self) -> None:
         """Let the optimizers take the step of the last gradients."""
+        if self.clip is not None:
+            self.norm = together(self._norms().values())
+            shorten(self.parameters.values(), self.norm, self.clip)
         for optimizer in self.optimizers:
             optimizer.step()
         self._homes.changed()
         self.steps += 1
+
+    def _norms(self) -> Mapping[str, float]:
+        """The norm of each parameter's gradient, of all stages."""
+        return norms(self.parameters)
 
     def backward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The loss of a batch, with every parameter's `grad`, and no optimizer step.
@@ -332,10 +355,11 @@ class Trainer:
     # what was made
 
     def set_options(self, **values: Any) -> None:
-        """Change options of all optimizers: set_options(lr=1e-4)."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group.update(values)
+        """Change options of all optimizers: set_options(lr=1e-4).
+
+        Raises:  DfcError N073 (exit status 2) for an option that they do not have.
+        """
+        set_options(self.optimizers, values)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, optimizer slots and options by the parameters' names, however it was cut."""

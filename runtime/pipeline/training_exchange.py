@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _UNKNOWN = 60.0  # seconds for a message while nothing is known of how long a step takes
 _LATE = 5.0  # times the last step's duration, and at least
 _AT_LEAST = 5.0  # seconds
+_NORMS = 1  # a tag: losses have 0, gradients of tied weights have numbers from the stages' count on
 _LAST_WORDS = 1.0  # seconds in which one that is not lost says why it went
 
 Told = tuple[str, int]  # a tied weight, and the stage that has a gradient of it
@@ -45,13 +46,13 @@ class Ranks:
     `name` is a prefix in the store that no other trainer has. A message may take `deadline`
     seconds, else five times the last step. `links` are `local` (sockets of this host) or `gloo`;
     by default local where all ranks are on one host. `device` is where this rank computes; what it
-    sends is copied out of there.
+    sends is copied out of there. With `norms` all tell each other those of their gradients.
     Raises:  DfcError K058 for a rank that does not come.
     """
 
     def __init__(
         self, world: World, name: str, model: StagedModel, placement: Sequence[int], run: Run,
-        deadline: float | None, links: str | None = None, device: str = "cpu",
+        deadline: float | None, links: str | None = None, device: str = "cpu", norms: bool = False,
     ) -> None:  # fmt: skip
         self.world, self.name, self.model = world, name, model
         self.device = RankDevice(device)
@@ -63,6 +64,7 @@ class Ranks:
         }
         self.last = next(e.source for e in self.edges if e.target == HOST)
         self.owners = tied(model.parts)
+        self._norms = norms
         self.doing = Doing()
         self._routes: dict[int, tuple[Program, Routes]] = {}
         self._fixed = deadline
@@ -84,6 +86,8 @@ class Ranks:
         for stages in self.owners.values():
             ranks = {self.placement[s] for s in stages}
             found |= {(a, b) for a in ranks for b in ranks}
+        if self._norms:
+            found |= {(a, b) for a in range(self.world.size) for b in range(self.world.size)}
         return sorted((a, b) for a, b in found if a != b)
 
     def step(self, program: Program, given: Sequence[Mapping[Any, Any]]) -> Step:
@@ -175,6 +179,28 @@ class Ranks:
         self.doing.set("idle")
         return found
 
+    def tell_norms(self, mine: Mapping[str, float]) -> dict[str, float]:
+        """The norm of each gradient, of all ranks, given those that this one has.
+
+        Raises:  DfcError K058 for a rank that is lost.
+        """
+        import torch
+
+        named: list[list[str]] = [[] for _ in range(self.world.size)]
+        for name, rank in homes(self.model.parts, self.placement).items():
+            named[rank].append(name)
+        me = self.world.rank
+        self.doing.set("NORMS")
+        blocks = [torch.empty(len(names), dtype=torch.float64) for names in named]
+        blocks[me] = torch.tensor([mine[n] for n in named[me]], dtype=torch.float64)
+        others = [r for r in range(self.world.size) if r != me]
+        works = [self._post((me, r), blocks[me], _NORMS) for r in others if named[me]]
+        works += [self._post((r, me), blocks[r], _NORMS) for r in others if named[r]]
+        self._wait(works)
+        self.doing.set("idle")
+        return {n: x for names, block in zip(named, blocks, strict=True)
+                for n, x in zip(names, block.tolist(), strict=True)}  # fmt: skip
+
     def _post(self, pair: Pair, block: torch.Tensor, tag: int) -> tuple[int, Any]:
         """Begin a message after the step; whom it is from or for, and what is waited for."""
         peer = pair[1] if pair[0] == self.world.rank else pair[0]
@@ -252,3 +278,12 @@ def tied(parts: Sequence[Differentiated]) -> dict[str, list[int]]:
         for name in part.flow.weights:
             found.setdefault(name, []).append(part.number)
     return {name: stages for name, stages in found.items() if len(stages) > 1}
+
+
+def homes(parts: Sequence[Differentiated], placement: Sequence[int]) -> dict[str, int]:
+    """The rank of each weight's first stage that has a gradient of it."""
+    found: dict[str, int] = {}
+    for part in parts:
+        for name in part.flow.weights:
+            found.setdefault(name, placement[part.number])
+    return found

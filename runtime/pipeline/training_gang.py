@@ -188,7 +188,7 @@ class Gang:
         waiting = [
             f"rank {m.rank} waits in {m.doing}"
             for m in self.crew.members.values()
-            if m.rank not in reasons and m.what in ("RECV", "SEND", "LOSS", "ALLREDUCE")
+            if m.rank not in reasons and m.what in ("RECV", "SEND", "LOSS", "ALLREDUCE", "NORMS")
         ]
         self.end()
         return lost_error(reasons, waiting)

@@ -15,15 +15,18 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dfc.calling import flat_inputs
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
 from dfc.planning.actions import Action, Kind, Program, parse_program
 from dfc.planning.stages import HOST
+from dfc.publish import require_usable
+from dfc.runtime.engines import find_engine
 from dfc.runtime.pipeline import checkpoint as checkpoints
 from dfc.runtime.pipeline.control import Message
 from dfc.runtime.pipeline.crew import Launcher
@@ -31,6 +34,12 @@ from dfc.runtime.pipeline.differentiated import Differentiated
 from dfc.runtime.pipeline.lanes import Span, Step
 from dfc.runtime.pipeline.linking import meeting
 from dfc.runtime.pipeline.named_factory import told
+from dfc.runtime.pipeline.optimizer_options import (
+    Options,
+    changed_options,
+    options_of,
+    take_options,
+)
 from dfc.runtime.pipeline.programs import AUTO
 from dfc.runtime.pipeline.spawn import private_folder
 from dfc.runtime.pipeline.staged_folder import write_staged
@@ -54,16 +63,19 @@ class ProcessTrainer(Trainer):
     """A trainer whose ranks are processes of this machine; the options of `Trainer`, and these.
 
     `optimizer` travels by its name: a class or function of a module, or a `functools.partial` of
-    one with numbers, words and lists.
+    one with numbers, words and lists. The one in `optimizers` stands for those of the ranks: they
+    take over its options, which schedulers of PyTorch's change, before each step.
     `checkpoint` is a folder that is written every so many steps; then ranks that are lost are
     started again, `restarts` times in a call at most, and the batches since are repeated from
-    copies. `modules` are imported in each rank first: those that declare operators. Weights and
-    optimizers are in the ranks: see `state_dict`, `load_into`, `set_options`.
+    copies. `modules` are imported in each rank first: those that declare operators. `links` are
+    `local` (sockets of this host) or `gloo`. Weights and gradients are in the ranks: see
+    `state_dict`, `load_into`, `clip`.
     Ensures: losses and weights are those of `Trainer` with the same options, to the bit; all
              processes end with the trainer, or with this process. A step that fails in the model
              has changed nothing, and the next may follow.
-    Raises:  DfcError N077 for an optimizer that cannot travel, K050 and K057 for what fails in a
-             rank, K058 for a rank that is lost for good, else as `Trainer`.
+    Raises:  DfcError N077 for an optimizer that cannot travel, D011 for a checkpoint that would
+             replace something else, K050 and K057 for what fails in a rank, K058 for a rank that is
+             lost for good, N078 for what is in the ranks alone, else as `Trainer`.
     """
 
     def __init__(
@@ -76,7 +88,7 @@ class ProcessTrainer(Trainer):
         every: int = 100,
         restarts: int = RESTARTS,
         links: str | None = None,
-        modules: Sequence[str] = (),
+        modules: str | Sequence[str] = (),
         launcher: Callable[[Path, list[int], list[str]], Launcher] = entry,
         **options: Any,
     ) -> None:
@@ -84,12 +96,15 @@ class ProcessTrainer(Trainer):
             raise DfcError("N073", "`every` is 1 or more, `restarts` 0 or more", status=2)
         if options.get("sequential"):
             raise DfcError("N073", "ranks in processes are not `sequential`", status=2)
+        if checkpoint is not None:
+            require_usable(checkpoint, folder=True, force=True)
         self._optimizer = told(optimizer)
         self.checkpoint = None if checkpoint is None else Path(checkpoint).absolute()
         self.every, self.restarts = every, restarts
         self.incidents: list[str] = []
-        self._links, self._modules, self._launcher = links, list(modules), launcher
+        self._links, self._modules, self._launcher = links, _listed(modules), launcher
         self._engine = str(options.get("engine", "eager"))
+        find_engine(self._engine)
         recompute = options.get("recompute")
         self._recompute = (
             recompute
@@ -100,11 +115,27 @@ class ProcessTrainer(Trainer):
             self._recompute = None  # the plan has chosen
         self._memory = options.get("memory")
         self._closed = False
+        self._again: list[Message] = []  # what the ranks said of the last step that was repeated
+        self._batch: Sequence[torch.Tensor] | None = None  # whose gradients the ranks have
         self._base: Path | None = None  # what ranks that are started again begin with
         self._log: list[tuple[int, str, Any]] = []  # what was done since, with the step before it
         super().__init__(graph, stage_of, optimizer=optimizer, **options)
+        del self.parameters  # see __getattr__
+        self._options: list[Options] = options_of(self.optimizers)
 
     _moves = False  # ranks have the weights of their own stages alone
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "parameters":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        help = "`state_dict()` and `load_into(model)` read weights, `clip=` shortens gradients"
+        raise DfcError("N078", "parameters and gradients are in the ranks", help=help, status=2)
+
+    def _owned(self) -> list[list[torch.nn.Parameter]]:
+        """A parameter that stands for all: its optimizer's options are those of the ranks'."""
+        import torch
+
+        return [[torch.nn.Parameter(torch.zeros(1, 1))]]
 
     def _mine(self) -> Sequence[Differentiated]:
         return ()  # none of the stages is this process's
@@ -123,17 +154,21 @@ class ProcessTrainer(Trainer):
             "options": {
                 "microbatches": self.microbatches, "reduction": self.reduction,
                 "ranks": self.programs.placement, "batch": self.batch, "engine": self._engine,
-                "seed": self.seed, "links": self._links,
+                "seed": self.seed, "links": self._links, "clip": self.clip,
                 "recompute": self._recompute, "memory": self._memory, "devices": self.devices,
             },
         }  # fmt: skip
         (folder / _JOB).write_text(json.dumps(job), encoding="utf-8")
         launcher = self._launcher(folder, list(threads), self.devices)
         self._gang = Gang(len(threads), launcher, met, self._readers())
+        self._ended = weakref.finalize(self, _end, self._gang, self._folder)
         try:
             self._gang.start()
-        except (DfcError, KeyboardInterrupt):
-            self._end()
+        except (DfcError, KeyboardInterrupt) as e:
+            self._ended()
+            if isinstance(e, DfcError) and e.code == "V010":
+                help = 'name the module that declares it: modules=["my_operators"]'
+                raise DfcError(e.code, e.message, help=help, status=e.status) from None
             raise
         return _Nowhere()
 
@@ -152,35 +187,35 @@ class ProcessTrainer(Trainer):
         """The process of each rank."""
         return [m.pid for _, m in sorted(self._gang.crew.members.items())]
 
-    def step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One optimizer step on a batch; the loss before it.
+    def update(self) -> None:
+        """Let the optimizers take the step of the last gradients.
 
-        Raises:  DfcError K010.. for arguments that do not fit, K050 for a stage that fails, K057
-                 for an optimizer that does, K058 for a rank that is lost for good.
+        Raises:  DfcError N052 before `backward`, K057 for an optimizer that fails, K058 for a rank
+                 that is lost for good.
         """
-        flat = flat_inputs(self.model.graph, args, kwargs)
-        loss = self._backward(flat)
-        self._note("step", [x.clone() for x in flat] if self.checkpoint else None)
+        if self._batch is None:
+            raise DfcError("N052", "there are no gradients: `backward` makes them")
+        self._tell_options()
+        self._note("step", [x.clone() for x in self._batch] if self.checkpoint else None)
         self.steps += 1  # decided: whoever is lost now is brought here again
         try:
-            self._mended(lambda again: None if again else self._gang.ask("update"))
+            told = self._mended(lambda again: self._again if again else self._gang.ask("update"))
         except DfcError as e:
             if e.code == "K057":  # the same would happen again
                 self.steps -= 1
                 self._log = self._log[:-1]
             raise
+        self._batch, self.norm = None, told[0]["norm"]
+        self.optimizers[0].step()  # has no gradients: schedulers see that it is called
         if self.checkpoint is not None and self.steps % self.every == 0:
             self.save(self.checkpoint)
-        return loss
 
     def backward_flat(self, flat: Sequence[torch.Tensor]) -> torch.Tensor:
         """The loss of a batch; gradients stay in the ranks."""
-        return self._backward(flat)
-
-    def _backward(self, flat: Sequence[torch.Tensor]) -> torch.Tensor:
         import torch
 
         found = self._mended(lambda _: self._gang.backward(flat))
+        self._batch = flat
         self._tell_of(found)
         return torch.tensor(found[0]["loss"], dtype=self.model.loss.tensor_type.dtype.to_torch())
 
@@ -213,12 +248,23 @@ class ProcessTrainer(Trainer):
 
     def set_options(self, **values: Any) -> None:
         """Change options of all optimizers: set_options(lr=1e-4)."""
-        self._mended(lambda _: self._gang.ask("options", values=values))
-        self._note("options", values)
+        super().set_options(**values)
+        self._tell_options()
+
+    def _tell_options(self) -> None:
+        """Let the ranks have the options of this process's optimizer, which schedulers change."""
+        now = options_of(self.optimizers)
+        if now == self._options:
+            return
+        groups = changed_options(self._options, now)
+        self._mended(lambda _: self._gang.ask("options", groups=groups))
+        self._note("options", groups)
+        self._options = now
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """As `Trainer.save`."""
         path = Path(folder).absolute()
+        self._tell_options()
         self._mended(lambda _: self._gang.ask("save", folder=str(path)))
         if path == self.checkpoint:
             self._base, self._log = path, []
@@ -247,14 +293,15 @@ class ProcessTrainer(Trainer):
         self._refuse(state)
         self._mended(lambda _: self._gang.ask("load", folder=str(path)))
         self.steps, self.seed = int(state["step"]), int(state["seed"])
+        take_options(self.optimizers, state["options"].values())
+        self._options = options_of(self.optimizers)
         if self.checkpoint is not None:
             self._base, self._log = path, []
             if path != self.checkpoint:
                 self.save(self.checkpoint)
 
     def _refuse(self, state: State) -> None:
-        own = {n: x for n, x in self.model.weights().items() if n in self.model.read}
-        refuse_other(own, state["weights"])
+        refuse_other(self.model.read, state["weights"])
 
     def _note(self, what: str, value: Any) -> None:
         if self.checkpoint is not None:
@@ -296,20 +343,26 @@ class ProcessTrainer(Trainer):
             if step < at:
                 continue  # it was saved, and who saved it was lost before it could say so
             if what == "options":
-                self._gang.ask("options", values=value)
+                self._gang.ask("options", groups=value)
             else:
                 self._gang.backward(value)
-                self._gang.ask("update")
+                self._again = self._gang.ask("update")
         return True
 
     def close(self) -> None:
         """End the ranks' processes."""
         self._closed = True
-        self._end()
+        self._ended()
 
-    def _end(self) -> None:
-        self._gang.close()
-        self._folder.cleanup()
+
+def _listed(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _end(gang: Gang, folder: TemporaryDirectory[str]) -> None:
+    """Of a trainer that is closed, or that nobody has any more."""
+    gang.close()
+    folder.cleanup()
 
 
 class _Nowhere:

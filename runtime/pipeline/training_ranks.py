@@ -82,6 +82,9 @@ class RankTrainer(Trainer):
     def _ranks_of(self, devices: str | Sequence[str]) -> int | None:
         return self.world.size
 
+    def _devices_here(self) -> Sequence[str]:
+        return self.devices[self.world.rank : self.world.rank + 1]
+
     def _mine(self) -> Sequence[Differentiated]:
         placement = self.programs.placement
         self.world.expect(1 + max(placement))
@@ -95,7 +98,7 @@ class RankTrainer(Trainer):
         parts = [f"{p.stage.graph.fingerprint()} {p.flow}" for p in self.model.parts]
         has = {"torch": torch.__version__, "schedule": self.programs.schedule,
                "microbatches": self.microbatches, "seed": self.seed,
-               "ranks": self.programs.placement,
+               "ranks": self.programs.placement, "clip": self.clip,
                "recompute": [self.programs.recompute, self.programs.room, self.programs.way],
                "stages": sha256("".join(parts).encode()).hexdigest()}  # fmt: skip
         self.world.same({what: str(x) for what, x in has.items()}, f"{self._name}/has")
@@ -108,7 +111,8 @@ class RankTrainer(Trainer):
 
     def _start(self, threads: Sequence[int]) -> Way:
         self._ranks = Ranks(self.world, self._name, self.model, self.programs.placement, self._run,
-                            self.deadline, self._links, self.devices[self.world.rank])  # fmt: skip
+                            self.deadline, self._links, self.devices[self.world.rank],
+                            self.clip is not None)  # fmt: skip
         return self._ranks
 
     def _gather(self) -> None:
@@ -127,6 +131,9 @@ class RankTrainer(Trainer):
             for s in owners[name][1:]:
                 total.add_(told[name, s].to(total.device))
             parameter.grad = total.to(parameter.device)
+
+    def _norms(self) -> Mapping[str, float]:
+        return self._ranks.tell_norms(super()._norms())
 
     def _measured(
         self, given: Sequence[Mapping[Any, Any]], program: Program, repeats: int

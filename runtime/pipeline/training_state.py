@@ -83,7 +83,8 @@ def write_into(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> N
     refuse_other(parameters, {n: x for n, x in weights.items() if n in parameters})
     with torch.no_grad():
         for name, p in parameters.items():
-            p.copy_(weights[name])
+            if p.data_ptr() != weights[name].data_ptr():  # else it was not trained
+                p.copy_(weights[name])
 
 
 def refuse_other(parameters: Mapping[str, Any], weights: Mapping[str, Any]) -> None:

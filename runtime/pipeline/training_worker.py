@@ -2,7 +2,7 @@
 
     python -m dfc.runtime.pipeline.training_worker FOLDER RANK BORN HOST PORT
 
-What it is told: join(name), backward(inputs), update, save(folder), load(folder), options(values),
+What it is told: join(name), backward(inputs), update, save(folder), load(folder), options(groups),
 link(name), each with a number that the answer repeats: done, failed(error) or broken(why); and
 abandon, end. The batch follows `backward` over the link from the host.
 """
@@ -29,6 +29,7 @@ from dfc.runtime.pipeline.control import Message
 from dfc.runtime.pipeline.linking import joined
 from dfc.runtime.pipeline.links import FOREVER, Doing
 from dfc.runtime.pipeline.named_factory import found
+from dfc.runtime.pipeline.optimizer_options import apply_options
 from dfc.runtime.pipeline.staged_folder import read_staged
 from dfc.runtime.pipeline.training import Way
 from dfc.runtime.pipeline.training_exchange import Ranks
@@ -71,7 +72,7 @@ class SupervisedTrainer(RankTrainer):
         self._name = self._first_name
         self._ranks = _Supervised(self.world, self._name, self.model, self.programs.placement,
                                   self._run, self.deadline, self._links,
-                                  self.devices[self.world.rank])  # fmt: skip
+                                  self.devices[self.world.rank], self.clip is not None)  # fmt: skip
         self._ranks.doing = self._doing
         return self._ranks
 
@@ -198,13 +199,14 @@ class TrainingWorker(Worker):
             raise PeerLost("K058", f"the batch does not come: {e}") from e
         return found
 
-    def _do_update(self, command: Message) -> None:
+    def _do_update(self, command: Message) -> Message:
         self.doing.set("UPDATE")
         with _user("the optimizer failed"):
             self._own.update()
+        return {"norm": self._own.norm}
 
     def _do_options(self, command: Message) -> None:
-        self._own.set_options(**command["values"])
+        apply_options(self._own.optimizers, command["groups"])
 
     def _do_save(self, command: Message) -> None:
         self.doing.set("SAVE")
@@ -230,6 +232,8 @@ def _user(what: str) -> Iterator[None]:
     """
     try:
         yield
+    except DfcError:
+        raise
     except Exception as e:  # whatever that code raises
         lines = "".join(traceback.format_exception(e)).rstrip().splitlines()[-_TOLD:]
         told = "\n".join(f"  {line}" for line in lines)
