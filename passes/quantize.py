@@ -58,7 +58,9 @@ class Quantize(Pass):
 
     name = "quantize"
     numerics = CHANGES
-    phrases: ClassVar[Mapping[str, str]] = {"": "to", "using": "data", "except": "exclude"}
+    phrases: ClassVar[Mapping[str, str]] = {
+        "": "to", "on": "select", "using": "data", "except": "exclude",
+    }  # fmt: skip
     auto: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "to": ("int8", "int4"),
         "scheme": ("weights", "dynamic"),

@@ -261,6 +261,16 @@ def test_a_layer_that_codes_would_make_larger_stays(tmp_path: Path) -> None:
     assert "rows are 1 wide" in str(caught.value)
 
 
+def test_a_part_of_the_model_is_named_by_on() -> None:
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    text = 'dfc 1\nrecipe q {\n  quantize int4 on "2" with group=64\n  quantize int8\n}\n'
+    made = dfc.compile(net, (torch.randn(3, 64),), recipe=text, engine="eager")
+    assert [n.op for n in made.graph.nodes if n.op.startswith("dfc.")] == [
+        "dfc.linear_w8", "dfc.linear_w4",
+    ]  # fmt: skip
+    assert 'on "2"' in made.report.recipe or 'select="2"' in made.report.recipe
+
+
 def test_a_second_quantization_that_finds_nothing_says_so() -> None:
     torch.manual_seed(0)
     net, ids = Net().eval(), torch.randint(0, 300, (2, 7))
