@@ -33,6 +33,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, TypedDict, cast
 
 from dfc.errors import DfcError, Diagnostic
@@ -187,6 +188,20 @@ def open_file(folder: AnyPath, path: str) -> int:
 def _canonical(value: object) -> bytes:
     text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False)
     return text.encode("ascii") + b"\n"
+
+
+def kind_of(folder: AnyPath) -> str | None:
+    """What a folder says that it is, None where it says nothing; nothing is checked."""
+    path = Path(folder) / NAME
+    try:
+        if not path.is_file():  # a pipe is waited for without end
+            return None
+        with path.open("rb") as file:
+            found = json.loads(file.read(MAX_MANIFEST_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return None
+    kind = found.get("kind") if isinstance(found, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def _read_manifest(root: int, folder: AnyPath) -> bytes:

@@ -3,6 +3,7 @@ nothing left behind."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -156,3 +157,73 @@ def test_a_module_that_only_holds_others_is_told_how_to_mean_them(run: Run, home
     done = run("select", f"{home}/nested.py:build", '"encoder"')
     assert done.status == 2 and "did you mean `encoder.**`?" in done.err
     assert run("select", f"{home}/nested.py:build", '"encoder.**"').status == 0
+
+
+# Standard streams, folders and files that are not what they seem
+
+GRAPH = "dfc 1\ngraph @f(%x: f32[2]) -> f32[2] {\n  return %x\n}\n"
+
+
+@pytest.mark.parametrize(
+    ("streams", "status", "said"),
+    [
+        ("<&- >&- 2>&-", 0, ""),
+        (">/dev/full", 7, "cannot write the output: no space left on device"),
+        ("2>/dev/full", 0, ""),
+        ("| true", 0, ""),
+    ],
+)
+def test_streams_that_are_closed_or_full(
+    tmp_path: Path, streams: str, status: int, said: str
+) -> None:
+    (tmp_path / "g.dfc").write_text(GRAPH)
+    command = f"set -o pipefail; {sys.executable} -m dfc.cli check g.dfc {streams}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert said in done.stderr and "internal error" not in done.stderr
+
+
+def test_stdin_that_is_closed_is_empty(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m dfc.cli check - <&-"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "<stdin>:1:1: error[P003]" in done.stderr
+
+
+def test_what_a_terminal_cannot_show_is_written_by_its_number(tmp_path: Path) -> None:
+    (tmp_path / "µ.dfc").write_text(GRAPH, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8", "-m", "dfc.cli", "check", "µ.dfc"], cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "\\xb5.dfc: valid\n")
+
+
+def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    command = f"cd gone && rmdir ../gone && {sys.executable} -m dfc.cli list"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 7 and "the folder that this runs in is gone" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["test {0}", "compile m -r {0}", "compile m -t {0}", "check {0}", "show {0}"],
+)
+def test_a_pipe_in_the_place_of_a_text_is_not_waited_for(
+    run: Run, tmp_path: Path, words: str
+) -> None:
+    os.mkfifo(tmp_path / "f.dfc")
+    done = run(*words.format(tmp_path / "f.dfc").split())
+    assert done.status == 2 and "is no regular file" in done.err
+
+
+def test_a_pipe_in_the_place_of_a_manifest_is_not_waited_for(run: Run, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.json")
+    done = run("run", tmp_path)
+    assert done.status == 2 and "manifest.json` is a FIFO" in done.err
+
+
+def test_a_device_in_the_place_of_a_text_is_not_read(run: Run) -> None:
+    """/dev/zero has no end."""
+    done = run("compile", "m", "-r", "/dev/zero")
+    assert done.status == 2 and "`/dev/zero` is no regular file" in done.err

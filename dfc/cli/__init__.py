@@ -17,6 +17,10 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. The console script passes it to `sys.exit`."""
     try:
+        from dfc.cli.streams import make_usable
+
+        if argv is None:
+            make_usable()
         from dfc.cli.command import dispatch
         from dfc.cli.failures import guarded
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ from dfc.cli.show import show as show_
 from dfc.cli.test import test as test_
 from dfc.cli.tune import tune as tune_
 from dfc.cli.verify import verify as verify_
+from dfc.errors import DfcError
 
 
 class Verb(TyperCommand):
@@ -118,6 +120,11 @@ def _top(
 
 def dispatch(argv: Sequence[str]) -> int:
     """One command: its exit status, or whatever it raises."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        message = "the folder that this runs in is gone"
+        raise DfcError("D030", message, help="change to one that is there", status=7) from None
     try:
         result: Any = app([*argv], prog_name="dfc", standalone_mode=False)
     except SystemExit as e:  # typer's answer to a reader that went away

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from dfc.cli.streams import give_up_stdout
 from dfc.errors import DfcError, did_you_mean
 
 INTERNAL, DIFFERENT = 1, 9
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def guarded(action: Callable[[], int], argv: Sequence[str]) -> int:
@@ -22,17 +26,33 @@ def guarded(action: Callable[[], int], argv: Sequence[str]) -> int:
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # `dfc show ... | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        give_up_stdout()
         return 0
     except DfcError as e:
         _say(e.render())
         if e.status == INTERNAL:
             _report_bug(e, argv)
         return e.status
+    except OSError as e:
+        if e.errno not in _FULL:
+            return _bug(e, argv)
+        give_up_stdout()
+        where = f"`{e.filename}`" if e.filename else "the output"
+        help = "free some space, or write somewhere else"
+        full = DfcError(
+            "D013", f"cannot write {where}: {(e.strerror or str(e)).lower()}", help=help, status=7
+        )
+        _say(full.render())
+        return full.status
     except Exception as e:  # noqa: BLE001 - the one place where a bug of ours is caught
-        _say(f"dfc: internal error: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
-        _report_bug(e, argv)
-        return INTERNAL
+        return _bug(e, argv)
+
+
+def _bug(error: Exception, argv: Sequence[str]) -> int:
+    first = str(error).splitlines()[0] if str(error) else ""
+    _say(f"dfc: internal error: {type(error).__name__}: {first}")
+    _report_bug(error, argv)
+    return INTERNAL
 
 
 def usage(error: Any, verbs: Sequence[str]) -> DfcError:
@@ -51,7 +71,9 @@ def usage(error: Any, verbs: Sequence[str]) -> DfcError:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """On stderr; where that cannot be written, the status says it alone."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _report_bug(error: BaseException, argv: Sequence[str]) -> None:

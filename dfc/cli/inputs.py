@@ -122,7 +122,8 @@ def _read(path: Path) -> dict[str | None, torch.Tensor]:
     if path.suffix not in (".npy", ".npz", ".safetensors"):
         raise DfcError("D053", f"`{path}` is no .npz, .npy or .safetensors file")
     if not path.is_file():
-        raise DfcError("D053", f"there is no `{path}`")
+        what = f"`{path}` is no regular file" if path.exists() else f"there is no `{path}`"
+        raise DfcError("D053", what)
     try:
         return _read_safetensors(path) if path.suffix == ".safetensors" else _read_numpy(path)
     except OSError as e:

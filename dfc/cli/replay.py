@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,12 +13,9 @@ WRONG = 4  # the exit status while it is
 
 def is_reproducer(path: str) -> bool:
     """Whether a folder says that it is one; nothing else is checked, and nothing is loaded."""
-    try:
-        with (Path(path) / "manifest.json").open("rb") as f:
-            found = json.loads(f.read(1 << 20))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and found.get("kind") == "reproducer"
+    from dfc.manifest import kind_of
+
+    return kind_of(path) == "reproducer"
 
 
 def replay_folder(path: str, as_json: bool) -> int:

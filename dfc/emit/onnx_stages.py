@@ -38,11 +38,9 @@ _BLOCK = 1 << 20
 
 def is_stages(path: str | os.PathLike[str]) -> bool:
     """Whether a folder says that it holds ONNX stages."""
-    try:
-        data = json.loads((Path(path) / "manifest.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(data, dict) and data.get("kind") == KIND
+    from dfc.manifest import kind_of
+
+    return kind_of(path) == KIND
 
 
 def staged(graph: Graph, stage_of: Mapping[Node, int] | None = None) -> dict[Node, int]:

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from bisect import bisect_right
 from functools import cached_property
+from pathlib import Path
 
 from dfc.errors import DfcError, Span
 
@@ -56,6 +57,20 @@ class Source:
                 span=Span(file, line, col, col + 1),
                 help="save the file as UTF-8",
             ) from None
+
+    @classmethod
+    def of_file(cls, path: Path) -> Source:
+        """The text of a plain file: a pipe is waited for without end, a device has none.
+
+        Raises:  OSError; DfcError D050, P007, P009.
+        """
+        if path.exists() and not path.is_file():
+            raise DfcError("D050", f"`{path}` is no regular file")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise DfcError("P007", f"`{path}` is larger than {MAX_BYTES} bytes")
+        return cls.of_bytes(data, str(path))
 
     @cached_property
     def lines(self) -> list[int]:

@@ -99,7 +99,7 @@ def source_of(text_or_path: str | os.PathLike[str]) -> Source:
         return Source(text_or_path, "<recipe>")
     path = Path(text_or_path)
     try:
-        return Source.of_bytes(path.read_bytes(), str(path))
+        return Source.of_file(path)
     except FileNotFoundError:
         folder = path.parent
         known = sorted(p.name for p in folder.glob("*.dfc")) if folder.is_dir() else []

@@ -44,11 +44,11 @@ def load_rules(path: Path) -> RuleSet:
     Raises:  DfcError with every error of the file: P for its text, R for its rules; D050.
     """
     try:
-        data = path.read_bytes()
+        source = Source.of_file(path)
     except OSError as e:
         why = (e.strerror or str(e)).lower()
         raise DfcError("D050", f"cannot read `{path}`: {why}") from None
-    return rules_of(Source.of_bytes(data, str(path)), path.stem)
+    return rules_of(source, path.stem)
 
 
 def rules_of(source: Source, name: str) -> RuleSet:
