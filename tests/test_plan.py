@@ -252,3 +252,14 @@ def test_the_example_plans_a_decoder_without_weights_for_gpus_that_are_not_here(
 
 def test_bytes_are_read_as_they_are_told() -> None:
     assert byte_count(bytes_text(24_600)) == byte_count("24.6KB") == 24_600
+
+
+def test_a_plan_is_printed_as_its_stages_and_its_step(tower: Graph) -> None:
+    target = plan_of("O0", target=TARGET).target
+    assert target is not None
+    found = plan(tower, machine_of(target))
+    *stages, step = str(found).splitlines()
+    assert [line.split(" from ")[0] for line in stages] == [
+        f"stage {s.index} on {s.device}" for s in found.stages
+    ]
+    assert "a step of 1 microbatch takes" in step

@@ -28,6 +28,7 @@ from dfc.planning.simulate import Costs, Simulation, simulate
 from dfc.planning.streamed_stages import check_wish, stage_seconds
 from dfc.planning.streaming import Hop
 from dfc.planning.tiers import Tiers
+from dfc.planning.wording import described
 
 if TYPE_CHECKING:
     from dfc.runtime.pipeline.torch_pipelining import TorchPipeline
@@ -81,6 +82,9 @@ class Plan:
     graph: Graph = field(compare=False, repr=False)
     modelled: Modelled | None = field(default=None, compare=False, repr=False)
     tiers: Mapping[int, Tiers] = field(default_factory=dict, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return described(self)
 
     @cached_property
     def simulation(self) -> Simulation:

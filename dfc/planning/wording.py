@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from dfc.lang.units import amount_text
 
 if TYPE_CHECKING:
-    from dfc.planning.pipeline import Plan
+    from dfc.planning.pipeline import Plan, Stage
 
 
 def summary(plan: Plan) -> str:
@@ -22,6 +22,23 @@ def summary(plan: Plan) -> str:
         f"{count} stage{'s' * (count != 1)} {devices}; a step of {m} "
         f"microbatch{'es' * (m != 1)} takes {step} by the model ({plan.schedule}), "
         f"{plan.simulation.bubble:.0%} of it waiting; by {plan.objective} {certificate(plan)}"
+    )
+
+
+def described(plan: Plan) -> str:
+    """In a few lines: a plan's stages, and what `summary` says."""
+    lines = [_stage_line(s) for s in plan.stages]
+    return "\n".join([*lines, summary(plan)])
+
+
+def _stage_line(s: Stage) -> str:
+    weights, memory, capacity, sent = (
+        amount_text(x, "bytes") for x in (s.weights, s.memory, s.capacity, s.sent)
+    )
+    return (
+        f"stage {s.index} on {s.device} from {s.starts or 'the start'}: {s.nodes} nodes, "
+        f"{amount_text(s.seconds, 'time')} ({s.limit}), {weights} of weights, sends {sent}; the "
+        f"device holds {memory} of {capacity}"
     )
 
 
