@@ -355,7 +355,7 @@ def test_the_prediction_stands_on_stderr_before_anything_is_measured(tmp_path: P
     """Progress is shown after a second; what a pass tells is shown in any case."""
     from typer.testing import CliRunner
 
-    from dfc.cli import app
+    from dfc.cli.command import app
 
     graph, recipe = tmp_path / "net.pt2", tmp_path / "p.dfc"
     torch.export.save(torch.export.export(Net().eval(), (X,)), graph)
