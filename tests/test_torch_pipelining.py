@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import dfc
 from dfc.errors import DfcError
 from dfc.planning.machine import Device, Machine, Wire
 from dfc.planning.pipeline import Plan
+from tests.served_store import served_store
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 300
@@ -85,16 +85,16 @@ def worker() -> None:
     dist.destroy_process_group()
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 def test_two_ranks_run_a_plan_forward_and_train_it() -> None:
-    env = os.environ | {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2",
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
+    with served_store() as store:
+        said = _said_by_ranks(os.environ | store)
+    assert all(f"rank {r} agrees" in text for r, text in enumerate(said)), "\n".join(said)
+
+
+def _said_by_ranks(environment: dict[str, str]) -> list[str]:
+    env = environment | {
+        "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
     code = "from tests.test_torch_pipelining import worker; worker()"
     ranks = [
@@ -105,11 +105,10 @@ def test_two_ranks_run_a_plan_forward_and_train_it() -> None:
         for r in range(2)
     ]  # fmt: skip
     try:
-        said = [p.communicate(timeout=SECONDS)[0] for p in ranks]
+        return [p.communicate(timeout=SECONDS)[0] for p in ranks]
     finally:
         for p in ranks:
             p.kill()
-    assert all(f"rank {r} agrees" in text for r, text in enumerate(said)), "\n".join(said)
 
 
 def test_a_plan_that_is_no_chain_is_named() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ import dfc
 from dfc.cli import main
 from dfc.errors import DfcError
 from dfc.runtime.pipeline.world import World
+from tests.served_store import served_store
 from tests.test_pipeline import captured
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -202,14 +202,16 @@ with Launched(graph, stages(graph, 2), microbatches=16, threads=2) as pipeline:
 
 def test_a_lost_rank_is_named_by_those_that_wait() -> None:
     """Without torchrun, which would end the others: the ranks themselves notice."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    with served_store() as store:
+        _lose_a_rank(store)
+
+
+def _lose_a_rank(store: dict[str, str]) -> None:
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", _SCRIPT], cwd=ROOT, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True,
-            env=environment(RANK=str(r), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                            MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+            env=environment(RANK=str(r), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", **store),
         )
         for r in range(2)
     ]  # fmt: skip
