@@ -157,6 +157,15 @@ def test_a_large_message_is_read_where_it_lies(ends: list[LocalLinks]) -> None:
     assert torch.equal(second, block(n, 2))
 
 
+def test_a_large_tensor_is_received_in_its_own_shape(ends: list[LocalLinks]) -> None:
+    sent = torch.randn(LARGE // 128, 64)
+    found = torch.empty_like(sent)
+    work = ends[1].post((0, 1), found, 0)
+    ends[0].post((0, 1), sent, 0)
+    work.wait(SOON)
+    assert torch.equal(found, sent)
+
+
 def test_where_every_block_is_in_use_the_socket_takes_the_rest(
     ends: list[LocalLinks], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -310,10 +310,12 @@ class _Incoming:
 
     def _take(self, work: _Coming, block: torch.Tensor) -> None:
         """Have a message that lies in a block, and say so."""
+        import torch
+
         if work.block is None:
             work.block = block
         else:
-            work.block.copy_(block)
+            work.block.reshape(-1).view(torch.uint8).copy_(block)
         try:
             self.socket.send(_TAKEN)
         except OSError as e:
