@@ -168,3 +168,12 @@ def test_the_example_gives_a_smaller_network_that_is_as_right() -> None:
     words = done.stdout.split("bytes ")[1].split()
     assert int(words[2]) < 0.5 * int(words[0]), done.stdout
     assert "top1 >= baseline - 1pp: met" in done.stdout
+
+
+def test_what_a_model_froze_is_not_trained_unless_it_froze_all() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    args = (torch.randn(2, 4),)
+    assert set(TrainableGraph(dfc.trace(model, args)).weights()) == {"2.weight", "2.bias"}
+    model.requires_grad_(False)
+    assert len(TrainableGraph(dfc.trace(model, args)).weights()) == 4

@@ -23,7 +23,8 @@ class TrainableGraph(nn.Module):
     """A graph whose weights are `nn.Parameter`s, under the names that they have in the model.
 
     Needs:  weights; a graph that writes to none of them.
-    Keeps:  the graph: the parameters are copies, until they are read back.
+    Keeps:  the graph: the parameters are copies, until they are read back; what the model froze is
+            none of them, unless it froze all, as for inference.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -31,7 +32,9 @@ class TrainableGraph(nn.Module):
         self._dfc_graph = graph
         module = to_fx(graph)
         self._dfc_trained: dict[str, nn.Parameter] = {}
-        chosen = set(trainable(graph))
+        asks = any(p.kind == "parameter" and p.tensor_type.dtype.is_float
+                   for p in graph.parameters.values())  # fmt: skip
+        chosen = set(trainable(graph, frozen=not asks))
         for i, p in enumerate(graph.parameters.values()):
             if p not in chosen:
                 continue
@@ -72,8 +75,12 @@ def _register(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
     root.register_parameter(free, parameter)
 
 
-def trainable(graph: Graph) -> Sequence[Parameter]:
-    """Float parameters that are read and not frozen, and constants that are a layer's weights."""
+def trainable(graph: Graph, frozen: bool = False) -> Sequence[Parameter]:
+    """Float parameters that are read, and constants that are a layer's weights.
+
+    With `frozen` those too that ask for no gradient.
+    """
+    kinds = ("parameter", "frozen") if frozen else ("parameter",)
     weights = {
         node.inputs[i]
         for node in graph.walk()
@@ -83,5 +90,5 @@ def trainable(graph: Graph) -> Sequence[Parameter]:
     return [
         p for p in graph.parameters.values()
         if p.use_count and p.tensor_type.dtype.is_float and p not in written
-        and (p.kind == "parameter" or (p.kind == "constant" and p in weights))
+        and (p.kind in kinds or (p.kind == "constant" and p in weights))
     ]  # fmt: skip
