@@ -123,6 +123,18 @@ def test_memory_decides_where_the_cut_lies(tower: Graph) -> None:
     assert all(s.memory <= s.capacity * 0.9 + 1 for s in found.stages)
 
 
+def test_of_rows_that_hold_as_much_the_quicker_one_is_taken(tower: Graph) -> None:
+    pair = machine(2)
+    slow = replace(pair.devices[0], peaks={"f32": 1e8}, name="slow")
+    rows = [(slow, pair.devices[1]), (pair.devices[1], slow)]
+    found = [
+        plan(tower, replace(pair, devices=row), sizes={"B": 2}, objective="memory") for row in rows
+    ]
+    assert max(found[0].simulation.peaks) == max(found[1].simulation.peaks)
+    assert found[0].simulation.makespan == pytest.approx(found[1].simulation.makespan)
+    assert [s.device for s in found[0].stages] == [s.device for s in found[1].stages]
+
+
 def test_what_does_not_fit_says_by_how_much(tower: Graph) -> None:
     with pytest.raises(DfcError, match=r"N060.*does not fit: its parameters take .* KiB") as e:
         plan(tower, machine(2, memory=20_000), sizes={"B": 1})
