@@ -54,7 +54,7 @@ def test_slots_are_put_where_their_parameter_is_but_for_the_count_of_steps() -> 
     adam = torch.optim.Adam(own.values())
     slots = {"step": torch.tensor(7.0), "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}
     state: Any = {"weights": {"w": torch.ones(3)}, "slots": {"w": slots}, "options": {}}
-    restore(own, slots_of(own, [adam]), state)
+    restore(own, {}, slots_of(own, [adam]), state)
     held = adam.state[own["w"]]
     assert held["exp_avg"].is_meta and held["exp_avg_sq"].is_meta and held["step"].is_cpu
     assert float(held["step"]) == 7
@@ -85,7 +85,7 @@ def test_a_state_is_copied_once_from_wherever_it_lies() -> None:
     slots = {"step": torch.tensor(7.0), "exp_avg": torch.ones(3)}
     state: Any = {"weights": {"w": torch.ones(3)}, "slots": {"w": slots}, "options": {}}
     with _Copies() as put:
-        restore(parameter, slots_of(parameter, [adam]), state)
+        restore(parameter, {}, slots_of(parameter, [adam]), state)
     assert put.made == len(slots)
     assert adam.state[parameter["w"]]["step"] is not slots["step"]
 

@@ -43,7 +43,7 @@ def with_loss(graph: Graph, loss: Callable[..., Any], targets: Sequence[TensorTy
     converter.convert(nodes)
     made = converter.single(nodes[-1].args[0])
     assert made is not None
-    copy.set_outputs([made])
+    copy.set_outputs([made], mutations=[(m.target, m.value) for m in copy.mutations])
     return copy
 
 

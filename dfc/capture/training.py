@@ -7,9 +7,9 @@ gradient they compute.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,9 +29,9 @@ from dfc.ops.symbolic import SymbolTable, identifier
 class Joint:
     """Forward and backward of one graph; all values are those of `graph`.
 
-    Inputs are the forward graph's inputs, the weights, then a tangent for each output that has one:
-    the derivative of the loss by it. Outputs are the forward graph's, then the gradients that are
-    not None.
+    Inputs are the forward graph's inputs, the weights and the buffers that change (`state`), then a
+    tangent for each output that has one: the derivative of the loss by it. Outputs are the forward
+    graph's, then the gradients that are not None.
     """
 
     graph: Graph
@@ -41,6 +41,7 @@ class Joint:
     tangents: tuple[Value | None, ...]  # of each output
     input_gradients: tuple[Value | None, ...]  # of each input
     weight_gradients: Mapping[str, Value]
+    state: Mapping[str, Value] = field(default_factory=dict)
 
     def copy(self) -> Joint:
         """One whose graph may be changed."""
@@ -53,16 +54,18 @@ class Joint:
             graph, graph.inputs[: len(self.inputs)], {n: twin[v] for n, v in self.weights.items()},
             tuple(twin[v] for v in self.outputs), some(self.tangents), some(self.input_gradients),
             {n: twin[v] for n, v in self.weight_gradients.items()},
+            {n: twin[v] for n, v in self.state.items()},
         )  # fmt: skip
 
 
 def joint_graph(
-    graph: Graph, weights: Sequence[str], inputs: Sequence[bool], outputs: Sequence[bool]
-) -> Joint:
+    graph: Graph, weights: Sequence[str], inputs: Sequence[bool], outputs: Sequence[bool],
+    state: Collection[str] = (),
+) -> Joint:  # fmt: skip
     """Differentiate a graph by the inputs that are wanted and by the weights.
 
     `outputs` says which outputs the loss depends on; the others are not differentiated.
-    Needs:   no weights' data; the other parameters keep theirs.
+    Needs:   no data of weights and `state`; the other parameters keep theirs.
     Raises:  DfcError N070 for an operator that PyTorch cannot differentiate, N071 for one that
              draws random numbers.
     """
@@ -73,7 +76,7 @@ def joint_graph(
     wanted += [p.name in set(weights) for p in parameters]
     _, fakes = _fakes(lifted, table, wanted)
     traced = _traced(to_fx(lifted), fakes, list(outputs))
-    return _converted(traced, graph, parameters, table, set(weights))
+    return _converted(traced, graph, parameters, table, set(weights), state)
 
 
 class Derivatives:
@@ -205,7 +208,7 @@ def _traced(module: fx.GraphModule, fakes: list[Any], outputs: list[bool]) -> fx
 
 def _converted(
     traced: fx.GraphModule, forward: Graph, parameters: Sequence[Parameter], table: SymbolTable,
-    weights: set[str],
+    weights: set[str], state: Collection[str],
 ) -> Joint:  # fmt: skip
     _drop_copies(traced.graph)
     graph, names = Graph(f"{forward.name}_joint"), Names()
@@ -218,10 +221,12 @@ def _converted(
     for holder, v in zip(holders, forward.inputs, strict=False):
         converter.env[holder] = graph.add_input(v.name, v.type)
     named: dict[str, Value] = {}
+    held: dict[str, Value] = {}
     for holder, p in zip(holders[count:], parameters, strict=False):
-        if p.name in weights:
+        if p.name in weights or p.name in state:
             name = graph.fresh_name(identifier(f"w_{p.name}"))
-            named[p.name] = converter.env[holder] = graph.add_input(name, p.type)
+            kind = named if p.name in weights else held
+            kind[p.name] = converter.env[holder] = graph.add_input(name, p.type)
         else:
             converter.env[holder] = graph.add_parameter(
                 p.name, p.tensor_type, p.kind, p.data, p.aliases)  # fmt: skip
@@ -242,7 +247,7 @@ def _converted(
     return Joint(
         graph, graph.inputs[:count], named, tuple(v for v in found[:n] if v is not None),
         tuple(tangents), tuple(gradients[:count]),
-        {name: g for name, g in by_weight if g is not None},
+        {name: g for name, g in by_weight if g is not None}, held,
     )  # fmt: skip
 
 

@@ -31,6 +31,8 @@ class Differentiated(Protocol):
     @property
     def weights(self) -> Mapping[str, Value]: ...
     @property
+    def state(self) -> Mapping[str, Value]: ...
+    @property
     def outputs(self) -> tuple[Value, ...]: ...
     @property
     def input_gradients(self) -> tuple[Value | None, ...]: ...
@@ -112,18 +114,20 @@ def replay(joint: Differentiated, found: Cut, taken: Collection[Value], way: str
     """The parts with which a stage recomputes.
 
     Of its inputs it keeps those that are `taken` from other stages; the others are given again. By
-    the way "selective" it keeps instead what makes R cheap, in the fewest bytes.
+    the way "selective" it keeps instead what makes R cheap, in the fewest bytes. Buffers that are
+    written to are kept as they were.
     """
     forward = _needed(joint.outputs, ())
+    held = frozenset((*taken, *joint.state.values()))
     if way == FULL:
-        kept = frozenset(taken)
+        kept = held
     else:
-        mine = {*joint.inputs, *(r for n in forward for r in n.results)}
-        free = {*joint.weights.values(), *joint.inputs} - {*taken}
+        mine = {*joint.inputs, *held, *(r for n in forward for r in n.results)}
+        free = {*joint.weights.values(), *joint.inputs} - held
         kept = fewest_kept(joint.graph, found.saved & mine, free)
     made = _needed(found.saved, (), kept) & forward
     again = _part(joint.graph, made, "R", found.saved - kept)
-    kept |= {v for v in again.takes if v in taken}  # also those that only tell it a size
+    kept |= {v for v in again.takes if v in held}  # also those that only tell it a size
     return Replay(_part(joint.graph, forward, "F", kept.union(joint.outputs)), again, kept)
 
 

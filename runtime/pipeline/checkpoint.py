@@ -52,9 +52,10 @@ def write(folder: Path, state: State, model: Graph) -> None:
         name: {key: _plain(x, key) for key, x in group.items()}
         for name, group in state["options"].items()
     }
+    buffers = state.get("buffers", {})
     rest = {"step": state["step"], "seed": state["seed"], "weights": list(state["weights"]),
-            "slots": numbers, "options": options}  # fmt: skip
-    weights = model_state(state["weights"], model)
+            "buffers": list(buffers), "slots": numbers, "options": options}  # fmt: skip
+    weights = model_state({**state["weights"], **buffers}, model)
     size = sum(x.nbytes for x in (*weights.values(), *slots.values()))
     with publish_folder(folder, force=True, expect_bytes=size + 1_000_000) as temp:
         for file, tensors in ((_MODEL, weights), (_OPTIMIZER, slots)):
@@ -80,8 +81,9 @@ def read(folder: Path, names: Collection[str] | None = None) -> State:
                 slots[name][slot] = file.get_tensor(key)
     with safe_open(folder / _MODEL, framework="pt") as file:
         weights = {n: file.get_tensor(n) for n in chosen}
+        buffers = {n: file.get_tensor(n) for n in rest.get("buffers", ())}
     options = {n: {k: _tupled(x) for k, x in group.items()} for n, group in rest["options"].items()}
-    return {**rest, "weights": weights, "slots": slots, "options": options}
+    return {**rest, "weights": weights, "buffers": buffers, "slots": slots, "options": options}
 
 
 def write_together(folder: Path, state: State, model: Graph, world: World, key: str) -> None:
@@ -120,7 +122,7 @@ def _told(world: World, key: str) -> Iterator[None]:
 
 def _merged(states: Sequence[State]) -> State:
     merged = dict(states[0])
-    for part in ("weights", "slots", "options"):
+    for part in ("weights", "buffers", "slots", "options"):
         merged[part] = {name: x for s in states for name, x in s[part].items()}
     return merged
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -70,11 +70,11 @@ class Differentiated:
 
 
 def differentiated(
-    stages: Sequence[StageGraph], weights: Sequence[str], loss: Value
+    stages: Sequence[StageGraph], weights: Sequence[str], loss: Value, state: Collection[str] = ()
 ) -> list[Differentiated]:
     """Find what gradients go from stage to stage, from the last to the first.
 
-    Needs:   `loss` is what a stage gives.
+    Needs:   `loss` is what a stage gives; `state` are the buffers that change.
     Raises:  DfcError N072 for a loss that no weight changes, N070 and N071 as `joint_graph`.
     """
     depends: set[Value] = set()  # on a weight, by derivatives
@@ -90,7 +90,7 @@ def differentiated(
         outputs = [v in wanted and v in depends for v in stage.gives]
         takes, names = traced[number].by(outputs)
         inputs = [v in depends for v in stage.takes]
-        make = partial(joint_graph, stage.graph, weights, inputs, outputs)
+        make = partial(joint_graph, stage.graph, weights, inputs, outputs, [*state])
         made.append(Differentiated(number, stage, Flow(tuple(takes), tuple(names)), make))
         wanted |= {g.value for g in made[-1].gradients()}
     return made[::-1]

@@ -59,10 +59,16 @@ def _parts(
 def _told(joint: Joint) -> dict[str, Any]:
     """The roles of a joint graph's inputs and outputs, which are in the order of `Joint`'s."""
     return {
-        "inputs": len(joint.inputs), "weights": list(joint.weights),
+        "inputs": len(joint.inputs), "lifted": _lifted(joint), "state": list(joint.state),
         "outputs": len(joint.outputs), "tangents": _present(joint.tangents),
         "takes": _present(joint.input_gradients), "gradients": list(joint.weight_gradients),
     }  # fmt: skip
+
+
+def _lifted(joint: Joint) -> list[str]:
+    """The names of weights and of buffers that change, in the order of the graph's inputs."""
+    names = {v: n for n, v in (*joint.weights.items(), *joint.state.items())}
+    return [names[v] for v in joint.graph.inputs if v in names]
 
 
 def _joint(graph: Graph, roles: Mapping[str, Any]) -> Joint:
@@ -72,10 +78,13 @@ def _joint(graph: Graph, roles: Mapping[str, Any]) -> Joint:
         it = iter(values)
         return tuple(next(it) if h else None for h in has)
 
+    own = tuple(next(inputs) for _ in range(roles["inputs"]))
+    lifted = {name: next(inputs) for name in roles["lifted"]}
     return Joint(
         graph=graph,
-        inputs=tuple(next(inputs) for _ in range(roles["inputs"])),
-        weights={name: next(inputs) for name in roles["weights"]},
+        inputs=own,
+        weights={n: v for n, v in lifted.items() if n not in roles["state"]},
+        state={n: lifted[n] for n in roles["state"]},
         tangents=optional(roles["tangents"], inputs),
         outputs=tuple(next(outputs) for _ in range(roles["outputs"])),
         input_gradients=optional(roles["takes"], outputs),

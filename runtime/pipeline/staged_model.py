@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dfc.capture.loss import loss_of, with_loss
 from dfc.emit.trainable import trainable
 from dfc.errors import DfcError
-from dfc.ir.graph import Graph, Node
+from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.types import TensorType
 from dfc.planning.stages import StageGraph, split
 from dfc.runtime.pipeline.differentiated import (
@@ -32,8 +32,8 @@ class StagedModel:
 
     `graph` is called like the model, targets last; `inputs` says which value of the stages stands
     for which of its inputs; `masks` are inputs of the stages alone. `read` are the types of the
-    weights that some stage trains. `parts` makes the differentiated stages, where they are at hand
-    already.
+    weights that some stage trains, `state` the buffers that the model writes to, with what it
+    writes. `parts` makes the differentiated stages, where they are at hand already.
     Raises:  DfcError N050 for stages that are not convex or numbered, N07x for what cannot be
              trained.
     """
@@ -54,9 +54,14 @@ class StagedModel:
         self.inputs = dict(zip(self.graph.inputs, inner.inputs, strict=False))
         self.loss = loss_of(inner)
         self._trainable = {p.name: p for p in trainable(inner)}
+        self.state = _state(inner)
+        inner.set_outputs([self.loss, *self.state.values()])
         stages = split(inner, {n: n.stage for n in inner.nodes if n.stage is not None})
         weights = list(self._trainable)
-        self.parts = parts(stages) if parts else differentiated(stages, weights, self.loss)
+        _check_state(self.state, stages)
+        self.parts = (
+            parts(stages) if parts else differentiated(stages, weights, self.loss, self.state)
+        )
         read = (p for s in stages for p in s.graph.parameters.values() if p.use_count)
         self.read = {p.name: p.tensor_type for p in read if p.name in self._trainable}
         self.edges = edges_of(self.parts, self.loss)
@@ -67,15 +72,48 @@ class StagedModel:
 
         Raises:  DfcError K021 for a model without numbers.
         """
-        found = {}
-        for name, p in self._trainable.items():
-            if p.data is None:
-                raise DfcError(
-                    "K021", f"the parameter !{name} has no data: the model was traced on the meta "
-                    "device", help="load weights before training",
-                )  # fmt: skip
-            found[name] = p.data.tensor()
-        return found
+        return {name: _data(p) for name, p in self._trainable.items()}
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """The buffers that the model writes to, as the graph has them.
+
+        Raises:  DfcError K021 for a model without numbers.
+        """
+        return {name: _data(self.graph.parameters[name]) for name in self.state}
+
+
+def _data(p: Parameter) -> torch.Tensor:
+    if p.data is None:
+        raise DfcError(
+            "K021", f"the parameter !{p.name} has no data: the model was traced on the meta "
+            "device", help="load weights before training",
+        )  # fmt: skip
+    return p.data.tensor()
+
+
+def _state(graph: Graph) -> dict[str, Value]:
+    """What the model writes to its buffers.
+
+    Raises:  DfcError N050 for a model that writes to what it is given.
+    """
+    found = {}
+    for m in graph.mutations:
+        if not isinstance(m.target, Parameter) or m.value.node is None:
+            raise DfcError("N050", f"the model writes to %{m.target.name}: it cannot be trained in "
+                           "stages", help="let it return the new value", status=2)  # fmt: skip
+        found[m.target.name] = m.value
+    return found
+
+
+def _check_state(state: Mapping[str, Value], stages: Sequence[StageGraph]) -> None:
+    """Raises:  DfcError N050 for a buffer that a stage reads and another one writes."""
+    for name, value in state.items():
+        home = next(s for s, stage in enumerate(stages) if value in stage.gives)
+        for s, stage in enumerate(stages):
+            p = stage.graph.parameters.get(name)
+            if s != home and p is not None and p.use_count:
+                raise DfcError("N050", f"stage {s} reads the buffer !{name}, which stage {home} "
+                               "writes", help="keep both in one stage", status=2)  # fmt: skip
 
 
 def _write_stages(original: Graph, graph: Graph, stage_of: Mapping[Node, int]) -> None:

@@ -43,6 +43,7 @@ class TrainedStage:
     Keeps:   what I and W read, from F until W, or from R where the stage recomputes; `most` says of
              how many microbatches at once, `most_bytes` what they took, without weights and what
              others hold as well. `drawn` are the caller's values that nobody else has.
+             `state` are the buffers that F writes to, as the last `commit` left them.
     Ensures: weights' gradients are added in the order in which W (or B) runs; they are those of
              the last step until the next one's first W.
     """
@@ -56,6 +57,7 @@ class TrainedStage:
         kinds: Collection[Kind],
         recomputes: str | None = None,
         drawn: Collection[Value] = (),
+        state: Mapping[Value, tuple[str, torch.Tensor]] | None = None,
     ) -> None:
         import torch
 
@@ -73,6 +75,10 @@ class TrainedStage:
             for w in [weights[name]]
         }
         self._given = list(zip(stage.stage.gives, joint.outputs, strict=True))
+        mine = {out: state[v] for v, out in self._given if v in state} if state else {}
+        self._written = {out: name for out, (name, _) in mine.items()}
+        self.state = dict(mine.values())
+        self._changed = dict(self.state)
         self._tangents = [
             (t, readers.get(v) or (Gradient(v, HOST),))
             for v, t in zip(stage.stage.gives, joint.tangents, strict=True)
@@ -111,10 +117,15 @@ class TrainedStage:
         What a failed step left is forgotten, and so are the gradients of the last.
         """
         self.limit = limit
+        self._changed = dict(self.state)
         self._alive.clear()
         self._whole.clear()
         self._fresh = True
         self.most = self.most_bytes = 0
+
+    def commit(self) -> None:
+        """Take over what the last step wrote to buffers."""
+        self.state = dict(self._changed)
 
     def run(self, action: Action, values: Mapping[Any, Any]) -> dict[Any, Any]:
         """Carry out an action; values and results are named as the edges name them."""
@@ -142,7 +153,9 @@ class TrainedStage:
     def _forward(self, b: int, values: Mapping[Any, Any]) -> dict[Any, Any]:
         joint = self.stage.joint
         known = dict(zip(joint.inputs, (values[v] for v in self.stage.stage.takes), strict=True))
+        known.update((v, self._changed[name]) for name, v in joint.state.items())
         self._runs[Kind.F](known, self._weights)
+        self._changed.update((name, known[out]) for out, name in self._written.items())
         found = {v: known[out] for v, out in self._given}
         self._keep(b, known, self._kept)
         taken = self._kept if self.recomputes else self._taken

@@ -98,7 +98,9 @@ class Trainer:
     activations ("2GiB"), as measured in the first step. By default a plan's.
     `clip` is how long all gradients together may be: longer ones are shortened before the
     optimizers' step, as `clip_grad_norm_` does; `norm` is what they were.
-    Needs:   convex stages, a graph that writes to no state.
+    What the model writes to its buffers (batch norm's statistics) is what its microbatches leave
+    one after the other, and is taken over by `update`.
+    Needs:   convex stages.
     Ensures: dropout is drawn by counters (`seed`, step, operator, microbatch): masks do not depend
              on stages or schedule. Other random operators are refused.
     Raises:  DfcError N050 for stages, N07x for what cannot be trained, N001.. for schedules, N053
@@ -204,13 +206,15 @@ class Trainer:
     def _trained(
         self, parts: Sequence[Differentiated], engine: str, threads: Sequence[int]
     ) -> list[TrainedStage]:
-        found = []
+        found, buffers = [], self.model.buffers()
         for part in parts:
             rank, device = self.programs.placement[part.number], self.device_of(part)
             build, weights = builder(engine, threads[rank], device), self._homes.on(device)
             again = self.programs.way if part.number in self.programs.first.recomputes else None
             readers, kinds, drawn = self.model.readers, self.programs.kinds, self.model.masks
-            found.append(TrainedStage(part, weights, readers, build, kinds, again, drawn))
+            state = {v: (name, buffers[name].to(device, copy=True))
+                     for name, v in self.model.state.items() if v in part.stage.gives}  # fmt: skip
+            found.append(TrainedStage(part, weights, readers, build, kinds, again, drawn, state))
         return found
 
     def measure(self, given: Sequence[Mapping[Any, Any]], repeats: int = 2) -> Costs:
@@ -266,6 +270,8 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
         self._homes.changed()
+        for stage in self.trained:
+            stage.commit()
         self.steps += 1
 
     def _norms(self) -> Mapping[str, float]:
@@ -371,7 +377,7 @@ class Trainer:
 
         Raises:  DfcError N075 (exit status 2) for parameters that are missing or of another shape.
         """
-        restore(self.parameters, self._named_slots(), state)
+        restore(self.parameters, self._buffers(), self._named_slots(), state)
         self._homes.changed()
         self.steps, self.seed = int(state["step"]), int(state["seed"])
 
@@ -401,13 +407,20 @@ class Trainer:
 
         Raises:  DfcError N075 (exit status 2) for a module that lacks one, or has another shape.
         """
-        write_into(model, checkpoint.model_state(self.state_dict()["weights"], self.model.graph))
+        state = self.state_dict()
+        weights = checkpoint.model_state(state["weights"], self.model.graph)
+        write_into(model, weights, state["buffers"])
 
     def _state(self) -> State:
         """The state, whose tensors are those that are trained."""
         weights = {name: p.detach() for name, p in self.parameters.items()}
         slots = optimizer_state(self._named_slots(), self.parameters)
-        return {"weights": weights, "step": self.steps, "seed": self.seed, **slots}
+        own = {"weights": weights, "buffers": self._buffers(), **slots}
+        return {**own, "step": self.steps, "seed": self.seed}
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        """The buffers that the model writes to, as the last step left them."""
+        return {name: x for t in self.trained for name, x in t.state.items()}
 
     def _named_slots(self) -> Iterable[tuple[str, Any, Any]]:
         return slots_of(self.parameters, self.optimizers)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 Slots = tuple[str, Any, Any]  # a parameter's name, its optimizer, its group there
-State = Mapping[str, Any]  # `weights`, `step`, `seed`, `slots`, `options`
+State = Mapping[str, Any]  # `weights`, `buffers`, `step`, `seed`, `slots`, `options`
 
 
 def slots_of(
@@ -39,9 +39,10 @@ def optimizer_state(slots: Iterable[Slots], parameters: Mapping[str, Any]) -> di
 
 
 def restore(
-    parameters: Mapping[str, torch.nn.Parameter], slots: Iterable[Slots], state: State
-) -> None:
-    """Write a state into parameters and optimizers.
+    parameters: Mapping[str, torch.nn.Parameter], buffers: Mapping[str, torch.Tensor],
+    slots: Iterable[Slots], state: State,
+) -> None:  # fmt: skip
+    """Write a state into parameters, buffers and optimizers.
 
     Raises:  DfcError N075 (exit status 2) before anything is written.
     """
@@ -49,9 +50,13 @@ def restore(
 
     weights = state["weights"]
     refuse_other(parameters, weights)
+    held = state.get("buffers", {})
+    refuse_other(buffers, {name: x for name, x in held.items() if name in buffers})
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(weights[name])
+        for name, x in buffers.items():
+            x.copy_(held[name])
     for name, optimizer, group in slots:
         held = state["slots"].get(name, {})
         group.update(state["options"].get(name, {}))
@@ -72,8 +77,11 @@ def _placed(slots: Mapping[str, Any], like: torch.Tensor, group: Mapping[str, An
     return {k: placed(k, x) if hasattr(x, "detach") else x for k, x in slots.items()}
 
 
-def write_into(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Copy weights into a module's parameters of the same names; buffers stay as they are.
+def write_into(
+    model: torch.nn.Module, weights: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Tensor]
+) -> None:
+    """Copy weights into a module's parameters of the same names, and what was written to buffers
+    into these; other buffers stay as they are.
 
     Raises:  DfcError N075 (exit status 2) before anything is written.
     """
@@ -85,6 +93,9 @@ def write_into(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> N
         for name, p in parameters.items():
             if p.data_ptr() != weights[name].data_ptr():  # else it was not trained
                 p.copy_(weights[name])
+        for name, x in model.named_buffers():
+            if name in buffers:
+                x.copy_(buffers[name])
 
 
 def refuse_other(parameters: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
