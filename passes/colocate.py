@@ -27,7 +27,7 @@ class Colocate(Pass):
     name = "colocate"
     numerics = EXACT
     phrases = {"": "select"}  # noqa: RUF012
-    not_after = ("partition",)
+    not_after = serves = ("partition",)
 
     select: Selector
 

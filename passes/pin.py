@@ -26,7 +26,7 @@ class Pin(Pass):
     name = "pin"
     numerics = EXACT
     phrases = {"": "select", "to": "device"}  # noqa: RUF012
-    not_after = ("partition",)
+    not_after = serves = ("partition",)
 
     select: Selector
     device: str

@@ -274,10 +274,12 @@ def test_a_recipe_pins_and_colocates_in_sentences() -> None:
 
 def test_what_pins_get_wrong_is_told() -> None:
     for steps, said in (
-        (('pin "layers.9" to gpu0',), "Q021"),
+        (('pin "layers.9" to gpu0', "partition"), "Q021"),
         (('pin "head" to gpu7',), "no device `gpu7`"),
-        (('pin "head"',), "needs `device`"),
+        (('pin "head"', "partition"), "needs `device`"),
         (("partition on gpu0", 'pin "head" to gpu0'), "cannot come after `partition`"),
+        (('pin "head" to gpu0',), "does nothing without a `partition` behind it"),
+        (('colocate "head", "layers.0"',), "does nothing without a `partition` behind it"),
         (('pin "head" to gpu0', 'pin op(linear) to gpu1', "partition"), "N048"),
         (('pin "layers.0" to gpu0', 'pin "layers.2" to gpu1', 'pin "head" to gpu0', "partition"),
          "N063"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from dfc.errors import Diagnostic
 from dfc.recipe import plan as p
@@ -11,8 +11,10 @@ from dfc.rewrite.pass_ import pass_classes
 
 
 def check_order(steps: Sequence[p.PlanStep], problems: Problems) -> None:
-    """Tell passes that come after one which they must not follow."""
+    """Tell passes that come after one which they must not follow, and that nothing follows which
+    they are for."""
     _walk(steps, [], problems)
+    _check_served(steps, problems)
     check_emits(steps, problems)
 
 
@@ -33,6 +35,25 @@ def _walk(
             otherwise = _walk(step.otherwise, [*before], problems)
             before = then + [b for b in otherwise if all(b is not t for t in then)]
     return before
+
+
+def _check_served(steps: Sequence[p.PlanStep], problems: Problems) -> None:
+    behind: set[str] = set()
+    for step in reversed(list(_passes(steps))):
+        wanted = pass_classes()[step.name].serves
+        if wanted and not behind.intersection(wanted):
+            message = f"`{step.label}` does nothing without a `{wanted[0]}` behind it"
+            problems.add([Diagnostic("Q016", message, step.span, f"add a step `{wanted[0]}`")])
+        behind.add(step.name)
+
+
+def _passes(steps: Sequence[p.PlanStep]) -> Iterator[p.PassStep]:
+    for step in steps:
+        if isinstance(step, p.PassStep):
+            yield step
+        elif isinstance(step, p.WhenStep):
+            yield from _passes(step.then)
+            yield from _passes(step.otherwise)
 
 
 def check_emits(steps: Sequence[p.PlanStep], problems: Problems) -> None:

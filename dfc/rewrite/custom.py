@@ -28,7 +28,7 @@ RESERVED = frozenset(
     """apply verify emit revert keep when else minimize maximize require recipe rule target import
     with on by to from into except using at if""".split()  # noqa: SIM905
 )
-_FACTS = ("name", "numerics", "idempotent", "cached", "phrases", "auto", "not_after")
+_FACTS = ("name", "numerics", "idempotent", "cached", "phrases", "auto", "not_after", "serves")
 _PLAIN = (bool, int, float, str, Selector, Data, DType, type(None))
 _TYPES = "int, float, bool, str, Literal, Selector, Data, DType, tuple[...] of one, or `| None`"
 

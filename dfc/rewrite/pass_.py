@@ -180,6 +180,8 @@ class Pass:
     cached: ClassVar[bool] = False
     # Passes that must not have run before this one.
     not_after: ClassVar[tuple[str, ...]] = ()
+    # Passes that it prepares: without one of them behind it, it does nothing.
+    serves: ClassVar[tuple[str, ...]] = ()
     # Where a pass that dfc does not ship is defined (dfc.rewrite.custom).
     origin: ClassVar[Origin | None] = None
 
