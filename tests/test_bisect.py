@@ -296,7 +296,7 @@ def test_a_model_without_weights_is_given_as_text(files: Path) -> None:
         (["--check", "checks.py:accurat"], 2, "did you mean `accurate`?"),
         (["--check", "check.py:accurate"], 2, "there is no `check.py`"),
         (["--check", "'"], 2, "--check cannot be read"),
-        (["--check", ""], 2, "--check is empty"),
+        (["--check", ""], 2, "`--check` is empty"),
         (["--check", "checks.py:clumsy"], 2, "not True or False"),
         (["--check", "checks.py:failing"], 8, "checks.py:12"),
         (["--check", "./tidy.py"], 2, "chmod +x"),

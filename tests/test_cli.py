@@ -47,19 +47,22 @@ def ids(folder: Path) -> Path:
 
 
 def test_help_is_fast_and_loads_no_torch() -> None:
+    """In processor time, which a neighbour on the same core stretches: typer's own with it."""
     code = (
         "import sys, dfc.cli; status = dfc.cli.main(['--help']);"
         "slow = {'torch', 'onnx', 'onnxruntime', 'numpy', 'rich'};"
         "print(sorted(slow & set(sys.modules)), status)"
     )
-    best = 9.0
-    for _ in range(5):  # processor time: other work on the machine must not fail this
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert done.stdout.endswith("[] 0\n"), done.stdout + done.stderr
-    assert best < 0.3
+    took: dict[str, float] = {}
+    for _ in range(5):
+        for what, run in (("help", code), ("typer", "import typer")):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            took[what] = min(took.get(what, 9.0), used)
+            assert what == "typer" or done.stdout.endswith("[] 0\n"), done.stdout + done.stderr
+    assert took["help"] < max(0.3, 3.2 * took["typer"])
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -66,7 +66,8 @@ def usage(error: Any, verbs: Sequence[str]) -> DfcError:
         hint = did_you_mean(message.split("'")[1], verbs) or hint
     if message.startswith("No such option"):
         message, option = error.message, error.option_name
-        hint = did_you_mean(option, error.possibilities or ()) or hint
+        near = did_you_mean(option, error.possibilities or ())
+        hint = f"{near} {hint}" if near else hint
     return DfcError("Q010", message[:1].lower() + message[1:].rstrip("."), help=hint)
 
 
