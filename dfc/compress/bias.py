@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dfc.compress.calibrate import is_by_token, padding_mask
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.interpret import bind_inputs, bind_results, stepper
 
@@ -22,49 +23,73 @@ LARGEST_BIAS = 2**31 - 1
 SAMPLES = 128  # of which means are taken, and which are in memory at once
 
 
-class ChannelMean:
-    """The mean of each channel of a layer's result, over the first `samples` samples."""
+class _Mean:
+    """The mean of each channel, counted from the last dimension; padding is left out."""
 
-    def __init__(self, axis: int, samples: int = SAMPLES) -> None:
+    def __init__(self, axis: int) -> None:
         import torch
 
         self.axis = axis
-        self.samples = samples
-        self.seen = 0
         self.count = 0
-        self.sum = torch.zeros(0, dtype=torch.float64)
+        self.sum = torch.zeros((), dtype=torch.float64)
 
-    def update(self, x: Tensor) -> None:
-        import torch
-
-        x = x[: self.samples - self.seen]
-        if not x.numel():
-            return
-        self.seen += len(x)
-        rows = x.double().movedim(self.axis, -1)
+    def update(self, x: Tensor, padding: Tensor | None) -> None:
+        rows = (x if padding is None else x[padding]).double().movedim(self.axis, -1)
         rows = rows.reshape(-1, rows.shape[-1])
         self.count += len(rows)
-        self.sum = rows.sum(0) + (self.sum if len(self.sum) else torch.zeros(()))
+        self.sum = self.sum + rows.sum(0)
 
     @property
     def mean(self) -> Tensor:
         return self.sum / max(self.count, 1)
 
-    def state(self) -> dict[str, Tensor]:
-        import torch
-
-        return {"sum": self.sum, "counts": torch.tensor([self.seen, self.count])}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        self.seen, self.count = (int(n) for n in state["counts"])
-        self.sum = state["sum"].clone()
-
 
 def channel_axis(layer: Node) -> int:
-    """Which dimension of a layer's result counts its output channels."""
-    rank = layer.results[0].tensor_type.rank
-    spatial = layer.inputs[1].tensor_type.rank - 2  # type: ignore[union-attr]
-    return rank - 1 - spatial
+    """Which dimension of a layer's result counts its output channels, from the last."""
+    return 1 - layer.inputs[1].tensor_type.rank  # type: ignore[union-attr]
+
+
+def channel_means(
+    graph: Graph, layers: Sequence[Node], batches: Sequence[Sequence[Any]]
+) -> dict[Node, Tensor]:
+    """The mean of each channel of the layers' results."""
+    found: dict[Node, Tensor] = {}
+    last = _last(graph, layers)
+    if last is None:
+        return found
+    wanted, paddings = set(layers), _paddings(graph, batches)
+
+    def look(node: Node, results: list[Any]) -> None:
+        if node in wanted:
+            found[node] = _observed(node, results, paddings(node))
+
+    in_step(graph, batches, look, last)
+    return found
+
+
+def _last(graph: Graph, layers: Iterable[Node]) -> Node | None:
+    wanted = set(layers)
+    return next((n for n in reversed(list(graph.nodes)) if n in wanted), None)
+
+
+def _paddings(
+    graph: Graph, batches: Sequence[Sequence[Any]]
+) -> Callable[[Node], list[Tensor | None]]:
+    """Of each batch, where a layer's result is of tokens that count; None where all of it does."""
+    mask = padding_mask(graph)
+    none: list[Tensor | None] = [None] * len(batches)
+    if mask is None:
+        return lambda _: none
+    at = graph.inputs.index(mask)
+    given: list[Tensor | None] = [b[at] != 0 for b in batches]
+    return lambda node: given if is_by_token(node.results[0], mask) else none
+
+
+def _observed(node: Node, results: Sequence[Any], paddings: Sequence[Tensor | None]) -> Tensor:
+    seen = _Mean(channel_axis(node))
+    for x, padding in zip(results, paddings, strict=True):
+        seen.update(x, padding)
+    return seen.mean
 
 
 def first_samples(batches: Iterable[Sequence[Any]], samples: int = SAMPLES) -> list[list[Any]]:
@@ -129,23 +154,20 @@ def corrections(
     found: dict[Node, Tensor] = {}
     if not layers:
         return found
-    order = [n for n in graph.nodes if n in layers]
+    paddings = _paddings(graph, batches)
 
     def look(node: Node, results: list[Any]) -> None:
         if node not in layers:
             return
-        axis = channel_axis(node)
-        observed = ChannelMean(axis, 1 << 62)
-        for x in results:
-            observed.update(x)
-        shift = (layers[node].double() - observed.mean).float()
+        observed = _observed(node, results, paddings(node))
+        shift = (layers[node].double() - observed).float()
         found[node] = shift
         sizes = [1] * results[0].dim()
-        sizes[axis] = -1
+        sizes[channel_axis(node)] = -1
         for i, x in enumerate(results):
             results[i] = x + shift.reshape(sizes)
 
-    in_step(graph, batches, look, order[-1])
+    in_step(graph, batches, look, _last(graph, layers))
     return found
 
 

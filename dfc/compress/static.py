@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from dfc.compress.bias import (
     LARGEST_BIAS,
     MEANS,
-    ChannelMean,
     bias_codes,
-    channel_axis,
+    channel_means,
     correct,
     first_samples,
 )
@@ -49,14 +47,6 @@ class Options(Protocol):
     def correct(self) -> bool: ...
 
 
-@dataclass
-class _Seen:
-    """What calibration saw: histograms of rounded values, means of layers' results."""
-
-    histograms: Mapping[Point, Histogram]
-    means: Mapping[Node, Tensor]
-
-
 def apply(graph: Graph, layers: Sequence[Node], options: Options, ctx: Context) -> int:
     """Quantize layers and what lies between them; how many layers there were.
 
@@ -69,16 +59,17 @@ def apply(graph: Graph, layers: Sequence[Node], options: Options, ctx: Context) 
     assert options.data is not None
     region = find_region(graph, [n for n in graph.nodes if n in wanted])
     batches = batches_of(ctx, options.data, graph)
-    seen = _calibrated(graph, region, batches, ctx)
-    ranges = _ranges(region, seen, options)
+    ranges = _ranges(region, _calibrated(graph, region, batches, ctx), options)
+    few = first_samples(batches)
+    means = channel_means(graph, region.layers, few)
     _tell_constant(ranges, options.data, ctx)
     scales = _round_values(graph, region, ranges)
     made = _store_weights(graph, region.layers, scales, options, ctx)
     for node in region.layers:
         _store_bias(graph, node, scales[node], made[node].scale)
-    ctx.products[MEANS] = {n.results[0].name: m for n, m in seen.means.items()}
+    ctx.products[MEANS] = {n.results[0].name: m for n, m in means.items()}
     if options.correct:
-        correct(graph, seen.means, first_samples(batches))
+        correct(graph, means, few)
     _forget(graph)
     return len(region.layers)
 
@@ -86,44 +77,24 @@ def apply(graph: Graph, layers: Sequence[Node], options: Options, ctx: Context) 
 # Ranges
 
 
-def _calibrated(graph: Graph, region: Region, batches: Batches, ctx: Context) -> _Seen:
+def _calibrated(
+    graph: Graph, region: Region, batches: Batches, ctx: Context
+) -> dict[Point, Histogram]:
     """One reading of the data: values that share a scale share a histogram."""
     histograms = {p: Histogram(f"%{p.value.name}") for p in region.leaders()}
-    observers: dict[Value, Any] = {p.value: histograms[p.leader] for p in region.points.values()}
-    means = {n: ChannelMean(channel_axis(n)) for n in region.layers}
-    for node, mean in means.items():
-        seen = observers.get(node.results[0])
-        observers[node.results[0]] = _Both(seen, mean) if seen else mean
+    observers = {p.value: histograms[p.leader] for p in region.points.values()}
     observe(graph, batches, observers, ctx, "static")
-    return _Seen(histograms, {n: m.mean for n, m in means.items()})
+    return histograms
 
 
-class _Both:
-    """Two observers of one value."""
-
-    def __init__(self, *observers: Any) -> None:
-        self.observers = observers
-
-    def update(self, x: Tensor) -> None:
-        for o in self.observers:
-            o.update(x)
-
-    def state(self) -> dict[str, Tensor]:
-        return {f"{i}.{k}": t for i, o in enumerate(self.observers) for k, t in o.state().items()}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        for i, o in enumerate(self.observers):
-            prefix = f"{i}."
-            o.load({k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)})
-
-
-def _ranges(region: Region, seen: _Seen, options: Options) -> dict[Point, Range]:
+def _ranges(
+    region: Region, seen: Mapping[Point, Histogram], options: Options
+) -> dict[Point, Range]:
     """The range of each scale."""
     choose = RANGES["mse" if options.range == "auto" else options.range]
     shared = Counter(p.leader for p in region.points.values())
     return {
-        p: p.fixed if p.fixed is not None and shared[p] == 1 else choose(h)
-        for p, h in seen.histograms.items()
+        p: p.fixed if p.fixed is not None and shared[p] == 1 else choose(h) for p, h in seen.items()
     }
 
 
