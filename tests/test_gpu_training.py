@@ -78,3 +78,30 @@ def test_training_goes_on_from_the_processor_to_the_device_and_back(tmp_path: Pa
             assert all(p.device.type == devices.partition(":")[0] for p in t.parameters.values())
             t.save(tmp_path / "last")
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("mask", [None, "causal", "added"])
+@pytest.mark.parametrize(("m", "n", "width"), [(8, 8, 8), (37, 45, 20), (64, 64, 64), (1, 5, 3)])
+def test_attention_has_the_processors_meaning(mask: str | None, m: int, n: int, width: int) -> None:
+    from dfc.runtime.kernels import attention
+
+    attention.register()
+    if mask == "causal":
+        n = m
+    make = torch.Generator().manual_seed(0)
+    q, k, v, g = (torch.randn(2, 3, s, width, generator=make) for s in (m, n, n, m))
+    added = torch.randn(m, n, generator=make) if mask == "added" else None
+    aten, causal = torch.ops.aten, mask == "causal"
+    found = []
+    for device in ("cpu", "cuda"):
+        a, b, c, d = (x.to(device) for x in (q, k, v, g))
+        bias = added if added is None else added.to(device)
+        out, sums = aten._scaled_dot_product_flash_attention_for_cpu(
+            a, b, c, 0.0, causal, attn_mask=bias
+        )
+        back = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            d, a, b, c, out, sums, 0.0, causal, attn_mask=bias
+        )
+        found.append([x.cpu() for x in (out, sums, *back)])
+    for here, there in zip(*found, strict=True):
+        torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-5)

@@ -18,6 +18,7 @@ from dfc.planning.backward import Part, replay
 from dfc.planning.engine import Donating, Runner
 from dfc.planning.stages import HOST
 from dfc.runtime.engines import find_engine
+from dfc.runtime.kernels import attention
 from dfc.runtime.pipeline.differentiated import Differentiated, Gradient
 from dfc.runtime.pipeline.streams import on_stream
 
@@ -30,6 +31,8 @@ Build = Callable[[Graph, Collection[Value]], Runner]  # the graph, and inputs to
 def builder(name: str, threads: int, device: str = "cpu") -> Build:
     """How an engine builds a stage's parts: one that writes over no input gives new sums."""
     engine = find_engine(name)
+    if device.startswith("cuda"):
+        attention.register()
     if isinstance(engine, Donating):
         return lambda graph, donated: engine.build_donating(graph, device, threads, donated)
     return lambda graph, _: on_stream(name, engine.build(graph, device, threads), device)
