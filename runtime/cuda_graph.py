@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,15 +45,22 @@ class CudaGraph(Engine):
         return self.inner.supports(node)
 
     def build(self, graph: Graph, device: str = "cpu", threads: int | None = None) -> Runner:
+        lifted, messages = self.lifted(graph, device)
+        run = Replayed(self.inner.build(lifted, device, threads), self.name, device)
+        return checked(run, len(graph.outputs), messages)
+
+    def lifted(self, graph: Graph, device: str) -> tuple[Graph, list[str]]:
+        """What is recorded of a graph, and the messages of what it checks of its data.
+
+        Raises:  DfcError K003 for a graph that cannot be recorded, or a device without graphs.
+        """
         if not device.startswith("cuda"):
             raise DfcError("K003", f"engine `{self.name}` runs on cuda, not on {device}")
         for node in graph.walk():
             reason = self.supports(node)
             if reason:
                 raise DfcError("K003", f"engine `{self.name}` cannot run `{node.op}`: {reason}")
-        lifted, messages = lift_checks(graph)
-        run = Replayed(self.inner.build(lifted, device, threads), self.name, device)
-        return checked(run, len(graph.outputs), messages)
+        return lift_checks(graph)
 
 
 @dataclass
@@ -97,7 +105,7 @@ class Replayed:
         return found
 
     def _recording(self, inputs: Sequence[Any]) -> _Recording:
-        key = tuple(map(_kind, inputs))
+        key = tuple(map(signature, inputs))
         found = self._recorded.get(key)
         if found is None:
             found = self._record(inputs)
@@ -120,16 +128,12 @@ class Replayed:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        try:
-            # Other threads may take memory meanwhile: only this one is recorded.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                results = list(self.run(held))
-        except RuntimeError as e:  # what the device refuses while it records
-            raise DfcError(
-                "K003", f"engine `{self.name}` cannot record the graph: {str(e).splitlines()[0]}",
-                help="an operator waits for the device, as one does whose result has as many "
-                "elements as the data says; the engine without `:cuda_graph` runs it",
-            ) from e  # fmt: skip
+        # Other threads may take memory meanwhile: only this one is recorded.
+        with (
+            recording_errors(self.name),
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
+            results = list(self.run(held))
         return _Recording(graph, held, results)
 
     def _held(self, x: Any) -> Any:
@@ -141,7 +145,20 @@ class Replayed:
         return torch.empty_like(x, device=self.device).copy_(x)
 
 
-def _kind(x: Any) -> Any:
+@contextmanager
+def recording_errors(engine: str) -> Iterator[None]:
+    """What the device refuses while it records, as an error of dfc's."""
+    try:
+        yield
+    except RuntimeError as e:
+        raise DfcError(
+            "K003", f"engine `{engine}` cannot record the graph: {str(e).splitlines()[0]}",
+            help="an operator waits for the device, as one does whose result has as many "
+            "elements as the data says; the engine without `:cuda_graph` runs it",
+        ) from e  # fmt: skip
+
+
+def signature(x: Any) -> Any:
     """What a recording holds for: a tensor's type and sizes, or the number itself."""
     import torch
 

@@ -247,6 +247,41 @@ def test_ranks_on_streams_give_what_the_model_gives(devices):
         assert all(0 <= s.start <= s.end for s in report.step.spans)
 
 
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_steps_of_one_device_are_recorded_whole(microbatches):
+    from dfc.runtime.pipeline.recorded import RECORDED, RecordedSteps
+
+    model, pipeline = _pipelined(["cuda:0"] * 3, "eager:cuda_graph", microbatches)
+    with pipeline, torch.no_grad():
+        assert isinstance(pipeline._lanes, RecordedSteps)
+        earlier = []
+        for size in (8, 33, 8, 8, 64, 5, 4, 16, 8):
+            x = torch.randn(size, 64)
+            for given in (x, x.to("cuda:0")):
+                earlier.append((pipeline(given), model(x)))
+            spans = pipeline.report().step.spans
+            assert len(spans) == 3 * min(microbatches, size)
+            assert all(0 <= s.start <= s.end for s in spans)
+        for found, want in earlier:  # results are the caller's: later steps leave them alone
+            torch.testing.assert_close(found.cpu(), want, rtol=1e-4, atol=1e-4)
+        assert len(pipeline._lanes._recorded) == RECORDED
+
+
+def test_a_recorded_step_waits_for_the_stream_before_it():
+    model, pipeline = _pipelined(["cuda:0"] * 2, "eager:cuda_graph")
+    x = torch.randn(512, 64, device="cuda:0")
+    with pipeline, torch.no_grad():
+        want = model.to("cuda:0")(x)
+        pipeline(x)
+        for _ in range(4):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                found = pipeline(x)
+            other = pipeline(x + 1)
+            torch.cuda.synchronize()
+            torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+            assert not torch.equal(found, other)
+
+
 def test_a_value_on_one_device_is_handed_over_where_it_lies():
     from dfc.runtime.pipeline.streams import Streams
 

@@ -70,6 +70,30 @@ def test_every_schedule_is_run_by_fewer_threads(name: str, drivers: Sequence[int
         assert len(carrier.entered) == 3 * len(program)  # around each action, in any order
 
 
+@pytest.mark.parametrize("name", ["forward", *TRAINED])
+def test_one_driver_is_also_the_callers_thread(name: str) -> None:
+    program = schedule(name, 3, 6, 2 if name == "forward" else None)
+    sums, given = Sums(program.stages), [{"x0": 100 * b} for b in range(6)]
+    with Lanes(sums.edges(), sums.run, [1] * 3, None, [0, 0, 0]) as lanes:
+        want = lanes.step(program, given)
+        found = lanes.here(program, given)
+        assert found.results == want.results
+        assert [s.action for s in found.spans] == [s.action for s in want.spans]
+
+
+def test_a_failure_in_the_callers_thread_names_its_stage() -> None:
+    program, sums = schedule("forward", 3, 2), Sums(3)
+
+    def run(action: Action, values: Values) -> Values:
+        if action.stage == 1:
+            raise ValueError("no")
+        return sums.run(action, values)
+
+    lanes = Lanes(sums.edges(), run, [1] * 3, None, [0, 0, 0])
+    with lanes, pytest.raises(DfcError, match=r"K050.*stage 1 failed on microbatch 0: no"):
+        lanes.here(program, [{"x0": 0}, {"x0": 1}])
+
+
 def test_one_order_has_everything_after_what_it_needs() -> None:
     """With one driver for all there is nothing to wait for, and no slots to keep."""
     for name in TRAINED:

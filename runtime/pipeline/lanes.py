@@ -60,7 +60,7 @@ class Step:
     """
 
     results: list[dict[Any, Any]]
-    spans: list[Span]
+    spans: Sequence[Span]
     seconds: float
     bytes: dict[Edge, int]
     streamed: Mapping[tuple[int, int], int] = field(default_factory=dict)
@@ -163,6 +163,19 @@ class Lanes:
                 for work in self._work:
                     work.put(job)
                 job.wait()
+            return job.over()
+
+    def here(self, program: Program, given: Sequence[Values]) -> Step:
+        """The same, all of it in the caller's thread.
+
+        Needs:   one driver: with several, the first would wait for the others.
+        Raises:  what `step` does.
+        """
+        assert len(self._work) == 1
+        with self._lock, self.carrier.step():
+            job = _Job(self, self._routes_of(program, len(given)), given)
+            job.serve(0, self.carrier.lane)
+            job.wait()
             return job.over()
 
     def _routes_of(self, program: Program, given: int) -> Routes:

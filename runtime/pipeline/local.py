@@ -14,7 +14,7 @@ from dfc.ir.interpret import bind_inputs
 from dfc.lang.units import byte_count
 from dfc.planning.actions import Action, Program
 from dfc.planning.cost import default_sizes
-from dfc.planning.engine import Runner
+from dfc.planning.engine import Engine, Runner
 from dfc.planning.microbatches import batch_dim, batch_of, cut, joined
 from dfc.planning.schedules import forward_program
 from dfc.planning.stages import StageGraph, split
@@ -22,6 +22,7 @@ from dfc.planning.tiers import Tiers
 from dfc.runtime.allocation import keep_pages
 from dfc.runtime.engines import find_engine
 from dfc.runtime.pipeline.lanes import Lanes, Run, Step, Values
+from dfc.runtime.pipeline.recorded import RecordedSteps, inner_engines
 from dfc.runtime.pipeline.reporting import Report, report_of
 from dfc.runtime.pipeline.routes import Edge, stage_edges
 from dfc.runtime.pipeline.streams import Streams, device_names, drivers_of, on_stream
@@ -68,13 +69,14 @@ class Pipeline:
 
     `placement[s]` is the rank, and so the thread, of stage s: by default each has its own. Each
     stage may have an engine of its own, or `build` makes what runs it from its number, its graph
-    and its threads. `threads` are those of all ranks together, or of each. `devices` are those of
-    the ranks: `cpu`, `cuda:0`, ...; results lie where they were made. `program` makes the program
-    for a number of microbatches. With a `memory`, of each rank or one for all, ranks take no more
-    for weights and what is computed of a microbatch: stages that do not fit stream their weights,
-    once for each microbatch; `example` are flat inputs by which that is timed and planned. With a
-    `host` memory, that is all that weights take of this machine's: what ranks on devices stream
-    and it does not hold is read from files, over both hops beside each other.
+    and its threads. Where all engines record (`eager:cuda_graph`) and all ranks are on one device,
+    whole steps are recorded. `threads` are those of all ranks together, or of each. `devices` are
+    those of the ranks: `cpu`, `cuda:0`, ...; results lie where they were made. `program` makes the
+    program for a number of microbatches. With a `memory`, of each rank or one for all, ranks take
+    no more for weights and what is computed of a microbatch: stages that do not fit stream their
+    weights, once for each microbatch; `example` are flat inputs by which that is timed and planned.
+    With a `host` memory, that is all that weights take of this machine's: what ranks on devices
+    stream and it does not hold is read from files, over both hops beside each other.
     Needs:   a graph with a dynamic batch dimension, unless every call is one microbatch.
     Ensures: results equal those of the stages run one after another on the same microbatches.
     Raises:  DfcError N064 (status 6) for a memory that is too small, K070 for weights that are in
@@ -150,14 +152,28 @@ class Pipeline:
 
     def _start(self) -> Runs:
         """What runs programs: here threads of this process."""
+        inner = self._recorded()
         with ExitStack() as failing:
             failing.callback(close_all, self._runners)
             for i, (s, rank) in enumerate(zip(self.stages, self.placement, strict=True)):
-                self._runners.append(self._build(i, s, self.threads[rank]))
+                if inner is not None:
+                    made = inner[i].build(s.graph, self.devices[rank], self.threads[rank])
+                else:
+                    made = self._build(i, s, self.threads[rank])
+                self._runners.append(made)
             failing.pop_all()
         run = stage_runner(self.stages, self._runners)
         lanes = Computing(self.edges, run, self.threads, self.placement, self.devices)
+        if inner is not None:
+            return lanes.recorded(" and ".join(sorted(set(self.engines))))
         return Counted(lanes, Brought(dict(enumerate(self._runners)))) if self.tiers else lanes
+
+    def _recorded(self) -> list[Engine] | None:
+        """The engines inside of those that record, where whole steps are recorded instead."""
+        if self.tiers or self._build != self._on_engine:
+            return None
+        engines = [find_engine(name) for name in self.engines]
+        return inner_engines(engines, self.stages, [self.devices[r] for r in self.placement])
 
     @property
     def leads(self) -> bool:
@@ -242,6 +258,11 @@ class Computing:
             return
         paced = self._streams.paced(run, placement)
         self.lanes = Lanes(edges, paced, threads, self._streams, drivers_of(devices))
+
+    def recorded(self, name: str) -> RecordedSteps:
+        """The same, each step recorded as one CUDA graph; `name` is that of the engines."""
+        assert self._streams is not None
+        return RecordedSteps(self.lanes, self._streams, name)
 
     def step(self, program: Program, given: Sequence[Values]) -> Step:
         step = self.lanes.step(program, given)

@@ -15,7 +15,7 @@ Source:  the CUDA semantics notes of PyTorch; memory of another stream is guarde
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -25,10 +25,12 @@ from dfc.planning.actions import Action
 from dfc.planning.engine import Runner
 from dfc.planning.stages import HOST
 from dfc.planning.torch_device import check_device
-from dfc.runtime.pipeline.lanes import Run, Step, Values
+from dfc.runtime.pipeline.lanes import Run, Span, Step, Values
 
 if TYPE_CHECKING:
     import torch
+
+Clock = Any  # a torch.cuda.Event that knows when it was reached
 
 AHEAD = 4  # actions of a rank that are queued and not done
 _ON_TORCHS_STREAM = ("eager", "inductor")  # engines that use the stream that PyTorch is at
@@ -58,22 +60,39 @@ class Streams:
             [_stream(d) if d.type == "cuda" else None for d in self.devices] for _ in range(3)
         )
         self._began: dict[Any, Any] = {}  # an event of the caller's stream, by device
-        self._timed: dict[Action, tuple[Any, Any, Any]] = {}
+        self._timed: dict[Action, tuple[Any, Clock, Clock]] = {}
+        self._recording = False
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around a step, in the caller's thread."""
         import torch
 
-        self._timed.clear()
+        self._timed = {}
         for device in self.cuda:
             with torch.cuda.device(device):
-                self._began[device] = torch.cuda.current_stream().record_event(_clock())
+                event = None if self._recording else clock()
+                self._began[device] = torch.cuda.current_stream().record_event(event)
         self.follow_caller()
         yield
         for stream in self.compute:
             if stream is not None:
-                stream.synchronize()
+                if self._recording:
+                    torch.cuda.current_stream().wait_stream(stream)
+                else:
+                    stream.synchronize()
+
+    @contextmanager
+    def recording(self) -> Iterator[Callable[[], dict[Action, tuple[Any, Clock, Clock]]]]:
+        """While a CUDA graph is recorded on the caller's stream: nothing waits on the host. What
+        it gives tells, afterwards, the device of each action and the clocks around it, which every
+        replay sets.
+        """
+        self._recording = True
+        try:
+            yield lambda: self._timed
+        finally:
+            self._recording = False
 
     def follow_caller(self) -> None:
         """What ranks compute from here on comes after what the caller queued: an optimizer's step
@@ -92,7 +111,7 @@ class Streams:
         if stream is None:
             yield
             return
-        with torch.cuda.device(self.devices[rank]), torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):  # and its device
             yield
 
     def send(self, source: int, target: int, values: Values) -> Parcel:
@@ -164,10 +183,12 @@ class Streams:
             stream = self.compute[rank]
             if stream is None:
                 return run(action, values)
-            start = stream.record_event(_clock())
+            start = stream.record_event(clock(self._recording))
             made = run(action, values)
-            end = stream.record_event(_clock())
+            end = stream.record_event(clock(self._recording))
             self._timed[action] = self.devices[rank], start, end
+            if self._recording:
+                return made
             queued[rank].append(end)
             if len(queued[rank]) > AHEAD:
                 queued[rank].popleft().synchronize()
@@ -177,20 +198,49 @@ class Streams:
 
     def timed(self, step: Step) -> Step:
         """A step that is over, with the devices' times in place of when actions were queued."""
-        spans = []
-        for span in step.spans:
-            found = self.times(span.action)
-            spans.append(replace(span, start=found[0], end=found[1]) if found else span)
-        return replace(step, spans=spans)
+        return replace(step, spans=DeviceSpans(step.spans, self._timed, self._began))
 
     def times(self, action: Action) -> tuple[float, float] | None:
         """When the device did an action of the step that is over, None where that was no device."""
-        found = self._timed.get(action)
-        if found is None:
-            return None
-        device, start, end = found
-        began = self._began[device]
-        return began.elapsed_time(start) / 1e3, began.elapsed_time(end) / 1e3
+        return _times(action, self._timed, self._began)
+
+
+class DeviceSpans(Sequence[Span]):
+    """Spans by the devices' own clocks, which are read when somebody asks: that takes the host some
+    microseconds each."""
+
+    def __init__(
+        self,
+        queued: Sequence[Span],
+        clocks: Mapping[Action, tuple[Any, Clock, Clock]],
+        began: Mapping[Any, Clock],
+    ) -> None:
+        self._queued, self._clocks, self._began = queued, clocks, dict(began)
+        self._read: list[Span] | None = None
+
+    def __len__(self) -> int:
+        return len(self._queued)
+
+    def __getitem__(self, index: Any) -> Any:
+        if self._read is None:
+            self._read = [self._by_device(span) for span in self._queued]
+        return self._read[index]
+
+    def _by_device(self, span: Span) -> Span:
+        found = _times(span.action, self._clocks, self._began)
+        return replace(span, start=found[0], end=found[1]) if found else span
+
+
+def _times(
+    action: Action,
+    clocks: Mapping[Action, tuple[Any, Clock, Clock]],
+    began: Mapping[Any, Clock],
+) -> tuple[float, float] | None:
+    found = clocks.get(action)
+    if found is None:
+        return None
+    device, start, end = found
+    return began[device].elapsed_time(start) / 1e3, began[device].elapsed_time(end) / 1e3
 
 
 def drivers_of(devices: Sequence[str]) -> list[int]:
@@ -233,12 +283,12 @@ def _stream(device: torch.device) -> Any:
     return make(device)
 
 
-def _clock() -> Any:
-    """An event that knows when it was reached."""
+def clock(recorded: bool = False) -> Clock:
+    """An event that knows when it was reached; in a recorded graph, when each replay reached it."""
     import torch
 
     make: Any = torch.cuda.Event
-    return make(enable_timing=True)
+    return make(enable_timing=True, external=recorded)
 
 
 def on_stream(engine: str, run: Runner, device: str) -> Runner:

@@ -1,0 +1,149 @@
+"""Steps of ranks that share a CUDA device, recorded as one CUDA graph and replayed in one launch.
+
+Where kernels are short, the host takes longer to start them than the device to run them, and stages
+only add to what there is to start. Recorded, a step is started at once, whatever stages it has, and
+the device runs what does not depend on each other side by side: the streams of the ranks become
+branches of the graph.
+
+Source:  CUDA graphs, https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from dfc.planning.actions import Program
+from dfc.runtime.cuda_graph import CudaGraph, recording_errors, signature
+from dfc.runtime.pipeline.lanes import Lanes, Step, Values
+from dfc.runtime.pipeline.streams import Clock, DeviceSpans, Streams, clock
+
+if TYPE_CHECKING:
+    import torch
+
+    from dfc.planning.engine import Engine
+    from dfc.planning.stages import StageGraph
+
+RECORDED = 4  # steps: each has the memory of all its microbatches' inputs and results
+
+
+def inner_engines(
+    engines: Sequence[Engine], stages: Sequence[StageGraph], devices: Sequence[str]
+) -> list[Engine] | None:
+    """The engines to run stages by where whole steps are recorded, None where they cannot be.
+
+    They are where every stage's engine records (`:cuda_graph`) and all ranks are on one device.
+    Raises:  DfcError K003 for a stage that its engine cannot record.
+    """
+    if len(set(devices)) > 1 or devices[0] == "cpu":
+        return None
+    found: list[Engine] = []
+    for engine, stage in zip(engines, stages, strict=True):
+        # Checks that a stage makes of its data wait for the device: they are not in a recording.
+        if not isinstance(engine, CudaGraph) or engine.lifted(stage.graph, devices[0])[1]:
+            return None
+        found.append(engine.inner)
+    return found
+
+
+@dataclass
+class _Recording:
+    """One CUDA graph, the tensors that it reads, and what the step leaves."""
+
+    graph: Any  # torch.cuda.CUDAGraph
+    program: Program
+    inputs: list[torch.Tensor]
+    step: Step
+    clocks: dict[Any, tuple[Any, Clock, Clock]]  # of each action: the device, start and end
+
+
+class RecordedSteps:
+    """Lanes whose steps are recorded: for each program and set of sizes, at its first call.
+
+    The first call runs the step action by action, which also lets libraries choose their kernels.
+    What a replay gives is overwritten by the next one, which waits for what was queued on the
+    caller's stream until then.
+    Needs:   one driver for all ranks, and stages that only start kernels.
+    Raises:  DfcError K003 where a stage cannot be recorded.
+    """
+
+    def __init__(self, lanes: Lanes, streams: Streams, name: str) -> None:
+        self.lanes, self.streams, self.name = lanes, streams, name
+        (self.device,) = streams.cuda
+        self._recorded: OrderedDict[Any, _Recording] = OrderedDict()
+        self._pool: Any = None  # of memory, one for all: they are never replayed side by side
+        self._stream: Any = None  # the last caller's
+
+    def step(self, program: Program, given: Sequence[Values]) -> Step:
+        import torch
+
+        key = id(program), *(signature(x) for part in given for x in part.values())
+        found = self._recorded.get(key)
+        with torch.cuda.device(self.device), torch.no_grad():
+            stream = torch.cuda.current_stream()
+            if self._stream is not None and self._stream != stream:
+                stream.wait_stream(self._stream)
+            self._stream = stream
+            if found is not None:
+                self._recorded.move_to_end(key)
+                return self._replayed(found, given)
+            step = self.streams.timed(self.lanes.step(program, given))
+            self._recorded[key] = self._record(program, given)
+            while len(self._recorded) > RECORDED:
+                self._recorded.popitem(last=False)
+        return step
+
+    def _replayed(self, held: _Recording, given: Sequence[Values]) -> Step:
+        import torch
+
+        start = time.perf_counter()
+        began = clock()
+        began.record()
+        parts = [x for part in given for x in part.values() if isinstance(x, torch.Tensor)]
+        if parts:
+            torch._foreach_copy_(held.inputs, parts, non_blocking=True)
+        held.graph.replay()
+        torch.cuda.current_stream().synchronize()
+        seconds = time.perf_counter() - start
+        spans = DeviceSpans(held.step.spans, held.clocks, {self.device: began})
+        results = held.step.results
+        if len(results) == 1:  # nobody puts parts together, which would copy them
+            results = [{v: _own(x) for v, x in results[0].items()}]
+        return replace(held.step, results=results, seconds=seconds, spans=spans)
+
+    def _record(self, program: Program, given: Sequence[Values]) -> _Recording:
+        import torch
+
+        held = [{v: self._held(x) for v, x in part.items()} for part in given]
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        # Other threads may take memory meanwhile: only this one is recorded.
+        with (
+            recording_errors(self.name),
+            self.streams.recording() as clocks,
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
+            step = self.lanes.here(program, held)
+        inputs = [x for part in held for x in part.values() if isinstance(x, torch.Tensor)]
+        return _Recording(graph, program, inputs, step, clocks())
+
+    def _held(self, x: Any) -> Any:
+        """A copy where the graph reads it; numbers are recorded as they are."""
+        import torch
+
+        if not isinstance(x, torch.Tensor):
+            return x
+        return torch.empty_like(x, device=self.device).copy_(x)
+
+    def close(self) -> None:
+        self.lanes.close()
+        self._recorded.clear()
+
+
+def _own(x: Any) -> Any:
+    import torch
+
+    return x.clone() if isinstance(x, torch.Tensor) else x
