@@ -10,13 +10,13 @@ dfc.recipe("small").minimize("latency").apply("simplify")
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from dfc.errors import DfcError
-
+TYPE_CHECKING = False  # what `typing` has of that name is an import, and `dfc` has none
 if TYPE_CHECKING:
+    from typing import Any
+
     from dfc.api import compile, load, parse, plan, trace
     from dfc.compiled import Compiled
+    from dfc.errors import DfcError
     from dfc.explaining import explain
     from dfc.ir.graph import Graph
     from dfc.ir.op import Op
@@ -43,6 +43,7 @@ _HOMES = {
     "plan": "dfc.api",
     "trace": "dfc.api",
     "Compiled": "dfc.compiled",
+    "DfcError": "dfc.errors",
     "RequirementMissed": "dfc.recipe.requirements",
     "explain": "dfc.explaining",
     "sensitivity": "dfc.recipe.layers",

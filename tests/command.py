@@ -6,9 +6,6 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from dfc.cli.command import app
-
-VERBS = [c.name or "" for c in app.registered_commands]
 NET = """
 import torch
 from torch.export import Dim

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import VERBS, Run
+from dfc.cli.command import VERBS
+from tests.command import Run
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -132,6 +132,14 @@ def test_ctrl_c_while_the_command_is_imported_is_one_line(tmp_path: Path) -> Non
     assert done.stderr == "dfc: interrupted; nothing was left half-written\n"
 
 
+def test_nothing_is_imported_before_the_command_minds_ctrl_c() -> None:
+    """What its script imports is two files of ours, and nothing that takes any time."""
+    code = "import sys; there = {*sys.modules}; import dfc.cli; print(*{*sys.modules} - there)"
+    command = [sys.executable, "-S", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert {*done.stdout.split()} == {"__future__", "dfc", "dfc.cli"}, done.stderr
+
+
 # In Python
 
 

@@ -1,35 +1,39 @@
-"""What `dfc VERB` calls: every verb, the overview, and a command line taken apart."""
+"""What `dfc VERB` calls: every verb by its line, the overview, and a command line taken apart."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from dfc.cli import INTERRUPTED
-from dfc.cli.bench import bench as bench_
-from dfc.cli.bisect import bisect as bisect_
-from dfc.cli.calibrate import calibrate as calibrate_
-from dfc.cli.check import check as check_
-from dfc.cli.compile import compile as compile_
-from dfc.cli.diff import diff as diff_
-from dfc.cli.doctor import doctor as doctor_
-from dfc.cli.explain import explain as explain_
 from dfc.cli.failures import usage
-from dfc.cli.fmt import fmt as fmt_
-from dfc.cli.list import list_
-from dfc.cli.lsp import lsp as lsp_
-from dfc.cli.plan import plan as plan_
-from dfc.cli.run import run as run_
-from dfc.cli.select import select as select_
-from dfc.cli.show import show as show_
-from dfc.cli.test import test as test_
-from dfc.cli.tune import tune as tune_
-from dfc.cli.verify import verify as verify_
 from dfc.errors import DfcError
+
+VERBS = {  # what the overview says of each, so that it need not import them
+    "compile": "Compile a model, prove it, choose the fastest engine.",
+    "run": "Run a model, or a reproducer, and say what came out.",
+    "bench": "Measure engines side by side: median, spread and ratio.",
+    "plan": "Show how a model would run as stages on several devices.",
+    "calibrate": "Measure this machine as a target that plans read.",
+    "tune": "Measure a package here and keep its fastest engine.",
+    "show": "Show a model's graph, a package's own, or a recipe, resolved.",
+    "select": "Show what a selector finds: nodes, modules, parameters.",
+    "explain": "Say why a rule, a pass or a node came out as it did.",
+    "verify": "Check every byte of a package and prove it again here.",
+    "check": "Check recipes, targets, rules and graphs; tell every error.",
+    "fmt": "Lay out recipes, targets, rules and graphs in one form.",
+    "diff": "Tell what changed between two graphs, by module path.",
+    "bisect": "Find the first step, and change in it, that breaks a check.",
+    "test": "Prove rewrite rules on ordinary and hostile inputs.",
+    "list": "List passes with their options, engines, or ops.",
+    "doctor": "Say what this machine has, and what is missing.",
+    "lsp": "Help editors with .dfc files, as a language server.",
+}
 
 
 class Verb(TyperCommand):
@@ -56,32 +60,32 @@ def _name(param: Any) -> str:
     return str(param.metavar or param.name).strip("[].")
 
 
+class Verbs(TyperGroup):
+    """All verbs; a verb's module is imported when it is the one that was asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*VERBS]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in VERBS:
+            return None
+        module = vars(import_module(f"dfc.cli.{cmd_name}"))
+        verb = module.get(cmd_name) or module[f"{cmd_name}_"]  # `list_`: the other name is taken
+        alone = typer.Typer(rich_markup_mode=None, add_completion=False)
+        alone.command(name=cmd_name, cls=Verb)(verb)
+        return typer.main.get_command(alone)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([*VERBS.items()])
+
+
 app = typer.Typer(
+    cls=Verbs,
     rich_markup_mode=None,  # plain help: examples keep their lines, and nothing slow is loaded
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (
-    compile_,
-    run_,
-    bench_,
-    plan_,
-    calibrate_,
-    tune_,
-    show_,
-    select_,
-    explain_,
-    verify_,
-    check_,
-    fmt_,
-    diff_,
-    bisect_,
-    test_,
-    list_,
-    doctor_,
-    lsp_,
-):
-    app.command(name=verb.__name__.rstrip("_"), cls=Verb)(verb)
 
 
 @app.callback(invoke_without_command=True)
@@ -133,7 +137,7 @@ def dispatch(argv: Sequence[str]) -> int:
         raise
     except Exception as e:
         if hasattr(e, "format_message"):  # typer's own: a wrong option, a missing argument
-            raise usage(e, [c.name or "" for c in app.registered_commands]) from e
+            raise usage(e, [*VERBS]) from e
         raise
     if result == INTERRUPTED:  # typer's answer to Ctrl-C
         raise KeyboardInterrupt
