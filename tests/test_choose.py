@@ -22,6 +22,16 @@ class Padded(nn.Module):
         return torch.relu((x * 1).reshape(3))
 
 
+class Scaled(nn.Linear):
+    """What quantization leaves of it is one operator."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * 1)
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> WorkClock:
     return WorkClock(monkeypatch)
@@ -92,6 +102,40 @@ def test_an_engine_far_behind_is_not_built_twice(clock: WorkClock) -> None:
     compiled = dfc.compile(Padded(), (torch.randn(3),), engine=names)
     assert compiled.engine.name == "one" and len(compiled.graph) == 1
     assert [e.label for e in compiled.report.engines] == ["one", "other"]
+
+
+def test_where_the_result_is_reverted_every_engine_is_asked(clock: WorkClock) -> None:
+    """How long a rewritten graph takes on an engine says nothing of the captured one there."""
+    names = registered(
+        clock, lambda captured: 3 if captured else 4, lambda captured: 1 if captured else 9
+    )
+    compiled = dfc.compile(Padded(), (torch.randn(3),), engine=names)
+    assert compiled.engine.name == "other" and len(compiled.graph) > 1
+    told = {e.label: e.verdict for e in compiled.report.engines}
+    assert told == {
+        "one": "slower", "one, as captured": "slower",
+        "other": "slower", "other, as captured": "chosen",
+    }  # fmt: skip
+    assert compiled.report.after_ms == pytest.approx(1, rel=0.1)
+
+
+def test_a_reverted_result_is_timed_as_what_runs(clock: WorkClock) -> None:
+    names = registered(clock, lambda captured: 3 if captured else 4, lambda captured: 9)
+    report = dfc.compile(Padded(), (torch.randn(3),), engine=names).report
+    (chosen,) = [e for e in report.engines if e.verdict == "chosen"]
+    assert chosen.label == "one, as captured"
+    assert chosen.p50_ms == report.after_ms == pytest.approx(3, rel=0.1)
+
+
+def test_of_another_arithmetic_every_engine_is_asked(clock: WorkClock) -> None:
+    """An engine may be slow with integers, and the quickest of all with floats."""
+    names = registered(
+        clock, lambda captured: 8 if captured else 4, lambda captured: 1 if captured else 9
+    )
+    model = Scaled()
+    recipe = "dfc 1\nrecipe r { minimize latency\n  remove_noops\n  quantize int8 }"
+    compiled = dfc.compile(model, (torch.randn(3, 64),), engine=names, recipe=recipe)
+    assert compiled.engine.name == "other" and len(compiled.graph) > 1
 
 
 def test_the_users_own_steps_stand_whatever_is_faster(clock: WorkClock) -> None:

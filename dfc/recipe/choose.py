@@ -36,8 +36,11 @@ class Choice:
     notes: list[str] = field(default_factory=list)
 
 
-def choose(bench: Bench, graph: Graph, *, changed: bool, guarded: bool) -> Choice:
-    """The engine by name, or the fastest right one, for a graph that was rewritten if `changed`.
+def choose(
+    bench: Bench, graph: Graph, *, changed: bool, guarded: bool, lossy: bool = False
+) -> Choice:
+    """The engine by name, or the fastest right one, for a graph that was rewritten if `changed`,
+    into other arithmetic if `lossy`.
 
     With `guarded` the original stands in for a rewritten graph that is slower, beyond noise, or
     that the engine cannot run right.
@@ -54,7 +57,7 @@ def choose(bench: Bench, graph: Graph, *, changed: bool, guarded: bool) -> Choic
         ready = next(iter(candidates.values()))
         report = EngineReport(ready.engine.name, "chosen", "not measured: no example")
         return Choice(ready.graph, ready.engine, ready.runner, [*engines, report])
-    return _fastest(bench, candidates, engines, original)
+    return _fastest(bench, candidates, engines, original, lossy)
 
 
 def _candidates(
@@ -97,8 +100,9 @@ def _none(wanted: list[str], refusals: dict[str, DfcError]) -> DfcError:
 
 
 def _fastest(
-    bench: Bench, candidates: dict[str, Ready], engines: list[EngineReport], original: Graph | None
-) -> Choice:
+    bench: Bench, candidates: dict[str, Ready], engines: list[EngineReport],
+    original: Graph | None, lossy: bool,
+) -> Choice:  # fmt: skip
     bench.say("measuring")
     versions = [(bench.original, "eager")]
     versions += [(r.graph, n) for n, r in candidates.items()]
@@ -112,10 +116,14 @@ def _fastest(
         guard = _guard(bench, ready, original)
         if guard.verdict == "reverted":
             ready = bench.ready(original, name)
-            after_ms /= guard.ratio or 1.0
-        known = bench.finalists(original)
-        rivals = [n for n in known if n != name and n in timings
-                  and timings[n].p50_ms < NEAR * after_ms]  # fmt: skip
+            (t,) = bench.times([(original, name)], seconds=0.3)
+            after_ms = t.p50_ms
+            engines[:] = _outrun(engines)
+            engines.append(_measured(ready, name, t, True, CAPTURED))
+        near = {n for n, t in timings.items() if t.p50_ms < NEAR * after_ms}
+        if lossy or guard.verdict == "reverted":  # then its times say nothing of the original's
+            near.update(bench.finalists(original))
+        rivals = [n for n in bench.finalists(original) if n in near and n != name]
         other = _captured(bench, ready, original, rivals, engines)
         if other is not None:
             ready, guard = other
@@ -124,6 +132,10 @@ def _fastest(
         ready.graph, ready.engine, ready.runner, engines, before.p50_ms, after_ms, guard,
         placement_notes(bench, ready),
     )  # fmt: skip
+
+
+def _outrun(engines: list[EngineReport]) -> list[EngineReport]:
+    return [replace(e, verdict="slower") if e.verdict == "chosen" else e for e in engines]
 
 
 def _measured(ready: Ready, name: str, t: Any, chosen: bool, form: str = "") -> EngineReport:
@@ -158,7 +170,7 @@ def _captured(
     if theirs[best].p50_ms < now.p50_ms:
         chosen, undecided = _challenge(bench, (ready.graph, held), (original, names[best]))
     if chosen is not None:
-        engines[:] = [replace(e, verdict="slower") if e.verdict == "chosen" else e for e in engines]
+        engines[:] = _outrun(engines)
     for i, n in enumerate(names):
         report = _measured(built[n], n, theirs[i], chosen is not None and i == best, CAPTURED)
         if undecided and i == best:

@@ -75,7 +75,10 @@ class Compilation:
         check_resolvable(self.plan, meter)
         found = self._search(graph, meter, probes, budget)
         outcome = found.outcome
-        choice = choose(bench, outcome.graph, changed=outcome.changed, guarded=self.guarded)
+        choice = choose(
+            bench, outcome.graph, changed=outcome.changed, guarded=self.guarded,
+            lossy=outcome.numerics.kind == "changes",
+        )  # fmt: skip
         self._tell(graph, choice, found, probes, mode)
         plan = fill(self.plan, found.chosen)
         compiled = Compiled(
