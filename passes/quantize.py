@@ -41,7 +41,9 @@ class Quantize(Pass):
 
     `weights` computes with the weights that the codes stand for. `dynamic` rounds what linear
     layers read to int8 as well, each row (or each group of it) by its own range, when the model
-    runs. `static` rounds activations by ranges that calibration data decides. `auto` is `static`
+    runs. `static` rounds activations by ranges that calibration data decides (`range`: by default
+    all that was seen for what linear layers read, the least square error for convolutions; in
+    transformers, `smooth` before it with `multiply=yes`). `auto` is `static`
     for int8 with data and a convolution, else `dynamic`; and `weights` where the target is a GPU.
     `fp8` stores eight-bit floats: `dynamic` rounds rows to them too, for GPUs that multiply them
     and by default there alone. Tables get int8 rows: as many bytes, and nearer.
@@ -75,7 +77,7 @@ class Quantize(Pass):
     group: int | None = None  # numbers of a row that share a scale; none: the row, 32 for int4
     symmetric: bool = True  # no: a zero point for each group (int4)
     method: Literal["rtn", "gptq", "awq"] = "rtn"
-    range: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"  # of static
+    range: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"  # static
     format: Literal["e4m3", "e5m2"] = "e4m3"  # of fp8: more digits, or more range
     per: Literal["channel", "tensor"] = "channel"  # static, fp8: what has a weight scale of its own
     codes: Literal["auto", "full", "pairs", "seven"] = (

@@ -14,6 +14,7 @@ from dfc.compress.smoothing import Peaks, smoothing
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Value
 from dfc.lang.selectors import Selector
+from dfc.ops.builder import Builder
 from dfc.rewrite.pass_ import KEPT, Context, Data, Pass, Quota, close
 
 if TYPE_CHECKING:
@@ -28,12 +29,15 @@ class Smooth(Pass):
 
     The numbers are `max|x|^alpha / max|w|^(1 - alpha)`: with alpha 0.5 activations and weights of a
     channel become equally large. The division is folded into what makes the channels: the weight
-    of a norm, or the rows of a linear layer. Results stay what they were, up to rounding; int8
-    activations lose less. Run it before `quantize`.
+    of a norm, or the rows of a linear layer. Where nothing there can take it (what a residual reads
+    as well, what an activation function makes), `multiply` writes it as a product in front of the
+    layers. Results stay what they were, up to rounding; int8 activations lose less. Run it before
+    `quantize`.
 
     Needs:    data to see the activations on; linear layers with constant weights.
     Ensures:  a group of layers that read one value is smooth, or there is a reason why not.
-    Keeps:    the graph's nodes and their number; constants that something else reads.
+    Keeps:    the graph's nodes and their number, without `multiply`; constants that something else
+              reads.
     Cost:     one run of the data; a copy of each weight that changes.
     Raises:   DfcError D080..D084 for data that does not fit, D090 for activations that are NaN,
               D093 when there is no linear layer, D094 for an alpha outside 0..1.
@@ -48,6 +52,7 @@ class Smooth(Pass):
     select: Selector | None = None  # only layers in this part of the model
     exclude: Selector | None = None  # and not in this
     alpha: float = 0.5  # how much of the difficulty is moved into the weights: 0 to 1
+    multiply: bool = False  # where nothing can take the division, too: one more operator
     limit: int | None = None  # smooth at most this many groups; bisects a miscompile
     skip: tuple[int, ...] = ()  # groups by number that are left out: those found to be wrong
 
@@ -72,22 +77,26 @@ class Smooth(Pass):
                 _apply(graph, group, producer, scale, ctx)
         return quota.done
 
-    def _producers(self, graph: Graph, ctx: Context) -> dict[Group, Producer]:
-        """The groups whose scale can be folded, and where to."""
+    def _producers(self, graph: Graph, ctx: Context) -> dict[Group, Producer | None]:
+        """The groups that can be smooth, and where their scale is folded; None: a product."""
         layers, left = linear_layers(graph, self.select, self.exclude)
         for layer, reason in left.items():
             ctx.decided(layer, KEPT, reason)
-        found = {}
+        found: dict[Group, Producer | None] = {}
         for group in groups_of(graph, layers):
-            producer = _tied(group) or producer_of(graph, group.x, group.layers)
+            tied = _tied(group)
+            producer = tied or producer_of(graph, group.x, group.layers)
             if isinstance(producer, Producer):
                 found[group] = producer
+            elif self.multiply and not tied:
+                found[group] = None
             else:
-                _keep(ctx, group, producer)
+                more = "" if tied else "; `multiply=yes` writes a product"
+                _keep(ctx, group, f"{producer}{more}")
         return found
 
     def _peaks(
-        self, graph: Graph, producers: Mapping[Group, Producer], ctx: Context
+        self, graph: Graph, producers: Mapping[Group, Producer | None], ctx: Context
     ) -> dict[Value, Peaks]:
         peaks = {group.x: _Named(group) for group in producers}
         observe(graph, batches_of(ctx, self.data, graph), peaks, ctx, "smooth")
@@ -124,10 +133,25 @@ def _keep(ctx: Context, group: Group, reason: str) -> None:
         ctx.decided(layer, KEPT, reason)
 
 
-def _apply(graph: Graph, group: Group, producer: Producer, scale: Tensor, ctx: Context) -> None:
-    divide(graph, producer, scale, "smooth")
+def _apply(
+    graph: Graph, group: Group, producer: Producer | None, scale: Tensor, ctx: Context
+) -> None:
+    if producer is None:
+        where = f"by %{_multiply(graph, group, scale).name}"
+    else:
+        divide(graph, producer, scale, "smooth")
+        where = f"folded into %{producer.node.result.name}"
     low, high = float(scale.min()), float(scale.max())
     for layer in group.layers:
-        where = f"folded into %{producer.node.result.name}"
         ctx.decided(layer, "smoothed", f"channels divided by {low:.3g} to {high:.3g}, {where}")
         change_constant(graph, layer, 1, "smooth", lambda w: w * scale)
+
+
+def _multiply(graph: Graph, group: Group, scale: Tensor) -> Value:
+    """What the layers read, divided in front of them."""
+    dtype = group.x.tensor_type.dtype.to_torch()
+    factor = graph.add_constant(f"{group.x.name}.smooth", (1 / scale).to(dtype))
+    divided = Builder(graph, group.layers[0])("aten.mul.Tensor", group.x, factor)
+    for layer in group.layers:
+        graph.set_inputs_of(layer, [divided, *layer.inputs[1:]])
+    return divided

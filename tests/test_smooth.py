@@ -238,3 +238,38 @@ def test_peaks_go_on_from_a_state() -> None:
     rest.load(half.state())
     rest.update(x[3:])
     assert torch.equal(whole.peaks, rest.peaks)
+
+
+class Posted(nn.Module):
+    """Norms behind residuals, as BERT has: what a norm gives is read by others as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(64, 24), nn.LayerNorm(24)
+        self.up, self.down = nn.Linear(24, 48), nn.Linear(48, 24)
+        with torch.no_grad():
+            self.norm.weight[CHANNELS] *= 200
+            self.up.weight[:, CHANNELS] *= 0.01
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.norm(self.table(ids))
+        return self.down(torch.nn.functional.gelu(self.up(x))), x
+
+
+def test_a_product_is_written_where_nothing_takes_the_division() -> None:
+    torch.manual_seed(0)
+    graph = dfc.trace(Posted().eval(), (tokens(),))
+    assert run_step(graph, "smooth using calib")[1] == 0
+    made, changes, _ = run_step(graph, "smooth using calib with multiply=yes")
+    assert changes == 2
+    assert len(list(made.nodes)) == len(list(graph.nodes)) + 2
+    x = CALIB[0]
+    torch.testing.assert_close(interpret(made, [x])[0], interpret(graph, [x])[0])
+
+    def away(graph: Graph) -> float:
+        rounded = run_step(graph, "quantize int8 using calib with scheme=static")[0]
+        want = interpret(graph, [x])[0]
+        return float((interpret(rounded, [x])[0] - want).norm() / want.norm())
+
+    smooth = run_step(graph, "smooth using calib with multiply=yes, alpha=0.7")[0]
+    assert away(smooth) < 0.5 * away(graph)
