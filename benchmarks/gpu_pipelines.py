@@ -23,6 +23,8 @@ from dfc.runtime.pipeline.local import Pipeline
 
 M = 64  # microbatches: filling and emptying two stages is 1.6 % of a step
 TURNS = 5
+DEVICES = ["cpu", "cuda:0"]
+THREADS = torch.get_num_threads()
 
 
 def traced(each: int, width: int, layers: int) -> tuple[Graph, torch.Tensor]:
@@ -58,19 +60,22 @@ def one_gpu(each: int, width: int, dtype: torch.dtype) -> None:
             f"{ratio(took['stages'], took['unsplit'])} times the unsplit graph")  # fmt: skip
 
 
-def beside(each: int, width: int, layers: int, on_cpu: int) -> None:
-    """The first layers on the processor, the others on the device; each stage's time alone."""
+def beside(each: int, width: int, layers: int, on_cpu: int, engine: str) -> None:
+    """The first layers on the processor, the others on the device; each stage's time alone, with
+    the threads that the pipeline gives it."""
     graph, x = traced(each, width, layers)
     nodes = list(graph.nodes)
     cut = len(nodes) * on_cpu // layers
     placed = {n: int(i >= cut) for i, n in enumerate(nodes)}
     half = torch.relu(x.cuda())
     parts: Sequence[torch.Tensor] = x.split(each)
-    with Pipeline(graph, placed, microbatches=M, devices=["cpu", "cuda:0"]) as pipeline:
+    engines = ["eager", engine]
+    with Pipeline(graph, placed, microbatches=M, devices=DEVICES, engine=engines) as pipeline:
         first, second = (
-            find_engine("eager").build(s.graph, d)
-            for s, d in zip(pipeline.stages, ("cpu", "cuda:0"), strict=True)
+            find_engine(e).build(s.graph, d)
+            for e, s, d in zip(engines, pipeline.stages, DEVICES, strict=True)
         )
+        torch.set_num_threads(pipeline.threads[0])
 
         def processor() -> None:
             for part in parts:
@@ -84,10 +89,13 @@ def beside(each: int, width: int, layers: int, on_cpu: int) -> None:
         took = alternating({
             "cpu": processor, "gpu": device, "both": lambda: pipeline.run_flat([x]),
         }, TURNS)  # fmt: skip
+        busy = pipeline.report().busy
+    torch.set_num_threads(THREADS)
     slow = max(("cpu", "gpu"), key=lambda n: sum(took[n]))
     a, b = (sorted(took[n])[len(took[n]) // 2] / M * 1e3 for n in ("cpu", "gpu"))
-    say(f"  {on_cpu} of {layers} layers on the processor, {each} x {width}: {a:.2f} and {b:.2f} ms "
-        f"alone; together {ratio(took['both'], took[slow])} times the slower")  # fmt: skip
+    say(f"  {on_cpu} of {layers} layers on the processor, {each} x {width}, {engine}: {a:.2f} and "
+        f"{b:.2f} ms alone; together {ratio(took['both'], took[slow])} times the slower; busy "
+        f"{busy[0]:.2f} and {busy[1]:.2f}")  # fmt: skip
 
 
 def main() -> None:
@@ -101,8 +109,9 @@ def main() -> None:
     one_gpu(4096, 4096, torch.bfloat16)
     one_gpu(256, 1024, torch.bfloat16)
     say("a processor and a device (goal 1.05)")
-    beside(256, 1024, 33, 1)
-    beside(1024, 2048, 65, 1)
+    for engine in ("eager", "eager:cuda_graph"):
+        beside(256, 1024, 33, 1, engine)
+        beside(1024, 2048, 65, 1, engine)
     for file in sys.argv[1:]:
         write(file)
 

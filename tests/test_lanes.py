@@ -19,7 +19,7 @@ from dfc.planning.actions import Action, Kind, Program, parse_program
 from dfc.planning.schedules import forward_program, schedule
 from dfc.planning.stages import HOST
 from dfc.runtime.pipeline.lanes import Lanes, Values
-from dfc.runtime.pipeline.local import Pipeline, thread_shares
+from dfc.runtime.pipeline.local import Pipeline, rank_threads, thread_shares
 from dfc.runtime.pipeline.routes import SLOTS, Edge, routes
 from tests.random_graphs import random_graph, random_inputs
 
@@ -279,6 +279,16 @@ def test_threads_go_where_the_work_is() -> None:
     assert thread_shares(5, [1, 1, 1]) == [2, 2, 1]
     assert thread_shares(2, [1, 1, 1]) == [1, 1, 1]
     assert thread_shares(6, [4, 1, 1]) == [4, 1, 1]
+
+
+def test_devices_leave_the_processors_ranks_what_they_do_not_need():
+    assert rank_threads(2, [0, 1], ["cpu", "cuda:0"]) == [1, 1]
+    assert rank_threads(4, [0, 1], ["cpu", "cuda:0"]) == [3, 1]
+    assert rank_threads(16, [0, 1, 2], ["cpu", "cuda:0", "cuda:0"]) == [14, 1, 1]
+    assert rank_threads(16, [0, 1, 2], ["cuda:0", "cpu", "cuda:1"]) == [1, 12, 1]
+    assert rank_threads(9, [0, 1, 2, 2], ["cpu", "cuda:0", "cpu"]) == [3, 1, 4]
+    assert rank_threads(3, [0, 1], ["cuda:0", "cuda:0"]) == [1, 1]
+    assert rank_threads(5, [0, 1], ["cpu", "cpu"]) == [3, 2]
     assert sum(thread_shares(7, [3, 2])) == 7
 
 

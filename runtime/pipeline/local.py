@@ -39,6 +39,7 @@ from dfc.runtime.tiers.stages import (
 )
 
 MICROBATCHES = 8  # by default
+_MANY = 8  # threads, of which two for a device are few
 
 
 def thread_shares(total: int, loads: Sequence[float]) -> list[int]:
@@ -270,6 +271,8 @@ class Computing:
 
     def close(self) -> None:
         self.lanes.close()
+        if self._streams is not None:
+            self._streams.close()
 
 
 class Counted:
@@ -328,11 +331,19 @@ def _threads(
 def rank_threads(total: int, placement: Sequence[int], devices: Sequence[str]) -> list[int]:
     """The threads of each rank, by its stages.
 
-    Why:  a rank on a device other than the processor needs a thread to start its kernels.
+    Why:  a CUDA device needs a thread that starts its kernels, and where there are enough, one that
+          copies to it: without a core of their own they hold up the kernels of the processor, all
+          of whose threads wait for the last one.
     """
-    each = range(len(devices))
-    loads = [placement.count(r) if devices[r] == "cpu" else 0 for r in each]
-    return thread_shares(total, loads)
+    busy = [r for r, d in enumerate(devices) if d == "cpu"]
+    cuda = len(set(devices) - {"cpu"})
+    own = total - cuda * (2 if total >= _MANY else 1)
+    shares = [1] * len(devices)
+    for rank, share in zip(
+        busy, thread_shares(own, [placement.count(r) for r in busy]), strict=True
+    ):
+        shares[rank] = share
+    return shares
 
 
 def one_each(given: str | Sequence[str], count: int, what: str, of: str) -> list[str]:

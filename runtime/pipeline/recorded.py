@@ -140,6 +140,7 @@ class RecordedSteps:
 
     def close(self) -> None:
         self.lanes.close()
+        self.streams.close()
         self._recorded.clear()
 
 

@@ -4,9 +4,10 @@ Ranks of one device have one thread (`drivers_of`), which starts their kernels i
 simulated step: threads of their own would take turns in the interpreter, and short kernels wait.
 
 Nothing waits on the host: what a value depends on goes with it as events, which the reader's stream
-waits for. On one device a value is handed over where it lies. A rank queues no more than AHEAD
-actions before the device has done the first of them, so that memory stays bounded; a step is over
-when the devices are done. Spans are the devices' own times.
+waits for. On one device a value is handed over where it lies. What the processor made is brought to
+a device by a thread of its own, through pinned memory, so that the rank that made it goes on. A
+rank queues no more than AHEAD actions before the device has done the first of them, so that memory
+stays bounded; a step is over when the devices are done. Spans are the devices' own times.
 
 Source:  the CUDA semantics notes of PyTorch; memory of another stream is guarded by
          `Tensor.record_stream`, since a value has readers on several streams.
@@ -16,8 +17,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dfc.errors import DfcError
@@ -38,10 +40,18 @@ _ON_TORCHS_STREAM = ("eager", "inductor")  # engines that use the stream that Py
 
 @dataclass
 class Parcel:
-    """Values, and the events after which they may be read."""
+    """Values, and the events after which they may be read; of those that are being brought to a
+    device, the future that gives the value there and adds its event."""
 
     values: dict[Any, Any]
     ready: list[Any]
+    coming: dict[Any, Future[Any]] = field(default_factory=dict)
+
+    def arrive(self) -> None:
+        """Wait for what is brought."""
+        while self.coming:
+            name, future = self.coming.popitem()
+            self.values[name] = future.result()
 
 
 class Streams:
@@ -62,6 +72,11 @@ class Streams:
         self._began: dict[Any, Any] = {}  # an event of the caller's stream, by device
         self._timed: dict[Action, tuple[Any, Clock, Clock]] = {}
         self._recording = False
+        self._bringing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dfc-to-device")
+
+    def close(self) -> None:
+        """End what brings values to devices."""
+        self._bringing.shutdown()
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -120,10 +135,34 @@ class Streams:
         if stream is not None:
             ready.append(stream.record_event())
         parcel = Parcel(dict(values), ready)
-        if target != HOST:
-            for name, x in values.items():
+        if target == HOST:
+            return parcel
+        for name, x in values.items():
+            if source != HOST and self._is_brought(x, target):
+                parcel.coming[name] = self._bringing.submit(self._bring, x, target, parcel.ready)
+            else:
                 parcel.values[name] = self._moved(x, source, target, parcel.ready)
         return parcel
+
+    def _is_brought(self, x: Any, target: int) -> bool:
+        import torch
+
+        return (
+            isinstance(x, torch.Tensor)
+            and x.device.type == "cpu"
+            and self.devices[target].type == "cuda"
+        )
+
+    def _bring(self, x: torch.Tensor, target: int, ready: list[Any]) -> torch.Tensor:
+        """A value of the processor's on a device; the event of its copy is added."""
+        import torch
+
+        stream = self.copy_in[target]
+        assert stream is not None
+        with torch.cuda.stream(stream):
+            moved = _pinned(x).to(self.devices[target], non_blocking=True)
+            ready.append(stream.record_event())
+        return moved
 
     def _moved(self, x: Any, source: int, target: int, ready: list[Any]) -> Any:
         """A value on the target's device; the event of the copy is added to what is to wait for."""
@@ -144,7 +183,7 @@ class Streams:
                 moved = torch.empty_like(x, device="cpu", pin_memory=True)
                 moved.copy_(x, non_blocking=True)
             else:
-                moved = (x.pin_memory() if x.device.type == "cpu" else x).to(to, non_blocking=True)
+                moved = (_pinned(x) if x.device.type == "cpu" else x).to(to, non_blocking=True)
             if x.device.type == "cuda":
                 x.record_stream(stream)
             ready.append(stream.record_event())
@@ -159,6 +198,7 @@ class Streams:
     def receive(self, source: int, target: int, parcel: Any) -> Values:
         import torch
 
+        parcel.arrive()
         if target != HOST and self.compute[target] is None:
             for event in parcel.ready:
                 event.synchronize()
@@ -281,6 +321,21 @@ def _stream(device: torch.device) -> Any:
 
     make: Any = torch.cuda.Stream
     return make(device)
+
+
+def _pinned(x: torch.Tensor) -> torch.Tensor:
+    """A copy that a device reads by itself, made by this thread alone.
+
+    Why:  PyTorch shares the copy among threads, whose cores the processor's ranks use.
+    """
+    import torch
+
+    if not x.is_contiguous() or not x.numel() or x.is_conj() or x.is_neg():
+        return x.pin_memory()
+    pinned = torch.empty_like(x, pin_memory=True)
+    raw, source = (t.detach().reshape(-1).view(torch.uint8).numpy() for t in (pinned, x))
+    raw[...] = source
+    return pinned
 
 
 def clock(recorded: bool = False) -> Clock:
