@@ -224,6 +224,72 @@ def test_a_target_that_cannot_be_planned_for(text: str, message: str, tower: Gra
     assert message in str(e.value)
 
 
+def test_all_that_is_wrong_with_a_target_is_told_with_its_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dfc.cli import main
+
+    target = tmp_path / "t.dfc"
+    target.write_text("""dfc 1
+target t {
+  device a : cuda(mem=0GB, peak=-40TFLOPS, bw=2TB/s, launch=0us)
+  device b : h100(price=0)
+  link a <-> b : nvlink(bw=0GB/s, latency=-5us)
+}
+""")
+    for command in (["plan", "no.py:model", "-t"], ["check"]):
+        assert main([*command, str(target)]) == 2
+        said = re.findall(r"t\.dfc:(\d+):\d+: error\[N045\]: (.*)", capsys.readouterr().err)
+        assert said == [
+            ("3", "device `a` has an impossible `mem`: 0GB"),
+            ("3", "device `a` has an impossible `peak`: -40TFLOPS"),
+            ("4", "device `b` has an impossible `price`: 0"),
+            ("5", "the link from `a` to `b` has an impossible `bw`: 0GB/s"),
+            ("5", "the link from `a` to `b` has an impossible `latency`: -5us"),
+        ]
+    target.write_text(
+        "dfc 1\ntarget t {\n  device a : cpu(mem=1GB)\n  device b : cpu(bw=1GB/s)\n}\n"
+    )
+    assert main(["plan", "no.py:model", "-t", str(target)]) == 2
+    said = capsys.readouterr().err
+    assert "t.dfc:3:10: error[N045]: device `a` has no `peak` and no `bw`" in said
+    assert "t.dfc:4:10: error[N045]: device `b` has no `mem` and no `peak`" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--svg", "t.png"], "`--svg` writes no `.png` file"),
+        (["--trace", "t.txt"], "`--trace` writes no `.txt` file"),
+        (["--trace", "t"], "ends in .json"),
+    ],
+)
+def test_a_picture_of_another_format_is_refused_before_the_work(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dfc.cli import main
+
+    assert main(["plan", "no.py:model", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--pipeline", "2", "--trace", "t.svg"], "ends in .json\n"),
+        (["--memory", "1MB", "--trace", "t.txt"], "ends in .json or .svg"),
+        (["-o", "out.txt"], "ends in .npz or .safetensors"),
+    ],
+)
+def test_what_a_run_cannot_write_is_refused_before_the_work(
+    options: list[str], wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dfc.cli import main
+
+    assert main(["run", "no.py:model", *options]) == 2
+    assert wanted in capsys.readouterr().err
+
+
 def test_every_known_device_says_where_its_figures_are_from() -> None:
     for name, device in CATALOGUE.items():
         assert device.source and device.peaks["f32"] > 1e12 and device.bandwidth > 1e11, name

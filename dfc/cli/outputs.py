@@ -19,6 +19,16 @@ def require_writable(path: str | Path | None, force: bool, *, folder: bool = Fal
         require_usable(path, folder=folder, force=force)
 
 
+def require_suffix(what: str, path: str | Path | None, *suffixes: str) -> None:
+    """Refuse a file whose name promises another format than what is written.
+
+    Raises:  DfcError D056.
+    """
+    if path is not None and Path(path).suffix not in suffixes:
+        message = f"`{what}` writes no `{Path(path).suffix or path}` file, got `{path}`"
+        raise DfcError("D056", message, help=f"name a file that ends in {' or '.join(suffixes)}")
+
+
 def require_apart(*outputs: tuple[str, str | Path | None]) -> None:
     """Refuse two outputs of one path, each told with what names it: `--html`, `emit onnx`.
 

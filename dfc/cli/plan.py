@@ -113,7 +113,12 @@ def plan(
     from dfc.api import plan as make
     from dfc.cli.inputs import parse_sizes
     from dfc.cli.measured import measure_times, measured_data, measured_text, read_times
-    from dfc.cli.outputs import require_apart, require_sources_kept, require_writable
+    from dfc.cli.outputs import (
+        require_apart,
+        require_sources_kept,
+        require_suffix,
+        require_writable,
+    )  # fmt: skip
     from dfc.cli.progress import Progress
     from dfc.cli.sources import open_source, read_text
     from dfc.planning.devices import wanted as objective
@@ -126,11 +131,17 @@ def plan(
     wanted = _wanted(pin, together)
     require_apart(("--svg", svg), ("--trace", trace))
     require_sources_kept([model, str(target)], ("--svg", svg), ("--trace", trace))
+    require_suffix("--svg", svg, ".svg")
+    require_suffix("--trace", trace, ".json")
     require_writable(svg, force)
     require_writable(trace, force)
     if target is not None:
         read_text(target)
-        plan_of("O0", target=target)  # what is wrong in it is told before the model is loaded
+        told = plan_of(
+            "O0", target=target
+        ).target  # what is wrong in it, before the model is loaded
+        if told is not None:
+            told.machine()
     with Progress() as say:
         say(f"reading {model}")
         source = open_source(model)

@@ -137,7 +137,12 @@ def run(
     rewrite is wrong, and with 0 when it no longer is.
     """
     from dfc.cli.inputs import output_names
-    from dfc.cli.outputs import require_apart, require_sources_kept, require_writable
+    from dfc.cli.outputs import (
+        require_apart,
+        require_sources_kept,
+        require_suffix,
+        require_writable,
+    )  # fmt: skip
     from dfc.cli.progress import Progress
 
     check_place(on, pipeline)
@@ -149,10 +154,11 @@ def run(
         raise typer.Exit(replay_folder(model, as_json))
     require_apart(("-o", output), ("--trace", trace))
     require_sources_kept([model, *(inputs or ())], ("-o", output), ("--trace", trace))
+    require_suffix("-o", output, *_FORMATS)
+    drawn = memory is not None and pipeline is None  # of a pipeline there is a trace alone
+    require_suffix("--trace", trace, ".json", *([".svg"] if drawn else []))
     require_writable(output, force)
     require_writable(trace, force)
-    if output and Path(output).suffix not in _FORMATS:
-        raise DfcError("D056", f"`{output}` ends with neither {' nor '.join(_FORMATS)}")
     with Progress() as say:
         job = _Job(
             inputs, random, size, seed, engine, device, microbatches,

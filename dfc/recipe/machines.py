@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
-from dfc.errors import DfcError
+from dfc.errors import DfcError, Diagnostic
 from dfc.planning.catalogue import CATALOGUE
 from dfc.planning.facts import PEAKS, device_of, with_details
 from dfc.planning.machine import EFFICIENCY, Device, Machine, Wire
@@ -18,14 +17,16 @@ def machine_of(target: p.Target) -> Machine:
 
     Raises:  DfcError N045 for a device that lacks what a plan needs.
     """
-    devices = tuple(_device(d) for d in target.devices)
-    if not devices:
+    if not target.devices:
         raise DfcError("N045", f"target `{target.name}` has no devices")
+    problems = [x for d in target.devices for x in _lacking(d)]
+    if problems:
+        raise DfcError.of(problems)
+    devices = tuple(_device(d) for d in target.devices)
     at = {d.name: i for i, d in enumerate(target.devices)}
     wires: dict[tuple[int, int], Wire] = {}
     for link in target.links:
         facts = {k: float(v.value) for k, v in link.facts.items()}
-        _check_possible(f"the link from `{link.source}` to `{link.sink}`", facts)
         wire = Wire(facts.get("bw", float("inf")), facts.get("latency", 0.0))
         wires[at[link.source], at[link.sink]] = wire
         if link.both:
@@ -39,7 +40,6 @@ def _device(d: p.Device) -> Device:
 
 def _figures(d: p.Device) -> Device:
     facts = {k: float(v.value) for k, v in d.facts.items() if k != "dtypes"}
-    _check_possible(f"device `{d.name}`", facts)
     known = CATALOGUE.get(d.kind)
     if known is not None:
         peaks = {dtype: facts[k] for k, dtype in PEAKS.items() if k in facts}
@@ -50,20 +50,16 @@ def _figures(d: p.Device) -> Device:
             bandwidth=float(facts.get("bw", known.bandwidth * EFFICIENCY)),
             launch=float(facts.get("launch", known.launch)),
         ), facts)  # fmt: skip
-    for fact in ("mem", "peak", "bw"):
-        if fact not in facts:
-            help = f"write {fact}=..., measure it with `dfc calibrate`, or name a known device: "
-            raise DfcError("N045", f"device `{d.name}` has no `{fact}`, which a plan needs",
-                           help=help + ", ".join(CATALOGUE))  # fmt: skip
     return device_of(d.name, d.kind, facts)
 
 
-def _check_possible(what: str, facts: Mapping[str, Any]) -> None:
-    """Sizes and rates are more than nothing; times and counts may be nothing.
-
-    Raises:  DfcError N045.
-    """
-    for fact, value in facts.items():
-        may_be_zero = fact.startswith("launch") or fact in ("latency", "index", "grain")
-        if not (value > 0 or (may_be_zero and value == 0)) or value == float("inf"):
-            raise DfcError("N045", f"{what} has an impossible `{fact}`: {value:g}")
+def _lacking(d: p.Device) -> Iterator[Diagnostic]:
+    """The figures that a plan needs, and that neither the device nor the catalogue has."""
+    lacks = [f for f in ("mem", "peak", "bw") if f not in d.facts and d.kind not in CATALOGUE]
+    if lacks:
+        message = f"device `{d.name}` has no {' and no '.join(f'`{f}`' for f in lacks)}"
+        help = (
+            f"write {', '.join(f'{f}=...' for f in lacks)}, measure with `dfc calibrate`, "
+            f"or name a known device: {', '.join(CATALOGUE)}"
+        )
+        yield Diagnostic("N045", f"{message}, which a plan needs", d.span, help)

@@ -281,6 +281,7 @@ class Device:
     name: str
     kind: str
     facts: Mapping[str, Any]
+    span: Span | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return f"device {self.name} : {_made(self.kind, self.facts)}"

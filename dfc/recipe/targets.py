@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import isfinite
 from typing import Any
 
 from dfc.errors import DfcError, Diagnostic, did_you_mean
@@ -74,12 +75,13 @@ def made_target(t: s.Target, source: Source, problems: Problems) -> p.Target:
     devices: dict[str, p.Device] = {}
     links: list[p.Link] = []
     for part in t.parts:
-        kind, facts = _made(part.what, isinstance(part, s.Device), source, problems)
+        kind, facts = _made(part, source, problems)
         if isinstance(part, s.Device):
             if part.name.name in devices:
                 message = f"a second device `{part.name.name}`"
                 problems.say(source, "Q014", message, part.name.at)
-            devices[part.name.name] = p.Device(part.name.name, kind, facts)
+            span = source.span(*part.name.at)
+            devices[part.name.name] = p.Device(part.name.name, kind, facts, span)
             continue
         for end in (part.source, part.sink):
             if end.name not in devices:
@@ -97,9 +99,10 @@ def _facts_of(kind: str) -> Mapping[str, str]:
 
 
 def _made(
-    x: s.Expr, device: bool, source: Source, problems: Problems
+    part: s.Device | s.Link, source: Source, problems: Problems
 ) -> tuple[str, dict[str, Any]]:
     """`cuda(mem=16GiB)` as a kind and its facts."""
+    x, device = part.what, isinstance(part, s.Device)
     kind = x.name.name if isinstance(x, s.Call) else getattr(x, "name", "")
     known = _facts_of(kind) if device else LINK
     if device and not known:
@@ -114,7 +117,22 @@ def _made(
         value = _fact(kind, k, known, source, problems)
         if value is not None:
             facts[k.name.name] = value
+            if isinstance(value, Amount) and not _is_possible(k.name.name, value):
+                message = f"{_called(part)} has an impossible `{k.name.name}`: {value}"
+                problems.say(source, "N045", message, k.value.at)
     return kind, facts
+
+
+def _called(part: s.Device | s.Link) -> str:
+    if isinstance(part, s.Device):
+        return f"device `{part.name.name}`"
+    return f"the link from `{part.source.name}` to `{part.sink.name}`"
+
+
+def _is_possible(fact: str, value: Amount) -> bool:
+    """Sizes and rates are more than nothing; times and counts may be nothing."""
+    may_be_zero = fact.startswith("launch") or fact in ("latency", "index", "grain")
+    return isfinite(value.value) and (value.value > 0 or (may_be_zero and value.value == 0))
 
 
 def _fact(
