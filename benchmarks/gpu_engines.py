@@ -1,10 +1,12 @@
 """Engines on a CUDA device: BERT-base and ResNet-50 by dfc, by PyTorch and by torch.compile.
 
-    python benchmarks/gpu_engines.py [--cases NAMES] [--seconds 240] [--no-autotune]
+    python benchmarks/gpu_engines.py [--cases NAMES] [--seconds 240] [--no-autotune] [--both]
 
 Peers: PyTorch's eager mode, and `torch.compile(mode="max-autotune")`, which measures kernels and
 replays CUDA graphs. A time is that of one call until its results are there; calls take turns, a
-ratio is the median of those of one round. Weights are random, dtypes are the model's own.
+ratio is the median of those of one round. Weights are random, dtypes are the model's own. With
+`--both` dfc's engine that measures kernels is there too. max-autotune takes minutes: the others are
+timed and printed first.
 """
 
 from __future__ import annotations
@@ -49,26 +51,27 @@ def build(model: str, dtype: torch.dtype) -> tuple[torch.nn.Module, tuple[torch.
     return module.to(dtype), tuple(x.to(dtype) if x.is_floating_point() else x for x in args)
 
 
-def peers(module: torch.nn.Module, args: Any, autotune: bool) -> dict[str, Call]:
-    found: dict[str, Call] = {"PyTorch eager": lambda: module(*args)}
-    if autotune:
-        compiled = torch.compile(module, mode="max-autotune")
-
-        def run() -> Any:
-            torch.compiler.cudagraph_mark_step_begin()
-            return compiled(*args)
-
-        found["torch.compile max-autotune"] = run
-    return found
+def eager(module: torch.nn.Module, args: Any) -> Call:
+    return lambda: module(*args)
 
 
-def ours(module: torch.nn.Module, args: Any, autotune: bool) -> tuple[dict[str, Call], str]:
+def max_autotune(module: torch.nn.Module, args: Any) -> Call:
+    compiled = torch.compile(module, mode="max-autotune")
+
+    def run() -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(*args)
+
+    return run
+
+
+def ours(module: torch.nn.Module, args: Any, both: bool) -> tuple[dict[str, Call], str]:
     """dfc's engines on the rewritten graph, `auto` as users call it, and what it chose."""
     begin = time.perf_counter()
     auto = dfc.compile(module, args, verify="end", device="cuda")
     took = time.perf_counter() - begin
     names = [e.name for e in auto.report.engines if e.verdict == "slower" and not e.form]
-    names += ["inductor:max_autotune:cuda_graph"] * autotune
+    names += ["inductor:max_autotune:cuda_graph"] * both
     graph, given = with_state_inputs(auto.graph), [x.cuda() for x in args]
     found: dict[str, Call] = {"dfc auto": lambda: auto(*given)}
     for name in names:
@@ -122,6 +125,7 @@ def main() -> None:
     parser.add_argument("--cases", default="", help="parts of names, separated by commas")
     parser.add_argument("--seconds", type=float, default=240, help="begin no case after these")
     parser.add_argument("--no-autotune", action="store_true")
+    parser.add_argument("--both", action="store_true", help="dfc's max_autotune too")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device: nothing to measure")
@@ -134,22 +138,30 @@ def main() -> None:
         if time.perf_counter() - start > options.seconds:
             print(f"\n{name}: left out, no time was left")
             continue
-        measured(name, model, dtype, not options.no_autotune)
+        measured(name, model, dtype, options)
 
 
-def measured(name: str, model: str, dtype: torch.dtype, autotune: bool) -> None:
+def measured(name: str, model: str, dtype: torch.dtype, options: argparse.Namespace) -> None:
     begin = time.perf_counter()
     module, args = build(model, dtype)
-    calls, told = ours(module, args, autotune)
+    calls, told = ours(module, args, options.both)
     module, args = module.cuda(), tuple(x.cuda() for x in args)
-    torch._dynamo.reset()
-    calls |= peers(module, args, autotune)
-    found = times(calls)
-    print(f"\n{name}; {told}; {len(found['dfc auto'])} rounds")
-    print("\n".join(table(found, digits=3)))
-    print(f"  {error(module, calls, args)}")
+    calls["PyTorch eager"] = eager(module, args)
+    print(f"\n{name}; {told}")
+    shown(module, args, calls)
+    if not options.no_autotune:
+        torch._dynamo.reset()
+        calls["torch.compile max-autotune"] = max_autotune(module, args)
+        shown(module, args, calls)
     print(f"  ({time.perf_counter() - begin:.0f} s in all)", flush=True)
     torch.cuda.empty_cache()
+
+
+def shown(module: torch.nn.Module, args: Any, calls: Mapping[str, Call]) -> None:
+    found = times(calls)
+    print(f"{len(found['dfc auto'])} rounds")
+    print("\n".join(table(found, digits=3)))
+    print(f"  {error(module, calls, args)}", flush=True)
 
 
 if __name__ == "__main__":

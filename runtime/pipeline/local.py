@@ -338,12 +338,11 @@ def rank_threads(total: int, placement: Sequence[int], devices: Sequence[str]) -
     busy = [r for r, d in enumerate(devices) if d == "cpu"]
     cuda = len(set(devices) - {"cpu"})
     own = total - cuda * (2 if total >= _MANY else 1)
-    shares = [1] * len(devices)
-    for rank, share in zip(
-        busy, thread_shares(own, [placement.count(r) for r in busy]), strict=True
-    ):
-        shares[rank] = share
-    return shares
+    shares = dict.fromkeys(range(len(devices)), 1)
+    if busy:
+        found = thread_shares(own, [placement.count(r) for r in busy])
+        shares.update(zip(busy, found, strict=True))
+    return list(shares.values())
 
 
 def one_each(given: str | Sequence[str], count: int, what: str, of: str) -> list[str]:
