@@ -76,7 +76,8 @@ def compared(name: str, model: StagedModel, batch: tuple[torch.Tensor, torch.Ten
             report = trainer.report()
             held = ", ".join(f"{x / 1e6:.1f}" for x in report.peak_bytes)
             again = sorted(report.program.recomputes)
-            how = f", {trainer.programs.way}" if way == "auto" and again else ""
+            ways = ", ".join(sorted(set(report.program.ways.values())))
+            how = f", {ways}" if way == "auto" and again else ""
             say(
                 f"  {way:9} stages {again}{how}: {median(took[way]) * 1e3:6.1f} ms, "
                 f"{ratio(took[way], took['never'])} of keeping all; predicted "

@@ -236,8 +236,9 @@ def plan(
     them comes from disk as well.
 
     With `train`, stages may keep of each microbatch what they take alone, and run their forward
-    again before their backward pass: `recompute` is "never", "always", or "auto", where as few do
-    as leave devices room, if that makes the model fit or a step shorter.
+    again before their backward pass, or keep what leaves cheap operators alone to run again:
+    `recompute` is "never", "always", "selective", or "auto", where as few do as leave devices room,
+    each in the better way, if that makes the model fit or a step shorter.
 
     Raises:  DfcError N040.. for what the target or the model lacks, N060 (status 6) when the model
              does not fit, with what would make it fit.

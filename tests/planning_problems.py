@@ -49,6 +49,7 @@ def made(
             send=rng.choice([0.5, 1.0, 3.0]) if links else INFINITE,
             in_flight=k - s if memory and not takes else 1,
             taken=k - s if takes else 0,
+            keeping=rng.randint(0, 1) if memory else 0,
             stream=rates[at[s]],
         )
         for s in range(k)
@@ -63,7 +64,8 @@ def made(
         more["tied"] = ((2.0, tuple(sorted(rng.sample(range(n), 2)))),)
     if devices:
         more |= {"devices": devices, "idle": False}
-    return Problem(time, tuple(tensors), tuple(slots), weights, kept, **more)
+    some = np.floor(kept / 2) if memory else None
+    return Problem(time, tuple(tensors), tuple(slots), weights, kept, some, **more)
 
 
 def brute_force(problem: Problem) -> Partition | None:

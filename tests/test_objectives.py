@@ -118,6 +118,7 @@ def test_units_and_names_do_not_matter(objective: Objective, seed: int) -> None:
     relabelled = replace(
         problem, time=problem.time[order], weights=problem.weights[order],
         activations=problem.activations[order],
+        kept=None if problem.kept is None else problem.kept[order],
         tensors=tuple(
             replace(t, producer=at[t.producer], readers=tuple(sorted(at[v] for v in t.readers)))
             for t in problem.tensors

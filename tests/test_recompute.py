@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -17,13 +16,12 @@ from torch.nn import functional as F
 import dfc
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
-from dfc.planning.actions import Action, Kind, Program, parse_program
-from dfc.planning.auto import auto
-from dfc.planning.backward import FULL, SELECTIVE
+from dfc.planning.actions import FULL, SELECTIVE, Action, Kind, Program, parse_program
+from dfc.planning.auto import auto, fitting
 from dfc.planning.check import check
 from dfc.planning.pipeline import Plan
 from dfc.planning.planfile import of_text, to_text
-from dfc.planning.recompute import needed, recomputing
+from dfc.planning.recompute import in_ways, needed, recomputing
 from dfc.planning.recompute_choice import replays
 from dfc.planning.schedules import SCHEDULES, schedule
 from dfc.planning.simulate import Costs, in_flight, peaks, simulate
@@ -183,22 +181,34 @@ def test_the_fewest_stages_recompute_that_leave_the_room() -> None:
 def test_selective_recomputation_leaves_cheap_operators_alone_to_run_again() -> None:
     _, trainer = trained("gpipe", recompute="selective")
     for stage in trainer.trained:
-        again = [n.op for n in stage._runs[Kind.R].part.graph.nodes]
+        again = [n.op for n in stage._runs[Kind.S].part.graph.nodes]
         assert again and not any("mm" in op for op in again)
 
 
 @pytest.mark.parametrize("name", ["1f1b", "auto"])
 def test_the_quicker_way_that_fits_is_taken(name: str) -> None:
-    full = Costs([3, 3], [3, 3], [0, 0], activations=[10, 10], taken=[1, 1])
-    ways = {FULL: full, SELECTIVE: replace(full, replay=[1, 1], taken=[4, 4], remade=[6, 6])}
-    for room, again, way in ((20, (), None), (14, (0,), SELECTIVE), (12, (0,), FULL)):
-        programs = Programs(name, 2, 4, 1, None, room)
-        found = programs.of(4, ways.__getitem__)
-        assert found.recomputes == set(again)
-        assert way is None or programs.way == way
-        assert max(peaks(found, ways[programs.way])) <= room
+    c = Costs([3, 3], [3, 3], [0, 0], activations=[10, 10], taken=[1, 1], remake=[1, 1],
+              kept=[4, 4], remade=[6, 6])  # fmt: skip
+    for room, ways in ((20, {}), (14, {0: SELECTIVE}), (12, {0: FULL})):
+        found = Programs(name, 2, 4, 1, None, room).of(4, lambda: c)
+        assert found.ways == ways
+        assert max(peaks(found, c)) <= room
     with pytest.raises(DfcError, match="N062"):
-        Programs(name, 2, 4, 1, None, 9).of(4, ways.__getitem__)
+        Programs(name, 2, 4, 1, None, 9).of(4, lambda: c)
+
+
+def test_stages_of_one_rank_may_recompute_in_different_ways() -> None:
+    """Where neither way alone is the cheapest that fits."""
+    plain = schedule("breadth_first", 1, 4, 2)
+    c = Costs([9, 2], [9, 2], [9, 2], activations=[20, 20], taken=[0, 0], remake=[1, 1],
+              kept=[12, 12], remade=[8, 8])  # fmt: skip
+    both = (FULL, SELECTIVE)
+    assert needed(plain, c, [160], both) == {}
+    assert needed(plain, c, [139], both) == {1: SELECTIVE}
+    assert needed(plain, c, [90], both) == {0: SELECTIVE, 1: FULL}
+    assert needed(plain, c, [90]) == {0: FULL}
+    found = fitting(plain, c, [90])
+    assert found.program.ways == {0: SELECTIVE, 1: FULL} and max(found.peaks) <= 90
 
 
 def test_a_failed_recomputation_is_named_and_the_next_step_is_whole() -> None:
@@ -232,13 +242,19 @@ def costs(n: int, rng: random.Random) -> Costs:
     def some() -> list[int]:
         return [rng.randint(1, 9) for _ in range(n)]
 
-    return Costs(some(), some(), some(), activations=some(), taken=[rng.randint(0, 2)] * n)
+    return Costs(some(), some(), some(), activations=some(), taken=[rng.randint(0, 2)] * n,
+                 kept=some(), remade=some())  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recomputing_programs_are_whole_and_read_back(name: str) -> None:
     plain = program(name)
+    mixed = dict(enumerate([FULL, SELECTIVE] * plain.stages))
     for stages in ((), (0,), range(plain.stages)):
+        ways = {s: mixed[s] for s in stages}
+        assert in_ways(plain, ways).ways == ways
+        assert parse_program(str(in_ways(plain, ways))).ways == ways
+        check(in_ways(plain, ways), costs(plain.stages, random.Random(0)))
         found = recomputing(plain, stages)
         assert found.recomputes == set(stages)
         assert len(found) == len(plain) + 6 * len(stages)
@@ -254,6 +270,8 @@ def test_programs_that_recompute_wrongly_are_refused() -> None:
         "0: F(0,0) B(0,0) R(0,0)\n": "B\\(0,0\\) before R\\(0,0\\)",
         "0: R(0,0) F(0,0) B(0,0)\n": "R\\(0,0\\) before F\\(0,0\\)",
         "0: F(0,0) R(0,0) R(0,0) B(0,0)\n": "R\\(0,0\\) is there 2 times",
+        "0: F(0,0) B(0,0) S(0,0)\n": "B\\(0,0\\) before S\\(0,0\\)",
+        "0: F(0,0) R(0,0) F(0,1) B(0,0) S(0,1) B(0,1)\n": "S\\(0,0\\) is missing",
     }
     for text, message in cases.items():
         with pytest.raises(DfcError, match=message):
@@ -280,7 +298,7 @@ def test_memory_is_what_replaying_the_actions_counts(name: str) -> None:
         plain = program(name)
         c = costs(plain.stages, rng)
         some = [s for s in range(plain.stages) if rng.random() < 0.5]
-        found = recomputing(plain, some)
+        found = in_ways(plain, {s: rng.choice((FULL, SELECTIVE)) for s in some})
         assert peaks(found, c) == replayed(found, c) == simulate(found, c).peaks
 
 
@@ -290,9 +308,12 @@ def replayed(found: Program, c: Costs) -> tuple[int, ...]:
         held: dict[tuple[int, int], int] = {}
         peak = 0
         for kind, stage, b, _ in found.actions(rank):
-            again = stage in found.recomputes
+            way = found.ways.get(stage)
             if kind == Kind.F:
-                held[stage, b] = c.taken[stage] if again else c.activations[stage]
+                first = {None: c.activations, FULL: c.taken, SELECTIVE: c.kept}[way]
+                held[stage, b] = first[stage]
+            if kind == Kind.S:
+                held[stage, b] += c.remade[stage]
             if kind == Kind.R:
                 held[stage, b] += c.activations[stage]
             peak = max(peak, sum(held.values()))
@@ -408,19 +429,20 @@ def test_less_memory_never_makes_a_plan_faster() -> None:
     assert times[0] > 1.05 * times[-1]
 
 
-def test_a_plan_that_recomputes_is_read_back_and_trains_so() -> None:
+@pytest.mark.parametrize(("recompute", "way"), [("always", FULL), ("selective", SELECTIVE)])
+def test_a_plan_that_recomputes_is_read_back_and_trains_so(recompute: str, way: str) -> None:
     graph = decoder()
-    plan = planned("1GB", "always")
+    plan = planned("1GB", recompute)
     text = to_text(plan)
     copy = graph.copy()
     for node, s in zip(copy.nodes, plan.partition.stage, strict=True):
         copy.set_stage(node, s)
     read = of_text(text, copy)
-    assert (read.program, read.costs.taken) == (plan.program, plan.costs.taken)
+    assert (read.program, read.costs) == (plan.program, plan.costs)
     assert to_text(read) == text
     with Trainer(graph, plan, optimizer=adamw) as trainer:
-        assert trainer.programs.first.recomputes == {0, 1}
-        assert all(t.recomputes for t in trainer.trained)
+        assert trainer.programs.first.ways == {0: way, 1: way}
+        assert all(t.recomputes == way for t in trainer.trained)
 
 
 def test_ways_that_there_are_not_are_refused() -> None:
@@ -428,6 +450,81 @@ def test_ways_that_there_are_not_are_refused() -> None:
         planned("1GB", "sometimes")
     with pytest.raises(DfcError, match="backward pass"):
         dfc.plan(decoder(), target("1GB"), recompute="auto")
+
+
+class Attends(nn.Module):
+    """Layers of a small transformer, with its loss."""
+
+    def __init__(self, width: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.table, self.heads = nn.Embedding(31, width), heads
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"a": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * width),
+                           "out": nn.Linear(width, width), "mlp": Block(width)})
+            for _ in range(4)
+        )  # fmt: skip
+
+    def forward(self, ids: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        for layer in self.layers:
+            b, t, w = x.shape
+            parts = layer["qkv"](layer["a"](x)).chunk(3, -1)  # type: ignore[index]
+            q, k, v = (p.view(b, t, self.heads, -1).transpose(1, 2) for p in parts)
+            seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + F.dropout(layer["out"](seen.transpose(1, 2).reshape(b, t, w)), 0.1)  # type: ignore[index]
+            x = layer["mlp"](x)  # type: ignore[index]
+        return F.cross_entropy((x @ self.table.weight.T).flatten(0, 1), y.flatten())
+
+
+@cache
+def attending() -> tuple[Graph, tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(0)
+    args = torch.randint(31, (16, 64)), torch.randint(31, (16, 64))
+    return dfc.trace(Attends().train(), args, dynamic_shapes=({0: B}, {0: B})), args
+
+
+def attending_plan(recompute: str, memory: str = "1GB") -> Plan:
+    return dfc.plan(attending()[0], target(memory), train=True, recompute=recompute,
+                    schedule="gpipe", microbatches=4, sizes={"B": 4})  # fmt: skip
+
+
+def test_a_plan_knows_what_a_trainer_keeps_in_each_way() -> None:
+    graph, args = attending()
+    losses = []
+    for way, expected in (("never", {}), ("always", {0: FULL, 1: FULL}),
+                          ("selective", {0: SELECTIVE, 1: SELECTIVE})):  # fmt: skip
+        plan = attending_plan(way)
+        assert plan.program.ways == expected
+        with Trainer(graph, plan, optimizer=adamw, threads=1) as trainer:
+            losses.append(trainer.step(*args))
+            report = trainer.report()
+        c, taken = plan.costs, plan.costs.taken
+        for s in range(2):
+            saved, kept = report.saved_bytes[s], report.taken_bytes[s]
+            if way == "selective":
+                assert c.kept[s] == pytest.approx(kept, rel=0.01)
+                assert c.remade[s] == pytest.approx(saved, rel=0.01)
+                assert c.kept[s] + c.remade[s] == pytest.approx(c.activations[s], rel=0.01)
+                continue
+            assert taken[s] == kept
+            # what comes from another stage counts where it is read
+            assert saved * 0.99 <= c.activations[s] <= (saved + kept) * 1.01
+    equal(losses[:1] * 2, losses[1:])
+
+
+def test_a_plan_takes_the_better_way_that_fits() -> None:
+    """Keeping all is quickest; then cheap operators alone, then whole forwards."""
+    found = {}
+    for memory in ("8MB", "6MB", "4.5MB", "3.5MB"):
+        plan = attending_plan("auto", memory)
+        assert all(s.memory <= 0.9 * s.capacity * (1 + 1e-9) for s in plan.stages)
+        found[memory] = set(plan.program.ways.values()), plan.step_seconds
+        told = {r.stage: r.way for r in replays(plan.program, plan.costs)}
+        assert told == plan.program.ways
+    print(found)
+    assert [ways for ways, _ in found.values()][:2] == [set(), {SELECTIVE}]
+    assert FULL in found["3.5MB"][0]
+    assert [t for _, t in found.values()] == sorted(t for _, t in found.values())
 
 
 class Bulge(nn.Module):
@@ -458,7 +555,7 @@ def test_a_cut_is_found_whose_inputs_fit(way: str) -> None:
     assert tight.modelled is not None
     check(tight.program, tight.costs, [0.9 * 400e3 - tight.modelled.live] * 2)
     wide, narrow = (max(plan.costs.taken) for plan in (roomy, tight))
-    assert wide == 64 * 256 * 4 and narrow in ((64 * 8 * 4,) if way == "always" else (wide,))
+    assert wide == 64 * 256 * 4 and narrow == 64 * 8 * 4
     if way == "always":
         assert roomy.peak > 0.9 * 400e3, "the even cut does not fit"
         assert planned("1GB", "memory").peak <= tight.peak

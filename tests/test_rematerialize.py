@@ -13,7 +13,7 @@ from dfc.ir.tree import LEAF, Seq
 from dfc.ir.types import DTYPES, TensorType
 from dfc.ops.builder import Builder
 from dfc.planning.cost import bytes_of
-from dfc.planning.rematerialize import fewest_kept, is_cheap
+from dfc.planning.rematerialize import fewest_kept, is_cheap, typical_sizes
 
 
 def made(seed: int, nodes: int = 9) -> tuple[Graph, Value, list[Value]]:
@@ -70,7 +70,7 @@ def test_nothing_less_would_do(seed: int) -> None:
     rng = random.Random(seed)
     results = [n.result for n in graph.nodes]
     wanted = rng.sample(results, 4)
-    kept = fewest_kept(graph, wanted, free)
+    kept = fewest_kept(wanted, free, typical_sizes(graph))
     assert makes(kept, free, wanted) and not kept & {*free}
     every = [x, *results]
     least = min(

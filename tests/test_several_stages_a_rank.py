@@ -55,7 +55,7 @@ def test_the_chosen_one_is_no_worse_than_any_that_fits_wherever_it_has_its_stage
         programs = Programs(AUTO, n, m, 2, room=room, ranks=ranks, moves=True)
         fit = known(ranks, chunks, m, costs, room)
         try:
-            found = programs.of(m, lambda _, costs=costs: costs)  # type: ignore[misc]
+            found = programs.of(m, lambda costs=costs: costs)  # type: ignore[misc]
         except DfcError as e:
             assert e.code == "N062" and not fit
             refused += 1
@@ -73,11 +73,11 @@ def test_the_chosen_one_is_no_worse_than_any_that_fits_wherever_it_has_its_stage
 def test_stages_stay_where_the_first_choice_put_them() -> None:
     programs = Programs(AUTO, 4, 6, 2, ranks=2, moves=True)
     assert programs.placement == LOOPS
-    assert programs.of(6, lambda _: STEEP).placement == programs.placement == V
-    assert programs.of(5, lambda _: EVEN).placement == V  # a smaller last batch
+    assert programs.of(6, lambda: STEEP).placement == programs.placement == V
+    assert programs.of(5, lambda: EVEN).placement == V  # a smaller last batch
     for fixed in (LOOPS, V):
-        assert Programs(AUTO, 4, 6, 2, ranks=fixed).of(6, lambda _: STEEP).placement == fixed
-    assert Programs(AUTO, 4, 6, 2, ranks=2).of(6, lambda _: STEEP).placement == LOOPS
+        assert Programs(AUTO, 4, 6, 2, ranks=fixed).of(6, lambda: STEEP).placement == fixed
+    assert Programs(AUTO, 4, 6, 2, ranks=2).of(6, lambda: STEEP).placement == LOOPS
 
 
 def test_what_is_measured_has_inputs_and_weights_apart_and_holds_little() -> None:
@@ -93,11 +93,11 @@ def test_what_is_measured_has_inputs_and_weights_apart_and_holds_little() -> Non
 
 def test_memory_is_that_of_all_stages_of_a_rank() -> None:
     for room in (float("inf"), 6.0, 4.0):
-        program = Programs(AUTO, 4, 8, 2, room=room, ranks=2, moves=True).of(8, lambda _: EVEN)
+        program = Programs(AUTO, 4, 8, 2, room=room, ranks=2, moves=True).of(8, lambda: EVEN)
         assert max(simulate(program, EVEN).peaks) <= room
     with pytest.raises(DfcError, match="N062"):
-        Programs(AUTO, 4, 8, 2, room=3.0, ranks=2, moves=True).of(8, lambda _: EVEN)
-    again = Programs(AUTO, 4, 8, 2, None, 3.0, ranks=2, moves=True).of(8, lambda _: EVEN)
+        Programs(AUTO, 4, 8, 2, room=3.0, ranks=2, moves=True).of(8, lambda: EVEN)
+    again = Programs(AUTO, 4, 8, 2, None, 3.0, ranks=2, moves=True).of(8, lambda: EVEN)
     assert max(simulate(again, EVEN).peaks) <= 3 and again.recomputes
 
 

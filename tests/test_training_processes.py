@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dfc.errors import DfcError
-from dfc.planning.actions import Action, Kind
+from dfc.planning.actions import FULL, SELECTIVE, Action, Kind
 from dfc.planning.machine import Wire
 from dfc.planning.model import Wish
 from dfc.planning.pipeline import plan
@@ -165,11 +165,12 @@ def test_every_action_is_told_with_its_stage() -> None:
         assert str(doing) == str(Action(kind, 2, 5)) == f"{kind.name}(2,5)"
 
 
-def test_a_plan_that_recomputes_is_followed() -> None:
+@pytest.mark.parametrize(("recompute", "way"), [("always", FULL), ("selective", SELECTIVE)])
+def test_a_plan_that_recomputes_is_followed(recompute: str, way: str) -> None:
     """Several stages a rank, dropout masks and what is computed again, as threads do it."""
     _, args = captured("tied")
     graph = traced("tied")[2]
-    wish = Wish(microbatches=4, trains=True, recompute="always")
+    wish = Wish(microbatches=4, trains=True, recompute=recompute)
     found = plan(graph, machine(2, wire=Wire(1e12, 0.0)), schedule="interleaved",
                  stages_per_device=2, wish=wish)  # fmt: skip
     with (
@@ -181,7 +182,7 @@ def test_a_plan_that_recomputes_is_followed() -> None:
         same(processes.state_dict(), threads.state_dict())
         program = processes.report().program
         assert program == threads.report().program
-        assert program.recomputes and len(program.placement) == 4
+        assert {*program.ways.values()} == {way} and len(program.placement) == 4
 
 
 _SCRIPT = """

@@ -60,7 +60,8 @@ def plan(
     recompute: Annotated[
         str,
         typer.Option(
-            "--recompute", help="Run forwards again for less memory: never, auto, always."
+            "--recompute",
+            help="Run forwards again for less memory: never, auto, selective, always.",
         ),
     ] = "never",
     stream: Annotated[
@@ -272,6 +273,7 @@ def show_plan(found: Plan) -> None:
     """A plan as tables and sentences."""
     from dfc.cli.tables import bytes_text, print_table
     from dfc.lang.units import amount_text
+    from dfc.planning.actions import SELECTIVE
     from dfc.planning.recompute_choice import replays
     from dfc.planning.streamed_stages import streamed_text
     from dfc.planning.wording import certificate, layout_text
@@ -309,7 +311,8 @@ def show_plan(found: Plan) -> None:
         print(told)
     for again in replays(found.program, found.costs):
         longer = f"costs {time(again.costs)} a step" if again.costs > 0 else "costs no time"
-        print(f"stage {again.stage} recomputes: saves {bytes_text(again.saves)}, {longer}")
+        how = "recomputes selectively" if again.way == SELECTIVE else "recomputes"
+        print(f"stage {again.stage} {how}: saves {bytes_text(again.saves)}, {longer}")
     if found.idle:
         print(f"not used, as it would be no better with them: {', '.join(found.idle)}")
     if len(found.device_stages) < len(found.stages):

@@ -30,8 +30,11 @@ class Kind(IntEnum):
     W = 2  # backward for the weights
     B = 3  # both at once
     R = 4  # forward again, before the backward pass of a stage that keeps its inputs alone
+    S = 5  # the same of cheap operators, in a stage that keeps what the others made
 
 
+FULL, SELECTIVE = "full", "selective"  # how a stage recomputes: by R, or by S
+AGAIN = {FULL: Kind.R, SELECTIVE: Kind.S}
 JOINED = 8  # added to the kind of an action that runs as one with the next
 
 
@@ -89,8 +92,16 @@ class Program:
     @property
     def recomputes(self) -> frozenset[int]:
         """The stages that run their forward again before their backward pass."""
-        found = (rows[(rows[:, 0] & ~JOINED) == Kind.R, 1].tolist() for rows in self.ranks)
-        return frozenset(stage for stages in found for stage in stages)
+        return frozenset(self.ways)
+
+    @property
+    def ways(self) -> dict[int, str]:
+        """How each stage recomputes that does."""
+        found = {}
+        for rows in self.ranks:
+            for way, kind in AGAIN.items():
+                found.update(dict.fromkeys(rows[(rows[:, 0] & ~JOINED) == kind, 1].tolist(), way))
+        return found
 
     def __str__(self) -> str:
         lines = []
@@ -100,7 +111,7 @@ class Program:
         return "\n".join(lines) + "\n"
 
 
-_ACTION = re.compile(r"([FIWBR])\((\d+),(\d+)\)(&?)\s*")
+_ACTION = re.compile(r"([FIWBRS])\((\d+),(\d+)\)(&?)\s*")
 
 
 def parse_program(text: str, name: str = "custom", file: str = "<string>") -> Program:
@@ -125,7 +136,7 @@ def _rows_of(line: str, rank: int, where: str) -> list[tuple[int, int, int]]:
     while at < len(rest):
         found = _ACTION.match(rest, at)
         if found is None:
-            help = "an action is F, I, W, B or R with (stage,microbatch)"
+            help = "an action is F, I, W, B, R or S with (stage,microbatch)"
             raise DfcError("N010", f"{where}: cannot read `{rest[at : at + 20]}`", help=help)
         kind = Kind[found[1]] + (JOINED if found[4] else 0)
         rows.append((kind, int(found[2]), int(found[3])))

@@ -10,15 +10,16 @@ about while that helps.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 
 import numpy as np
 
 from dfc.errors import DfcError
-from dfc.planning.actions import Kind, Program
-from dfc.planning.recompute import needed, recomputing
+from dfc.planning.actions import FULL, SELECTIVE, Kind, Program
+from dfc.planning.recompute import in_ways, needed
 from dfc.planning.schedules import SCHEDULES, schedule, why_not
 from dfc.planning.simulate import Costs, Number, Simulation, simulate
 
@@ -46,18 +47,18 @@ def auto(
     costs: Costs,
     caps: Sequence[float] = (),
     placement: Sequence[int] | None = None,
-    recompute: Collection[int] | None = (),
+    recompute: Mapping[int, str] | None = MappingProxyType({}),
 ) -> Found:
     """The best schedule for these costs, within `caps` bytes of each rank.
 
     `placement` is the rank of each stage; by default each rank has one. `recompute` are the stages
-    that recompute; with None each schedule has as few as it needs to fit.
+    that recompute, and how; with None each schedule has as few as it needs to fit, in the best way.
     Raises:  DfcError N062 (status 6) when none fits, with the smallest memory that would do, and
              N002 when there is none for these numbers.
     """
     where = tuple(range(ranks)) if placement is None else tuple(placement)
-    made = (_again(p, costs, caps, recompute) for p in _portfolio(where, microbatches, costs))
-    tried = [simulate(program, costs) for program in made]
+    plain = _portfolio(where, microbatches, costs)
+    tried = [simulate(x, costs) for p in plain for x in _again(p, costs, caps, recompute)]
     if not tried:
         message = f"no schedule of {len(where) // ranks} stages a rank has {microbatches} "
         raise DfcError("N002", f"{message}microbatches on {ranks} ranks")
@@ -75,18 +76,41 @@ def auto(
     return Found(best.program, best, lower_bound(ranks, microbatches, costs))
 
 
+def fitting(program: Program, costs: Costs, caps: Sequence[float]) -> Simulation:
+    """The shortest step of a program in which as few stages recompute as leave ranks room.
+
+    Raises:  DfcError N062 (status 6) where a rank does not fit, whatever it recomputes.
+    """
+    needed(program, costs, caps, ways_of(costs))
+    tried = (simulate(x, costs) for x in _again(program, costs, caps, None))
+    fit = [t for t in tried if _fits(t, caps)]
+    return min(fit, key=lambda t: (t.makespan, max(t.peaks)))
+
+
+def ways_of(costs: Costs) -> tuple[str, ...]:
+    """The ways to recompute that there are costs of."""
+    return (FULL, SELECTIVE) if costs.kept else (FULL,)
+
+
 def _again(
-    program: Program, costs: Costs, caps: Sequence[float], recompute: Collection[int] | None
-) -> Program:
-    """The program with stages that recompute; where it never fits, with all of them."""
-    if recompute is None and not caps:
-        return program
-    if recompute is None:
+    program: Program, costs: Costs, caps: Sequence[float], recompute: Mapping[int, str] | None
+) -> list[Program]:
+    """The program with stages that recompute; where they are not given, in each way alone and in
+    all of them; where it never fits, with all stages."""
+    if recompute is not None:
+        return [in_ways(program, recompute)]
+    if not caps:
+        return [program]
+    every = ways_of(costs)
+    found: list[dict[int, str]] = []
+    for ways in dict.fromkeys([*((way,) for way in every), every]):
         try:
-            recompute = needed(program, costs, caps)
+            some = needed(program, costs, caps, ways)
         except DfcError:  # it is told of all programs together
-            recompute = range(program.stages)
-    return recomputing(program, recompute)
+            some = dict.fromkeys(range(program.stages), ways[0])
+        if some not in found:
+            found.append(some)
+    return [in_ways(program, some) for some in found]
 
 
 def _looped_bound(placement: Sequence[int], m: int, costs: Costs) -> Number:

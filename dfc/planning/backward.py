@@ -16,9 +16,8 @@ from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.slice import slice_graph
 from dfc.ir.tree import LEAF, Seq
 from dfc.planning.accumulate import accumulate
-from dfc.planning.rematerialize import fewest_kept
-
-FULL, SELECTIVE = "full", "selective"  # how a stage recomputes
+from dfc.planning.actions import FULL
+from dfc.planning.rematerialize import fewest_kept, typical_sizes
 
 
 class Differentiated(Protocol):
@@ -124,7 +123,7 @@ def replay(joint: Differentiated, found: Cut, taken: Collection[Value], way: str
     else:
         mine = {*joint.inputs, *held, *(r for n in forward for r in n.results)}
         free = {*joint.weights.values(), *joint.inputs} - held
-        kept = fewest_kept(joint.graph, found.saved & mine, free)
+        kept = fewest_kept(found.saved & mine, free, typical_sizes(joint.graph))
     made = _needed(found.saved, (), kept) & forward
     again = _part(joint.graph, made, "R", found.saved - kept)
     kept |= {v for v in again.takes if v in held}  # also those that only tell it a size

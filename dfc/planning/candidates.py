@@ -5,14 +5,16 @@ The partition is proposed by its bottleneck; the simulator decides which candida
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
-from dfc.planning.auto import auto
+from dfc.planning.actions import FULL, SELECTIVE
+from dfc.planning.auto import auto, fitting
 from dfc.planning.devices import Chosen, Wanted, best_row, price
 from dfc.planning.fitting import refusal
 from dfc.planning.ideals import lower_bound
@@ -21,8 +23,9 @@ from dfc.planning.machine import Machine
 from dfc.planning.model import Modelled, Wish, laid_out
 from dfc.planning.partition import Effort, partition
 from dfc.planning.problem import Loads, Partition, loads
-from dfc.planning.recompute import needed, recomputing
+from dfc.planning.recompute import in_ways
 from dfc.planning.rivals import no_worse
+from dfc.planning.saved_values import kept_selectively
 from dfc.planning.schedules import schedule
 from dfc.planning.simulate import Costs, Link, Simulation, simulate
 from dfc.planning.streamed_stages import stage_seconds, stage_tiers
@@ -84,7 +87,7 @@ def best_candidate(
         def partitioned(shaped: Wish, layout: Layout = layout, quick: Effort = quick) -> Chosen:
             if layout != ONE:
                 return _looped(row, shaped, quick)
-            if not shaped.holds_inputs:
+            if not (shaped.holds_inputs or shaped.holds_kept):
                 return row
             return best_row(model, machine, shaped, aim, devices, quick)
 
@@ -127,23 +130,28 @@ def _with_room(
     partitioned: Callable[[Wish], Chosen], graph: Graph, wish: Wish, hops: Mapping[str, Hop],
     host: int | None, aim: Wanted,
 ) -> Candidate:  # fmt: skip
-    """The candidate of a partition that leaves out what recomputing stages take, as long as it
-    fits; else, and where memory is what counts, of one that holds it too.
+    """The candidate of a partition that leaves out what recomputing stages keep from the forward
+    pass on, as long as it fits; else, and where memory is what counts, of one that holds it too.
 
     Why:  the first is free to cut anywhere, and not all stages need recompute.
     Raises:  DfcError N060 and N062 (status 6) where neither fits.
     """
     found: list[Candidate] = []
-    for holds in (False, True) if wish.recompute != "never" else (False,):
-        some = replace(wish, holds_inputs=holds)
+    failed: DfcError | None = None
+    inputs = [replace(wish, holds_inputs=True)] if wish.recompute in ("always", "auto") else []
+    kept = [replace(wish, holds_kept=True)] if wish.recompute in ("selective", "auto") else []
+    for some in (wish, *inputs, *kept):
         try:
             found.append(_candidate(partitioned(some), graph, some, hops, host, aim))
         except DfcError as e:
-            last = holds or wish.recompute == "never"
-            if e.code not in ("N060", "N062") or (not found and (last or e.code == "N060")):
+            if e.code not in ("N060", "N062") or (some is wish and e.code == "N060"):
                 raise
-        if found and aim != "memory":
+            failed = failed or e
+        if found and some is wish and aim != "memory":
             break
+    if not found:
+        assert failed is not None
+        raise failed
     return min(found, key=lambda c: c.value(aim))
 
 
@@ -154,17 +162,14 @@ def _candidate(
     load = loads(model.problem, found.stage)
     tiers = stage_tiers(graph, model, machine, found.stage, load, hops, host)
     load, found = _with_passes(load, found, tiers, model, machine, aim)
-    if not wish.trains or aim != "memory" or wish.recompute == "never":
-        again = wish.recompute
-    else:
-        again = "always"  # what leaves the most room is asked for
-    wish = replace(wish, recompute=again)
+    if wish.trains and aim == "memory" and wish.recompute == "auto":  # what leaves the most room
+        wish = replace(wish, recompute="selective" if wish.holds_kept else "always")
     costs = _costs(model, machine, found.stage, wish, load, tiers)
     rooms = [0.0] * len(machine.devices)
     for d, slot in zip(model.problem.device_of, model.problem.slots, strict=True):
         rooms[d] = slot.memory
     step = _scheduled(costs, wish, rooms)
-    load, found = _with_replays(load, found, step.program.recomputes, costs, machine, aim)
+    load, found = _with_replays(load, found, step.program.ways, costs, machine, aim)
     return Candidate(chosen, wish, found, load, tiers, costs, step)
 
 
@@ -211,18 +216,18 @@ def _with_passes(
 
 
 def _with_replays(
-    load: Loads, found: Partition, stages: Collection[int], costs: Costs, machine: Machine,
+    load: Loads, found: Partition, ways: Mapping[int, str], costs: Costs, machine: Machine,
     aim: Wanted,
 ) -> tuple[Loads, Partition]:  # fmt: skip
-    """Stages that recompute take their forward's time once more.
+    """Stages that recompute take their forward's time once more, or that of its cheap operators.
 
     Keeps:   the bound, which is without it.
     """
-    if not stages:
+    if not ways:
         return load, found
     compute = load.compute.copy()
-    for s in stages:
-        compute[s] += float(costs.forward[s])
+    for s, way in ways.items():
+        compute[s] += float((costs.forward if way == FULL else costs.remake)[s])
     load = replace(load, compute=compute)
     if aim == "memory":
         return load, found
@@ -264,28 +269,54 @@ def _costs(
     third = (seconds / 3).tolist()
     forward = third if wish.trains else seconds.tolist()
     back = tuple(third) if wish.trains else ()
+    again = wish.trains and wish.recompute in ("auto", "selective")
+    more = _selective(model, machine, stage, forward) if again else {}
     return Costs(
         tuple(forward), back, back, links=links, edges=edges,
         activations=tuple(round(x) for x in kept), resident=tuple(round(x) for x in held),
         taken=tuple(sum(size for _, t, size in edges if t == s) for s in range(problem.stages)),
+        **more,
     )  # fmt: skip
+
+
+def _selective(
+    model: Modelled, machine: Machine, stage: Sequence[int], forward: Sequence[float]
+) -> dict[str, Any]:
+    """What each stage keeps, makes again, and takes for it, if it recomputes selectively."""
+    problem = model.problem
+    kept, remade, remake = [], [], []
+    for s, slot in enumerate(problem.slots):
+        mine = [v for v, x in enumerate(stage) if x == s]
+        nodes = [n for v in mine for n in model.groups[v]]
+        counted = [value for value, v in model.counted.items() if stage[v] == s]
+        found = kept_selectively(nodes, model.saved, counted, model.sizes)
+        device, again, whole = machine.devices[problem.device_of[s]], 0.0, 0.0
+        for v in mine:
+            took = [work.seconds(device) for work in model.works[v]]
+            part = sum(t for n, t in zip(model.groups[v], took, strict=True) if n in found.again)
+            time = float(problem.time[v][slot.kind])
+            again += time * part / sum(took) if part else 0.0
+            whole += time
+        kept.append(round(found.kept))
+        remade.append(round(found.remade))
+        remake.append(forward[s] * again / whole if whole else 0.0)
+    return {"kept": tuple(kept), "remade": tuple(remade), "remake": tuple(remake)}
 
 
 def _scheduled(costs: Costs, wish: Wish, rooms: Sequence[float]) -> Simulation:
     """The schedule that was asked for, or the one with the shortest step that fits."""
     m, ranks = wish.microbatches, len(rooms)
-    n = len(costs.forward)
-    again: Collection[int] | None = range(n) if wish.recompute == "always" else ()
-    if wish.recompute == "auto":
-        again = None
+    all_in = {"always": FULL, "selective": SELECTIVE}.get(wish.recompute)
+    again = dict.fromkeys(range(len(costs.forward)), all_in) if all_in else {}
+    some = None if wish.recompute == "auto" else again
     if wish.schedule == "auto" and wish.trains:
-        return auto(ranks, m, costs, rooms, wish.layout.placement(ranks), again).simulation
+        return auto(ranks, m, costs, rooms, wish.layout.placement(ranks), some).simulation
     name = "forward" if wish.schedule == "auto" else wish.schedule
     program = schedule(name, ranks, m, wish.stages_per_device)
-    if again is None:
-        again = needed(program, costs, rooms)
-    step = simulate(recomputing(program, again), costs)
-    if again:  # the partition knows what a stage computes again, not what it took
+    if some is None:
+        return fitting(program, costs, rooms)
+    step = simulate(in_ways(program, some), costs)
+    if some:  # the partition knows what a stage computes again, not what it took
         check_room(step, rooms)
     return step
 

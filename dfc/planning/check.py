@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from dfc.errors import DfcError, Diagnostic
-from dfc.planning.actions import Action, Kind, Program
+from dfc.planning.actions import AGAIN, Action, Kind, Program
 from dfc.planning.simulate import Costs, Link, peaks, simulate
 
 _MOST = 8  # problems that are told
@@ -30,8 +30,8 @@ def check(program: Program, costs: Costs, caps: Sequence[float] = (), slots: int
     n = program.stages
     strict = replace(
         costs, forward=[1] * n, inputs=[1] * n if program.trains else (),
-        weights=[1] * n if program.trains else (), replay=(), edges=edges, link=Link(0, 1),
-        links={}, slots=slots,
+        weights=[1] * n if program.trains else (), replay=(), remake=(), edges=edges,
+        link=Link(0, 1), links={}, slots=slots,
     )  # fmt: skip
     simulate(program, strict)
 
@@ -44,9 +44,10 @@ def _counts(program: Program) -> list[Diagnostic]:
             for kind in "IW" if a.kind == Kind.B else a.kind.name:
                 count[kind, a.stage, a.microbatch] += 1
     found = []
-    again = program.recomputes
-    for kind in "FIWR" if program.trains else "F":
-        for stage in sorted(again) if kind == "R" else range(program.stages):
+    ways = program.ways
+    again = {k.name: sorted(s for s in ways if AGAIN[ways[s]] == k) for k in AGAIN.values()}
+    for kind in ("F", "I", "W", *again) if program.trains else "F":
+        for stage in again.get(kind, range(program.stages)):
             for b in range(program.microbatches):
                 times = count[kind, stage, b]
                 if times != 1:
@@ -56,12 +57,12 @@ def _counts(program: Program) -> list[Diagnostic]:
 
 
 def _orders(program: Program) -> list[Diagnostic]:
-    """On its rank F comes before R, that before I, and I before W."""
-    found, again = [], program.recomputes
+    """On its rank F comes before R or S, that before I, and I before W."""
+    found, ways = [], program.ways
     for rank in range(len(program.ranks)):
         seen: set[tuple[str, int, int]] = set()
         for a in program.actions(rank):
-            needs = _needs(a, again)
+            needs = _needs(a, ways)
             if needs is not None and needs not in seen:
                 kind, stage, b = needs
                 message = f"rank {rank} has {a} before {kind}({stage},{b})"
@@ -71,11 +72,13 @@ def _orders(program: Program) -> list[Diagnostic]:
     return found
 
 
-def _needs(a: Action, again: Collection[int]) -> tuple[str, int, int] | None:
+def _needs(a: Action, ways: Mapping[int, str]) -> tuple[str, int, int] | None:
     if a.kind == Kind.F:
         return None
-    replayed = a.kind != Kind.R and a.stage in again
-    return ("I" if a.kind == Kind.W else "R" if replayed else "F", a.stage, a.microbatch)
+    before = Kind.I if a.kind == Kind.W else Kind.F
+    if a.kind in (Kind.I, Kind.B) and a.stage in ways:
+        before = AGAIN[ways[a.stage]]
+    return before.name, a.stage, a.microbatch
 
 
 def _memory(program: Program, costs: Costs, caps: Sequence[float]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dfc.planning.ideals import lower_bound
-from dfc.planning.problem import Partition, Problem, Slot, value_of
+from dfc.planning.problem import Partition, Problem, value_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -75,7 +75,7 @@ def _of_bytes(problem: Problem) -> Problem:
     """A problem whose bottleneck is the largest stage's bytes."""
     columns = []
     for slot in problem.slots:
-        held = problem.weights + slot.in_flight * problem.activations
+        held = problem.held(slot)
         columns.append(np.where(np.isfinite(problem.time[:, slot.kind]), held, np.inf))
     slots = tuple(
         replace(slot, kind=s, receive=np.inf, send=np.inf) for s, slot in enumerate(problem.slots)
@@ -90,7 +90,7 @@ class _Chain:
         time = np.where(np.isfinite(problem.time), problem.time, 0.0)
         self.time = [_sums(time[:, k]) for k in kinds]
         self.cannot = [_sums((~np.isfinite(problem.time[:, k])).astype(float)) for k in kinds]
-        self.weights, self.kept = _sums(problem.weights), _sums(problem.activations)
+        self.held = [_sums(problem.held(slot)) for slot in problem.slots]
         self.crossing = np.zeros(self.n + 1)  # bytes over the cut before each node
         for t in problem.tensors:
             self.crossing[t.producer + 1] += t.bytes
@@ -99,27 +99,21 @@ class _Chain:
         """A bottleneck that every partition meets."""
         slowest = max(float(t[-1]) for t in self.time)
         rates = [r for s in self.problem.slots for r in (s.receive, s.send)]
-        whole = self.weights[-1] + max(s.in_flight for s in self.problem.slots) * self.kept[-1]
+        whole = max(held[-1] for held in self.held)
         beyond = [(float(whole) - s.memory) / s.stream for s in self.problem.slots if s.stream]
         return slowest + float(self.crossing.max()) / min(rates) + max(0.0, *beyond, 0.0)
 
     def bottleneck(self, ends: list[int]) -> float:
         worst, start = 0.0, 0
-        for slot, end in zip(self.problem.slots, ends, strict=True):
+        for slot, held, end in zip(self.problem.slots, self.held, ends, strict=True):
             if end > start:
                 work = float(self.time[slot.kind][end] - self.time[slot.kind][start])
                 into, out = self.crossing[start] / slot.receive, self.crossing[end] / slot.send
-                worst = max(worst, work, float(into), float(out), self._streamed(slot, start, end))
+                beyond = max(0.0, float(held[end] - held[start]) - slot.memory)
+                streamed = beyond / slot.stream if slot.stream else 0.0
+                worst = max(worst, work, float(into), float(out), streamed)
             start = end
         return worst
-
-    def _streamed(self, slot: Slot, start: int, end: int) -> float:
-        """The seconds of weights beyond the memory."""
-        if not slot.stream:
-            return 0.0
-        held = self.weights[end] - self.weights[start]
-        held += slot.in_flight * (self.kept[end] - self.kept[start])
-        return max(0.0, float(held) - slot.memory) / slot.stream
 
     def cuts(self, bottleneck: float) -> list[int] | None:
         """Where stages end that have no greater bottleneck, None when there are none."""
@@ -179,8 +173,7 @@ class _Chain:
     def _first_start(self, s: int, limit: float) -> Ints:
         """For each end, the earliest start from which work and memory fit."""
         slot = self.problem.slots[s]
-        held = self.weights + slot.in_flight * self.kept
-        work = self.time[slot.kind]
+        held, work = self.held[s], self.time[slot.kind]
         first = np.zeros(self.n + 1, dtype=np.int64)
         if np.isfinite(limit):
             first = np.searchsorted(work, work - limit * (1 + 1e-12))

@@ -181,7 +181,7 @@ class _Pairs:
         p = self.problem
         if p.objective != "memory" and not np.isfinite(slot.memory):
             return np.zeros(self.nested.shape)
-        held = self._added(p.weights + slot.in_flight * p.activations)
+        held = self._added(p.held(slot))
         if slot.taken:
             held = held + slot.taken * self._received()
         for size, readers in p.tied:

@@ -169,7 +169,7 @@ class _Model:
             return
         parts = []
         for s in stages:
-            held = (p.weights + p.slots[s].in_flight * p.activations) / self.memory_scale
+            held = p.held(p.slots[s]) / self.memory_scale
             parts += [self.in_stage(v, s, float(held[v])) for v in range(p.n)]
             parts += self._taken(s)
         for i, (size, readers) in enumerate(p.tied):

@@ -19,6 +19,7 @@ from dfc.planning.cost import Sizes, Work, bytes_of, work_of
 from dfc.planning.layouts import ONE, Layout, flights
 from dfc.planning.machine import Device, Machine, Wire
 from dfc.planning.problem import Problem, Slot, Tensor
+from dfc.planning.saved_values import Saved, kept_values, saved_values
 from dfc.planning.schedules import SCHEDULES
 
 if TYPE_CHECKING:
@@ -37,11 +38,13 @@ class Wish:
     schedule: str = "auto"
     stages_per_device: int = 1
     turns: bool = False  # whether these are in a V, not in loops
-    # Stages that keep what they take and run their forward again: "always" all, "auto" as few as
-    # leave devices room; a partition then holds what all of them would, with `holds_inputs` what
-    # they take as well.
+    # Stages that keep what they take and run their forward again: "always" all, "selective" all, of
+    # their cheap operators alone, "auto" as few as leave devices room; a partition then holds what
+    # all of them would, with `holds_inputs` what they take as well, with `holds_kept` what cheap
+    # operators start from.
     recompute: str = "never"
     holds_inputs: bool = False
+    holds_kept: bool = False
 
     @property
     def layout(self) -> Layout:
@@ -66,6 +69,13 @@ class Wish:
             return (0,) * len(whole)
         must = self.recompute == "always"
         return tuple(a if must or a > b else 0 for a, b in zip(whole, again, strict=True))
+
+    def keeping(self, devices: int) -> tuple[int, ...]:
+        """How many microbatches each stage keeps of what cheap operators start from, beside those
+        of which it keeps all."""
+        whole, again = self._flights(devices, False), self.in_flight(devices)
+        held = self.recompute != "never" and self.trains and self.holds_kept
+        return tuple((a - b) * held for a, b in zip(whole, again, strict=True))
 
     def _flights(self, devices: int, again: bool) -> tuple[int, ...]:
         # Devices are chosen with a stage each, whatever the schedule has on them later.
@@ -108,6 +118,9 @@ class Modelled:
     live: float  # the most bytes that are alive during one microbatch
     pins: Mapping[int, int]  # the device that a group must be on
     sizes: Sizes = field(default_factory=dict)
+    saved: Mapping[Node, Saved] = field(default_factory=dict)
+    # Of each saved value the group that counts it: of the first node whose backward pass reads it.
+    counted: Mapping[Value, int] = field(default_factory=dict)
 
 
 def modelled(
@@ -138,10 +151,11 @@ def modelled(
     time = _where_supported(groups, machine, time, limits)
     weights, tied = _weights(graph, group_of, len(groups), sizes, wish)
     tensors = _tensors(graph, group_of, root, sizes)
-    kept = np.zeros(len(groups))
-    if wish.trains:
-        for t in tensors:
-            kept[t.producer] += t.bytes
+    saved = saved_values(graph, sizes) if wish.trains else {}
+    kept, counted = _activations(saved, group_of, sizes)
+    some = None
+    if wish.recompute in ("auto", "selective"):
+        some = _kept(graph, saved, counted, group_of, sizes)
     live = live_bytes(graph, sizes)
     pins, together = _pins(limits, group_of, machine), _together(limits, group_of)
     names = tuple(named(nodes[0]) for nodes in groups)
@@ -151,12 +165,13 @@ def modelled(
         _slots(machine, wish, live, linked=False),
         weights,
         kept,
+        some,
         pins,
         together,
         tied,
         names,
     )
-    return Modelled(problem, tuple(map(tuple, groups)), works, live, pins, sizes)
+    return Modelled(problem, tuple(map(tuple, groups)), works, live, pins, sizes, saved, counted)
 
 
 def on_row(model: Modelled, machine: Machine, row: Sequence[int], wish: Wish) -> Modelled:
@@ -300,6 +315,32 @@ def _weights(
     return own, tuple(tied)
 
 
+def _activations(
+    saved: Mapping[Node, Saved], group_of: Mapping[Node, int], sizes: Sizes
+) -> tuple[Floats, dict[Value, int]]:
+    """The bytes that each group keeps for the backward pass, and the group of each value."""
+    kept, counted = np.zeros(1 + max(group_of.values(), default=-1)), {}
+    for node, what in saved.items():
+        kept[group_of[node]] += what.own
+        for v in what.values:
+            if v not in counted:
+                counted[v] = group_of[node]
+                kept[group_of[node]] += bytes_of(v, sizes)
+    return kept, counted
+
+
+def _kept(
+    graph: Graph, saved: Mapping[Node, Saved], counted: Mapping[Value, int],
+    group_of: Mapping[Node, int], sizes: Sizes,
+) -> Floats:  # fmt: skip
+    """The bytes that each group keeps for cheap operators to start from."""
+    found = np.zeros(1 + max(group_of.values(), default=-1))
+    for v in kept_values(list(graph.nodes), saved, sizes):
+        if v.node is not None:
+            found[counted.get(v, group_of[v.node])] += bytes_of(v, sizes)
+    return found
+
+
 def _tensors(
     graph: Graph, group_of: Mapping[Node, int], root: Mapping[Value, Value], sizes: Sizes
 ) -> tuple[Tensor, ...]:
@@ -330,6 +371,7 @@ def _slots(
     wire = machine.wire if linked else lambda a, b: machine.way(a, b) or Wire()
     count = len(machine.devices)
     at, flights, taken = wish.layout.placement(count), wish.in_flight(count), wish.taken(count)
+    keeping = wish.keeping(count)
     found = []
     for s, d in enumerate(at):
         device = machine.devices[d]
@@ -340,7 +382,8 @@ def _slots(
         room = device.usable - live
         stream = wish.streams.get(device.name, 0.0) if room > 0 else 0.0
         found.append(
-            Slot(d, room, into.bandwidth, out.bandwidth, flights[s], taken[s], into.latency, stream)
+            Slot(d, room, into.bandwidth, out.bandwidth, flights[s], taken[s], keeping[s],
+                 into.latency, stream)
         )  # fmt: skip
     return tuple(found)
 

@@ -59,6 +59,9 @@ def data_of(plan: Plan) -> dict[str, Any]:
             "activations": list(costs.activations),
             "resident": list(costs.resident),
             "taken": list(costs.taken),
+            "kept": list(costs.kept),
+            "remade": list(costs.remade),
+            "remake": _floats(costs.remake),
             "slots": costs.slots,
         },
         "program": {
@@ -107,7 +110,8 @@ def _plan(data: Mapping[str, Any], graph: Graph) -> Plan:
         links={(a, b): Link(latency, per_byte) for a, b, latency, per_byte in c["links"]},
         edges=[(int(a), int(b), int(size)) for a, b, size in c["edges"]],
         activations=tuple(c["activations"]), resident=tuple(c["resident"]), slots=c["slots"],
-        taken=tuple(c.get("taken", ())),
+        taken=tuple(c.get("taken", ())), kept=tuple(c.get("kept", ())),
+        remade=tuple(c.get("remade", ())), remake=tuple(c.get("remake", ())),
     )  # fmt: skip
     partition = Partition(
         _stages_of_nodes(graph), float(p["value"]), float(p["bound"]), str(p["method"])

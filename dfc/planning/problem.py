@@ -49,6 +49,7 @@ class Slot:
     send: float = INFINITE
     in_flight: int = 1  # microbatches whose activations are held at once
     taken: int = 0  # microbatches of which what comes in from other stages is held besides
+    keeping: int = 0  # microbatches of which what cheap operators start from is held besides
     latency: float = 0.0
     stream: float = 0.0
 
@@ -72,6 +73,7 @@ class Problem:
     slots: tuple[Slot, ...]
     weights: Floats
     activations: Floats
+    kept: Floats | None = None  # of the activations what is left to cheap operators to start from
     pins: Mapping[int, int] = field(default_factory=dict)
     together: tuple[tuple[int, ...], ...] = ()
     tied: tuple[tuple[float, tuple[int, ...]], ...] = ()
@@ -111,6 +113,11 @@ class Problem:
 
     def name(self, v: int) -> str:
         return self.names[v] if self.names else f"node {v}"
+
+    def held(self, slot: Slot) -> Floats:
+        """The bytes that each node holds on a device, without what comes in and what is tied."""
+        held = self.weights + slot.in_flight * self.activations
+        return held if self.kept is None else held + slot.keeping * self.kept
 
     def with_stages(self, slots: Sequence[Slot]) -> Problem:
         """With other slots: as many, or others that are devices of their own."""
@@ -199,10 +206,10 @@ def loads(problem: Problem, stage: Sequence[int]) -> Loads:
     k, shares = problem.stages, problem.shares
     compute, held = np.zeros(k), np.zeros(1 + max(shares))
     received, sent, wait = np.zeros(k), np.zeros(k), np.zeros(k)
+    each = [problem.held(slot) for slot in problem.slots]
     for v, s in enumerate(stage):
-        slot = problem.slots[s]
-        compute[s] += problem.time[v][slot.kind]
-        held[shares[s]] += problem.weights[v] + slot.in_flight * problem.activations[v]
+        compute[s] += problem.time[v][problem.slots[s].kind]
+        held[shares[s]] += each[s][v]
     for t in problem.tensors:
         own = stage[t.producer]
         others = {s for s in {stage[v] for v in t.readers} if shares[s] != shares[own]}

@@ -18,16 +18,17 @@ if TYPE_CHECKING:
     from dfc.planning.devices import Wanted
     from dfc.planning.model import Wish
 
-WAYS = ("never", "auto", "always")
+WAYS = ("never", "auto", "selective", "always")
 _WORTH = 1.01  # how much better a plan must be that recomputes, where one fits that does not
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """A stage that recomputes: the bytes that its device's peak is less, and what it adds to a
-    step's seconds."""
+    """A stage that recomputes, fully or selectively: the bytes that its device's peak is less, and
+    what it adds to a step's seconds."""
 
     stage: int
+    way: str
     saves: int
     costs: float
 
@@ -37,10 +38,10 @@ def replays(program: Program, costs: Costs) -> list[Replayed]:
     if not program.recomputes:
         return []
     step, held, found = simulate(program, costs).makespan, peaks(program, costs), []
-    for stage in sorted(program.recomputes):
+    for stage, way in sorted(program.ways.items()):
         other, rank = simulate(without(program, stage), costs), program.placement[stage]
         saves, took = other.peaks[rank] - held[rank], float(step - other.makespan)
-        found.append(Replayed(stage, saves, took))
+        found.append(Replayed(stage, way, saves, took))
     return found
 
 
@@ -57,7 +58,7 @@ def best_way(of: Callable[[str], Candidate], wish: Wish, aim: Wanted) -> Candida
     if way != "never" and not wish.trains:
         help = "plan training: `--train`, or train=True"
         raise DfcError("N069", "nothing is kept for a backward pass", help=help, status=2)
-    if way == "always":
+    if way in ("always", "selective"):
         return of(way)
     try:
         plain = of("never")

@@ -19,16 +19,19 @@ _TYPICAL = 64  # what a dynamic size is taken as, within its range
 
 
 def fewest_kept(
-    graph: Graph, wanted: Collection[Value], free: Collection[Value]
+    wanted: Collection[Value],
+    free: Collection[Value],
+    sizes: Mapping[str, int],
+    within: Collection[Node] | None = None,
 ) -> frozenset[Value]:
     """Values of the least bytes from which cheap operators make all that is wanted again.
 
-    `free` are the graph's inputs that need not be kept; the others are kept where they are read.
+    `free` are the graph's inputs that need not be kept; the others are kept where they are read,
+    and so is what nodes make that are not `within`, where those are given.
     Cost:    a maximal flow, over what the wanted values depend on.
     """
     import networkx as nx
 
-    sizes = typical_sizes(graph)
     flow: nx.DiGraph = nx.DiGraph()
     flow.add_nodes_from(("from", "to"))
     todo, seen = list(wanted), set(wanted)
@@ -37,11 +40,12 @@ def fewest_kept(
     while todo:
         value = todo.pop()
         flow.add_edge((value, 0), (value, 1), capacity=_held(value, sizes))
-        if value.node is None or not is_cheap(value.node):
+        node = value.node
+        if node is None or not (is_cheap(node) and (within is None or node in within)):
             if value not in free and not isinstance(value, Parameter):
                 flow.add_edge("from", (value, 0))
             continue
-        for read in value.node.operands:
+        for read in node.operands:
             flow.add_edge((read, 1), (value, 0))
             if read not in seen:
                 seen.add(read)
@@ -52,9 +56,11 @@ def fewest_kept(
 
 def is_cheap(node: Node) -> bool:
     """Whether running the operator again takes about as long as moving its operands."""
-    if node.graphs or not node.pure or not node.op.startswith("aten."):
+    name = node.op.split(".")[1] if node.op.startswith("aten.") else ""
+    if name == "dropout":
+        return True  # its mask is drawn again
+    if node.graphs or not node.pure or not name:
         return False
-    name = node.op.split(".")[1]
     return name in VIEWS or KINDS.get(name) in _CHEAP or _is_pointwise(node)
 
 
@@ -68,11 +74,17 @@ def typical_sizes(graph: Graph) -> Mapping[str, int]:
 
 def _held(value: Value, sizes: Mapping[str, int]) -> int:
     """The bytes that keeping a value holds: of a view, those of what it shows."""
-    while (node := value.node) is not None and _is_view(node):
-        value = next(v for v in node.operands)
+    value = shown(value)
     if not isinstance(value.type, TensorType):
         return 0
     return max(1, int(bytes_of(value, sizes)))
+
+
+def shown(value: Value) -> Value:
+    """What a view shows, another value itself."""
+    while (node := value.node) is not None and _is_view(node):
+        value = next(v for v in node.operands)
+    return value
 
 
 def _is_view(node: Node) -> bool:

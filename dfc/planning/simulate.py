@@ -14,13 +14,15 @@ from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from dfc.errors import DfcError
-from dfc.planning.actions import JOINED, Kind, Program
+from dfc.planning.actions import FULL, JOINED, Kind, Program
 from dfc.planning.tasks import Tasks, tasks_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Number = int | float | Fraction
+_BY_STAGE = ("forward", "inputs", "weights", "activations", "taken", "kept", "remade", "replay",
+             "remake")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,11 @@ class Costs:
     """What one microbatch costs at each stage.
 
     `forward`, `inputs` and `weights` are the durations of F, I and W, one a stage; B takes I + W,
-    and R `replay`, by default what F takes.
+    R `replay`, by default what F takes, and S `remake`, by default what R takes.
     `edges` are (producer, consumer, bytes); the default is a chain without bytes. `links` gives
     the link of a pair of ranks, else `link`. `activations` are kept from F until W or B, in bytes;
-    a stage that recomputes keeps what it takes (`taken`) from F on, and all else from R on
-    (`remade`, by default all `activations`).
+    a stage that recomputes keeps what it takes (`taken`) from F on, and `activations` from R on;
+    one that does so selectively keeps `kept` from F on, and `remade` besides from S on.
     `resident` are the bytes that a rank holds all the time. `slots` is how many transfers of one
     edge may have arrived without having been used; 0 is without a limit.
     """
@@ -53,8 +55,10 @@ class Costs:
     edges: Sequence[tuple[int, int, int]] | None = None
     activations: Sequence[int] = ()
     taken: Sequence[int] = ()
+    kept: Sequence[int] = ()
     remade: Sequence[int] = ()
     replay: Sequence[Number] = ()
+    remake: Sequence[Number] = ()
     resident: Sequence[int] = ()
     slots: int = 0
 
@@ -143,7 +147,7 @@ def simulate(program: Program, costs: Costs) -> Simulation:
 
 def _check(program: Program, costs: Costs) -> None:
     n = program.stages
-    for what in ("forward", "inputs", "weights", "activations", "taken", "remade", "replay"):
+    for what in _BY_STAGE:
         given = getattr(costs, what)
         if len(given) != n and (given or what == "forward"):
             raise DfcError("N021", f"{len(given)} costs of `{what}` for {n} stages")
@@ -157,7 +161,7 @@ def _check(program: Program, costs: Costs) -> None:
 def _scale(costs: Costs) -> int | None:
     """What makes every time an integer, None when one is a float."""
     links = [costs.link, *costs.links.values()]
-    times = [*costs.forward, *costs.inputs, *costs.weights, *costs.replay]
+    times = [*costs.forward, *costs.inputs, *costs.weights, *costs.replay, *costs.remake]
     times += [x for link in links for x in (link.latency, link.per_byte)]
     if any(isinstance(t, float) for t in times):
         return None
@@ -173,9 +177,13 @@ def peaks(program: Program, costs: Costs) -> tuple[int, ...]:
 
     made = np.zeros((len(Kind), program.stages), dtype=np.int64)  # by an action of each kind
     made[Kind.F] = costs.activations or 0
-    for s in program.recomputes:
-        made[Kind.R, s] = costs.remade[s] if costs.remade else made[Kind.F, s]
-        made[Kind.F, s] = costs.taken[s] if costs.taken else 0
+    for s, way in program.ways.items():
+        if way == FULL:
+            made[Kind.R, s] = made[Kind.F, s]
+            made[Kind.F, s] = costs.taken[s] if costs.taken else 0
+        else:
+            made[Kind.S, s] = costs.remade[s] if costs.remade else made[Kind.F, s]
+            made[Kind.F, s] = costs.kept[s] if costs.kept else 0
     whole = made.sum(axis=0)
     found = []
     for rank, rows in enumerate(program.ranks):

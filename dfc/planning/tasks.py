@@ -108,6 +108,8 @@ class _Builder:
         table = np.zeros((len(Kind), stages), dtype=self.dtype)
         table[Kind.F] = self.numbers(self.costs.forward)
         table[Kind.R] = self.numbers(self.costs.replay or self.costs.forward)
+        remake = self.costs.remake
+        table[Kind.S] = self.numbers(remake) if remake else table[Kind.R]
         if self.costs.inputs:
             table[Kind.I] = self.numbers(self.costs.inputs)
             table[Kind.W] = self.numbers(self.costs.weights)
@@ -136,7 +138,9 @@ class _Builder:
         back, late = np.isin(self.kind, (Kind.I, Kind.B)), self.kind == Kind.W
         waits[back, 0] = where[0, stage[back], b[back]]
         waits[late, 0] = where[1, stage[late], b[late]]
-        again = self.kind == Kind.R  # the backward pass comes after it on its own lane
+        again = np.isin(
+            self.kind, (Kind.R, Kind.S)
+        )  # the backward pass comes after it on its own lane
         waits[again, 0] = where[0, stage[again], b[again]]
         sends: list[tuple[int, int, int, Kind]] = []
         used = np.ones((2, self.program.stages), dtype=np.int64)  # the next free column

@@ -9,7 +9,7 @@ from dfc.planning.actions import JOINED, Kind
 from dfc.planning.simulate import Simulation
 
 _COLOURS = {Kind.F: "#4c78a8", Kind.I: "#f58518", Kind.W: "#72b7b2", Kind.B: "#e45756",
-            Kind.R: "#9c755f"}  # fmt: skip
+            Kind.R: "#9c755f", Kind.S: "#bab0ac"}  # fmt: skip
 _SEND = "#9d9d9d"
 _MOST = 6000  # boxes in a picture: more are thinner than a pixel
 
@@ -93,7 +93,8 @@ def _shades(simulation: Simulation) -> dict[int, str]:
 
 def _legend(left: int, y: int, simulation: Simulation) -> str:
     words = {Kind.F: "forward", Kind.I: "backward, inputs", Kind.W: "backward, weights",
-             Kind.B: "backward", Kind.R: "forward again"}  # fmt: skip
+             Kind.B: "backward", Kind.R: "forward again",
+             Kind.S: "cheap operators again"}  # fmt: skip
     used = {int(k) & ~JOINED for k in simulation.tasks.rows[:, 0].tolist()}
     parts, x = [], left
     for kind, word in words.items():

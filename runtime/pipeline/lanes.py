@@ -381,7 +381,8 @@ def failure_of(action: Action, error: BaseException) -> DfcError:
     from dfc.emit.places import place_of
 
     what = {Kind.F: "", Kind.B: "the backward pass of ", Kind.I: "the input gradient of ",
-            Kind.W: "the weight gradient of ", Kind.R: "the recomputation of "}  # fmt: skip
+            Kind.W: "the weight gradient of ", Kind.R: "the recomputation of ",
+            Kind.S: "the recomputation of "}  # fmt: skip
     where = f"stage {action.stage} failed on {what[action.kind]}microbatch {action.microbatch}"
     said = error.message if isinstance(error, DfcError) else str(error)
     if not isinstance(error, DfcError | RuntimeError | ValueError):

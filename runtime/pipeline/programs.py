@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from dfc.errors import DfcError
 from dfc.planning.actions import Kind, Program
-from dfc.planning.auto import auto
-from dfc.planning.backward import FULL, SELECTIVE
+from dfc.planning.auto import auto, fitting
 from dfc.planning.layouts import Layout, layouts, lean_program
-from dfc.planning.recompute import needed, recomputing
+from dfc.planning.recompute import in_ways
 from dfc.planning.schedules import SCHEDULES, schedule, split
-from dfc.planning.simulate import Costs, Simulation, in_flight, simulate
+from dfc.planning.simulate import Costs, Simulation, in_flight
 
 AUTO = "auto"
 Shared = int | Sequence[int] | None  # the number of ranks, or the rank of each stage
@@ -22,9 +22,9 @@ class Programs:
 
     `schedule` is a name, "auto", or a program. `ranks` is how many share the stages, or the rank of
     each stage; without it "auto" has a rank for each stage, and schedules that leave it open have
-    `chunks` stages a rank. `recompute` are the stages that recompute, those of a program besides;
-    None where they are the fewest with which ranks hold no more than `room` bytes of activations,
-    by the quicker way: fully, or selectively; `way` is that of the last program that was given.
+    `chunks` stages a rank. `recompute` are the stages that recompute, and how, those of a program
+    besides; None where they are the fewest with which ranks hold no more than `room` bytes of
+    activations, each in the better way: fully, or selectively.
     `moves` says that "auto" may put stages on other ranks when it chooses the first program: in
     loops, or in a V.
     Raises:  DfcError N073 for stages that cannot be shared out, N001 and N002 as `schedule`.
@@ -36,15 +36,14 @@ class Programs:
         stages: int,
         microbatches: int,
         chunks: int,
-        recompute: Collection[int] | None = (),
+        recompute: Mapping[int, str] | None = MappingProxyType({}),
         room: float = float("inf"),
         ranks: Shared = None,
         moves: bool = False,
-        way: str = FULL,
     ) -> None:
         self.schedule, self.stages, self.chunks = schedule, stages, chunks
-        self.recompute, self.room, self.way = recompute, room, way
-        self._made: dict[int, tuple[Program, str]] = {}
+        self.recompute, self.room = recompute, room
+        self._made: dict[int, Program] = {}
         self._limits: dict[int, tuple[Program, tuple[int, ...]]] = {}
         if isinstance(schedule, Program) and schedule.stages != stages:
             raise DfcError("N073", f"the program is for {schedule.stages} stages, there are "
@@ -57,51 +56,30 @@ class Programs:
         first = self.to_measure(microbatches)
         if ranks is not None and schedule != AUTO:
             _check_ranks(first, ranks)
-        self.first = recomputing(first, recompute or ())
+        self.first = in_ways(first, recompute or {})
         self.placement = first.placement
         every = {a.kind for r in range(len(first.ranks)) for a in first.actions(r)}
         self.kinds = every | set(Kind) if schedule == AUTO else every
 
-    def of(self, microbatches: int, measured: Callable[[str], Costs]) -> Program:
-        """The program; `measured` is asked for what the stages cost, by a way to recompute, where
-        they are to choose by.
+    def of(self, microbatches: int, measured: Callable[[], Costs]) -> Program:
+        """The program; `measured` is asked for what the stages cost where they are to choose by:
+        in all ways to recompute, if it is the stages' that are to be chosen.
 
         Raises:  DfcError N062 (status 6) where not even stages that recompute have room.
         """
         if microbatches not in self._made:
             self._made[microbatches] = self._chosen(microbatches, measured)
-        program, self.way = self._made[microbatches]
-        return program
+        return self._made[microbatches]
 
-    def _chosen(self, m: int, measured: Callable[[str], Costs]) -> tuple[Program, str]:
-        if self.recompute is not None:
-            if self.schedule != AUTO:
-                return recomputing(self._named(self.schedule, m), self.recompute), self.way
-            step, layout = self._best(m, measured(self.way))
+    def _chosen(self, m: int, measured: Callable[[], Costs]) -> Program:
+        if self.schedule == AUTO:
+            step, layout = self._best(m, measured())
             self._settle(layout)
-            return step.program, self.way
-        full, selective = self._tried(m, measured(FULL)), self._tried(m, measured(SELECTIVE))
-        found = {w: x for w, x in ((FULL, full), (SELECTIVE, selective)) if isinstance(x, tuple)}
-        if not found:
-            assert isinstance(full, DfcError)
-            raise full
-        way = min(found, key=lambda w: (found[w][0].makespan, max(found[w][0].peaks)))
-        step, layout = found[way]
-        self._settle(layout)
-        return step.program, way
-
-    def _tried(self, m: int, costs: Costs) -> tuple[Simulation, Layout | None] | DfcError:
-        """A step in which ranks have room, or why there is none."""
-        try:
-            if self.schedule == AUTO:
-                return self._best(m, costs)
-            named = self._named(self.schedule, m)
-            some = needed(named, costs, [self.room] * len(named.ranks))
-            return simulate(recomputing(named, some), costs), None
-        except DfcError as e:
-            if e.code != "N062":
-                raise
-            return e
+            return step.program
+        named = self._named(self.schedule, m)
+        if self.recompute is not None:
+            return in_ways(named, self.recompute)
+        return fitting(named, measured(), [self.room] * len(named.ranks)).program
 
     def _best(self, m: int, costs: Costs) -> tuple[Simulation, Layout | None]:
         """The best step of all places that stages may have."""

@@ -111,6 +111,6 @@ def report_of(program: Program, step: Step) -> Report:
     })  # fmt: skip
     inputs = medians(Kind.I, Kind.B) if program.trains else []
     weights = medians(Kind.W) if program.trains else []
-    replay = medians(Kind.R) if program.recomputes else []
+    replay = medians(Kind.R, Kind.S) if program.recomputes else []
     found = simulate(program, Costs(forward, inputs, weights, edges=edges, replay=replay))
     return Report(program, step, tuple(forward), found)

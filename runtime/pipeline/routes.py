@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dfc.errors import DfcError
-from dfc.planning.actions import Action, Kind, Program
+from dfc.planning.actions import AGAIN, Action, Kind, Program
 from dfc.planning.check import check
 from dfc.planning.simulate import Costs
 from dfc.planning.stages import HOST, StageGraph
@@ -142,7 +142,7 @@ def _tasks(program: Program, rank: int, edges: Sequence[Edge]) -> tuple[Task, ..
         at = (action.stage, action.kind != Kind.F)
         silent = action.kind == Kind.W
         takes, gives = ((), ()) if silent else (into.get(at, ()), out.get(at, ()))
-        if action.kind == Kind.R:  # the caller has what it gave, and draws masks again
+        if action.kind in AGAIN.values():  # the caller has what it gave, and draws masks again
             given = into.get((action.stage, False), ())
             takes, gives = [e for e in given if edges[e].source == HOST], ()
         found.append(Task(action, tuple(takes), tuple(gives)))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Value
-from dfc.planning.actions import Action, Kind
+from dfc.planning.actions import AGAIN, Action, Kind
 from dfc.planning.backward import Part, replay
 from dfc.planning.engine import Donating, Runner
 from dfc.planning.stages import HOST
@@ -42,10 +42,10 @@ class TrainedStage:
     """The actions of one stage.
 
     Needs:   all actions of a stage come from one thread, those of a microbatch as F, I, W or F, B,
-             with R before I or B in a step in which the stage recomputes.
-    Keeps:   what I and W read, from F until W, or from R where the stage recomputes; `most` says of
-             how many microbatches at once, `most_bytes` what they took, without weights and what
-             others hold as well. `drawn` are the caller's values that nobody else has.
+             with R or S before I or B in a step in which the stage recomputes.
+    Keeps:   what I and W read, from F until W, or from R or S where the stage recomputes; `most`
+             says of how many microbatches at once, `most_bytes` what they took, without weights and
+             what others hold as well. `drawn` are the caller's values that nobody else has.
              `state` are the buffers that F writes to, as the last `commit` left them.
     Ensures: weights' gradients are added in the order in which W (or B) runs; they are those of
              the last step until the next one's first W.
@@ -106,9 +106,9 @@ class TrainedStage:
         self._kept = cut.saved
         if recomputes:
             again = replay(joint, cut, self._taken, recomputes)
-            parts |= {Kind.F: again.forward, Kind.R: again.again}
+            parts |= {Kind.F: again.forward, AGAIN[recomputes]: again.again}
             self._kept = again.kept
-        sums, anew = cut.sums.values(), (Kind.F, Kind.R)
+        sums, anew = cut.sums.values(), (Kind.F, *AGAIN.values())
         changed = {k: p for k, p in parts.items() if k not in self._runs or k in anew}
         self._runs |= {k: _Run(p, self._build, sums) for k, p in changed.items()}
         self.recomputes = recomputes
@@ -135,8 +135,8 @@ class TrainedStage:
         b = action.microbatch
         if action.kind == Kind.F:
             return self._forward(b, values)
-        if action.kind == Kind.R:
-            return self._again(b, values)
+        if action.kind in AGAIN.values():
+            return self._again(action.kind, b, values)
         known = self._alive.pop(b) if action.kind != Kind.I else self._alive[b]
         if action.kind != Kind.W:
             known.update((t, _sum([values[r] for r in names])) for t, names in self._tangents)
@@ -172,13 +172,13 @@ class TrainedStage:
                            f"microbatches, the program has {self.limit} at most")  # fmt: skip
         return found
 
-    def _again(self, b: int, values: Mapping[Any, Any]) -> dict[Any, Any]:
+    def _again(self, kind: Kind, b: int, values: Mapping[Any, Any]) -> dict[Any, Any]:
         """Make what F did not keep, of what it kept and what the caller gives again."""
         known = dict(self._alive[b])
         given = [*known.values(), *self._given_by_others(values)]
         mine = zip(self.stage.joint.inputs, self.stage.stage.takes, strict=True)
         known.update((own, values[v]) for own, v in mine if v in values)
-        self._runs[Kind.R](known, self._weights)
+        self._runs[kind](known, self._weights)
         self._keep(b, known, self.stage.cut.saved)
         self._is_whole(b, given)
         return {}

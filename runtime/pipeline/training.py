@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,8 +28,7 @@ from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.interpret import bind_inputs
 from dfc.ir.types import TensorType
 from dfc.lang.units import byte_count
-from dfc.planning.actions import Action, Kind, Program
-from dfc.planning.backward import FULL, SELECTIVE
+from dfc.planning.actions import FULL, SELECTIVE, Action, Kind, Program
 from dfc.planning.microbatches import batch_dim, batch_of, cut
 from dfc.planning.recompute import recomputing
 from dfc.planning.simulate import Costs
@@ -94,8 +92,8 @@ class Trainer:
     A stage that recomputes keeps of each microbatch what other stages gave it, and runs its forward
     again before its backward pass: `recompute` is True, or the stages that do. With "selective" all
     stages keep what leaves cheap operators alone to run again, in the fewest bytes. With "auto" as
-    few recompute, by the quicker of both ways, as leave each rank no more than `memory` bytes of
-    activations ("2GiB"), as measured in the first step. By default a plan's.
+    few recompute, each by the better of both ways, as leave each rank no more than `memory` bytes
+    of activations ("2GiB"), as measured in the first step. By default a plan's.
     `clip` is how long all gradients together may be: longer ones are shortened before the
     optimizers' step, as `clip_grad_norm_` does; `norm` is what they were.
     What the model writes to its buffers (batch norm's statistics) is what its microbatches leave
@@ -148,12 +146,12 @@ class Trainer:
         schedule, microbatches = schedule or "1f1b", microbatches or 8
         self.model = model = _model(graph, stage_of, loss, targets)
         self.reduction, self.microbatches, self.seed = reduction, microbatches, seed
-        some, room, way = _recompute(recompute, memory, len(model.parts))
+        some, room = _recompute(recompute, memory, len(model.parts))
         if ranks is None and schedule == AUTO:
             ranks = self._ranks_of(devices)
         alike = isinstance(devices, str) or len(set(devices)) == 1
         self.programs = Programs(schedule, len(model.parts), microbatches, chunks, some, room,
-                                 ranks, alike and self._moves and not sequential, way)  # fmt: skip
+                                 ranks, alike and self._moves and not sequential)  # fmt: skip
         self.batch = batch or batch_of(model.graph)
         self._dims = {v: batch_dim(v, self.batch) for v in model.graph.inputs}
         count = 1 + max(self.programs.placement)
@@ -210,7 +208,7 @@ class Trainer:
         for part in parts:
             rank, device = self.programs.placement[part.number], self.device_of(part)
             build, weights = builder(engine, threads[rank], device), self._homes.on(device)
-            again = self.programs.way if part.number in self.programs.first.recomputes else None
+            again = self.programs.first.ways.get(part.number)
             readers, kinds, drawn = self.model.readers, self.programs.kinds, self.model.masks
             state = {v: (name, buffers[name].to(device, copy=True))
                      for name, v in self.model.state.items() if v in part.stage.gives}  # fmt: skip
@@ -218,7 +216,8 @@ class Trainer:
         return found
 
     def measure(self, given: Sequence[Mapping[Any, Any]], repeats: int = 2) -> Costs:
-        """What F, I and W of each stage take here, or F and B, and the bytes that each keeps."""
+        """What F, I and W of each stage take here, or F and B, and the bytes that each keeps; where
+        stages are to be chosen that recompute, also what they do selectively."""
         n = len(self.model.parts)
         times, saved = self._measured(given, self.programs.to_measure(len(given)), repeats)
         f = [times[int(Kind.F), s] for s in range(n)]
@@ -227,16 +226,17 @@ class Trainer:
         pairs = {(e.source, e.target, 0) for e in self.model.edges if not e.backward}
         edges = sorted(e for e in pairs if HOST not in e)
         kept, taken = zip(*(saved[s] for s in range(n)), strict=True)
-        return Costs(f, i, w, edges=edges, activations=kept, taken=taken)
+        plain = Costs(f, i, w, edges=edges, activations=kept, taken=taken)
+        return self._selective(given, plain) if self.programs.recompute is None else plain
 
     def _selective(self, given: Sequence[Mapping[Any, Any]], plain: Costs) -> Costs:
         """The costs with what selective recomputation takes, keeps and makes again."""
         n = len(self.model.parts)
-        program = recomputing(self.programs.to_measure(len(given)), range(n))
+        program = recomputing(self.programs.to_measure(len(given)), range(n), SELECTIVE)
         times, saved = self._measured(given, program, 1)
         remade, kept = zip(*(saved[s] for s in range(n)), strict=True)
-        replay = [times[int(Kind.R), s] for s in range(n)]
-        return replace(plain, replay=replay, taken=kept, remade=remade)
+        remake = [times[int(Kind.S), s] for s in range(n)]
+        return replace(plain, remake=remake, kept=kept, remade=remade)
 
     def _measured(
         self, given: Sequence[Mapping[Any, Any]], program: Program, repeats: int
@@ -244,7 +244,7 @@ class Trainer:
         """The median of each kind of action and stage, and what a stage saves and keeps first."""
         times: dict[tuple[Kind, int], list[float]] = {}
         for repeat in range(1 + repeats):
-            step = self._compute(program, given, SELECTIVE)
+            step = self._compute(program, given)
             for span in step.spans if repeat else ():
                 key = span.action.kind, span.action.stage
                 times.setdefault(key, []).append(span.end - span.start)
@@ -290,11 +290,8 @@ class Trainer:
         """As `backward`, of the graph's inputs in order."""
         inputs = dict(zip(self.model.graph.inputs, flat, strict=True))
         given = self._given(cut(inputs, self._dims, self.microbatches))
-        plain = cache(lambda: self.measure(given))
-        program = self.programs.of(
-            len(given), lambda way: plain() if way == FULL else self._selective(given, plain())
-        )
-        self.last = program, self._compute(program, given, self.programs.way)
+        program = self.programs.of(len(given), lambda: self.measure(given))
+        self.last = program, self._compute(program, given)
         self._gather()
         shares = [g[Gradient(self.model.loss, HOST)] for g in given]
         found = [r[self.model.loss] for r in self.last[1].results]
@@ -303,15 +300,14 @@ class Trainer:
             total = total + x * share
         return total
 
-    def _compute(self, program: Program, given: Sequence[Mapping[Any, Any]], way: str) -> Step:
+    def _compute(self, program: Program, given: Sequence[Mapping[Any, Any]]) -> Step:
         if program.placement != self._placed:  # all ranks are on one device
             self._way.close()
             self._way, self._placed = self._start(self._each), program.placement
-        limits = self.programs.limits(program)
+        limits, ways = self.programs.limits(program), program.ways
         for number, stage in self._by_stage.items():
-            again = way if number in program.recomputes else None
-            if stage.recomputes != again:
-                stage.recompute(again)
+            if stage.recomputes != ways.get(number):
+                stage.recompute(ways.get(number))
             stage.start(limits[number])
         return self._way.step(program, given)
 
@@ -480,9 +476,9 @@ def _of_plan(
 
 def _recompute(
     wanted: bool | Collection[int] | str | None, memory: int | str | None, stages: int
-) -> tuple[Collection[int] | None, float, str]:
-    """The stages that recompute, None where they are chosen, the bytes that ranks may hold, and the
-    way.
+) -> tuple[Mapping[int, str] | None, float]:
+    """The stages that recompute, and how, None where they are chosen, and the bytes that ranks may
+    hold.
 
     Raises:  DfcError N073 for what is no choice.
     """
@@ -491,16 +487,16 @@ def _recompute(
         raise DfcError("N073", "`recompute` and `memory` do not agree", help=help, status=2)
     if wanted == AUTO:
         assert memory is not None
-        return None, float(byte_count(memory)), FULL
+        return None, float(byte_count(memory))
     if wanted == SELECTIVE:
-        return range(stages), float("inf"), SELECTIVE
+        return dict.fromkeys(range(stages), SELECTIVE), float("inf")
     if wanted is None or isinstance(wanted, bool):
-        return range(stages) if wanted else (), float("inf"), FULL
+        return dict.fromkeys(range(stages) if wanted else (), FULL), float("inf")
     if isinstance(wanted, str) or not set(wanted) <= set(range(stages)):
         help = 'it is True, False, "selective", "auto", or stages by number'
         raise DfcError("N073", f"`recompute` is {wanted!r}, there are {stages} stages", help=help,
                        status=2)  # fmt: skip
-    return frozenset(wanted), float("inf"), FULL
+    return dict.fromkeys(sorted(wanted), FULL), float("inf")
 
 
 def _check_devices(devices: Sequence[str], sequential: bool) -> None:

@@ -99,7 +99,7 @@ class RankTrainer(Trainer):
         has = {"torch": torch.__version__, "schedule": self.programs.schedule,
                "microbatches": self.microbatches, "seed": self.seed,
                "ranks": self.programs.placement, "clip": self.clip,
-               "recompute": [self.programs.recompute, self.programs.room, self.programs.way],
+               "recompute": [self.programs.recompute, self.programs.room],
                "stages": sha256("".join(parts).encode()).hexdigest()}  # fmt: skip
         self.world.same({what: str(x) for what, x in has.items()}, f"{self._name}/has")
 
