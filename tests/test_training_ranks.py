@@ -23,12 +23,12 @@ ROOT = Path(__file__).parent.parent
 
 
 def run_ranks(
-    folder: Path, size: int, job: str, name: str, seconds: float = 240, lost: Collection[int] = ()
-) -> list[Any]:
-    """What each rank wrote but the lost ones; all of them end with the test."""
+    folder: Path, size: int, *jobs: str, seconds: float = 240, lost: Collection[int] = ()
+) -> dict[str, list[Any]]:
+    """What each rank found in each job but the lost ones; all of them end with the test."""
     command = [sys.executable, "-m", "tests.training_rank"]
     ranks = [
-        subprocess.Popen([*command, str(r), str(size), str(folder), job, name], cwd=ROOT,
+        subprocess.Popen([*command, str(r), str(size), str(folder), *jobs], cwd=ROOT,
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for r in range(size)
     ]  # fmt: skip
@@ -40,12 +40,20 @@ def run_ranks(
         for rank in ranks:
             rank.kill()
             rank.wait()
-    return [json.loads((folder / f"{r}.json").read_text()) for r in range(size) if r not in lost]
+    wrote = [json.loads((folder / f"{r}.json").read_text()) for r in range(size) if r not in lost]
+    return {job: [found[job] for found in wrote] for job in jobs}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What two ranks found, that were three until one was lost."""
+    jobs = ("lost mlp", "planned mlp", "refused mlp", "gradients:local tied", "gradients:gloo tied")
+    return run_ranks(tmp_path_factory.mktemp("ranks"), 3, *jobs, lost=[2])
 
 
 @pytest.mark.parametrize("links", ["local", "gloo"])
-def test_two_processes_train_as_one(links: str, tmp_path: Path) -> None:
-    judge(run_ranks(tmp_path, 2, f"gradients:{links}", "tied"), {"table.weight"})
+def test_two_processes_train_as_one(found: dict[str, list[Any]], links: str) -> None:
+    judge(found[f"gradients:{links} tied"], {"table.weight"})
 
 
 def judge(found: list[Any], tied: set[str]) -> None:
@@ -63,28 +71,28 @@ def judge(found: list[Any], tied: set[str]) -> None:
         assert found["losses"] == pytest.approx(first["zb1p"]["losses"], rel=1e-5)
 
 
-def test_ranks_follow_a_plan_with_several_stages_each(tmp_path: Path) -> None:
-    found = run_ranks(tmp_path, 2, "planned", "mlp")
-    assert all(f["same"] and f["stages"] == 4 for f in found)
-    assert sorted(n for f in found for n in f["mine"]) == found[0]["all"]
+def test_ranks_follow_a_plan_with_several_stages_each(found: dict[str, list[Any]]) -> None:
+    planned = found["planned mlp"]
+    assert all(f["same"] and f["stages"] == 4 for f in planned)
+    assert sorted(n for f in planned for n in f["mine"]) == planned[0]["all"]
 
 
-def test_ranks_that_differ_or_fail_are_told_and_none_waits(tmp_path: Path) -> None:
-    found = run_ranks(tmp_path, 2, "refused", "mlp")
+def test_ranks_that_differ_or_fail_are_told_and_none_waits(found: dict[str, list[Any]]) -> None:
+    refused = found["refused mlp"]
     for rank, other in ((0, 1), (1, 0)):
-        code, message = found[rank]["seed"]
+        code, message = refused[rank]["seed"]
         assert code == "N055"
         assert f"rank {other} has seed {other}, rank {rank} has {rank}" in message
-        assert found[rank]["size"][0] == "N073"
-    assert found[1]["failed"][0] == "K050"
-    assert "stage 1 failed on microbatch 1" in found[1]["failed"][1]
-    code, message = found[0]["failed"]
+        assert refused[rank]["size"][0] == "N073"
+    assert refused[1]["failed"][0] == "K050"
+    assert "stage 1 failed on microbatch 1" in refused[1]["failed"][1]
+    code, message = refused[0]["failed"]
     assert code == "K058" and "rank 1 failed: stage 1 failed on microbatch 1" in message
 
 
-def test_a_lost_rank_is_named_by_all(tmp_path: Path) -> None:
+def test_a_lost_rank_is_named_by_all(found: dict[str, list[Any]]) -> None:
     """The first one waits for the second, which waits for the third, which is killed."""
-    for told in run_ranks(tmp_path, 3, "lost", "mlp", lost=[2]):
+    for told in found["lost mlp"]:
         assert told["code"] == "K058" and "rank 2 is lost" in told["message"]
         assert "while rank 1 waits in" in told["message"]
         assert "`load` what was saved last" in told["help"]
@@ -143,14 +151,15 @@ def test_torchrun_starts_training_again_where_it_was_saved(tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tied", "unet", "branches", "mlp"])
 def test_every_schedule_in_two_processes(tmp_path: Path, name: str) -> None:
-    found = run_ranks(tmp_path, 2, "every_schedule", name)
+    (found,) = run_ranks(tmp_path, 2, f"every_schedule {name}").values()
     judge(found, {"table.weight"} if name == "tied" else set())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["1f1b", "zb1p", "interleaved", "zb_v"])
 def test_a_thousand_steps_end(tmp_path: Path, schedule: str) -> None:
-    first, second = run_ranks(tmp_path, 2, f"steps:{schedule}", "mlp", seconds=600)
+    (found,) = run_ranks(tmp_path, 2, f"steps:{schedule} mlp", seconds=600).values()
+    first, second = found
     assert first["losses"] == second["losses"]
     assert len(first["losses"]) == 1000
     assert first["losses"][-1] < first["losses"][0]

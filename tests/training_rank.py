@@ -1,6 +1,7 @@
-"""A rank of the tests of training in processes: python -m tests.training_rank RANK SIZE FOLDER JOB.
+"""A rank of the tests of training in processes, in words: RANK SIZE FOLDER JOB ...
 
-It meets the others by a file, and writes what it found as JSON.
+It meets the others by a file, does one job after another, for starting is what takes long, and
+writes what it found as JSON. The last rank does not outlive a job that is `lost`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import FileStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined]
 
 from dfc.errors import DfcError
 from dfc.planning.machine import Wire
@@ -154,22 +155,30 @@ def lost(world: World, name: str) -> dict[str, Any]:
         return {"code": e.code, "message": e.message, "help": str(e)}
 
 
-def main() -> None:
-    rank, size, folder, job, name = sys.argv[1:6]
-    torch.set_num_threads(1)
-    world = World(int(rank), int(size), FileStore(str(Path(folder) / "store"), int(size)))
-    job, _, what = job.partition(":")
+def done(world: World, job: str) -> dict[str, Any]:
+    """`what model`, or `what:how model`."""
+    what, name = job.split()
+    what, _, how = what.partition(":")
     jobs: dict[str, Callable[[], dict[str, Any]]] = {
-        "gradients": lambda: gradients(world, name, links=what or None),
+        "gradients": lambda: gradients(world, name, links=how or None),
         "every_schedule": lambda: gradients(world, name, list(STAGES)),
         "several": lambda: several(world, name),
         "planned": lambda: planned(world, name),
         "refused": lambda: refused(world, name),
-        "steps": lambda: steps(world, name, what),
+        "steps": lambda: steps(world, name, how),
         "lost": lambda: lost(world, name),
     }
-    found = jobs[job]()
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    return jobs[what]()
+
+
+def main() -> None:
+    rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    store, found = FileStore(str(folder / "store"), size), {}
+    for job in sys.argv[4:]:
+        found[job] = done(World(rank, size, PrefixStore(job, store)), job)
+        size -= job.startswith("lost")
+    (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
