@@ -222,6 +222,7 @@ def test_the_last_microbatch_may_be_smaller_and_the_batch_too() -> None:
             loss, expected = reference(model, part, 4)
             torch.testing.assert_close(trainer.backward(*part), loss)
             close({n: p.grad for n, p in trainer.parameters.items()}, expected)
+            trainer.zero_grad()
 
 
 class Dropped(nn.Module):
@@ -366,6 +367,7 @@ def test_gradients_that_several_read_are_added_to_each_sum() -> None:
         with Trainer(graph, evenly(graph, 2), schedule=schedule, microbatches=1, optimizer=adamw,
                      threads=1) as trainer:  # fmt: skip
             for _ in range(2):  # the second starts from nothing again
+                trainer.zero_grad()
                 trainer.backward(x)
                 close({n: p.grad for n, p in trainer.parameters.items()}, expected)
 

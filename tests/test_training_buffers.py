@@ -121,6 +121,7 @@ def test_buffers_change_with_the_step_alone() -> None:
     with Trainer(staged(), optimizer=SGD, microbatches=M) as trainer:
         first = trainer.backward(*batch())
         assert not trainer.state_dict()["buffers"]["seen"].any()
+        trainer.zero_grad()
         assert torch.equal(trainer.backward(*batch()), first)
         trainer.update()
         assert trainer.state_dict()["buffers"]["seen"].any()

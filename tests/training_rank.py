@@ -61,6 +61,12 @@ def gradients(
                     assert same and all(same), "recomputing changes gradients"
                     kept, again = trainer.report().peak_bytes, other.report().peak_bytes
                     assert sum(again) < sum(kept)
+            trainer.zero_grad()
+            for _ in range(2):
+                trainer.backward(*args, of=2)
+            twice = {n: p.grad for n, p in trainer.parameters.items() if p.grad is not None}
+            close(twice, {n: expected[n] for n in own})
+            trainer.zero_grad()
             losses = [float(trainer.step(*args)) for _ in range(3)]
             report = trainer.report()
             state = trainer.state_dict()

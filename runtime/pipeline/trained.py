@@ -25,6 +25,7 @@ from dfc.runtime.pipeline.streams import on_stream
 if TYPE_CHECKING:
     import torch
 
+Sums = tuple[dict[str, Any], dict[str, Any]]  # gradients, and buffers
 Build = Callable[[Graph, Collection[Value]], Runner]  # the graph, and inputs to write over
 
 
@@ -48,7 +49,7 @@ class TrainedStage:
              what others hold as well. `drawn` are the caller's values that nobody else has.
              `state` are the buffers that F writes to, as the last `commit` left them.
     Ensures: weights' gradients are added in the order in which W (or B) runs; they are those of
-             the last step until the next one's first W.
+             the last programs until the first W of one that is `fresh`.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class TrainedStage:
         self._whole: set[int] = set()  # the microbatches of which all is kept
         self.most = self.most_bytes = 0
         self.limit = 0
-        self._fresh = True  # nothing of this step is in the gradients yet
+        self._fresh = True  # the gradients are those of steps before this one
 
     def recompute(self, recomputes: str | None) -> None:
         """Whether the stage keeps all that F makes, or has R make it again, and in which way."""
@@ -114,17 +115,28 @@ class TrainedStage:
         self.recomputes = recomputes
         self.saved_bytes = self.taken_bytes = 0
 
-    def start(self, limit: int) -> None:
-        """Begin a step that keeps at most `limit` microbatches at once.
+    def start(self, limit: int, fresh: bool = True) -> None:
+        """Begin a program that keeps at most `limit` microbatches at once.
 
-        What a failed step left is forgotten, and so are the gradients of the last.
+        What a failed one left is forgotten; one that is `fresh` also forgets the gradients of those
+        before it, and what they wrote to buffers.
         """
         self.limit = limit
-        self._changed = dict(self.state)
         self._alive.clear()
         self._whole.clear()
-        self._fresh = True
+        if fresh:
+            self._fresh = True
+            self._changed = dict(self.state)
         self.most = self.most_bytes = 0
+
+    def sums(self) -> Sums:
+        """What programs have added up and written to buffers, to be given to `restore`."""
+        return {n: g.clone() for n, g in self.gradients.items()}, dict(self._changed)
+
+    def restore(self, sums: Sums) -> None:
+        """Go on from there."""
+        gradients, self._changed = sums
+        self.gradients, self._fresh = dict(gradients), False
 
     def commit(self) -> None:
         """Take over what the last step wrote to buffers."""

@@ -8,6 +8,12 @@
 A plan made with `train=True` takes the place of `stage_of`, schedule and microbatches:
 `Trainer(graph, plan, optimizer=...)`.
 
+Gradients of several batches are added up by as many calls of `backward` before `update`:
+
+    for batch in four:
+        trainer.backward(*batch, of=4)   # its loss counts a quarter
+    trainer.update()
+
 Each stage is differentiated by itself. Gradients are those of one process with the same
 microbatches: within a stage they are added in the order of the program, over the stages of a tied
 weight in the order of stages.
@@ -169,6 +175,7 @@ class Trainer:
         self._way: Way = Sequential(model.edges, self._run) if sequential else self._start(each)
         self._placed = self.programs.placement
         self.steps = 0
+        self._added = 0  # microbatches whose gradients are added up since the last update
         self.last: tuple[Program, Step] | None = None
 
     # what differs where ranks are processes
@@ -243,18 +250,21 @@ class Trainer:
     ) -> tuple[dict[tuple[int, int], float], dict[int, tuple[int, int]]]:
         """The median of each kind of action and stage, and what a stage saves and keeps first."""
         times: dict[tuple[Kind, int], list[float]] = {}
+        before = [t.sums() for t in self.trained] if self._added else []
         for repeat in range(1 + repeats):
             step = self._compute(program, given)
             for span in step.spans if repeat else ():
                 key = span.action.kind, span.action.stage
                 times.setdefault(key, []).append(span.end - span.start)
+        for stage, sums in zip(self.trained, before, strict=False):
+            stage.restore(sums)
         saved = {t.stage.number: (t.saved_bytes, t.taken_bytes) for t in self.trained}
         return {(int(kind), s): median(x) for (kind, s), x in times.items()}, saved
 
     # a step
 
     def step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One optimizer step on a batch; the loss before it.
+        """One optimizer step on a batch, `backward` and `update`; the loss before it.
 
         Raises:  DfcError K010.. for arguments that do not fit, K050 for a stage that fails.
         """
@@ -263,7 +273,12 @@ class Trainer:
         return loss
 
     def update(self) -> None:
-        """Let the optimizers take the step of the last gradients."""
+        """Let the optimizers take a step by the gradients that were added up since the last one.
+
+        Raises:  DfcError N052 where there are none.
+        """
+        if not self._added:
+            raise no_gradients()
         if self.clip is not None:
             self.norm = together(self._norms().values())
             shorten(self.parameters.values(), self.norm, self.clip)
@@ -273,34 +288,54 @@ class Trainer:
         for stage in self.trained:
             stage.commit()
         self.steps += 1
+        self._added = 0
+
+    def zero_grad(self) -> None:
+        """Forget the gradients that were added up since the last `update`."""
+        self._added = 0
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def _norms(self) -> Mapping[str, float]:
         """The norm of each parameter's gradient, of all stages."""
         return norms(self.parameters)
 
-    def backward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def backward(self, *args: Any, of: int = 1, **kwargs: Any) -> torch.Tensor:
         """The loss of a batch, with every parameter's `grad`, and no optimizer step.
 
-        Gradients take the place of the last ones: what is to be added up is one batch, in so many
-        microbatches as fit.
+        Gradients are added to those since the last `update` or `zero_grad`, as PyTorch does: as if
+        the microbatches of all these batches were one step's. Of a batch that is one `of` several
+        the loss counts for that part, as `(loss / of).backward()`.
+        Raises:  DfcError K010.. and K050 as `step`: what was added up is then forgotten.
         """
-        return self.backward_flat(flat_inputs(self.model.graph, args, kwargs))
+        return self.backward_flat(flat_inputs(self.model.graph, args, kwargs), of)
 
-    def backward_flat(self, flat: Sequence[torch.Tensor]) -> torch.Tensor:
+    def backward_flat(self, flat: Sequence[torch.Tensor], of: int = 1) -> torch.Tensor:
         """As `backward`, of the graph's inputs in order."""
+        check_of(of)
+        if self.parameters and all(p.grad is None for p in self.parameters.values()):
+            self._added = 0  # by the optimizers' own `zero_grad`
         inputs = dict(zip(self.model.graph.inputs, flat, strict=True))
-        given = self._given(cut(inputs, self._dims, self.microbatches))
-        program = self.programs.of(len(given), lambda: self.measure(given))
-        self.last = program, self._compute(program, given)
-        self._gather()
-        shares = [g[Gradient(self.model.loss, HOST)] for g in given]
+        parts = cut(inputs, self._dims, self.microbatches)
+        shares = self._shares(parts)
+        given = self._given(parts, [share / of for share in shares])
+        try:
+            program = self.programs.of(len(given), lambda: self.measure(given))
+            self.last = program, self._compute(program, given, fresh=not self._added)
+            self._gather()
+        except BaseException:
+            self._added = 0
+            raise
+        self._added += len(given)
         found = [r[self.model.loss] for r in self.last[1].results]
         total: torch.Tensor = found[0] * shares[0]
         for x, share in zip(found[1:], shares[1:], strict=True):
             total = total + x * share
         return total
 
-    def _compute(self, program: Program, given: Sequence[Mapping[Any, Any]]) -> Step:
+    def _compute(
+        self, program: Program, given: Sequence[Mapping[Any, Any]], fresh: bool = True
+    ) -> Step:
         if program.placement != self._placed:  # all ranks are on one device
             self._way.close()
             self._way, self._placed = self._start(self._each), program.placement
@@ -308,22 +343,28 @@ class Trainer:
         for number, stage in self._by_stage.items():
             if stage.recomputes != ways.get(number):
                 stage.recompute(ways.get(number))
-            stage.start(limits[number])
+            stage.start(limits[number], fresh)
         return self._way.step(program, given)
 
     def _run(self, action: Action, values: Mapping[Any, Any]) -> dict[Any, Any]:
         return self._by_stage[action.stage].run(action, values)
 
-    def _given(self, parts: Sequence[Mapping[Value, Any]]) -> list[dict[Any, Any]]:
+    def _shares(self, parts: Sequence[Mapping[Value, Any]]) -> list[float]:
+        """What each microbatch counts for in the loss of its batch."""
+        if self.reduction == "sum":
+            return [1.0] * len(parts)
+        counts = [_items(part, self._dims) for part in parts]
+        return [count / sum(counts) for count in counts]
+
+    def _given(
+        self, parts: Sequence[Mapping[Value, Any]], shares: Sequence[float]
+    ) -> list[dict[Any, Any]]:
         """The host's values of each microbatch: inputs, masks when asked for, its share."""
         import torch
 
         dtype = self.model.loss.tensor_type.dtype.to_torch()
-        counts = [_items(part, self._dims) for part in parts]
-        whole = sum(counts) if self.reduction == "mean" else 1
         found: list[dict[Any, Any]] = []
-        for b, (part, count) in enumerate(zip(parts, counts, strict=True)):
-            share = count / whole if self.reduction == "mean" else 1.0
+        for b, (part, share) in enumerate(zip(parts, shares, strict=True), self._added):
             sizes = bind_inputs(self.model.graph, list(part.values())) if self.model.masks else {}
             values = _Given(self, b, sizes)
             values.update((self.model.inputs[v], x) for v, x in part.items())
@@ -340,6 +381,8 @@ class Trainer:
         for name, parameter in self.parameters.items():
             held = [t.gradients[name] for t in self.trained if name in t.gradients]
             total = held[0] if held else None
+            if held[1:]:
+                total = held[0].clone()  # the stage goes on adding to its own
             for other in held[1:]:
                 total = total.add_(other.to(total.device))  # type: ignore[union-attr]
             parameter.grad = None if total is None else total.to(parameter.device)
@@ -375,6 +418,7 @@ class Trainer:
         """
         restore(self.parameters, self._buffers(), self._named_slots(), state)
         self._homes.changed()
+        self.zero_grad()
         self.steps, self.seed = int(state["step"]), int(state["seed"])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -444,6 +488,16 @@ class Trainer:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def no_gradients() -> DfcError:
+    return DfcError("N052", "there are no gradients: `backward` makes them")
+
+
+def check_of(of: int) -> None:
+    """Raises:  DfcError N073 for a number that no batch is one of."""
+    if of < 1:
+        raise DfcError("N073", f"a batch is one of 1 or more, not of {of}", status=2)
 
 
 class _Given(dict[Any, Any]):

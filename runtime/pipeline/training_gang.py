@@ -76,8 +76,11 @@ class Gang:
         self.end()
         self.crew.close()
 
-    def backward(self, flat: Sequence[torch.Tensor]) -> list[Message]:
-        """A step's gradients, up to the optimizers: what each rank says of it.
+    def backward(
+        self, flat: Sequence[torch.Tensor], of: int = 1, fresh: bool = True
+    ) -> list[Message]:
+        """A batch's gradients, which is one `of` several, up to the optimizers: what each rank says
+        of it. They are added to those before, unless they are `fresh`.
 
         Raises:  DfcError K050 for an action that fails: nothing has changed then; K058.
         """
@@ -86,7 +89,7 @@ class Gang:
         inputs = [[list(x.shape), str(x.dtype).removeprefix("torch."), list(readers)]
                   for x, readers in zip(flat, self.readers, strict=True)]  # fmt: skip
         try:
-            number = self._tell("backward", inputs=inputs)
+            number = self._tell("backward", inputs=inputs, of=of, fresh=fresh)
             works = []
             for tag, (x, readers) in enumerate(zip(flat, self.readers, strict=True)):
                 block = x.detach().contiguous()

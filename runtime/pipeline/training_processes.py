@@ -44,7 +44,7 @@ from dfc.runtime.pipeline.programs import AUTO
 from dfc.runtime.pipeline.spawn import private_folder
 from dfc.runtime.pipeline.staged_folder import write_staged
 from dfc.runtime.pipeline.staged_model import StagedModel
-from dfc.runtime.pipeline.training import Trainer, Way
+from dfc.runtime.pipeline.training import Trainer, Way, check_of, no_gradients
 from dfc.runtime.pipeline.training_gang import Gang, entry
 from dfc.runtime.pipeline.training_report import TrainingReport
 from dfc.runtime.pipeline.training_state import State, refuse_other
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
     from dfc.planning.pipeline import Plan
 
+Batch = tuple[Sequence[Any], int]  # inputs, where they may be wanted again, and of how many batches
 T = TypeVar("T")
 RESTARTS = 3  # times that ranks may be lost in one call
 _JOB = "training.json"
@@ -116,7 +117,7 @@ class ProcessTrainer(Trainer):
         self._memory = options.get("memory")
         self._closed = False
         self._again: list[Message] = []  # what the ranks said of the last step that was repeated
-        self._batch: Sequence[torch.Tensor] | None = None  # whose gradients the ranks have
+        self._pending: list[Batch] = []  # whose gradients the ranks have added up
         self._base: Path | None = None  # what ranks that are started again begin with
         self._log: list[tuple[int, str, Any]] = []  # what was done since, with the step before it
         super().__init__(graph, stage_of, optimizer=optimizer, **options)
@@ -188,15 +189,16 @@ class ProcessTrainer(Trainer):
         return [m.pid for _, m in sorted(self._gang.crew.members.items())]
 
     def update(self) -> None:
-        """Let the optimizers take the step of the last gradients.
+        """Let the optimizers take a step by the gradients that were added up since the last one.
 
-        Raises:  DfcError N052 before `backward`, K057 for an optimizer that fails, K058 for a rank
-                 that is lost for good.
+        Raises:  DfcError N052 where there are none, K057 for an optimizer that fails, K058 for a
+                 rank that is lost for good.
         """
-        if self._batch is None:
-            raise DfcError("N052", "there are no gradients: `backward` makes them")
+        if not self._pending:
+            raise no_gradients()
         self._tell_options()
-        self._note("step", [x.clone() for x in self._batch] if self.checkpoint else None)
+        self._note("step", self._pending)
+        self._pending = []
         self.steps += 1  # decided: whoever is lost now is brought here again
         try:
             told = self._mended(lambda again: self._again if again else self._gang.ask("update"))
@@ -205,19 +207,30 @@ class ProcessTrainer(Trainer):
                 self.steps -= 1
                 self._log = self._log[:-1]
             raise
-        self._batch, self.norm = None, told[0]["norm"]
+        self.norm = told[0]["norm"]
         self.optimizers[0].step()  # has no gradients: schedulers see that it is called
         if self.checkpoint is not None and self.steps % self.every == 0:
             self.save(self.checkpoint)
 
-    def backward_flat(self, flat: Sequence[torch.Tensor]) -> torch.Tensor:
+    def backward_flat(self, flat: Sequence[torch.Tensor], of: int = 1) -> torch.Tensor:
         """The loss of a batch; gradients stay in the ranks."""
         import torch
 
-        found = self._mended(lambda _: self._gang.backward(flat))
-        self._batch = flat
+        check_of(of)
+        fresh = not self._pending
+        try:
+            found = self._mended(lambda _: self._gang.backward(flat, of, fresh))
+        except BaseException:
+            self._pending = []
+            raise
+        again = [x.clone() for x in flat] if self.checkpoint is not None else []
+        self._pending.append((again, of))
         self._tell_of(found)
         return torch.tensor(found[0]["loss"], dtype=self.model.loss.tensor_type.dtype.to_torch())
+
+    def zero_grad(self) -> None:
+        """Forget the gradients that were added up since the last `update`."""
+        self._pending = []
 
     def _tell_of(self, found: Sequence[Message]) -> None:
         """Keep what the ranks say of a step, for the report."""
@@ -291,6 +304,7 @@ class ProcessTrainer(Trainer):
 
     def _load(self, path: Path, state: State) -> None:
         self._refuse(state)
+        self.zero_grad()
         self._mended(lambda _: self._gang.ask("load", folder=str(path)))
         self.steps, self.seed = int(state["step"]), int(state["seed"])
         take_options(self.optimizers, state["options"].values())
@@ -345,9 +359,14 @@ class ProcessTrainer(Trainer):
             if what == "options":
                 self._gang.ask("options", groups=value)
             else:
-                self._gang.backward(value)
+                self._repeat(value)
                 self._again = self._gang.ask("update")
+        self._repeat(self._pending)
         return True
+
+    def _repeat(self, batches: Sequence[Batch]) -> None:
+        for i, (flat, of) in enumerate(batches):
+            self._gang.backward(flat, of, fresh=i == 0)
 
     def close(self) -> None:
         """End the ranks' processes."""

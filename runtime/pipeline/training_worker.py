@@ -2,9 +2,9 @@
 
     python -m dfc.runtime.pipeline.training_worker FOLDER RANK BORN HOST PORT
 
-What it is told: join(name), backward(inputs), update, save(folder), load(folder), options(groups),
-link(name), each with a number that the answer repeats: done, failed(error) or broken(why); and
-abandon, end. The batch follows `backward` over the link from the host.
+What it is told: join(name), backward(inputs, of, fresh), update, save(folder), load(folder),
+options(groups), link(name), each with a number that the answer repeats: done, failed(error) or
+broken(why); and abandon, end. The batch follows `backward` over the link from the host.
 """
 
 from __future__ import annotations
@@ -166,7 +166,9 @@ class TrainingWorker(Worker):
         self.doing.set("BATCH")
         flat = self._batch(command["inputs"])
         self.doing.set("idle")
-        loss = self._own.backward_flat(flat)
+        if command["fresh"]:
+            self._own.zero_grad()
+        loss = self._own.backward_flat(flat, command["of"])
         assert self._own.last is not None
         program, step = self._own.last
         told = None if program is self._told else [str(program), program.name]
