@@ -32,6 +32,7 @@ def test_gradients_are_those_of_one_process(name: str, devices: list[str]) -> No
         with Trainer(staged(name, 2), schedule=schedule, microbatches=4, optimizer=adamw,
                      devices=devices) as trainer:  # fmt: skip
             for given in (args, tuple(x.to("cuda:0") for x in args)):
+                trainer.zero_grad()
                 found = trainer.backward(*given)
                 torch.testing.assert_close(found.cpu(), loss, rtol=1e-5, atol=1e-6)
                 for n, p in trainer.parameters.items():
