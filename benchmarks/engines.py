@@ -206,12 +206,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     print(f"{machine_text(this_machine())}; load {os.getloadavg()[0]:.1f} as it began", flush=True)
     wanted = options.models.split(",")
-    dtypes = ["float32", "bfloat16"] if _has_bf16() else ["float32"]
+    dtypes = ["float32", "bfloat16"] if has_bf16() else ["float32"]
     for name, build in models().items():
         for dtype in dtypes:
             if any(w in f"{name} {dtype}" for w in wanted):
                 measured(f"{name} {dtype}", build, dtype == "bfloat16", options)
-    if not _has_bf16():
+    if not has_bf16():
         print("\nbfloat16: left out, this processor has no instructions for it")
 
 
@@ -229,7 +229,7 @@ def measured(name: str, build: Callable[[], Any], half: bool, options: Any) -> N
     print("\n".join(table(found)), flush=True)
 
 
-def _has_bf16() -> bool:
+def has_bf16() -> bool:
     from dfc.planning.host import cpu_features
 
     return any(f in cpu_features() for f in ("avx512_bf16", "amx_bf16"))

@@ -26,14 +26,16 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from engines import models, times  # noqa: E402
+from engines import has_bf16, models, times  # noqa: E402
 
 import dfc  # noqa: E402
 
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 RESULTS = ROOT / "benchmarks" / "results" / "engines-int8.txt"
 RECIPES = {
-    "bert": "quantize int8 with codes=pairs",  # `auto` may be ONNX Runtime: a third faster there
+    "bert": "quantize int8 using calib with scheme=static\n autocast bf16"
+    if has_bf16()
+    else "quantize int8 with codes=pairs",  # `auto` may be ONNX Runtime: a third faster there
     "resnet": "quantize int8 using calib with scheme=static",
 }
 Call = Callable[[], Any]

@@ -5,7 +5,8 @@
 Against float32 and ONNX Runtime's own dynamic quantization (per channel) of the float32 file, each
 written as plain ONNX for ONNX Runtime. A regression is fitted on float32 embeddings; `agree` says
 how many of the test texts get the same class from a variant's; `drop` is of accuracy, paired, with
-its one-sided 95 % bound. Times alternate between all variants, two threads that do not spin.
+its one-sided 95 % bound. Times alternate between all variants, two threads that do not spin. Static
+ranges come from texts that are neither fitted nor judged; such files run in OpenVINO too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import dfc
 from tests import minilm
 
+Embed = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 TABLE = "quantize {} with scheme=weights, select=op(embedding)"
 VARIANTS = {
     "float32": "",
     "int8, rows": "quantize int8",
     "int8, pairs": "quantize int8 with codes=pairs",  # signed weights that never saturate
+    "int8, static": "smooth using calib with alpha=0.8, multiply=yes\n"
+    " quantize int8 using calib with scheme=static",
     "int8, groups of 64": "quantize int8 with group=64",
     "int8 weights": "quantize int8 with scheme=weights",
     "int4 g32": "quantize int4 with group=32",
@@ -41,17 +46,24 @@ VARIANTS = {
     "int8 table, int4 g64": f"{TABLE.format('int8')}\n quantize int4 with group=64",
 }
 PEER = "ORT dynamic per channel"
+IN_OPENVINO = ("float32", "int8, static")
+CALIBRATION = 256  # texts
 
 
 def written(folder: Path) -> dict[str, Path]:
     """Each variant as an ONNX file, the peer's made from the float32 one."""
     model, args, _, dynamic = minilm.build()
     graph = dfc.trace(model, args, None, dynamic)
+    calib = calibration()
     files = {}
     for name, steps in VARIANTS.items():
         start = time.monotonic()
-        recipe = f"dfc 1\nrecipe small {{\n apply simplify\n {steps}\n}}"
-        compiled = dfc.compile(graph, args, recipe=recipe, engine="eager", verify="none")
+        data = {"calib": calib} if "calib" in steps else {}
+        named = "data calib\n" if data else ""
+        recipe = f"dfc 1\n{named}recipe small {{\n apply simplify\n {steps}\n}}"
+        compiled = dfc.compile(
+            graph, args, recipe=recipe, data=data or None, engine="eager", verify="none"
+        )
         files[name] = folder / f"{len(files)}.onnx"
         compiled.probes.clear()  # the files are judged below, on real texts
         compiled.export(files[name], contrib=True)
@@ -71,6 +83,12 @@ def written(folder: Path) -> dict[str, Path]:
         op_types_to_quantize=["MatMul", "Gemm", "Gather"],  # its form of `Attention` does not load
     )  # fmt: skip
     return files
+
+
+def calibration() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of texts behind those that are fitted and judged."""
+    task = minilm.movies(train=5500, test=CALIBRATION)
+    return [(ids, mask) for _, ids, mask in minilm.batches(task.test[0], task.tokens)]
 
 
 def size(file: Path) -> int:
@@ -94,9 +112,29 @@ def session(file: Path) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     return embed
 
 
-def quality(files: dict[str, Path], tasks: list[minilm.Task]) -> None:
+def in_openvino(file: Path) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    import openvino as ov
+
+    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": 2}
+    request = ov.Core().compile_model(str(file), "CPU", hints).create_infer_request()
+
+    def embed(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(request.infer([ids.numpy(), mask.numpy()])[0])
+
+    return embed
+
+
+def runs_of(files: dict[str, Path]) -> dict[str, tuple[Path, Embed]]:
+    """Every file in ONNX Runtime, and some in OpenVINO."""
+    found = {name: (file, session(file)) for name, file in files.items()}
+    if find_spec("openvino"):
+        found |= {f"{n}, OpenVINO": (files[n], in_openvino(files[n])) for n in IN_OPENVINO}
+    return found
+
+
+def quality(runs: dict[str, tuple[Path, Embed]], tasks: list[minilm.Task]) -> None:
     for task in tasks:
-        exact = session(files["float32"])
+        exact = runs["float32"][1]
         train = minilm.embed_all(exact, task.train[0], task.tokens)
         classify = minilm.regression(train, task.train[1])
         wanted = minilm.embed_all(exact, task.test[0], task.tokens)
@@ -104,11 +142,11 @@ def quality(files: dict[str, Path], tasks: list[minilm.Task]) -> None:
         n = len(right)
         print(f"\n{task.name}, n={n}: float32 is right in {100 * right.mean():.2f} %")
         print(f"{'':24} {'MB':>6} {'cosine':>8} {'1 %':>7} {'agree':>7} {'drop':>8} {'bound':>7}")
-        for name, file in files.items():
+        for name, (file, run) in runs.items():
             if name == "float32":
                 print(f"{name:24} {size(file) / 1e6:6.2f}")
                 continue
-            found = minilm.embed_all(session(file), task.test[0], task.tokens)
+            found = minilm.embed_all(run, task.test[0], task.tokens)
             cosine = (found * wanted).sum(1)
             its = classify(found) == task.test[1]
             b, c = int((right & ~its).sum()), int((~right & its).sum())
@@ -123,8 +161,7 @@ def quality(files: dict[str, Path], tasks: list[minilm.Task]) -> None:
             )
 
 
-def times(files: dict[str, Path], rounds: int) -> None:
-    runs = {name: session(file) for name, file in files.items()}
+def times(runs: dict[str, Embed], rounds: int) -> None:
     for batch, tokens in ((1, 32), (32, 64)):
         inputs = minilm.example(batch, tokens)
         inputs[1][:] = 1
@@ -156,11 +193,11 @@ def main(words: list[str]) -> None:
     vnni = "VNNI" if "vnni" in flags else "no VNNI"
     print(f"{model or platform.processor()}, {vnni}; other work was on the machine")
     with tempfile.TemporaryDirectory() as folder:
-        files = written(Path(folder))
+        runs = runs_of(written(Path(folder)))
         if "times" not in words:
-            quality(files, [minilm.movies(test=given["movies"]), minilm.bbc(test=given["bbc"])])
+            quality(runs, [minilm.movies(test=given["movies"]), minilm.bbc(test=given["bbc"])])
         if "quality" not in words:
-            times(files, given["rounds"])
+            times({name: run for name, (_, run) in runs.items()}, given["rounds"])
 
 
 if __name__ == "__main__":

@@ -240,12 +240,18 @@ def _weight_scale(node: Node, w: Tensor, scale: float, bits: str, per_channel: b
 
 
 def _store_bias(graph: Graph, node: Node, scale: float, weight_scale: Tensor) -> None:
-    """int32 codes in the place of the bias, at the scale of the products that it is added to."""
+    """int32 codes in the place of the bias, at the scale of the products that it is added to.
+
+    A bias that is computed, or that runtimes add behind a product of three and more dimensions,
+    stays in floats.
+    """
     import torch
 
     bias = node.inputs[2]
     if bias is not None and not isinstance(bias, Parameter):
-        return  # computed: it is added in floats
+        return
+    if node.op == LINEAR and node.inputs[0].tensor_type.rank != 2:  # type: ignore[union-attr]
+        return
     product = (weight_scale * torch.tensor(scale)).double()
     whole = torch.zeros(int(node.inputs[1].tensor_type.shape[0]))  # type: ignore[union-attr, arg-type]
     name = f"{node.results[0].name}.bias"
