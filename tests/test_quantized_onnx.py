@@ -21,6 +21,7 @@ from dfc.ir.interpret import interpret
 from dfc.ir.types import TensorType
 from dfc.ops.builder import Builder
 from dfc.ops.codes import pack4
+from dfc.runtime.engines import find_engine
 
 
 def layer(op: str, x: torch.Tensor, tensors: list[torch.Tensor | None], **attributes: Any) -> Graph:
@@ -92,6 +93,17 @@ def test_pairs_that_fit_16_bits_stay_int8_and_are_exact(contrib: bool, tmp_path:
         (product,) = (n for n in written.node if n.op_type.startswith("MatMulInteger"))
         kinds = {i.name: i.data_type for i in written.initializer}
         assert (kinds[product.input[1]] == onnx.TensorProto.INT8) is signed
+
+
+def test_the_engine_is_exact_on_the_processor_it_runs_on() -> None:
+    """With VNNI weights stay int8, and no sum of them saturates; without it they become bytes."""
+    x, weight, scale = operands(64, None, -128, 127)
+    graph = layer("dfc.linear_w8", x, [weight, scale, None], activations="int8")
+    for saturates in (True, False):
+        model = build_onnx(graph, contrib=True, saturates=saturates)
+        assert any(n.op_type == "Add" for n in model.graph) is saturates  # 128, to every code
+    found = find_engine("onnxruntime").build(graph)([x])[0]
+    assert torch.equal(found, interpret(graph, [x])[0])
 
 
 def test_layers_that_read_one_value_round_it_once(tmp_path: Path) -> None:

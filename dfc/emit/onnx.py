@@ -45,11 +45,18 @@ IR_VERSION = 10
 
 
 def build_onnx(
-    graph: Graph, *, opset: int = OPSET, contrib: bool = False, name: str | None = None
+    graph: Graph,
+    *,
+    opset: int = OPSET,
+    contrib: bool = False,
+    name: str | None = None,
+    saturates: bool = True,
 ) -> ir.Model:
     """The graph as an ONNX model whose initializers refer to the parameters' own tensors.
 
-    With `contrib`, operators of ONNX Runtime's own may stand where they are faster.
+    With `contrib`, operators of ONNX Runtime's own may stand where they are faster. The processor
+    that runs the model `saturates` where it adds pairs of 8-bit products in 16 bits: then no such
+    sum may overflow.
 
     Raises:  DfcError X001 for an op without a translation, X004 for a parameter without data,
              X005 for an opset that does not exist.
@@ -57,7 +64,7 @@ def build_onnx(
     onnx_ops.load()
     _require_opset(opset)
     _require_types(graph, opset)
-    root = Root(opset, contrib)
+    root = Root(opset, contrib, saturates)
     sizes = Sizes()
     b = Builder(root, sizes)
     env: dict[Value, Val] = {}

@@ -157,12 +157,14 @@ class Call:
 class Root:
     """What all scopes of one model share: constants, names, the opset.
 
-    `contrib` says whether ONNX Runtime's own operators may be used.
+    `contrib` says whether ONNX Runtime's own operators may be used, `saturates` whether sums of two
+    8-bit products must fit 16 bits.
     """
 
-    def __init__(self, opset: int, contrib: bool = False) -> None:
+    def __init__(self, opset: int, contrib: bool = False, saturates: bool = True) -> None:
         self.opset = opset
         self.contrib = contrib
+        self.saturates = saturates
         self.domains: dict[str, int] = {"": opset}
         self.ranges: Mapping[str, tuple[int, int | None]] = {}
         self.constants: dict[tuple[Any, ...], Val] = {}

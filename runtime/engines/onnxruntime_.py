@@ -48,6 +48,7 @@ def session(
     """
     import torch
 
+    from dfc.compress.processor import this_processor
     from dfc.emit.checks import lift_checks
     from dfc.emit.onnx import ENGINE_OPSET, OPSET, build_onnx
     from dfc.emit.onnx_run import Session
@@ -60,7 +61,8 @@ def session(
     lifted, messages = lift_checks(graph)
     # As many threads as torch has: engines are compared, and share the machine, on equal terms.
     count = threads or torch.get_num_threads()
-    model = build_onnx(lifted, opset=opset, contrib=contrib)
+    saturates = not this_processor().computes("i8")
+    model = build_onnx(lifted, opset=opset, contrib=contrib, saturates=saturates)
     made = Session(
         model, lifted, threads=count, without=without, providers=providers, profile=profile
     )
