@@ -22,6 +22,7 @@ from dfc.planning.cost import default_sizes, work_of
 from dfc.planning.machine import Device, Machine, Wire
 from dfc.planning.model import Wish, modelled
 from dfc.planning.pipeline import plan
+from dfc.planning.simulate import simulate
 from dfc.planning.timeline import chrome_trace, svg_timeline
 from dfc.recipe.machines import machine_of
 from dfc.recipe.sources import plan_of
@@ -288,6 +289,14 @@ def test_what_a_run_cannot_write_is_refused_before_the_work(
 
     assert main(["run", "no.py:model", *options]) == 2
     assert wanted in capsys.readouterr().err
+
+
+def test_a_plan_keeps_the_step_that_chose_it(tower: Graph) -> None:
+    made = plan(tower, machine(2))
+    again = simulate(made.program, made.costs)
+    assert "simulation" in vars(made)
+    assert made.simulation.end.tolist() == again.end.tolist()
+    assert made.simulation.peaks == again.peaks
 
 
 def test_every_known_device_says_where_its_figures_are_from() -> None:

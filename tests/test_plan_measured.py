@@ -108,7 +108,9 @@ def test_one_process_is_best_where_parts_gain_nothing() -> None:
     other = fewer_devices(pinned, ["host", "host"], make)
     assert other is not None and [s.device for s in other.stages] == ["host"]
     assert other.step_seconds < pinned.step_seconds
-    assert "one process with all threads of host is best" in fewer_text(pinned, other)
+    assert "one process with all threads of host is best: a step" in fewer_text(pinned, other)
+    longer = dfc.plan(graph, Machine("m", (HOST,), {}), microbatches=3)
+    assert "of host would do: a step takes 1.50 times as long" in fewer_text(other, longer)
 
 
 def test_where_every_device_pays_nothing_is_said() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 import dfc
 from dfc.cli import main
+from dfc.cli.failures import guarded
 from dfc.errors import DfcError
 from dfc.ir.verify import verify
 from dfc.planning.layouts import check_counts
@@ -112,6 +113,14 @@ def test_a_broken_exported_program_is_one_error(run: Run, tmp_path: Path, conten
     assert "W1" not in done.err and len(done.err.splitlines()) == 1  # torch warns of it as well
 
 
+@pytest.mark.parametrize("module", ["dfc", "dfc.cli"])
+def test_the_command_is_a_module_too(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "") and dfc.__version__ in done.stdout
+
+
 # Ctrl-C before anything is there to be interrupted
 
 
@@ -130,6 +139,34 @@ def test_ctrl_c_while_the_command_is_imported_is_one_line(tmp_path: Path) -> Non
     )
     assert done.returncode == 130
     assert done.stderr == "dfc: interrupted; nothing was left half-written\n"
+
+
+def test_ctrl_c_that_a_library_turned_into_an_error_is_no_bug(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As compiled modules do whose import it ends, and what reports that they are not there."""
+
+    def ended() -> int:
+        try:
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt as e:
+                raise ImportError("initialization failed") from e
+        except ImportError:
+            raise DfcError("K001", "it is not installed") from None
+
+    with pytest.raises(KeyboardInterrupt):
+        guarded(ended, ["bench"])
+    assert capsys.readouterr().err == ""
+
+
+def test_an_error_that_is_its_own_cause_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails() -> int:
+        error = DfcError("K001", "it is not installed")
+        raise error from error
+
+    assert guarded(fails, ["bench"]) == DfcError("K001", "").status
+    assert "it is not installed" in capsys.readouterr().err
 
 
 def test_nothing_is_imported_before_the_command_minds_ctrl_c() -> None:

@@ -25,27 +25,37 @@ def guarded(action: Callable[[], int], argv: Sequence[str]) -> int:
         status = action()
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # `dfc show ... | head`: the reader has seen enough
+    except Exception as e:  # the one place where a bug of ours is caught
+        if _was_interrupted(e):
+            raise KeyboardInterrupt from e
+        return _told(e, argv)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind it: a compiled module's import turns that into an ImportError."""
+    seen = []
+    while error is not None and error not in seen:  # `raise e from e` is its own cause
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return any(isinstance(e, KeyboardInterrupt) for e in seen)
+
+
+def _told(error: Exception, argv: Sequence[str]) -> int:
+    if isinstance(error, BrokenPipeError):  # `dfc show ... | head`: the reader has seen enough
         give_up_stdout()
         return 0
-    except DfcError as e:
-        _say(e.render())
-        if e.status == INTERNAL:
-            _report_bug(e, argv)
-        return e.status
-    except OSError as e:
-        if e.errno not in _FULL:
-            return _bug(e, argv)
+    if isinstance(error, OSError) and error.errno in _FULL:
         give_up_stdout()
-        where = f"`{e.filename}`" if e.filename else "the output"
+        where = f"`{error.filename}`" if error.filename else "the output"
         help = "free some space, or write somewhere else"
-        full = DfcError(
-            "D013", f"cannot write {where}: {(e.strerror or str(e)).lower()}", help=help, status=7
-        )
-        _say(full.render())
-        return full.status
-    except Exception as e:  # noqa: BLE001 - the one place where a bug of ours is caught
-        return _bug(e, argv)
+        message = f"cannot write {where}: {(error.strerror or str(error)).lower()}"
+        error = DfcError("D013", message, help=help, status=7)
+    if not isinstance(error, DfcError):
+        return _bug(error, argv)
+    _say(error.render())
+    if error.status == INTERNAL:
+        _report_bug(error, argv)
+    return error.status
 
 
 def _bug(error: Exception, argv: Sequence[str]) -> int:

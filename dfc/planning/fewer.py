@@ -42,5 +42,6 @@ def fewer_text(found: Plan, other: Plan) -> str:
     ratio = other.step_seconds / found.step_seconds
     takes = f"a step takes {ratio:.2f} times as long"
     if len(other.stages) == 1 and other.machine.devices[0].kind == "cpu":
-        return f"one process with all threads of {names} is best: {takes}, and nothing is sent"
+        verdict = "is best" if ratio < 1.005 else "would do"
+        return f"one process with all threads of {names} {verdict}: {takes}, and nothing is sent"
     return f"{names} alone would do: {takes}"

@@ -65,9 +65,11 @@ def _narrow(
 ) -> Times:
     """Lane by lane, each as far as it comes."""
     n = len(took)
-    lasts, needs, gaps = took.tolist(), waits.tolist(), delay.tolist()
+    real = waits != n
+    bounds = [0, *real.sum(axis=1).cumsum().tolist()]
+    lasts, needs, gaps = took.tolist(), waits[real].tolist(), delay[real].tolist()
     start: list[Any] = [0] * n
-    end: list[Any] = [None] * n + [0]
+    end: list[Any] = [None] * n
     head, clock = [a for a, _ in lanes], [0] * len(lanes)
     stop = [b for _, b in lanes]
     todo = [i for i in range(len(lanes)) if head[i] < stop[i]]
@@ -76,20 +78,21 @@ def _narrow(
         i = todo.pop()
         while head[i] < stop[i]:
             task, begin = head[i], clock[i]
-            for other, gap in zip(needs[task], gaps[task], strict=True):
-                ended = end[other]
+            for k in range(bounds[task], bounds[task + 1]):
+                ended = end[needs[k]]
                 if ended is None:
-                    sleeping.setdefault(other, []).append(i)
+                    sleeping.setdefault(needs[k], []).append(i)
                     break
-                if ended + gap > begin and other != n:
-                    begin = ended + gap
+                if ended + gaps[k] > begin:
+                    begin = ended + gaps[k]
             else:
                 start[task] = begin
                 end[task] = clock[i] = begin + lasts[task]
                 head[i] += 1
-                todo.extend(sleeping.pop(task, ()))
+                if task in sleeping:
+                    todo.extend(sleeping.pop(task))
                 continue
             break
     stuck = [head[i] for i in range(len(lanes)) if head[i] < stop[i]]
-    found = np.array([-1 if e is None else e for e in end[:n]], dtype=took.dtype)
+    found = np.array([-1 if e is None else e for e in end], dtype=took.dtype)
     return np.array(start, dtype=took.dtype), found, stuck

@@ -184,7 +184,7 @@ def plan(
     idle = tuple(d.name for d in machine.devices if d.name not in used)
     machine, model, found, load = chosen.machine, chosen.model, best.partition, best.load
     of_node = {n: s for nodes, s in zip(model.groups, found.stage, strict=True) for n in nodes}
-    return Plan(
+    made = Plan(
         graph.name, machine, bound, best.wish, objective,
         _stages(model, machine, found.stage, load, simulation, costs.all_edges(), tiers),
         replace(found, stage=tuple(of_node[n] for n in graph.nodes)), load.bottleneck, load.latency,
@@ -192,6 +192,8 @@ def plan(
         compared(model, machine, chosen.solved), _advice(model, machine, found), idle,
         graph, model, tiers,
     )  # fmt: skip
+    vars(made)["simulation"] = simulation  # of a million microbatches it takes seconds
+    return made
 
 
 def _stages(
