@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -82,6 +83,12 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...], Any]]] = {
 
 
 def captured(name: str) -> tuple[nn.Module, tuple[Any, ...], Graph]:
+    model, args, graph = traced(name)
+    return model, args, graph.copy()
+
+
+@cache
+def traced(name: str) -> tuple[nn.Module, tuple[Any, ...], Graph]:
     torch.manual_seed(0)
     model, args, shapes = MODELS[name]()
     model.eval()

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from dfc.runtime.pipeline.messages import Layout
 from dfc.runtime.pipeline.processes import Processes
 from dfc.runtime.pipeline.routes import stage_edges
 from tests.fair_clock import FairClock
+from tests.kept_graph import keep
 from tests.test_pipeline import captured, leaves, one_by_one, stages
 
 B = torch.export.Dim("B", min=1, max=64)
@@ -221,6 +223,7 @@ class Heavy(nn.Module):
         return x, x.sum(-1)
 
 
+@cache
 def heavy() -> tuple[Graph, tuple[torch.Tensor]]:
     torch.manual_seed(0)
     args = (torch.randn(64, 40, 512),)
@@ -319,21 +322,22 @@ def test_over_gloo_too_a_killed_rank_is_mended() -> None:
 
 
 _HOST = """
-import os, sys, threading, time
-sys.path.insert(0, {root!r})
-from tests.test_processes import Processes, heavy, stages
-graph, args = heavy()
-with Processes(graph, stages(graph, 2), microbatches=16, threads=2) as pipeline:
+import sys, torch
+from dfc.runtime.pipeline.processes import Processes
+from tests.kept_graph import kept
+with Processes(*kept(sys.argv[1]), microbatches=16, threads=2) as pipeline:
     print(*pipeline.pids, pipeline._folder.name, flush=True)
     while True:
-        pipeline(*args)
+        pipeline(torch.randn(64, 40, 512))
 """
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupt_and_the_hosts_death_end_everything(how: int) -> None:
+def test_an_interrupt_and_the_hosts_death_end_everything(how: int, tmp_path: Path) -> None:
+    graph, _ = heavy()
+    keep(tmp_path, graph, stages(graph, 2))
     host = subprocess.Popen(
-        [sys.executable, "-c", _HOST.format(root=str(ROOT))], cwd=ROOT,
+        [sys.executable, "-c", _HOST, str(tmp_path)], cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:

@@ -4,29 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-from typing import Any
 
 import pytest
 
-from dfc.cli import main
-from tests.test_pipeline import captured, stages
+from tests.test_pipeline import stages
 from tests.test_processes import equal, gone, heavy, struck
-
-
-def test_without_ray_the_command_says_how_to_get_it(
-    tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: Any
-) -> None:
-    import torch
-
-    import dfc
-
-    monkeypatch.setitem(sys.modules, "ray", None)  # importing it fails
-    _, _, graph = captured("chain")
-    package = str(tmp_path / "chain.dfcpkg")
-    dfc.compile(graph, [torch.randn(6, 8)], engine="eager").save(package)
-    assert main(["run", package, "--pipeline", "2", "--on", "ray"]) == 7
-    assert "pip install dfc-compiler[ray]" in capsys.readouterr().err
 
 
 def test_actors_run_the_same_ranks_and_are_replaced() -> None:

@@ -14,13 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import dfc
 from dfc.cli import main
 from dfc.errors import DfcError
 from dfc.runtime.pipeline.world import World
+from tests.kept_graph import keep
 from tests.served_store import served_store
-from tests.test_pipeline import captured
+from tests.test_pipeline import captured, stages
+from tests.test_processes import heavy
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,42 +32,57 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
-@pytest.mark.parametrize("links", ["sockets", "gloo"])
-def test_the_command_runs_under_torchrun_as_on_threads(links: str, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
-    _, _, graph = captured("chain")
-    package = str(tmp_path / "chain.dfcpkg")
-    dfc.compile(graph, [torch.randn(6, 8)], engine="eager").save(package)
-    given = ["run", package, "--size", "B=11", "--pipeline", "2", "-m", "3"]
-    outputs = [str(tmp_path / f"{place}.safetensors") for place in ("threads", "torchrun")]
-    over = {"sockets": [], "gloo": ["--links", "gloo"]}  # of one host: sockets
-    assert main([*given, "-o", outputs[0]]) == 0
-    launched = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dfc.cli",
-         *given, "--on", "torchrun", *over[links], "--json", "-o", outputs[1]],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300,
+
+def launched(launcher: list[str], given: list[str], folder: Path) -> dict[str, Any]:
+    """What the command tells of a pipeline when a launcher starts it."""
+    ran = subprocess.run(
+        [sys.executable, *launcher, "-m", "dfc.cli", *given, "--json"],
+        cwd=folder, env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert launched.returncode == 0, launched.stderr
-    told = json.loads(launched.stdout)["pipeline"]  # of rank 0 alone
+    assert ran.returncode == 0, ran.stderr
+    return dict(json.loads(ran.stdout)["pipeline"])  # under torchrun of rank 0 alone
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command that runs a package as a pipeline."""
+    _, _, graph = captured("chain")
+    package = tmp_path_factory.mktemp("torchrun") / "chain.dfcpkg"
+    dfc.compile(graph, [torch.randn(6, 8)], engine="eager").save(package)
+    return ["run", str(package), "--size", "B=11", "--pipeline", "2", "-m", "3"]
+
+
+def test_the_command_runs_under_torchrun_as_on_threads(given: list[str], tmp_path: Path) -> None:
+    outputs = [str(tmp_path / f"{place}.safetensors") for place in ("threads", "torchrun")]
+    assert main([*given, "-o", outputs[0]]) == 0
+    told = launched(TORCHRUN, [*given, "--on", "torchrun", "-o", outputs[1]], tmp_path)
     assert told["on"] == "torchrun" and [s["rank"] for s in told["stages"]] == [0, 1]
     assert told["links"][0]["bytes"] > 0
-    assert told["link_kind"] == {"sockets": "local", "gloo": "gloo"}[links]
+    assert told["link_kind"] == "local"  # sockets: all ranks are on one host
     a, b = (load_file(path) for path in outputs)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_command_runs_in_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, _, graph = captured("chain")
-    package, trace = str(tmp_path / "chain.dfcpkg"), tmp_path / "step.json"
-    dfc.compile(graph, [torch.randn(6, 8)], engine="eager").save(package)
-    given = ["run", package, "--size", "B=11", "--pipeline", "2", "-m", "3", "--on", "processes"]
-    assert main([*given, "--trace", str(trace), "--json"]) == 0
+def test_the_command_runs_in_processes(
+    given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "step.json"
+    assert main([*given, "--on", "processes", "--trace", str(trace), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["pipeline"]
     assert told["on"] == "processes" and told["incidents"] == [] and told["link_kind"] == "local"
     assert told["links"][0]["bytes"] > 0 and told["predicted_seconds"] < told["step_seconds"]
     events = json.loads(trace.read_text())["traceEvents"]
     assert sum(e["ph"] == "X" and e["pid"] == 0 for e in events) == 2 * 3
+
+
+def test_without_ray_the_command_says_how_to_get_it(
+    given: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # importing it fails
+    assert main([*given, "--on", "ray"]) == 7
+    assert "pip install dfc-compiler[ray]" in capsys.readouterr().err
 
 
 USED = """
@@ -87,9 +105,6 @@ def build():
 """
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-
-
 @pytest.mark.parametrize(
     "on", [pytest.param(on, marks=pytest.mark.slow) for on in ("processes", "ray")] + ["torchrun"]
 )
@@ -98,15 +113,18 @@ def test_ranks_load_what_is_used(on: str, tmp_path: Path) -> None:
     if on == "ray":
         pytest.importorskip("ray")
     (tmp_path / "twice.py").write_text(USED)
-    given = ["run", "twice.py:build", "--use", "twice.py", "--pipeline", "2", "-m", "3",
-             "--on", on, "--json"]  # fmt: skip
-    launcher = TORCHRUN if on == "torchrun" else []
-    ran = subprocess.run(
-        [sys.executable, *launcher, "-m", "dfc.cli", *given], cwd=tmp_path, env=environment(),
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout)["pipeline"]["on"] == on
+    x = torch.randn(11, 8)
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    given = ["run", "twice.py:build", "x.safetensors", "--use", "twice.py", "--pipeline", "2",
+             "-m", "3", "--on", on, "-o", "out.safetensors"]  # fmt: skip
+    if on == "torchrun":
+        told = launched(TORCHRUN, [*given, "--links", "gloo"], tmp_path)
+        assert told["link_kind"] == "gloo"
+    else:
+        told = launched([], given, tmp_path)
+    assert told["on"] == on
+    (found,) = load_file(tmp_path / "out.safetensors").values()
+    assert torch.equal(found, torch.relu(torch.relu(x) * 2 + 1))
 
 
 def test_what_a_rank_cannot_load_is_told_once(tmp_path: Path) -> None:
@@ -116,7 +134,6 @@ def test_what_a_rank_cannot_load_is_told_once(tmp_path: Path) -> None:
     from dfc.cli.options import load_used
     from dfc.runtime.pipeline.processes import Processes
     from dfc.runtime.pipeline.spawn import Spawner
-    from tests.test_pipeline import stages
 
     missing = str(tmp_path / "missing.py")
     _, _, graph = captured("chain")
@@ -185,14 +202,17 @@ def test_ranks_with_other_plans_or_versions_are_told_apart(differs: str) -> None
 
 
 _SCRIPT = """
-from tests.test_processes import heavy, leaves, one_by_one, stages
+import sys, torch
+from dfc.ir.interpret import interpret
 from dfc.runtime.pipeline.torchrun import Launched
-import torch
-graph, args = heavy()
-with Launched(graph, stages(graph, 2), microbatches=16, threads=2) as pipeline:
+from tests.kept_graph import kept
+graph, stages = kept(sys.argv[1])
+args = (torch.randn(64, 40, 512),)
+with Launched(graph, stages, microbatches=16, threads=2) as pipeline:
     if pipeline.leads:
-        for f, x in zip(leaves(pipeline(*args)), one_by_one(graph, pipeline, list(args))):
-            assert torch.equal(f, x)
+        parts = [interpret(graph, [part[v] for v in graph.inputs]) for part in pipeline.cut(args)]
+        for found, pieces in zip(pipeline(*args), zip(*parts)):
+            assert torch.equal(found, torch.cat(pieces))
         print("equal", flush=True)
         while True:
             pipeline(*args)
@@ -200,16 +220,18 @@ with Launched(graph, stages(graph, 2), microbatches=16, threads=2) as pipeline:
 """
 
 
-def test_a_lost_rank_is_named_by_those_that_wait() -> None:
+def test_a_lost_rank_is_named_by_those_that_wait(tmp_path: Path) -> None:
     """Without torchrun, which would end the others: the ranks themselves notice."""
+    graph, _ = heavy()
+    keep(tmp_path, graph, stages(graph, 2))
     with served_store() as store:
-        _lose_a_rank(store)
+        _lose_a_rank(tmp_path, store)
 
 
-def _lose_a_rank(store: dict[str, str]) -> None:
+def _lose_a_rank(folder: Path, store: dict[str, str]) -> None:
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", _SCRIPT], cwd=ROOT, stdout=subprocess.PIPE,
+            [sys.executable, "-c", _SCRIPT, str(folder)], cwd=ROOT, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True,
             env=environment(RANK=str(r), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", **store),
         )
