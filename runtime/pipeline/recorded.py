@@ -10,9 +10,10 @@ Source:  CUDA graphs, https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +65,7 @@ class RecordedSteps:
     """Lanes whose steps are recorded: for each program and set of sizes, at its first call.
 
     The first call runs the step action by action, which also lets libraries choose their kernels.
-    What a replay gives is overwritten by the next one, which waits for what was queued on the
-    caller's stream until then.
+    Results are the caller's own. Calls from several streams or threads take turns.
     Needs:   one driver for all ranks, and stages that only start kernels.
     Raises:  DfcError K003 where a stage cannot be recorded.
     """
@@ -75,14 +75,15 @@ class RecordedSteps:
         (self.device,) = streams.cuda
         self._recorded: OrderedDict[Any, _Recording] = OrderedDict()
         self._pool: Any = None  # of memory, one for all: they are never replayed side by side
+        self._turn = threading.Lock()
         self._stream: Any = None  # the last caller's
 
     def step(self, program: Program, given: Sequence[Values]) -> Step:
         import torch
 
         key = id(program), *(signature(x) for part in given for x in part.values())
-        found = self._recorded.get(key)
-        with torch.cuda.device(self.device), torch.no_grad():
+        with self._turn, torch.cuda.device(self.device), torch.no_grad():
+            found = self._recorded.get(key)
             stream = torch.cuda.current_stream()
             if self._stream is not None and self._stream != stream:
                 stream.wait_stream(self._stream)
@@ -106,12 +107,10 @@ class RecordedSteps:
         if parts:
             torch._foreach_copy_(held.inputs, parts, non_blocking=True)
         held.graph.replay()
+        results = _copied(held.step.results)
         torch.cuda.current_stream().synchronize()
         seconds = time.perf_counter() - start
         spans = DeviceSpans(held.step.spans, held.clocks, {self.device: began})
-        results = held.step.results
-        if len(results) == 1:  # nobody puts parts together, which would copy them
-            results = [{v: _own(x) for v, x in results[0].items()}]
         return replace(held.step, results=results, seconds=seconds, spans=spans)
 
     def _record(self, program: Program, given: Sequence[Values]) -> _Recording:
@@ -144,7 +143,18 @@ class RecordedSteps:
         self._recorded.clear()
 
 
-def _own(x: Any) -> Any:
+def _copied(results: Sequence[Mapping[Any, Any]]) -> list[dict[Any, Any]]:
+    """What a replay left, in memory that the next one does not write to; all in one launch."""
     import torch
 
-    return x.clone() if isinstance(x, torch.Tensor) else x
+    found = [
+        {v: torch.empty_like(x) if isinstance(x, torch.Tensor) else x for v, x in part.items()}
+        for part in results
+    ]
+    old, new = (
+        [x for part in parts for x in part.values() if isinstance(x, torch.Tensor)]
+        for parts in (results, found)
+    )
+    if old:
+        torch._foreach_copy_(new, old, non_blocking=True)
+    return found
