@@ -20,8 +20,10 @@ from dfc.manifest import (
     CHUNK_BYTES,
     NAME,
     check_manifest,
+    files,
     open_file,
     read_file,
+    text,
     write_manifest,
 )
 
@@ -55,8 +57,8 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads((folder / NAME).read_bytes())
     del content["self_sha256"]
     change(content)
-    digest = hashlib.sha256(manifest._canonical(content)).hexdigest()
-    (folder / NAME).write_bytes(manifest._canonical(content | {"self_sha256": digest}))
+    digest = hashlib.sha256(text.canonical(content)).hexdigest()
+    (folder / NAME).write_bytes(text.canonical(content | {"self_sha256": digest}))
 
 
 # ---- whole packages --------------------------------------------------------------------------
@@ -328,7 +330,8 @@ def test_a_manifest_over_its_limit_is_refused_unread(package: Path) -> None:
 
 
 def test_too_many_files_are_refused(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest, "MAX_FILES", 3)
+    for part in (files, text):
+        monkeypatch.setattr(part, "MAX_FILES", 3)
     assert refusal(package).code == "D021"
     forge(package, lambda m: m["files"].pop())
     assert refusal(package).code == "D028"

@@ -234,6 +234,7 @@ def analyse(graph: Graph) -> Analysis:
     """The axes of all values of a graph."""
     import dfc.compress.dims_contract
     import dfc.compress.dims_norm
+    import dfc.compress.dims_parts
     import dfc.compress.dims_shape  # noqa: F401
 
     return Analysis(graph).run()
