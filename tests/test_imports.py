@@ -213,7 +213,7 @@ BROAD = {
     "dfc/rewrite/promises.py": 1,  # a pass is anybody's code: what it raises is told with its line
     "dfc/registry.py": 1,  # what happens when another package is imported
     "dfc/rewrite/custom.py": 1,  # the user's own pass
-    "runtime/pipeline/training.py": 1,  # gradients of a batch that failed do not count; raises again
+    "runtime/pipeline/training.py": 1,  # a batch that failed adds no gradients; raises again
     "runtime/pipeline/training_processes.py": 1,  # ... nor in ranks
     "runtime/pipeline/rank.py": 1,  # whatever a kernel raises is told with its action
     "runtime/pipeline/training_worker.py": 1,  # the user's optimizer, told with its lines
