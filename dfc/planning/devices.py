@@ -22,7 +22,8 @@ from dfc.planning.ideals import lower_bound
 from dfc.planning.machine import Machine
 from dfc.planning.model import Modelled, Wish, on_row
 from dfc.planning.partition import Effort, partition
-from dfc.planning.problem import Partition, loads, value_of
+from dfc.planning.path_bound import path_bound
+from dfc.planning.problem import Partition, Problem, loads, value_of
 from dfc.planning.rivals import no_worse
 
 Row = tuple[int, ...]  # positions of devices, in the order of the pipeline
@@ -30,6 +31,7 @@ Row = tuple[int, ...]  # positions of devices, in the order of the pipeline
 Wanted = Literal["throughput", "latency", "memory", "cost"]
 _MOST = 64  # rows that are tried
 _WORK = 500_000  # nodes times devices of all of them
+_BOUND_SECONDS = 1.0  # for a better bound
 
 
 def wanted(objective: str) -> Wanted:
@@ -225,6 +227,8 @@ class _Search:
             raise self.failed
         found = self.best.partition
         bound = self.bound if complete else self._least()
+        if self.aim == "throughput" and found.value > bound * (1 + self.effort.gap):
+            bound = max(bound, path_bound(self._anywhere(), _BOUND_SECONDS))
         return replace(self.best, partition=replace(found, bound=min(bound, found.value)))
 
     def _least(self) -> float:
@@ -232,9 +236,15 @@ class _Search:
         if self.aim == "cost":
             prices = np.array([d.price for d in self.machine.devices])
             return float((self.model.problem.time * prices).min(axis=1).sum())
+        return lower_bound(self._anywhere())
+
+    def _anywhere(self) -> Problem:
+        """The problem of all devices, each with its own times, and what it holds in any row."""
         problem = self.model.problem
-        slots = [replace(slot, kind=i) for i, slot in enumerate(problem.slots)]
-        return lower_bound(problem.with_stages(slots))
+        rows = range(1, problem.stages + 1)
+        least = min(min(self.wish.in_flight(count)) for count in rows)
+        slots = [replace(s, kind=i, in_flight=least) for i, s in enumerate(problem.slots)]
+        return problem.with_stages(slots)
 
 
 def _busiest(chosen: Chosen) -> float:
