@@ -10,8 +10,9 @@ from typing import Any
 
 from dfc.emit import onnx_ops
 from dfc.emit.decompose import decompose
-from dfc.emit.onnx_builder import Builder, Call, NoTranslation, Operand, Val, onnx_dtype
+from dfc.emit.onnx_builder import Builder, Call, NoTranslation, Operand, Val
 from dfc.emit.onnx_torchlib import translate
+from dfc.emit.onnx_types import onnx_dtype
 from dfc.emit.onnx_values import bind_type, torch_tensor
 from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.op import DeclaredOp, lookup

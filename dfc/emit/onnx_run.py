@@ -179,7 +179,7 @@ def ort_value(tensor: torch.Tensor) -> Any:
     if tensor.dtype == torch.bool:
         return core.OrtValue.from_dlpack(to_dlpack(tensor.view(torch.uint8)), True)
     if tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point:
-        from dfc.emit.onnx_builder import ONNX_DTYPES
+        from dfc.emit.onnx_types import ONNX_DTYPES
         from dfc.ir.types import dtype_of
 
         code = int(ONNX_DTYPES[dtype_of(tensor.dtype).name])

@@ -13,14 +13,8 @@ import onnxscript
 from onnxscript import evaluator, ir
 from torch.onnx._internal.exporter import _building, _registration, _tensors
 
-from dfc.emit.onnx_builder import (
-    ONNX_DTYPES,
-    Builder,
-    Call,
-    NoTranslation,
-    Val,
-    propagate_dtype,
-)
+from dfc.emit.onnx_builder import Builder, Call, NoTranslation, Val
+from dfc.emit.onnx_types import ONNX_DTYPES, propagate_dtype
 from dfc.ir.expr import Expr
 from dfc.ir.types import DType
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from onnxscript import ir
 
-from dfc.emit.onnx_builder import Builder, Root, Val, onnx_dtype, onnx_shape
+from dfc.emit.onnx_builder import Builder, Root, Val
 from dfc.emit.onnx_sizes import Sizes
 from dfc.emit.onnx_torchlib import symbolic_value
+from dfc.emit.onnx_types import onnx_dtype, onnx_shape
 from dfc.errors import DfcError
 from dfc.ir.expr import Expr
 from dfc.ir.graph import Graph, Parameter, Value

@@ -11,16 +11,9 @@ from typing import Any
 
 from onnxscript import ir
 
-from dfc.emit.onnx_builder import (
-    FLOATS,
-    ONNX_DTYPES,
-    Builder,
-    Call,
-    D,
-    Val,
-    onnx_dtype,
-)
+from dfc.emit.onnx_builder import Builder, Call, Val
 from dfc.emit.onnx_ops.registry import translates
+from dfc.emit.onnx_types import FLOATS, ONNX_DTYPES, D, onnx_dtype
 from dfc.ir.expr import Expr
 from dfc.ir.types import DType, TensorType, dtype_of
 

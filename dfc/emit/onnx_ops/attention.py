@@ -17,8 +17,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dfc.emit.onnx_builder import Builder, Call, D, Val
+from dfc.emit.onnx_builder import Builder, Call, Val
 from dfc.emit.onnx_ops.registry import translates
+from dfc.emit.onnx_types import D
 from dfc.ir.expr import Expr
 
 _NEARLY_LOWEST = -3.4e38  # absorbs every score, and is above the kernel's "masked"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from onnxscript import ir
 
-from dfc.emit.onnx_builder import Builder, Call, D, Val, onnx_dtype
+from dfc.emit.onnx_builder import Builder, Call, Val
 from dfc.emit.onnx_ops.registry import translates
+from dfc.emit.onnx_types import D, onnx_dtype
 
 _BITS = {
     D.INT8: 8, D.UINT8: 8, D.BOOL: 8, D.INT16: 16, D.UINT16: 16, D.FLOAT16: 16, D.BFLOAT16: 16,

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from dfc.emit.onnx_builder import Builder, Call, D, NoTranslation, Val
+from dfc.emit.onnx_builder import Builder, Call, NoTranslation, Val
+from dfc.emit.onnx_types import D
 from dfc.ir.types import DTYPES, TensorType
 from dfc.ops.codes import OFFSET, groups_of, pack4, unpack4
 

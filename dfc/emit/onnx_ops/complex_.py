@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from onnxscript import ir
 
-from dfc.emit.onnx_builder import Builder, Call, NoTranslation, Val, onnx_dtype
+from dfc.emit.onnx_builder import Builder, Call, NoTranslation, Val
 from dfc.emit.onnx_ops.arithmetic import angle as atan2
 from dfc.emit.onnx_ops.registry import translates
+from dfc.emit.onnx_types import onnx_dtype
 
 
 def parts(b: Builder, x: Any, dtype: ir.DataType) -> tuple[Val, Val]:

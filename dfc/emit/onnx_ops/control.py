@@ -7,8 +7,9 @@ from typing import Any
 
 from onnxscript import ir
 
-from dfc.emit.onnx_builder import Builder, Call, D, Val
+from dfc.emit.onnx_builder import Builder, Call, Val
 from dfc.emit.onnx_ops.registry import translates
+from dfc.emit.onnx_types import D
 from dfc.ir.graph import Graph, Value
 from dfc.ir.types import TensorType
 

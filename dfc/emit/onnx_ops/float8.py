@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dfc.emit.onnx_builder import Builder, D, NoTranslation, Val
+from dfc.emit.onnx_builder import Builder, NoTranslation, Val
 from dfc.emit.onnx_ops.nn import linear
 from dfc.emit.onnx_ops.registry import translates
+from dfc.emit.onnx_types import D
 from dfc.ir.types import DTYPES
 
 FIRST_OPSET = 19

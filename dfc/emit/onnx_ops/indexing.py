@@ -7,9 +7,10 @@ from typing import Any
 
 from onnxscript import ir
 
-from dfc.emit.onnx_builder import Builder, Call, D, NoTranslation, Val, onnx_dtype
+from dfc.emit.onnx_builder import Builder, Call, NoTranslation, Val
 from dfc.emit.onnx_ops.arithmetic import operand, promoted, work_dtype
 from dfc.emit.onnx_ops.registry import translates
+from dfc.emit.onnx_types import D, onnx_dtype
 from dfc.ir.expr import Expr
 
 Index = tuple[Val | None, ...]

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dfc.emit.onnx_builder import Builder, Call, D, Val
+from dfc.emit.onnx_builder import Builder, Call, Val
 from dfc.emit.onnx_ops.registry import REFUSED, translates
+from dfc.emit.onnx_types import D
 
 _LARGEST = 64  # columns; an unrolled algorithm has some ten nodes for each
 

@@ -7,17 +7,10 @@ from typing import Any
 
 from onnxscript import ir
 
-from dfc.emit.onnx_builder import (
-    FLOATS,
-    Builder,
-    Call,
-    D,
-    NoTranslation,
-    Val,
-    onnx_dtype,
-)
+from dfc.emit.onnx_builder import Builder, Call, NoTranslation, Val
 from dfc.emit.onnx_ops.arithmetic import operand, promoted, result_work, work_dtype
 from dfc.emit.onnx_ops.registry import translates
+from dfc.emit.onnx_types import FLOATS, D, onnx_dtype
 
 _COMPARE = {"eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater",
             "ge": "GreaterOrEqual", "ne": "Equal"}  # fmt: skip

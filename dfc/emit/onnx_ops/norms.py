@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from dfc.emit.onnx_builder import Builder, Call, D, NoTranslation, Val
+from dfc.emit.onnx_builder import Builder, Call, NoTranslation, Val
 from dfc.emit.onnx_ops.registry import translates
+from dfc.emit.onnx_types import D
 
 
 @translates("layer_norm", "native_layer_norm")

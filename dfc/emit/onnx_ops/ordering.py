@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dfc.emit.onnx_builder import FLOATS, Builder, Call, D, NoTranslation, Val
+from dfc.emit.onnx_builder import Builder, Call, NoTranslation, Val
 from dfc.emit.onnx_ops.arithmetic import work_dtype
 from dfc.emit.onnx_ops.registry import translates
+from dfc.emit.onnx_types import FLOATS, D
 
 
 def sorted_with_index(

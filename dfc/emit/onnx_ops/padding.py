@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dfc.emit.onnx_builder import Builder, Call, D, NoTranslation, Val
+from dfc.emit.onnx_builder import Builder, Call, NoTranslation, Val
 from dfc.emit.onnx_ops.registry import translates
+from dfc.emit.onnx_types import D
 
 
 @translates("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",

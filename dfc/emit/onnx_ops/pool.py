@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from dfc.emit.onnx_builder import Builder, Call, D, NoTranslation, Val
+from dfc.emit.onnx_builder import Builder, Call, NoTranslation, Val
 from dfc.emit.onnx_ops.conv import one_an_axis
 from dfc.emit.onnx_ops.registry import translates
+from dfc.emit.onnx_types import D
 from dfc.ir.expr import Expr
 
 

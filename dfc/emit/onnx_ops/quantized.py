@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from dfc.emit.onnx_builder import ONNX_DTYPES, Builder, Call, D, NoTranslation, Val
+from dfc.emit.onnx_builder import Builder, Call, NoTranslation, Val
 from dfc.emit.onnx_ops.blocked import BLOCKS, blocked_linear
 from dfc.emit.onnx_ops.registry import translates
+from dfc.emit.onnx_types import ONNX_DTYPES, D
 from dfc.ops.codes import OFFSET, fit_pairs, groups_of
 
 _MIDDLE = 128  # what int8 codes are shifted by to be bytes

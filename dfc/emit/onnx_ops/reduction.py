@@ -7,9 +7,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from dfc.emit.onnx_builder import FLOATS, Builder, Call, D, NoTranslation, Val, onnx_dtype
+from dfc.emit.onnx_builder import Builder, Call, NoTranslation, Val
 from dfc.emit.onnx_ops.arithmetic import convert, work_dtype
 from dfc.emit.onnx_ops.registry import translates
+from dfc.emit.onnx_types import FLOATS, D, onnx_dtype
 from dfc.ir.expr import Expr
 
 _UNBACKED = re.compile(r"u[0-9]+\Z")

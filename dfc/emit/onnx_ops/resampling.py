@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dfc.emit.onnx_builder import Builder, Call, D, Val
+from dfc.emit.onnx_builder import Builder, Call, Val
 from dfc.emit.onnx_ops.registry import translates
+from dfc.emit.onnx_types import D
 
 _KINDS = {
     "upsample_nearest": ("nearest", "asymmetric", "floor"),

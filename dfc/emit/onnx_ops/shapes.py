@@ -154,7 +154,7 @@ def identity_complex(b: Builder, x: Val) -> Val:
 def cat(b: Builder, x: tuple[Val, ...], dim: int, call: Call) -> Val:
     rank = call.result.rank
     parts = [v for v in x if not (b.rank(v) == 1 and b.type(v).shape == (0,) and rank != 1)]
-    from dfc.emit.onnx_builder import onnx_dtype
+    from dfc.emit.onnx_types import onnx_dtype
 
     wanted = onnx_dtype(call.result)
     parts = [b.cast(v, wanted) if not b.is_complex(v) and not tail_of(call) else v for v in parts]
@@ -170,7 +170,7 @@ def tail_of(call: Call) -> bool:
 @translates("stack")
 @translates("stack", complex=True)
 def stack(b: Builder, x: tuple[Val, ...], dim: int, call: Call) -> Val:
-    from dfc.emit.onnx_builder import onnx_dtype
+    from dfc.emit.onnx_types import onnx_dtype
 
     axis = dim % call.result.rank
     wanted = onnx_dtype(call.result)

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from dfc.emit.onnx_builder import FLOATS, Builder, Call, D, NoTranslation, Val, onnx_dtype
+from dfc.emit.onnx_builder import Builder, Call, NoTranslation, Val
 from dfc.emit.onnx_ops.arithmetic import log1p, operand, work_dtype
 from dfc.emit.onnx_ops.registry import translates
+from dfc.emit.onnx_types import FLOATS, D, onnx_dtype
 from dfc.ir.expr import Expr
 
 _LANCZOS = (
