@@ -285,6 +285,24 @@ def test_a_model_without_layers_is_told_so() -> None:
         dfc.compile(nn.Softmax(-1), (torch.randn(3, 4),), recipe=text, engine="eager")
 
 
+def test_a_metric_that_nothing_asks_for_judges_nothing() -> None:
+    torch.manual_seed(0)
+    net, ids = Net().eval(), torch.randint(0, 300, (2, 7))
+    asked: list[str] = []
+
+    def near(run: Any) -> float:
+        asked.append("near")
+        return float((run(ids)[0] - net(ids)[0]).abs().max())
+
+    text = "dfc 1\nmetric near, lower is better\nrecipe q {{ quantize int8\n  {} }}"
+    for line, proof in (("", "no metric judges"), ("require near <= 100", "judged by near")):
+        report = dfc.compile(
+            net, (ids,), recipe=text.format(line), engine="eager", metrics={"near": near}
+        ).report
+        told = [n for n in report.notes if n.startswith("metric `near` was given, and nothing")]
+        assert report.proof.startswith(proof) and bool(told) == (not asked) == (not line)
+
+
 def test_a_package_is_held_to_its_own_results(tmp_path: Path) -> None:
     """`dfc verify` does not call a quantized model wrong for differing from the original."""
     from typer.testing import CliRunner

@@ -18,7 +18,7 @@ from dfc.recipe.bench import Bench
 from dfc.recipe.choose import Choice, choose, own_error
 from dfc.recipe.execute import Executor, Outcome
 from dfc.recipe.holes import fill
-from dfc.recipe.metrics import bind
+from dfc.recipe.metrics import bind, used_metrics
 from dfc.recipe.plan import BASELINE, Plan, VerifyStep
 from dfc.recipe.quantities import Meter, weight_bytes
 from dfc.recipe.requirements import (
@@ -161,7 +161,11 @@ class Compilation:
         promised = outcome.numerics.rtol if choice.graph is outcome.graph else 0.0
         report.rtol = max(promised, self._allowed())
         changes = outcome.numerics.kind == "changes" and choice.graph is outcome.graph
-        judges = tuple(m.name for m in self.plan.metrics) if changes else ()
+        judges = tuple(m.name for m in used_metrics(self.plan)) if changes else ()
+        idle = [m.name for m in self.plan.metrics if m.name in self.metrics] if changes else []
+        for name in (x for x in idle if x not in judges):
+            ask = f"write `require {name} ...` with a bound, or make it a goal"
+            report.notes.append(f"metric `{name}` was given, and nothing asks for it: {ask}")
         _proof(report, probes, mode, changes, judges)
 
     def _settle(
