@@ -33,8 +33,7 @@ from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.interpret import bind_inputs
 from dfc.ir.types import TensorType
-from dfc.lang.units import byte_count
-from dfc.planning.actions import FULL, SELECTIVE, Action, Kind, Program
+from dfc.planning.actions import SELECTIVE, Action, Kind, Program
 from dfc.planning.microbatches import batch_dim, batch_of, cut
 from dfc.planning.recompute import recomputing
 from dfc.planning.simulate import Costs
@@ -54,6 +53,12 @@ from dfc.runtime.pipeline.sequential import Sequential
 from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.streams import device_names
 from dfc.runtime.pipeline.trained import TrainedStage, builder
+from dfc.runtime.pipeline.training_choices import (
+    check_devices,
+    staged_model,
+    stages_of_plan,
+    what_recomputes,
+)
 from dfc.runtime.pipeline.training_report import TrainingReport
 from dfc.runtime.pipeline.training_state import (
     State,
@@ -148,11 +153,13 @@ class Trainer:
         if stage_of is not None and not isinstance(stage_of, Mapping):
             if schedule == AUTO and ranks is None:
                 ranks = stage_of.program.placement
-            stage_of, schedule, microbatches = _of_plan(stage_of, graph, schedule, microbatches)
+            stage_of, schedule, microbatches = stages_of_plan(
+                stage_of, graph, schedule, microbatches
+            )
         schedule, microbatches = schedule or "1f1b", microbatches or 8
-        self.model = model = _model(graph, stage_of, loss, targets)
+        self.model = model = staged_model(graph, stage_of, loss, targets)
         self.reduction, self.microbatches, self.seed = reduction, microbatches, seed
-        some, room = _recompute(recompute, memory, len(model.parts))
+        some, room = what_recomputes(recompute, memory, len(model.parts))
         if ranks is None and schedule == AUTO:
             ranks = self._ranks_of(devices)
         alike = isinstance(devices, str) or len(set(devices)) == 1
@@ -162,7 +169,7 @@ class Trainer:
         self._dims = {v: batch_dim(v, self.batch) for v in model.graph.inputs}
         count = 1 + max(self.programs.placement)
         self.devices = device_names(one_each(devices, count, "devices", "ranks"))
-        _check_devices(self.devices, sequential)
+        check_devices(self.devices, sequential)
         for device in self._devices_here():
             check_device(device)
         mine = self._mine()
@@ -512,64 +519,5 @@ class _Given(dict[Any, Any]):
         return self.trainer.draw(mask, self.microbatch, self.sizes)
 
 
-def _of_plan(
-    plan: Plan, graph: Graph | StagedModel, schedule: str | Program | None, microbatches: int | None
-) -> tuple[Mapping[Node, int], str | Program, int]:
-    """The stages of a plan, and its program where nothing else is asked for.
-
-    Raises:  DfcError N073 for a plan of another graph, or one that does not train.
-    """
-    if plan.graph is not graph:
-        raise DfcError("N073", "the plan is of another graph than the one to be trained", status=2)
-    if schedule is None and not plan.program.trains:
-        help = "plan with train=True, or give schedule="
-        raise DfcError("N073", "the plan has no backward passes", help=help, status=2)
-    found = dict(zip(plan.graph.nodes, plan.partition.stage, strict=True))
-    return found, schedule or plan.program, microbatches or plan.wish.microbatches
-
-
-def _recompute(
-    wanted: bool | Collection[int] | str | None, memory: int | str | None, stages: int
-) -> tuple[Mapping[int, str] | None, float]:
-    """The stages that recompute, and how, None where they are chosen, and the bytes that ranks may
-    hold.
-
-    Raises:  DfcError N073 for what is no choice.
-    """
-    if (wanted == AUTO) != (memory is not None):
-        help = '`recompute="auto"` goes with `memory`: the bytes of activations a rank may hold'
-        raise DfcError("N073", "`recompute` and `memory` do not agree", help=help, status=2)
-    if wanted == AUTO:
-        assert memory is not None
-        return None, float(byte_count(memory))
-    if wanted == SELECTIVE:
-        return dict.fromkeys(range(stages), SELECTIVE), float("inf")
-    if wanted is None or isinstance(wanted, bool):
-        return dict.fromkeys(range(stages) if wanted else (), FULL), float("inf")
-    if isinstance(wanted, str) or not set(wanted) <= set(range(stages)):
-        help = 'it is True, False, "selective", "auto", or stages by number'
-        raise DfcError("N073", f"`recompute` is {wanted!r}, there are {stages} stages", help=help,
-                       status=2)  # fmt: skip
-    return dict.fromkeys(sorted(wanted), FULL), float("inf")
-
-
-def _check_devices(devices: Sequence[str], sequential: bool) -> None:
-    if sequential and set(devices) != {"cpu"}:
-        raise DfcError("N053", "`sequential` computes on the processor alone", status=2)
-
-
 def _items(part: Mapping[Value, Any], dims: Mapping[Value, int | None]) -> int:
     return next((x.shape[dims[v]] for v, x in part.items() if dims[v] is not None), 1)
-
-
-def _model(
-    graph: Graph | StagedModel, stage_of: Mapping[Node, int] | None,
-    loss: Callable[..., Any] | None, targets: Sequence[TensorType | str],
-) -> StagedModel:  # fmt: skip
-    if isinstance(graph, StagedModel):
-        if stage_of is not None or loss is not None:
-            raise DfcError("N073", "a staged model has its stages and its loss", status=2)
-        return graph
-    if stage_of is None:
-        raise DfcError("N073", "`stage_of` is missing: the stage of each node", status=2)
-    return StagedModel(graph, stage_of, loss, targets)
