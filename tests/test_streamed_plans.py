@@ -19,7 +19,7 @@ from dfc.planning.model import Wish
 from dfc.planning.pipeline import Plan, plan
 from dfc.planning.planfile import of_text, to_text
 from dfc.planning.streamed_stages import streamed_text
-from dfc.planning.tier_plan import host_memory, stream_hops
+from dfc.planning.tier_plan import DISK, host_memory, stream_hops
 from dfc.planning.weight_blocks import weight_bytes
 
 LAYERS, WIDTH = 12, 64
@@ -170,6 +170,30 @@ def test_what_the_host_does_not_hold_either_comes_from_disk(chain: Graph) -> Non
         assert all("reads from disk each time" in x for x in told)
     with pytest.raises(DfcError, match=r"N060.*the host.*stages 0 and 1 need.*would do, .* more"):
         plan(chain, target, sizes={"B": 8}, wish=wish, hops=hops, host=1000)
+
+
+def test_a_stage_on_the_host_shares_its_memory_and_disk(chain: Graph) -> None:
+    """What is copied to a device lies where the host's own stage has its weights."""
+    for share in (2.0, 0.95, 0.75, 0.6, 0.4):
+        some = machine(whole(chain) / 4, link=1e9, count=1)
+        gpu, host = some.devices
+        host = replace(host, memory=whole(chain) * share, bandwidth=1e12, peaks={"f32": 1e9})
+        target = replace(some, devices=(gpu, host))
+        room = host_memory(target)
+        assert room is not None
+        found = plan(chain, target, sizes={"B": 8}, wish=Wish(microbatches=4), host=room,
+                     hops=stream_hops(target))  # fmt: skip
+        assert [s.device for s in found.stages] == ["gpu0", "host"]
+        below, own = found.tiers[0].below, found.tiers[1]
+        assert below is not None and below.held_bytes + own.held_bytes <= room
+        assert found.stages[1].memory <= room
+        if share == 2.0:  # all is there
+            assert not below.streamed and not own.streamed
+            continue
+        reads = [own.bytes_per_pass, below.bytes_per_pass]
+        assert all(reads)
+        for size, hop in zip(reads, (own.hop, below.hop), strict=True):  # each as long as both take
+            assert size * float(hop.per_byte) == pytest.approx(sum(reads) / DISK, rel=0.1)
 
 
 def test_parts_of_a_processor_share_its_disk() -> None:

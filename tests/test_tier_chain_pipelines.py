@@ -150,12 +150,13 @@ def test_a_host_gives_to_each_what_it_needs() -> None:
     plans = {0: streaming(8, 1), 1: streaming(8, 4), 2: streaming(6, 2, "disk")}
     least = (1 + 4 + 2) * ALIGN
     whole = sum(sum(map(sum, (w.values() for w in p.weights))) for p in plans.values())
+    alone = {0: 0, 1: 1, 2: 2}
     with pytest.raises(DfcError, match=r"N064.*0 and 1 and 2 need.*256 B more") as e:
-        share_host(plans, least - ALIGN, DISK)
+        share_host(plans, least - ALIGN, DISK, alone)
     assert e.value.status == 6
     last = None
     for memory in range(least, whole, ALIGN * 3):
-        found = share_host(plans, memory, DISK)
+        found = share_host(plans, memory, DISK, alone)
         held = [p.below.held_bytes if p.below else p.held_bytes for p in found.values()]
         assert sum(held) <= memory
         assert found[2].held_bytes <= plans[2].memory
@@ -169,8 +170,31 @@ def test_a_host_gives_to_each_what_it_needs() -> None:
 
 
 def test_a_lane_is_shared_by_what_each_brings() -> None:
-    assert sharing({0: 10, 1: 30, 2: 0}) == {0: 4, 1: pytest.approx(4 / 3)}
-    assert sharing({}) == {}
+    assert sharing({0: 10, 1: 30, 2: 0}, {0: 0, 1: 1, 2: 2}) == {0: 4, 1: pytest.approx(4 / 3)}
+    assert sharing({0: 10, 1: 30, 2: 40}, {0: 0, 1: 1, 2: 0}) == {
+        0: pytest.approx(8 / 5), 1: pytest.approx(8 / 3), 2: pytest.approx(8 / 5)
+    }  # fmt: skip
+    assert sharing({}, {}) == {}
+
+
+def test_stages_of_one_device_take_turns_at_the_disk() -> None:
+    """All devices read as long as the disk takes for everything, however many stages they have."""
+    plans = {0: streaming(8, 1), 1: streaming(8, 4), 2: streaming(6, 2), 3: streaming(6, 2, "disk")}
+    owners = {0: 0, 1: 1, 2: 0, 3: 2}
+    apart = {s: s for s in plans}
+    for memory in (12 * ALIGN, 24 * ALIGN):
+        found = share_host(plans, memory, DISK, owners)
+        total = sum(read_bytes(p, "disk") for p in found.values()) * DISK.per_byte
+        for device in (0, 1, 2):
+            took = 0.0
+            for s in (s for s, d in owners.items() if d == device):
+                lower = found[s].below or found[s]
+                took += float(read_bytes(found[s], "disk") * lower.hop.per_byte)
+            assert took == pytest.approx(float(total), rel=0.1)
+        other = share_host(plans, memory, DISK, apart)
+        mine, others = found[0].below, other[0].below
+        assert mine is not None and others is not None
+        assert mine.hop.per_byte < others.hop.per_byte
 
 
 @pytest.mark.usefixtures("devices")

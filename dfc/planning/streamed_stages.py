@@ -49,7 +49,7 @@ def stage_tiers(
 ) -> dict[int, Tiers]:  # fmt: skip
     """The tiers of the stages of each device that does not hold them, by stage.
 
-    Stages on devices share the memory of their `host`, and its disk.
+    Stages on devices share the memory of their `host`, and its disk, with those that run there.
     Raises:  DfcError N060 (status 6) for stages that do not fit, not even streamed.
     """
     slots, at = model.problem.slots, model.problem.device_of
@@ -57,6 +57,8 @@ def stage_tiers(
             if slot.stream and load.memory[d] > slot.memory}  # fmt: skip
     if not over:
         return {}
+    if host is not None:
+        over |= _there(machine, over)
     of_node = {n: s for nodes, s in zip(model.groups, stage, strict=True) for n in nodes}
     parts = split(graph, of_node)
     found: dict[int, Tiers] = {}
@@ -64,7 +66,15 @@ def stage_tiers(
         mine = [s for s, device in enumerate(at) if device == d]
         seconds = {s: float(load.compute[s]) for s in mine}
         found |= _tiers(parts, seconds, model, machine.devices[d], hops)
-    return found if host is None else _on_host(found, host)
+    return found if host is None else _on_host(found, host, dict(enumerate(at)))
+
+
+def _there(machine: Machine, over: Collection[int]) -> set[int]:
+    """The devices that are the host of those that do not hold their weights: what these copy lies
+    in the same memory. Of several processors it is not known which."""
+    mine = {d: x.name.rpartition(".")[0] or x.name for d, x in enumerate(machine.devices)
+            if x.kind == "cpu"}  # fmt: skip
+    return set(mine) if len({*mine.values()}) == 1 and not mine.keys() >= set(over) else set()
 
 
 def stage_seconds(load: Loads, tiers: Mapping[int, Tiers]) -> Floats:
@@ -77,12 +87,13 @@ def stage_seconds(load: Loads, tiers: Mapping[int, Tiers]) -> Floats:
     return np.asarray(np.maximum(load.compute, passes))
 
 
-def _on_host(found: Mapping[int, Tiers], host: int) -> dict[int, Tiers]:
+def _on_host(found: Mapping[int, Tiers], host: int, owners: Mapping[int, int]) -> dict[int, Tiers]:
     """What the host does not hold of what is copied to devices comes from disk first."""
     disk = Hop(1 / DISK, name="disk")
-    copied = {s: t for s, t in found.items() if t.hop.name != disk.name}
+    if all(t.hop.name == disk.name for t in found.values()):
+        return dict(found)  # devices have none of its memory
     try:
-        return {**found, **share_host(copied, host, disk)}
+        return share_host(found, host, disk, owners)
     except DfcError as e:
         raise DfcError("N060", e.message, help=e.diagnostics[0].help, status=6) from e
 

@@ -64,12 +64,15 @@ def _candidates(loads: Tiers) -> Iterator[Tiers]:
             return  # more slots take more
 
 
-def share_host(plans: Mapping[int, Tiers], host: int, disk: Hop) -> dict[int, Tiers]:
+def share_host(
+    plans: Mapping[int, Tiers], host: int, disk: Hop, owners: Mapping[int, int]
+) -> dict[int, Tiers]:
     """Plans of several stages, by number, all of whose weights lie in one host's memory.
 
     That is divided by what each needs at least, and the rest by what each lacks then; the disk's
-    bandwidth by what each reads, so that all read as long. A stage that streams from disk itself
-    is on the host: its share is no more than its own memory.
+    bandwidth by what each of their `owners` reads, so that all read as long: those are the devices
+    (or ranks) that they are on, which run one of their stages at a time. A stage that streams from
+    disk itself is on the host: its share is no more than its own memory.
     Raises:  DfcError N064 (status 6) for a memory that is too small, with the stages.
     """
     parts = {
@@ -77,22 +80,27 @@ def share_host(plans: Mapping[int, Tiers], host: int, disk: Hop) -> dict[int, Ti
     }
     _require(parts, host)
     given = dict(zip(parts, shares(host, list(parts.values())), strict=True))
-    reading = sum(given[s] < p.held_bytes for s, p in parts.items())
-    disks = dict.fromkeys(parts, by_times(disk, max(1, reading)))
+    reading = {owners[s] for s, p in parts.items() if given[s] < p.held_bytes}
+    disks = dict.fromkeys(parts, by_times(disk, max(1, len(reading))))
     for _ in range(2):
         found = {s: _with_host(plans[s], given[s], disks[s]) for s in parts}
-        times = sharing({s: read_bytes(p, disk.name) for s, p in found.items()})
+        times = sharing({s: read_bytes(p, disk.name) for s, p in found.items()}, owners)
         disks = {s: by_times(disk, times.get(s, 1)) for s in parts}
     return {**plans, **found}
 
 
-def sharing(copied: Mapping[int, int]) -> dict[int, float]:
-    """How many times as long copies take whose lane also brings what others need for each pass.
+def sharing(copied: Mapping[int, int], owners: Mapping[int, int]) -> dict[int, float]:
+    """How many times as long copies of stages take whose lane also brings what others need for each
+    pass.
 
-    Each gets of its bandwidth by what it brings: a pass of any waits for the copies of all.
+    Each owner gets of its bandwidth by what it brings, for whichever of its stages runs: a pass of
+    any waits for the copies of all.
     """
+    each: dict[int, int] = {}
+    for s, size in copied.items():
+        each[owners[s]] = each.get(owners[s], 0) + size
     total = sum(copied.values())
-    return {s: total / size for s, size in copied.items() if size}
+    return {s: total / each[owners[s]] for s in copied if each[owners[s]]}
 
 
 def by_times(hop: Hop, times: float) -> Hop:

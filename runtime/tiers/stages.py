@@ -61,6 +61,11 @@ class Ranks:
     host: int | None = None
     hosts: Sequence[int] | None = None
 
+    @property
+    def owners(self) -> dict[int, int]:
+        """The rank of each stage."""
+        return dict(enumerate(self.placement))
+
     def host_of(self, stage: int) -> int:
         return self.hosts[self.placement[stage]] if self.hosts is not None else 0
 
@@ -96,12 +101,8 @@ def _times(ranks: Ranks, plans: Sequence[Tiers], stage: int, source: str) -> flo
     Why:  a rank runs one of its stages at a time; the slots of the others are full meanwhile.
     """
     mine = ranks.host_of(stage)
-    here: dict[int, int] = {}
-    for s, plan in enumerate(plans):
-        if ranks.host_of(s) == mine:
-            rank = ranks.placement[s]
-            here[rank] = here.get(rank, 0) + read_bytes(plan, source)
-    return sharing(here).get(ranks.placement[stage], 1)
+    here = {s: read_bytes(p, source) for s, p in enumerate(plans) if ranks.host_of(s) == mine}
+    return sharing(here, ranks.owners).get(stage, 1)
 
 
 def _on_hosts(ranks: Ranks, plans: Sequence[Tiers], memory: int) -> list[Tiers]:
@@ -109,7 +110,7 @@ def _on_hosts(ranks: Ranks, plans: Sequence[Tiers], memory: int) -> list[Tiers]:
     found = dict(enumerate(plans))
     for host in sorted({ranks.host_of(s) for s in found}):
         here = {s: p for s, p in found.items() if ranks.host_of(s) == host}
-        found.update(share_host(here, memory, _DISK))
+        found.update(share_host(here, memory, _DISK, ranks.owners))
     return [found[s] for s in range(len(plans))]
 
 
