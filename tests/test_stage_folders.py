@@ -16,6 +16,7 @@ from torch import nn
 
 import dfc
 from dfc.cli import main
+from dfc.emit.onnx_stages import export_stages
 from dfc.errors import DfcError
 from dfc.manifest import write_manifest
 from dfc.planning.stages import HOST
@@ -117,6 +118,44 @@ def test_the_files_are_all_that_others_need(folder: Path) -> None:
         expected = flat(reference()(*args))
     for port, e in zip(data["outputs"], expected, strict=True):
         np.testing.assert_allclose(made[port["from"], port["as"]], e, rtol=1e-4, atol=1e-5)
+
+
+def test_the_files_chain_by_the_names_of_their_values(folder: Path) -> None:
+    """Without plan.json: what one file hands on is called as the next one asks for it."""
+    graph, args = reference(), many(5, 4)
+    values = {}
+    for file in sorted(folder.glob("stage_*.onnx")):
+        session = onnxruntime.InferenceSession(file)
+        if not values:
+            first = json.loads((folder / "plan.json").read_text())["inputs"]
+            values = {p["name"]: x.numpy() for p, x in zip(first, args, strict=True)}
+        names = [x.name for x in session.get_outputs()]
+        results = session.run(names, {x.name: values[x.name] for x in session.get_inputs()})
+        assert not {*names} & {*values}, "a name means one value"
+        values.update(zip(names, results, strict=True))
+    with torch.no_grad():
+        expected = flat(graph(*args))
+    whole = json.loads((folder / "plan.json").read_text())["outputs"]
+    for port, e in zip(whole, expected, strict=True):
+        np.testing.assert_allclose(values[port["as"]], e, rtol=1e-4, atol=1e-5)
+
+
+def test_a_folder_whose_outputs_are_numbered_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Schema 1, as it was written."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU()).eval()
+    graph = dfc.trace(model, (torch.randn(2, 3),))
+    stage_of = {n: i for i, n in enumerate(graph.nodes)}
+    export_stages(graph, tmp_path / "new", stage_of=stage_of)
+    monkeypatch.setattr("dfc.emit.onnx_stages.SCHEMA", 1)
+    export_stages(graph, tmp_path / "old", stage_of=stage_of)
+    monkeypatch.undo()
+    for folder, schema, name in (("new", 2, "linear"), ("old", 1, "output.0")):
+        data = read_bundle(tmp_path / folder).data
+        told = data["stages"][0]["outputs"][0]["name"], data["stages"][1]["inputs"][0]["as"]
+        assert (data["schema"], *told) == (schema, name, name)
+        assert main(["run", str(tmp_path / folder), "--random"]) == 0
 
 
 def test_a_recipe_emits_a_folder_that_the_command_runs(

@@ -23,6 +23,7 @@ from dfc.emit.onnx_export import Probe, Written, _parts, compare, export_onnx
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.interpret import interpret
+from dfc.ir.tree import Leaf, Map
 from dfc.planning.actions import Program
 from dfc.planning.schedules import forward_program
 from dfc.planning.stages import HOST, StageGraph, split
@@ -31,7 +32,7 @@ KIND = "stages"  # of the manifest
 PLAN = "plan.json"
 GRAPH = "graph.dfc"
 PROBES = "probes.safetensors"
-SCHEMA = 1
+SCHEMA = 2  # 1 numbered the outputs of each stage; such folders are read
 MICROBATCHES = 8
 _BLOCK = 1 << 20
 
@@ -82,7 +83,7 @@ def export_stages(
     from dfc.publish import publish_folder
 
     stages_of = staged(graph, stage_of)
-    stages = split(graph, stages_of)
+    stages = stage_graphs(graph, stages_of)
     _refuse_parameters(graph)
     actions = program or forward_program(range(len(stages)), MICROBATCHES)
     if actions.stages != len(stages):
@@ -107,13 +108,37 @@ def export_stages(
     return written
 
 
+def stage_graphs(
+    graph: Graph, stage_of: Mapping[Node, int], schema: int | None = None
+) -> list[StageGraph]:
+    """The stages, as their files have them: what one hands on has its value's name, by which the
+    later ones ask for it; what only leaves the model is called as in the file of the whole.
+
+    Raises:  DfcError N050.
+    """
+    from dfc.emit.onnx import output_names
+
+    stages = split(graph, stage_of)
+    if (schema or SCHEMA) == 1:
+        return stages
+    ends = dict(zip(graph.outputs, output_names(graph), strict=True))
+    taken = {v for stage in stages for v in stage.takes}
+    used = {v.name for stage in stages for v in (*stage.takes, *stage.gives)}
+    for stage in stages:
+        own = [v in taken or v not in ends or ends[v] in used for v in stage.gives]
+        names = [v.name if o else ends[v] for v, o in zip(stage.gives, own, strict=True)]
+        stage.graph.output_tree = Map(tuple(names), tuple(Leaf() for _ in names))
+    return stages
+
+
 def stage_file(index: int) -> str:
     return f"stage_{index:02}.onnx"
 
 
 def plan_data(
-    graph: Graph, stages: Sequence[StageGraph], program: Program, batch: str | None, folder: Path
-) -> dict[str, Any]:
+    graph: Graph, stages: Sequence[StageGraph], program: Program, batch: str | None, folder: Path,
+    schema: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """What plan.json holds besides the digests of its files: all that a runtime needs to know."""
     from dfc.emit.onnx import input_names, output_names
 
@@ -132,7 +157,7 @@ def plan_data(
         })  # fmt: skip
     ends = zip(output_names(graph), graph.outputs, strict=True)
     return {
-        "schema": SCHEMA,
+        "schema": schema or SCHEMA,
         "kind": KIND,
         "model": graph.name,
         "batch": batch,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dfc.emit.onnx_run import Session
-from dfc.emit.onnx_stages import GRAPH, KIND, PLAN, SCHEMA, plan_data
+from dfc.emit.onnx_stages import GRAPH, KIND, PLAN, SCHEMA, plan_data, stage_graphs
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
 from dfc.ir.verify import verify
@@ -27,7 +27,7 @@ from dfc.manifest import check_manifest
 from dfc.planning.actions import Program, of_rows, parse_program
 from dfc.planning.engine import Runner
 from dfc.planning.schedules import forward_of
-from dfc.planning.stages import StageGraph, split
+from dfc.planning.stages import StageGraph
 from dfc.runtime.pipeline.local import Pipeline
 
 
@@ -84,7 +84,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     data = _data(folder / PLAN)
     stage_of = {n: n.stage for n in graph.nodes if n.stage is not None}
     try:
-        stages = split(graph, stage_of)
+        stages = stage_graphs(graph, stage_of, data["schema"])
     except DfcError as e:
         raise DfcError("D062", f"{folder / GRAPH}: {e.message}") from e
     program = _program(data, folder / PLAN)
@@ -93,7 +93,8 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
             "D062", f"{folder / PLAN} has actions of {program.stages} stages, "
             f"{GRAPH} has {len(stages)}",
         )  # fmt: skip
-    _agree(data, plan_data(graph, stages, program, data.get("batch"), folder), folder / PLAN)
+    follows = plan_data(graph, stages, program, data.get("batch"), folder, data["schema"])
+    _agree(data, follows, folder / PLAN)
     return Bundle(folder, graph, stage_of, stages, data, program)
 
 
@@ -121,7 +122,7 @@ def _data(path: Path) -> dict[str, Any]:
     except ValueError as e:
         raise DfcError("D060", f"{path} is not JSON: {e}") from e
     schema = (data.get("schema"), data.get("kind")) if isinstance(data, dict) else None
-    if schema != (SCHEMA, KIND):
+    if schema not in ((1, KIND), (SCHEMA, KIND)):
         raise DfcError("D061", f"{path} is no plan of {KIND} that this dfc reads: {schema}")
     found: dict[str, Any] = data
     return found
