@@ -35,6 +35,9 @@ class Partition(Pass):
     `interleaved`, `breadth_first` and `interleaved_zb` have any number, `zb_v` and `dualpipe_v`
     two, the others one; `auto` takes what the simulation says is quickest.
 
+    With `train=true` stages may keep less and run their forward again, or its cheap operators:
+    `recompute=always`, `selective`, or `auto`, where as few do as leave devices room.
+
     Needs:    figures of the devices: a target's, a known device's, or rough ones of this host.
     Ensures:  every node has a stage; nothing reads what a later stage makes; each stage fits its
               device; the plan is among the products, and `plan.json` in the package.
@@ -56,6 +59,7 @@ class Partition(Pass):
     schedule: str = "auto"
     stages_per_device: int | None = None  # as the schedule has them, or as is best
     train: bool = False  # backward passes and optimizer state are planned as well
+    recompute: Literal["never", "auto", "selective", "always"] = "never"
     sizes: tuple[str, ...] = ()  # "B=4": sizes of one microbatch; else those of the example
 
     def needs(self, target: Any) -> str | None:
@@ -85,7 +89,7 @@ class Partition(Pass):
         from dfc.planning.pipeline import plan
 
         wishes = ctx.products.get(PINS, ()), ctx.products.get(TOGETHER, ())
-        wish = Wish(microbatches=self.microbatches, trains=self.train)
+        wish = Wish(self.microbatches, self.train, recompute=self.recompute)
         return plan(
             graph, self._machine(ctx.target), sizes=self._sizes(graph, ctx), wish=wish,
             schedule=self.schedule, stages_per_device=self.stages_per_device,

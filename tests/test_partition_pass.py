@@ -81,6 +81,18 @@ def test_a_recipe_gives_every_node_a_stage_and_leaves_a_plan(compiled: dfc.Compi
     assert torch.equal(compiled(*ARGS), expected)
 
 
+def test_a_recipe_says_how_stages_recompute(tmp_path: Path) -> None:
+    text = recipe("partition on gpu0, gpu1 with train=true, microbatches=4, recompute=selective")
+    made = dfc.compile(Layers(), ARGS, dynamic_shapes=SHAPES, recipe=text, engine="eager")
+    assert made.plan is not None
+    assert set(made.plan.program.ways.values()) == {"selective"}
+    made.save(tmp_path / "m.dfcpkg")
+    assert dfc.load(tmp_path / "m.dfcpkg", engine="eager").plan == made.plan
+    wrong = recipe("partition with recompute=auto")
+    with pytest.raises(DfcError, match="nothing is kept for a backward pass"):
+        dfc.compile(Layers(), ARGS, dynamic_shapes=SHAPES, recipe=wrong, engine="eager")
+
+
 def test_the_plan_is_in_the_package_and_read_back_is_the_same(
     compiled: dfc.Compiled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dfc
+from dfc.cli.plan import show_plan
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
 from dfc.planning.actions import FULL, SELECTIVE, Action, Kind, Program, parse_program
@@ -512,6 +514,15 @@ def test_a_plan_knows_what_a_trainer_keeps_in_each_way() -> None:
     equal(losses[:1] * 2, losses[1:])
 
 
+def test_the_way_of_each_stage_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    show_plan(attending_plan("selective"))
+    told = capsys.readouterr().out
+    assert "stage 0 recomputes selectively: saves 1.7 MB, costs no time" in told
+    assert re.search(r"stage 1 recomputes selectively: saves 1\.\d MB, costs .* a step", told)
+    show_plan(attending_plan("always"))
+    assert "stage 1 recomputes: saves 3." in capsys.readouterr().out
+
+
 def test_a_plan_takes_the_better_way_that_fits() -> None:
     """Keeping all is quickest; then cheap operators alone, then whole forwards."""
     found = {}
@@ -521,7 +532,6 @@ def test_a_plan_takes_the_better_way_that_fits() -> None:
         found[memory] = set(plan.program.ways.values()), plan.step_seconds
         told = {r.stage: r.way for r in replays(plan.program, plan.costs)}
         assert told == plan.program.ways
-    print(found)
     assert [ways for ways, _ in found.values()][:2] == [set(), {SELECTIVE}]
     assert FULL in found["3.5MB"][0]
     assert [t for _, t in found.values()] == sorted(t for _, t in found.values())
