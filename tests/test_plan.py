@@ -280,6 +280,7 @@ def test_a_picture_of_another_format_is_refused_before_the_work(
         (["--pipeline", "2", "--trace", "t.svg"], "ends in .json\n"),
         (["--memory", "1MB", "--trace", "t.txt"], "ends in .json or .svg"),
         (["-o", "out.txt"], "ends in .npz or .safetensors"),
+        (["--on", "cpu0,cpu0"], "devices of stages are for --devices"),  # as `dfc plan` has them
     ],
 )
 def test_what_a_run_cannot_write_is_refused_before_the_work(

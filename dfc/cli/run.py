@@ -206,7 +206,8 @@ def check_place(on: str | None, stages: str | None) -> None:
     if on is None:
         return
     if on not in PLACES:
-        help = did_you_mean(on, PLACES) or f"there are {', '.join(PLACES)}"
+        known = f"there are {', '.join(PLACES)}; devices of stages are for --devices"
+        help = did_you_mean(on, PLACES) or known
         raise DfcError("Q006", f"`{on}` is nothing that a pipeline runs on", help=help)
     if stages is None:
         help = "say into how many stages: --pipeline 2"
