@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.report import Report
+
+_LONG_S = 3.0  # after which it is told how far things are
 
 
 def make(
@@ -43,7 +46,7 @@ def make(
 
         run_original = original_runner(model, graph, args or (), kwargs or {})
     probes = make_probes(graph, inputs, run_original=run_original)
-    _settle_size_one(graph, probes, report)
+    _settle_size_one(graph, probes, report, say)
     return probes
 
 
@@ -52,11 +55,13 @@ def _on_meta(model: Any) -> bool:
     return any(p.is_meta for p in getattr(model, "parameters", tuple)())
 
 
-def _settle_size_one(graph: Graph, probes: Any, report: Report) -> None:
+def _settle_size_one(graph: Graph, probes: Any, report: Report, say: Callable[[str], None]) -> None:
     """Run every probe; where size 1 alone goes wrong, the graph is for sizes from 2 on."""
+    began, whole = time.perf_counter(), len(probes.probes)
     try:
-        for _ in probes.ready():
-            pass
+        for done, _ in enumerate(probes.ready(), 1):
+            if done < whole and time.perf_counter() - began > _LONG_S:
+                say(f"running the original on probe inputs: {done} of {whole} done")
     except DfcError as e:
         wrong = [p for p in probes.probes if p.original is None]
         ones = {s for s, (low, _) in graph.ranges.items() if low == 1}
@@ -69,4 +74,4 @@ def _settle_size_one(graph: Graph, probes: Any, report: Report) -> None:
             "torch.export took another path for size 1"
         )
         probes.probes = [p for p in probes.probes if not p.ones]
-        _settle_size_one(graph, probes, report)
+        _settle_size_one(graph, probes, report, say)
