@@ -332,7 +332,7 @@ def test_input_files_that_cannot_be_read(fails: Try, made: Path) -> None:
         assert f"`{name}` is not a" in fails(2, "run", package, name)
     save_file({"x": torch.ones(3, 4)}, "good.safetensors")
     assert "given twice" in fails(2, "run", package, "good.safetensors", "good.safetensors")
-    assert "neither .npz nor" in fails(2, "run", package, "-o", "out.txt")
+    assert "writes no `.txt` file" in fails(2, "run", package, "-o", "out.txt")
 
 
 @pytest.mark.parametrize(

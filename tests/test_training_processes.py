@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+import dfc
 from dfc.errors import DfcError
 from dfc.planning.actions import FULL, SELECTIVE, Action, Kind
 from dfc.planning.machine import Wire
@@ -24,11 +25,12 @@ from dfc.planning.model import Wish
 from dfc.planning.pipeline import plan
 from dfc.runtime.pipeline.links import Doing
 from dfc.runtime.pipeline.staged_folder import write_staged
+from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.training import Trainer
 from dfc.runtime.pipeline.training_processes import ProcessTrainer
 from tests.fair_clock import FairClock
 from tests.test_looped_plans import machine
-from tests.test_pipeline_training import adamw, captured, staged, traced
+from tests.test_pipeline_training import MLP, adamw, captured, evenly, staged, traced
 from tests.test_processes import gone_in_two
 
 ROOT = Path(__file__).parent.parent
@@ -141,12 +143,16 @@ def test_a_lost_rank_is_started_again(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_hangs_is_named_with_what_its_peer_waits_for() -> None:
-    _, args = captured("mlp")
+    # many rows, and gradients alone: between batches and in an update no rank waits for another
+    rows = 50_000
+    args = torch.randn(rows, 12), torch.randint(5, (rows,))
+    size = {0: torch.export.Dim("B", min=1, max=1 << 20)}
+    graph = dfc.trace(MLP(), args, dynamic_shapes=(size, size))
+    model = StagedModel(graph, evenly(graph, 2))
     options: dict[str, Any] = {"schedule": "1f1b", "microbatches": 4, "threads": 2}
-    with ProcessTrainer(staged("mlp", 2), optimizer=ADAMW, **options) as trainer:
+    with ProcessTrainer(model, optimizer=ADAMW, **options) as trainer:
         trainer.step(*args)
         pids = trainer.pids
-        # gradients alone: in an update no rank waits for another
         seconds, told = struck(trainer, 1, signal.SIGSTOP, lambda: trainer.backward(*args))
         assert seconds < 5
         assert "rank 1 lost" in told and "rank 0 waits in" in told

@@ -192,8 +192,8 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // Bytes of a weight that are asked for before they are needed: by one row, which waits for memory
-// and has it brought to the second cache, and by many, to the first. Measured on AVX2 only: what
-// benchmarks/linear_kernels.py --ahead compiles compares others, and none (0).
+// and has it brought to the second cache, and by many, to the first. Measured on AVX2; a path may
+// say its own. What benchmarks/linear_kernels.py --ahead compiles compares others, and none (0).
 #if !defined(DFC_AHEAD)
 #define DFC_AHEAD 16384
 #endif
