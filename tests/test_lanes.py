@@ -169,6 +169,25 @@ def test_a_failure_is_named_and_ends_the_step(error: BaseException, where: str) 
     assert threading.active_count() == before
 
 
+def test_a_caller_that_is_interrupted_before_all_ranks_know_gets_its_lanes_back() -> None:
+    program, given = schedule("forward", 2, 50), [{"x0": b} for b in range(50)]
+    sums = Sums(2)
+
+    class Interrupts:
+        """The queue of the second rank, at the moment of Ctrl-C."""
+
+        def put(self, job: object) -> None:
+            raise KeyboardInterrupt
+
+    with Lanes(sums.edges(), sums.run, [1, 1]) as lanes:
+        work = lanes._work[1]
+        lanes._work[1] = Interrupts()
+        with pytest.raises(KeyboardInterrupt):
+            lanes.step(program, given)
+        lanes._work[1] = work
+        assert [r["x2"] for r in lanes.step(program, given).results] == list(range(2, 52))
+
+
 def test_an_interrupted_caller_gets_its_lanes_back() -> None:
     """Ctrl-C while ranks work: the step ends at once, ranks after what they do."""
     program = schedule("forward", 2, 50)

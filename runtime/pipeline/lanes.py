@@ -159,7 +159,7 @@ class Lanes:
             if self._closed:
                 raise DfcError("K051", "the pipeline is closed")
             job = _Job(self, self._routes_of(program, len(given)), given)
-            with self.carrier.step():
+            with self.carrier.step(), job:
                 for work in self._work:
                     work.put(job)
                 job.wait()
@@ -235,15 +235,17 @@ class _Job:
         self.done: SimpleQueue[int] = SimpleQueue()
         self.began = time.perf_counter()
 
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Where the caller is interrupted, also before all ranks have the job, what runs is told to
+        stop: it would wait for the others for ever."""
+        if kind is not None:
+            self.stop()
+
     def wait(self) -> None:
-        left = len(self.routes.driven)
-        try:
-            while left:
-                self.done.get()
-                left -= 1
-        finally:
-            if left:  # the caller is interrupted: what runs is told to stop
-                self.stop()
+        for _ in self.routes.driven:
+            self.done.get()
         if self.failure is not None:
             raise self.failure
 
