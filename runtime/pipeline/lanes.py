@@ -23,12 +23,13 @@ step starts afresh.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -36,6 +37,8 @@ from dfc.errors import DfcError
 from dfc.planning.actions import Action, Kind, Program
 from dfc.planning.stages import HOST
 from dfc.runtime.pipeline.routes import Edge, Routed, Routes, Task
+
+_LOOK_S = 0.25  # after which a caller looks for Ctrl-C at the latest
 
 Values = Mapping[Any, Any]
 Run = Callable[[Action, Values], Values]
@@ -244,8 +247,12 @@ class _Job:
             self.stop()
 
     def wait(self) -> None:
-        for _ in self.routes.driven:
-            self.done.get()
+        left = len(self.routes.driven)
+        while left:
+            # Not for ever: a signal that comes as Python begins to wait is not seen before it ends.
+            with contextlib.suppress(Empty):
+                self.done.get(timeout=_LOOK_S)
+                left -= 1
         if self.failure is not None:
             raise self.failure
 
