@@ -68,7 +68,7 @@ part() { # NAME SECONDS COMMAND...: at most SECONDS, less where less of the budg
   rm "$log"
 }
 
-part tests 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider -rs --durations=5 tests/test_gpu*.py
+part tests 240 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider -rs --durations=5 tests/test_gpu*.py
 part pipelines 110 "$PYTHON" benchmarks/gpu_pipelines.py
 part linear 60 "$PYTHON" benchmarks/gpu_linear.py
 part tiers 90 "$PYTHON" benchmarks/tiers.py --gpu

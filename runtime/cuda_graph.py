@@ -118,7 +118,7 @@ class Replayed:
     def _record(self, inputs: Sequence[Any]) -> _Recording:
         import torch
 
-        held = [self._held(x) for x in inputs]
+        held = [copied_to(x, self.device) for x in inputs]
         make: Any = torch.cuda.Stream
         side = make()
         side.wait_stream(torch.cuda.current_stream())
@@ -136,13 +136,14 @@ class Replayed:
             results = list(self.run(held))
         return _Recording(graph, held, results)
 
-    def _held(self, x: Any) -> Any:
-        """A copy where the graph reads it; numbers are recorded as they are."""
-        import torch
 
-        if not isinstance(x, torch.Tensor):
-            return x
-        return torch.empty_like(x, device=self.device).copy_(x)
+def copied_to(x: Any, device: torch.device) -> Any:
+    """A copy where a recording reads it; numbers are recorded as they are."""
+    import torch
+
+    if not isinstance(x, torch.Tensor):
+        return x
+    return torch.empty_like(x, device=device).copy_(x)
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def _is_zero_pad(node: Node) -> bool:
 def find_region(graph: Graph, layers: Iterable[Node]) -> Region:
     """The region around some layers: what joins them in integers belongs to it."""
     region = Region(list(layers))
-    entries = {source_of(_input(n)) for n in region.layers}
+    entries = {source_of(input_of(n)) for n in region.layers}
     inside = _candidates(graph, region.layers, entries)
     region.members = _needed(graph, region.layers, inside)
     for value in _in_order(graph, entries):
@@ -97,7 +97,7 @@ def find_region(graph: Graph, layers: Iterable[Node]) -> Region:
     return region
 
 
-def _input(layer: Node) -> Value:
+def input_of(layer: Node) -> Value:
     x = layer.inputs[0]
     assert isinstance(x, Value)
     return x

@@ -22,7 +22,7 @@ from dfc.compress.calibrate import Batches, batches_of, observe
 from dfc.compress.integers import Codes, encoded, scales_of, weight_bits
 from dfc.compress.processor import processor_of
 from dfc.compress.ranges import RANGES, Histogram, Range
-from dfc.compress.region import Point, Region, find_region, reads_rounded, source_of
+from dfc.compress.region import Point, Region, find_region, input_of, reads_rounded, source_of
 from dfc.compress.weighted import LINEAR
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ops.builder import Builder
@@ -116,16 +116,10 @@ def _images(graph: Graph, region: Region) -> set[Value]:
     for node in graph.nodes:
         if node in region.layers:
             if node.op != LINEAR:
-                found.update((source_of(_read(node)), *node.results))
+                found.update((source_of(input_of(node)), *node.results))
         elif any(source_of(v) in found for v in node.operands) and reads_rounded(region, node):
             found.update(node.results)
     return found
-
-
-def _read(layer: Node) -> Value:
-    x = layer.inputs[0]
-    assert isinstance(x, Value)
-    return x
 
 
 def _tell_constant(ranges: Mapping[Point, Range], data: str, ctx: Context) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dfc.planning.actions import Program
-from dfc.runtime.cuda_graph import CudaGraph, recording_errors, signature
+from dfc.runtime.cuda_graph import CudaGraph, copied_to, recording_errors, signature
 from dfc.runtime.pipeline.lanes import Lanes, Step, Values
 from dfc.runtime.pipeline.streams import Clock, DeviceSpans, Streams, clock
 
@@ -97,7 +97,7 @@ class RecordedSteps:
                 self._recorded.popitem(last=False)
         return step
 
-    def _replayed(self, held: _Recording, given: Sequence[Values]) -> Step:
+    def _replayed(self, recording: _Recording, given: Sequence[Values]) -> Step:
         import torch
 
         start = time.perf_counter()
@@ -105,18 +105,18 @@ class RecordedSteps:
         began.record()
         parts = [x for part in given for x in part.values() if isinstance(x, torch.Tensor)]
         if parts:
-            torch._foreach_copy_(held.inputs, parts, non_blocking=True)
-        held.graph.replay()
-        results = _copied(held.step.results)
+            torch._foreach_copy_(recording.inputs, parts, non_blocking=True)
+        recording.graph.replay()
+        results = _copied(recording.step.results)
         torch.cuda.current_stream().synchronize()
         seconds = time.perf_counter() - start
-        spans = DeviceSpans(held.step.spans, held.clocks, {self.device: began})
-        return replace(held.step, results=results, seconds=seconds, spans=spans)
+        spans = DeviceSpans(recording.step.spans, recording.clocks, {self.device: began})
+        return replace(recording.step, results=results, seconds=seconds, spans=spans)
 
     def _record(self, program: Program, given: Sequence[Values]) -> _Recording:
         import torch
 
-        held = [{v: self._held(x) for v, x in part.items()} for part in given]
+        own = [{v: copied_to(x, self.device) for v, x in part.items()} for part in given]
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         # Other threads may take memory meanwhile: only this one is recorded.
@@ -125,17 +125,9 @@ class RecordedSteps:
             self.streams.recording() as clocks,
             torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
         ):
-            step = self.lanes.here(program, held)
-        inputs = [x for part in held for x in part.values() if isinstance(x, torch.Tensor)]
+            step = self.lanes.here(program, own)
+        inputs = [x for part in own for x in part.values() if isinstance(x, torch.Tensor)]
         return _Recording(graph, program, inputs, step, clocks())
-
-    def _held(self, x: Any) -> Any:
-        """A copy where the graph reads it; numbers are recorded as they are."""
-        import torch
-
-        if not isinstance(x, torch.Tensor):
-            return x
-        return torch.empty_like(x, device=self.device).copy_(x)
 
     def close(self) -> None:
         self.lanes.close()
