@@ -32,6 +32,7 @@ from engines import models, table  # noqa: E402
 
 import dfc  # noqa: E402
 from dfc.compiled import with_state_inputs  # noqa: E402
+from dfc.report import Report  # noqa: E402
 from dfc.runtime.engines import find_engine  # noqa: E402
 
 MOST_S = 1.5  # of measuring, for each way to run a case
@@ -66,7 +67,7 @@ def max_autotune(module: torch.nn.Module, args: Any) -> Call:
 
 
 def ours(module: torch.nn.Module, args: Any, both: bool) -> tuple[dict[str, Call], str]:
-    """dfc's engines on the rewritten graph, `auto` as users call it, and what it chose."""
+    """dfc's engines on the rewritten graph, `auto` as users call it, and how that was chosen."""
     begin = time.perf_counter()
     auto = dfc.compile(module, args, verify="end", device="cuda")
     took = time.perf_counter() - begin
@@ -78,8 +79,21 @@ def ours(module: torch.nn.Module, args: Any, both: bool) -> tuple[dict[str, Call
         run = find_engine(name).build(graph, "cuda")
         found[f"dfc {name}"] = lambda run=run: run(given)
     told = f"auto is {auto.engine.name}, compiled in {took:.0f} s"
-    refused = [f"{e.name} {e.verdict}: {e.reason}" for e in auto.report.engines if e.p50_ms is None]
-    return found, "\n  ".join([told, *refused])
+    return found, "\n  ".join([told, *reasons(auto.report)])
+
+
+def reasons(report: Report) -> list[str]:
+    """Why each engine was chosen or was not: as `auto` measured it, or what it was refused for."""
+    chosen = next((e.p50_ms for e in report.engines if e.verdict == "chosen" and e.p50_ms), None)
+    lines = []
+    for e in report.engines:
+        line = f"{e.label}: {e.verdict}"
+        if e.p50_ms is not None:
+            line += f", {e.p50_ms:.3f} ms"
+            line += f" ± {e.spread_ms:.3f}" if e.spread_ms is not None else ""
+            line += f", {e.p50_ms / chosen:.3f} of the chosen one's time" if chosen else ""
+        lines.append(f"{line}: {e.reason}" if e.reason else line)
+    return lines + [f"{d.step}: {d.verdict}: {d.reason}" for d in report.decisions]
 
 
 def times(calls: Mapping[str, Call]) -> dict[str, list[float]]:

@@ -84,7 +84,8 @@ def measure(
     """Time runners on the same inputs, alternating, so that noise hits all of them alike.
 
     `seconds` bounds the time for each runner; at least `least` runs are made. Each timed run begins
-    when the threads of the runner before it sleep, and after a run of its own that is not timed.
+    when the threads of the runner before it sleep, and after a run of its own that is not timed and
+    has ended, on the device too.
     """
     times: dict[str, list[float]] = {name: [] for name in runners}
     ready = {name: _first_runs(run, inputs) for name, run in runners.items()}
@@ -107,6 +108,7 @@ def measure(
 def _first_runs(run: Runner, inputs: Sequence[Any]) -> Callable[[], None]:
     """Warm up; gives what makes the runner ready for a timed run after another one's."""
     run(inputs)
+    _synchronize(inputs)
     begin = time.perf_counter()
     run(inputs)
     _synchronize(inputs)
@@ -116,6 +118,7 @@ def _first_runs(run: Runner, inputs: Sequence[Any]) -> Callable[[], None]:
         wait_until_quiet()
         if not is_long:  # as in calls one after the other: threads awake, caches warm
             run(inputs)
+            _synchronize(inputs)  # a device still at work would be charged to the timed run
 
     return ready
 
@@ -154,6 +157,7 @@ def compare(
     clock = clock or time.perf_counter
     for run in (before, after, before, after):
         run(inputs)
+    _synchronize(inputs)
     count = _calls_per_sample(before, inputs, clock)
     first: list[float] = []
     second: list[float] = []
@@ -236,10 +240,11 @@ def ratio_interval(
 
 
 def _synchronize(inputs: Sequence[Any]) -> None:
+    """Wait for the devices that the inputs are on."""
     import torch
 
-    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs):
-        torch.cuda.synchronize()
+    for device in {x.device for x in inputs if isinstance(x, torch.Tensor) and x.is_cuda}:
+        torch.cuda.synchronize(device)
 
 
 def timing(times: Sequence[float]) -> Timing:

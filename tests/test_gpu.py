@@ -198,6 +198,20 @@ def test_auto_tries_recorded_and_compiled_kernels():
     torch.testing.assert_close(compiled(x.cuda()).cpu(), model(x), rtol=1e-3, atol=1e-4)
 
 
+def test_a_run_takes_as_long_in_turns_as_alone():
+    """What the device still has to do of the run before is no part of the next one's time."""
+    from dfc.runtime.measure import measure
+
+    x = torch.randn(8192, 8192, device="cuda")  # milliseconds of work for one launch
+
+    def run(inputs):
+        return [inputs[0] @ inputs[0]]
+
+    alone = measure({"a": run}, [x], seconds=0.5)["a"].p50_ms
+    turns = measure({"a": run, "b": run}, [x], seconds=0.5)
+    assert max(t.p50_ms for t in turns.values()) < 1.5 * alone
+
+
 # Pipelines over streams
 
 

@@ -168,3 +168,41 @@ def test_runners_apart_begin_when_the_others_threads_sleep(monkeypatch: pytest.M
     a, b = clock.runner("a", [0.010]), clock.runner("b", [0.005])
     found = compare(a, b, [], apart=True, clock=clock)
     assert found.verdict == "faster" and "".join(clock.calls[5:13]) == "aabbbbaa"
+
+
+class Device:
+    """A device beside the host: a launch takes the host's time, and the work begins after it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clock = WorkClock(monkeypatch)
+        self.idle_at = 0.0
+        monkeypatch.setattr("dfc.runtime.measure._synchronize", self.wait)
+
+    def wait(self, inputs: Sequence[Any]) -> None:
+        self.clock.now = max(self.clock.now, self.idle_at)
+
+    def runner(self, launches: int, launch_s: float, work_s: float) -> Any:
+        def run(inputs: Sequence[Any]) -> list[Any]:
+            for _ in range(launches):
+                self.clock.now += launch_s
+                self.idle_at = max(self.idle_at, self.clock.now) + work_s / launches
+            return []
+
+        return run
+
+
+def test_a_device_has_ended_the_run_before_when_a_timed_one_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The host is done with a recorded run at once, and with one of many launches when the device
+    nearly is: what the device still has to do belongs to neither's next run.
+    """
+    device = Device(monkeypatch)
+    many = device.runner(launches=100, launch_s=60e-6, work_s=5e-3)  # as eager runs: 6 ms
+    one = device.runner(launches=1, launch_s=10e-6, work_s=5.5e-3)  # as it is recorded
+    found = measure({"many": many, "one": one}, [], seconds=0.1)
+    assert found["many"].p50_ms == pytest.approx(6.06, abs=0.05)
+    assert found["one"].p50_ms == pytest.approx(5.51, abs=0.05)
+    compared = compare(many, one, [], clock=device.clock.perf_counter)
+    assert compared.verdict == "faster"
+    assert (compared.before_ms, compared.after_ms) == pytest.approx((6.06, 5.51), abs=0.05)
