@@ -28,10 +28,14 @@ if TYPE_CHECKING:
 _SMALLEST = 1024
 _SMALLEST_GROUP = 16
 _READERS = ("dfc.linear_w", "dfc.linear_f8", "dfc.embedding_w", "dfc.dequantize")
-_UNREAD = (
-    "quantize: the data `{}` was not read: `{}` rounds by the numbers at hand, and "
-    "`scheme=static`, `method=gptq` and `method=awq` by data"
-)
+_UNREAD = "quantize: the data `{}` was not read: `{}` rounds by the numbers at hand, {}"
+_READS = {  # what would read it
+    "int8": "`scheme=static` by data; `minimize latency` and `scheme=tune({0}, static)` in the "
+    "recipe keep the faster of them, and for static transformers "
+    "`smooth using {1} with multiply=yes` belongs before it",
+    "int4": "`method=gptq` and `method=awq` by data",
+    "fp8": "as fp8 always does",
+}
 _DEFAULT_GROUP = 32  # of four bits: with one scale a row they lose too much
 
 
@@ -96,7 +100,8 @@ class Quantize(Pass):
         device = processor_of(ctx.target)
         scheme = self._scheme(found, device)
         if self.data is not None and scheme != "static" and self.method == "rtn":
-            ctx.tell(_UNREAD.format(self.data, scheme))
+            reads = _READS[self.to].format(scheme, self.data)
+            ctx.tell(_UNREAD.format(self.data, scheme, reads))
         self._check_codes(scheme)
         if self.to == "fp8" and scheme == "dynamic" and not device.computes(ROWS):
             ctx.tell(f"quantize: {device}, not in {ROWS}: rounding rows to it only costs time")

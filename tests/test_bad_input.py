@@ -547,7 +547,9 @@ def test_data_that_a_step_names_and_does_not_read_is_told() -> None:
         torch.nn.Linear(64, 64).eval(), (torch.ones(2, 64),), recipe=recipe, engine="eager",
         data={"calib": [torch.ones(2, 64)]},
     )  # fmt: skip
-    assert any("`calib` was not read" in note for note in compiled.report.notes)
+    (note,) = [n for n in compiled.report.notes if "`calib` was not read" in n]
+    assert "`dynamic` rounds by the numbers at hand, `scheme=static` by data" in note
+    assert "`scheme=tune(dynamic, static)`" in note
 
 
 def test_a_model_that_fails_with_an_expanded_buffer_is_told_as_it_fails() -> None:

@@ -45,8 +45,15 @@ def registered(
     return "one,other"
 
 
-def make(clock: WorkClock, name: str, milliseconds: Callable[[bool], float]) -> None:
-    """An engine that takes so long, for the graph as captured or a shorter one."""
+def is_long(graph: Graph) -> bool:
+    return len(graph) > 1
+
+
+def make(
+    clock: WorkClock, name: str, milliseconds: Callable[[Any], float],
+    kind: Callable[[Graph], Any] = is_long,
+) -> None:  # fmt: skip
+    """An engine that takes so long by the kind of graph: as captured, or a shorter one."""
     from dfc.runtime.engines import find_engine
 
     class Sleepy:
@@ -57,7 +64,7 @@ def make(clock: WorkClock, name: str, milliseconds: Callable[[bool], float]) -> 
 
         def build(self, graph: Graph, device: str = "cpu", threads: int | None = None) -> Any:
             inner = find_engine("eager").build(graph, device)
-            seconds = milliseconds(len(graph) > 1) / 1000
+            seconds = milliseconds(kind(graph)) / 1000
 
             def run(inputs: Any) -> Any:
                 clock.sleep(seconds)
@@ -125,6 +132,48 @@ def test_a_reverted_result_is_timed_as_what_runs(clock: WorkClock) -> None:
     (chosen,) = [e for e in report.engines if e.verdict == "chosen"]
     assert chosen.label == "one, as captured"
     assert chosen.p50_ms == report.after_ms == pytest.approx(3, rel=0.1)
+
+
+def test_versions_of_other_arithmetic_are_measured_each_on_its_own_engine(clock: WorkClock) -> None:
+    """`one` is the faster with floats, and slower with integers; `other` is faster with them."""
+    names = registered(
+        clock, lambda captured: 4 if captured else 6, lambda captured: 8 if captured else 2
+    )
+    body = "remove_noops\n  q: quantize int8 keep if faster"
+    compiled = dfc.compile(
+        Scaled(), (torch.randn(3, 64),), engine=names, recipe=f"dfc 1\nrecipe r {{ {body} }}"
+    )
+    assert compiled.engine.name == "other" and compiled.report.lossy
+    (decision,) = [d for d in compiled.report.decisions if d.step.startswith("q:")]
+    assert decision.verdict == "kept" and decision.engine == "other"
+    assert decision.reason.endswith("on `other` as before it on `one`")
+    assert decision.ratio == pytest.approx(2 / 6, rel=0.1)
+
+
+def test_a_search_measures_what_would_run(clock: WorkClock) -> None:
+    """Scales of rows or of halves of them: on `one`, the original's fastest, both would lose."""
+
+    def scales(graph: Graph) -> str:
+        found = [p.tensor_type.rank for n, p in graph.parameters.items() if n.endswith("scale")]
+        return ("of rows", "of groups")[found[0] - 1] if found else "none"
+
+    make(clock, "one", {"none": 4, "of rows": 6, "of groups": 7}.__getitem__, scales)
+    make(clock, "other", {"none": 5, "of rows": 3, "of groups": 1}.__getitem__, scales)
+    recipe = "dfc 1\nrecipe r { minimize latency\n  quantize int8 with group=tune(none, 32) }"
+    compiled = dfc.compile(
+        nn.Linear(64, 64), (torch.randn(3, 64),), engine="one,other", recipe=recipe
+    )
+    assert compiled.engine.name == "other"
+    values = {t.choices["quantize.group"]: t.values["latency"] for t in compiled.report.tried}
+    assert values == {"none": pytest.approx(3e-3, rel=0.1), "32": pytest.approx(1e-3, rel=0.1)}
+
+
+def test_sizes_are_compared_without_an_example_or_an_engine() -> None:
+    graph = dfc.trace(Padded(), (torch.randn(3),))
+    body = "remove_noops keep if size <= before\n  when size < 1KiB { dce }"
+    report = dfc.compile(graph, recipe=f"dfc 1\nrecipe r {{ {body} }}").report
+    assert [d.verdict for d in report.decisions] == ["kept", "taken"]
+    assert not any(d.engine for d in report.decisions)
 
 
 def test_of_another_arithmetic_every_engine_is_asked(clock: WorkClock) -> None:

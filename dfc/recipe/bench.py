@@ -74,7 +74,8 @@ class Bench:
     example: Sequence[Any] | None = None  # what is measured on; None: the first probe's inputs
     _promised: dict[int, tuple[Callable[[], Graph | None], Numerics]] = field(default_factory=dict)
     _ready: OrderedDict[tuple[int, str], Ready] = field(default_factory=OrderedDict)
-    _lead: str | None = None
+    # The fastest engine of each version, by the version's id; the reference tells whether it is it.
+    _leads: dict[int, tuple[Callable[[], Graph | None], str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.engine != "auto":
@@ -111,11 +112,14 @@ class Bench:
         """Note what the passes that made a version promise, so that engines are judged by it."""
         self._promised[id(graph)] = weakref.ref(graph), numerics
 
+    def _numerics(self, graph: Graph) -> Numerics:
+        known, numerics = self._promised.get(id(graph), (lambda: None, EXACT))
+        return numerics if known() is graph else EXACT
+
     def _judge(self, graph: Graph, runner: Runner) -> Any:
         if self.probes is None:
             return None
-        known, numerics = self._promised.get(id(graph), (lambda: None, EXACT))
-        numerics = numerics if known() is graph else EXACT
+        numerics = self._numerics(graph)
         state = state_of(graph)
 
         def run(inputs: Sequence[Any]) -> list[Any]:
@@ -127,47 +131,67 @@ class Bench:
             run(self.example)
         return probes.judge(run, rtol=max(engine_rtol(graph), numerics.rtol, self.rtol))
 
-    def candidates(self) -> list[str]:
-        """The engines that were named, or those that `auto` tries and whose library is here."""
+    def candidates(self, graph: Graph | None = None) -> list[str]:
+        """The engines that were named, or those that `auto` tries and whose library is here: for
+        the original, and for a version besides in its own forms.
+        """
         if self.engine != "auto":
             return self.engine.split(",")
         from dfc.runtime.engines import installed_engines
 
         found = [n for n in CANDIDATES if n in installed_engines()]
-        return [*found, *forms(self.original, self.device)]
+        found += forms(self.original, self.device)
+        found += forms(graph, self.device) if graph is not None else []
+        return list(dict.fromkeys(found))
 
     def finalists(self, graph: Graph) -> list[str]:
         """The candidates for a version, and what is worth its time once: for the result."""
-        if self.engine != "auto":
-            return self.candidates()
-        compiled = FINALISTS if self.device.startswith("cuda") else ()
-        found = [*self.candidates(), *forms(graph, self.device), *compiled]
-        return list(dict.fromkeys(found))
+        compiled = self.engine == "auto" and self.device.startswith("cuda")
+        return list(dict.fromkeys([*self.candidates(graph), *(FINALISTS if compiled else ())]))
 
-    def lead(self) -> str:
-        """The engine that steps are measured on: the one named, or the original's fastest.
+    def lead(self, graph: Graph | None = None) -> str:
+        """The engine that a version is measured on: the one named, or the original's fastest; for
+        a version of other arithmetic, its own.
 
-        Raises:  DfcError K005 when none runs the original.
+        Raises:  DfcError K005 when none runs it.
+        Why:     other arithmetic is other kernels: what is fastest with integers may be slowest
+                 with floats.
         """
-        if len(self.candidates()) == 1:
-            return self.candidates()[0]
-        if self._lead is None:
-            right: list[str] = []
-            for name in self.candidates():
-                self.say(f"building the original for {name}")
-                try:
-                    if self.ready(self.original, name).wrong is None:
-                        right.append(name)
-                except DfcError:
-                    continue  # told in the end, when the rewritten graph is built for it
-            if not right:
-                raise DfcError("K005", "no engine runs the model as it was captured")
-            self._lead = right[0]
-            if len(right) > 1:
-                self.say("looking for the faster engine")
-                timings = self.times([(self.original, n) for n in right], seconds=0.3)
-                self._lead = min(zip(timings, right, strict=True), key=lambda x: x[0].p50_ms)[1]
-        return self._lead
+        is_other = graph is not None and self._numerics(graph).is_lossy
+        version = graph if graph is not None and is_other else self.original
+        candidates = self.candidates(version)
+        if len(candidates) == 1:
+            return candidates[0]
+        known, name = self._leads.get(id(version), (lambda: None, ""))
+        if known() is not version:
+            name = self._fastest(version, candidates)
+            self._leads[id(version)] = weakref.ref(version), name
+        return name
+
+    def _fastest(self, version: Graph, candidates: Sequence[str]) -> str:
+        what = "the original" if version is self.original else "the version"
+        right: list[str] = []
+        for name in candidates:
+            self.say(f"building {what} for {name}")
+            if self.runs(version, name):
+                right.append(name)
+        if not right:
+            which = "model as it was captured" if version is self.original else "rewritten graph"
+            raise DfcError("K005", f"no engine runs the {which}")
+        if len(right) == 1:
+            return right[0]
+        self.say("looking for the faster engine")
+        timings = self.times([(version, n) for n in right], seconds=0.3)
+        return min(zip(timings, right, strict=True), key=lambda x: x[0].p50_ms)[1]
+
+    def runs(self, graph: Graph, engine: str) -> bool:
+        """Whether an engine takes a version and gives its results; why not is told in the end,
+        when the result is built for it.
+        """
+        try:
+            return self.ready(graph, engine).wrong is None
+        except DfcError:
+            return False
 
     # Measuring
 
@@ -199,12 +223,9 @@ class Bench:
     def compare(
         self, before: Graph, after: Graph, question: str, engine: str | None = None, **limits: Any
     ) -> Comparison:
-        """One version against another on the same engine, beyond noise."""
-        from dfc.runtime.measure import compare
-
-        name = engine or self.lead()
-        runners = self.runner(before, name), self.runner(after, name)
-        return compare(*runners, self.inputs(), question=question, **limits)
+        """One version against another on an engine, or each on its lead, beyond noise."""
+        versions = [(g, engine or self.lead(g)) for g in (before, after)]
+        return self.compare_versions(versions[0], versions[1], question, **limits)
 
     def compare_engines(
         self, graph: Graph, before: str, after: str, question: str = "faster", **limits: Any
@@ -219,7 +240,8 @@ class Bench:
         from dfc.runtime.measure import compare
 
         runners = self.runner(*before), self.runner(*after)
-        return compare(*runners, self.inputs(), question=question, apart=True, **limits)
+        apart = before[1] != after[1]
+        return compare(*runners, self.inputs(), question=question, apart=apart, **limits)
 
     def callable(self, graph: Graph, engine: str) -> Compiled:
         """A version that is called like the model, with its state as it was at first."""

@@ -26,7 +26,7 @@ from dfc.recipe.plan import (
     VerifyStep,
     WhenStep,
 )
-from dfc.recipe.quantities import Meter, weight_bytes
+from dfc.recipe.quantities import Meter, runs, weight_bytes
 from dfc.recipe.worst import asks_for_worst, settle
 from dfc.report import Decision
 from dfc.rewrite.driver import Outcome as PassOutcome
@@ -261,9 +261,8 @@ class _Run:
             ctx = replace(ctx, examples=tuple(x.inputs for x in self.x.probes.probes))
         meter = self.x.meter
         metric = next(iter(meter.metrics.values()), None)
-        found = settle(
-            p, self.graph, ctx, self.x.say, metric, meter.unjudged, meter.on() if metric else ""
-        )
+        on = meter.bench.lead() if metric else ""
+        found = settle(p, self.graph, ctx, self.x.say, metric, meter.unjudged, on)
         self.context.products.setdefault("sensitivity", []).append(found.sensitivity)
         self.decisions.append(Decision(f"{label}: worst", "chosen", str(found)))
         return found.step
@@ -305,10 +304,13 @@ class _Run:
             return Decision("", "reverted", f"it cannot be measured: {e.message}")
 
     def _judge_speed(self, version: _Version) -> Decision:
-        engine = self.x.meter.on()
-        c = self.x.meter.bench.compare(version.before, self.graph, "faster", engine)
+        before, after = ((g, self.x.meter.on(g)) for g in (version.before, self.graph))
+        c = self.x.meter.bench.compare_versions(before, after, "faster")
         verdict = "kept" if c.verdict == "faster" else "reverted"
         words = str(c) if verdict == "kept" else f"not faster: {c}"
+        engine = after[1]
+        if engine != before[1]:
+            words += f", on `{engine}` as before it on `{before[1]}`"
         return Decision("", verdict, words, engine, c.ratio, c.low, c.high, c.runs)
 
     def _judge_test(self, test: Test, version: _Version | None, words: tuple[str, str]) -> Decision:
@@ -322,7 +324,8 @@ class _Run:
         answer = self.x.meter.answer(test, versions)
         c = answer.comparison
         measured = (c.ratio, c.low, c.high, c.runs) if c else (None, None, None, 0)
-        return Decision("", words[not answer.holds], answer.text, self.x.meter.on(), *measured)
+        on = self.x.meter.on(self.graph) if any(map(runs, test.quantities())) else ""
+        return Decision("", words[not answer.holds], answer.text, on, *measured)
 
     def _keep_step(self, step: KeepStep) -> None:
         version = self.versions.get(step.label)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dfc.runtime.measure import Comparison, Timing
 
 TIMED = ("latency", "throughput")
+_OF_THE_GRAPH = ("size", "peak_memory")
 Versions = Callable[[str], Graph]  # "", "baseline", "before" or a label to the graph it stands for
 
 
@@ -51,17 +52,21 @@ class Answer:
 
 @dataclass
 class Meter:
-    """Measures quantities of versions of one model, on one engine."""
+    """Measures quantities of versions of one model, on one engine or on that of each."""
 
     bench: Bench
     metrics: Mapping[str, UserMetric] = field(default_factory=dict)
-    engine: str | None = None  # the engine in question; None: the bench's lead
+    engine: str | None = None  # the engine in question; None: the bench's lead for each version
     _known: dict[tuple[int, str, str], tuple[Graph, float]] = field(default_factory=dict)
     _first: dict[str, Timing] = field(default_factory=dict)
     _scores: dict[tuple[int, str, str], tuple[Graph, Measured]] = field(default_factory=dict)
 
-    def on(self) -> str:
-        return self.engine or self.bench.lead()
+    def on(self, graph: Graph) -> str:
+        """The engine that a version is measured on; the one in question may refuse the original."""
+        original = self.bench.original
+        if self.engine is None or (graph is original and not self.bench.runs(graph, self.engine)):
+            return self.bench.lead(graph)
+        return self.engine
 
     def why_not(self, quantities: Iterable[Quantity]) -> str | None:
         """Why quantities cannot be measured, None when they can."""
@@ -71,7 +76,7 @@ class Meter:
         """One quantity of a version, in base units; timings are set right for drift."""
         if q.name in TIMED:
             return self._timed(q, graph)
-        key = (id(graph), q.name, "" if q.name in ("size", "peak_memory") else self.on())
+        key = (id(graph), q.name, self.on(graph) if runs(q) else "")
         if key not in self._known:
             self._known[key] = graph, self._measured(q.name, graph)
         return self._known[key][1]
@@ -88,15 +93,16 @@ class Meter:
         if name == "peak_memory":
             return float(peak_bytes(graph, self.bench.probes.probes[0].inputs))
         if name == "error":
-            return relative_error(self.bench, graph, self.on())
+            return relative_error(self.bench, graph, self.on(graph))
         return self.scores(name, graph).value
 
     def scores(self, name: str, graph: Graph) -> Measured:
         """What a metric says of a version: its number, and the scores of items if it gives any."""
-        key = (id(graph), name, self.on())
+        engine = self.on(graph)
+        key = (id(graph), name, engine)
         if key not in self._scores:
             self.bench.say(f"calling metric {name}")
-            run = self.bench.callable(graph, self.on())
+            run = self.bench.callable(graph, engine)
             self._scores[key] = graph, self.metrics[name].measured(run)
         return self._scores[key][1]
 
@@ -104,7 +110,7 @@ class Meter:
         """A version that is called like the model, for metrics alone: nobody compares its results
         with the original's.
         """
-        engine, device = find_engine(self.on()), self.bench.device
+        engine, device = find_engine(self.bench.lead()), self.bench.device
         return Compiled(
             graph, engine, engine.build(with_state_inputs(graph), device), Report(), device=device
         )
@@ -116,10 +122,10 @@ class Meter:
 
         Why:  a machine that grew slower while a search went on must not choose the winner.
         """
-        original, engine = self.bench.original, self.on()
+        original = self.bench.original
         versions = [original] if graph is original else [original, graph]
-        timings = self.bench.times([(g, engine) for g in versions])
-        first = self._first.setdefault(engine, timings[0])
+        timings = self.bench.times([(g, self.on(g)) for g in versions])
+        first = self._first.setdefault(self.on(original), timings[0])
         drift = first.p50_ms / timings[0].p50_ms
         return self.from_timing(q, timings[-1], drift)
 
@@ -147,7 +153,8 @@ class Meter:
             if graphs[0] is not graphs[1]:
                 return self._beyond_noise(test, timed, graphs, values)
         if timed:
-            timings = self.bench.times([(versions(q.version), self.on()) for q in timed])
+            graphs = [versions(q.version) for q in timed]
+            timings = self.bench.times([(g, self.on(g)) for g in graphs])
             values |= {q: self.from_timing(q, t) for q, t in zip(timed, timings, strict=True)}
         plain = Answer(test.evaluate(values.__getitem__), test.explain(values.__getitem__))
         return self._paired(test, versions, plain)
@@ -179,7 +186,8 @@ class Meter:
 
         Where it does not, they cannot be told apart: `<=`, `>=` and `==` hold, the others do not.
         """
-        c = self.bench.compare(graphs[0], graphs[1], "either", self.on())
+        before, after = ((g, self.on(g)) for g in graphs)
+        c = self.bench.compare_versions(before, after, "either")
         values[timed[0]] = self._of_ms(timed[0], c.before_ms)
         outcomes = set()
         for ratio in (c.low, c.high, c.ratio):
@@ -195,6 +203,11 @@ class Meter:
             return ms / 1e3
         count = items(self.bench.original, self.bench.inputs())
         return count / (ms / 1e3) if ms > 0 else math.inf
+
+
+def runs(q: Quantity) -> bool:
+    """Whether a quantity takes an engine."""
+    return q.name not in _OF_THE_GRAPH
 
 
 def items(graph: Graph, inputs: Sequence[Any]) -> int:

@@ -11,7 +11,6 @@ from dfc.recipe.certain import hopeless, pair_of
 from dfc.recipe.plan import QUANTITIES, Plan, Test, quantities_of
 from dfc.recipe.quantities import Meter, Versions
 from dfc.report import GoalReport, RequirementReport
-from dfc.rewrite.pass_ import LOSSY_RTOL, Pass
 
 
 class RequirementMissed(DfcError):
@@ -58,7 +57,7 @@ def check_resolvable(plan: Plan, meter: Meter) -> None:
     Only where a step changes results on purpose: else nothing is expected to change.
     Raises:  DfcError Q056.
     """
-    if not any(changes_results(s.build({})) for s in plan.passes()):
+    if not any(s.build({}).numerics.is_lossy for s in plan.passes()):
         return
     problems = []
     for test in plan.requirements:
@@ -77,11 +76,6 @@ def check_resolvable(plan: Plan, meter: Meter) -> None:
             problems.append(Diagnostic("Q056", message, None, f"give `{name}` {count} items"))
     if problems:
         raise DfcError.of(problems)
-
-
-def changes_results(p: Pass) -> bool:
-    """Whether a pass changes results by more than rounding."""
-    return p.numerics.kind == "changes" or p.numerics.rtol >= LOSSY_RTOL
 
 
 def goal_reports(plan: Plan, meter: Meter, versions: Versions) -> list[GoalReport]:

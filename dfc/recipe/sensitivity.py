@@ -23,7 +23,7 @@ from dfc.lang.selectors import parse_selector
 from dfc.recipe.metrics import Measured, UserMetric
 from dfc.recipe.options import fields_of, part_field
 from dfc.recipe.quantities import read_bytes
-from dfc.rewrite.pass_ import LOSSY_RTOL, Context, Data, Pass
+from dfc.rewrite.pass_ import Context, Data, Pass
 
 BATCHES = 4  # of data that are compared on, at most
 _MEMORY = 1 << 30  # bytes of values that are kept to begin from
@@ -95,7 +95,7 @@ def data_field(cls: type[Pass]) -> str | None:
 
 def why_not(p: Pass) -> str | None:
     """Why a step cannot be measured layer by layer, None when it can."""
-    if p.numerics.kind == "exact" or (p.numerics.kind == "close" and p.numerics.rtol < LOSSY_RTOL):
+    if not p.numerics.is_lossy:
         return "it changes results by rounding at most"
     if part_field(type(p)) is None:
         return "it has no option that says on which part of the model it works"

@@ -34,12 +34,15 @@ class Numerics:
     def __str__(self) -> str:
         return f"close({self.rtol:g})" if self.kind == "close" else self.kind
 
+    @property
+    def is_lossy(self) -> bool:
+        """Whether results change by more than rounding, on purpose."""
+        return self.kind == "changes" or self.rtol >= _LOSSY_RTOL
+
 
 EXACT = Numerics("exact")
 CHANGES = Numerics("changes")
-
-
-LOSSY_RTOL = 1e-3  # what promises less than that changes results on purpose
+_LOSSY_RTOL = 1e-3
 
 
 def close(rtol: float) -> Numerics:
