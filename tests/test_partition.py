@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 
 from dfc.errors import DfcError
 from dfc.planning.cuts import cut_chain, is_chain
-from dfc.planning.ideals import best_chain, prefixes
+from dfc.planning.ideals import all_ideals, best_chain, prefixes
 from dfc.planning.orders import promising_orders
 from dfc.planning.partition import Effort, partition
 from dfc.planning.problem import INFINITE, Problem, Slot, Tensor, loads, why_not
@@ -132,18 +132,63 @@ def test_a_problem_that_is_none_is_refused() -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_one_order_is_priced_as_many_are(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What crosses the cuts of one order comes from rectangles, else from every tensor."""
+def test_what_crosses_cuts_is_that_of_each_pair(seed: int) -> None:
+    """Of one order it comes from rectangles, of all ideals from a product of matrices."""
     from dfc.planning import ideals
 
-    problem = made(random.Random(seed), 14, 3, links=True)
-    pairs = ideals._Pairs(problem, prefixes([range(14)]))
-    assert pairs.in_line
-    short = pairs._received(), pairs._sent()
-    pairs.in_line = False
-    long = pairs._received(), pairs._sent()
-    for a, b in zip(short, long, strict=True):
-        assert (np.where(pairs.nested, a, 0) == np.where(pairs.nested, b, 0)).all()
+    problem = made(random.Random(seed), 9, 3, links=True)
+    one, every = prefixes([range(9)]), all_ideals(problem, 2000)
+    assert every is not None and len(every) > len(one)
+    for some in (one, every):
+        pairs = ideals._Pairs(problem, some)
+        assert pairs.in_line == (some is one)
+        for (j, before), (i, within) in product(enumerate(some), enumerate(some)):
+            if before & ~within:
+                continue
+            come, gone = crossing(problem, before, within)
+            found = pairs._received[j, i], pairs._waits[j, i], pairs._sent[j, i]
+            assert found == (sum(come), bool(come), sum(gone))
+
+
+def crossing(problem: Problem, before: int, within: int) -> tuple[list[float], list[float]]:
+    """The sizes of what a stage of the nodes of one mask but not another receives, and sends."""
+    mine, come, gone = within & ~before, [], []
+    for t in problem.tensors:
+        if before >> t.producer & 1 and any(mine >> v & 1 for v in t.readers):
+            come.append(t.bytes)
+        if mine >> t.producer & 1 and not all(within >> v & 1 for v in t.readers):
+            gone.append(t.bytes)
+    return come, gone
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_loads_are_what_nodes_and_tensors_add_up_to(seed: int) -> None:
+    """Of stages that are devices, and of devices with several stages."""
+    rng = random.Random(seed)
+    at = (0, 1, 0, 1) if seed % 2 else (0, 1, 2, 3)
+    problem = made(rng, 12, 4, links=True, memory=True, takes=True, wishes=True, devices=at)
+    slots = [replace(slot, latency=float(rng.randint(0, 2))) for slot in problem.slots]
+    problem = replace(problem, slots=tuple(slots))
+    stage = sorted(rng.randrange(4) for _ in range(12))
+    found = loads(problem, stage)
+    for s, slot in enumerate(slots):
+        mine = [v for v in range(12) if stage[v] == s]
+        assert found.compute[s] == sum(problem.time[v][slot.kind] for v in mine)
+        made_here = [t for t in problem.tensors if t.producer in mine]
+        away = [t for t in made_here if any(at[stage[v]] != at[s] for v in t.readers)]
+        read = [t for t in problem.tensors if any(v in mine for v in t.readers)]
+        come = [t for t in read if at[stage[t.producer]] != at[s]]
+        assert found.send[s] == sum(t.bytes for t in away) / slot.send
+        assert found.receive[s] == sum(t.bytes for t in come) / slot.receive
+        assert found.wait[s] == (slot.latency if come else 0.0)
+    for d in set(at):
+        held = sum(problem.held(slots[s])[v] for v, s in enumerate(stage) if at[s] == d)
+        taken = sum(
+            slots[s].taken * t.bytes for t in problem.tensors
+            for s in {stage[v] for v in t.readers} - {stage[t.producer]} if at[s] == d
+        )  # fmt: skip
+        tied = sum(size for size, vs in problem.tied if any(at[stage[v]] == d for v in vs))
+        assert found.memory[d] == held + taken + tied
 
 
 def test_thousands_of_nodes_that_are_no_chain() -> None:

@@ -83,7 +83,7 @@ def test_what_is_no_file_of_times(data: Any, message: str, tmp_path: Path) -> No
 def test_a_model_without_weights_cannot_be_measured() -> None:
     graph = tower("meta")
     with pytest.raises(DfcError, match=r"K021.*nothing to measure"):
-        measure_times(Source("tower", "graph", graph), graph, "", 1)
+        measure_times(Source("tower", "graph", graph), graph, {"B": 1}, 1)
 
 
 def test_parts_of_a_device_talk_over_its_own_link_and_share_its_cores() -> None:
@@ -118,8 +118,16 @@ def test_where_every_device_pays_nothing_is_said() -> None:
     gpus = pair(*(replace(HOST, name=f"gpu{i}", kind="cuda", launch=1e-3) for i in range(2)))
     found = dfc.plan(graph, gpus)
     assert len(found.stages) == 2
-    make = lambda names, most: dfc.plan(graph, gpus, max_stages=most)  # noqa: E731
+    tried: list[int] = []
+
+    def make(names: list[str], most: int) -> Any:
+        tried.append(most)
+        return dfc.plan(graph, gpus, max_stages=most)
+
     assert fewer_devices(found, [], make) is None
+    assert not tried  # one device's own work takes longer
+    idle = replace(found, idle=("gpu2",))  # which may be quicker than these
+    assert fewer_devices(idle, [], make) is None and tried == [1]
 
 
 def test_the_command_measures_and_reads_what_it_printed(

@@ -108,7 +108,10 @@ def default_sizes(graph: Graph, given: Sizes | None = None) -> dict[str, int]:
 def bytes_of(x: Any, sizes: Sizes) -> float:
     """The bytes of a value's type, 0 for numbers and None."""
     type = x.type if isinstance(x, Value) else x
-    return float(number(type.nbytes, sizes)) if isinstance(type, TensorType) else 0.0
+    if not isinstance(type, TensorType):
+        return 0.0
+    # Numbers are multiplied, not expressions: that is a tenth of the time.
+    return prod((number(d, sizes) for d in type.shape), start=float(type.dtype.itemsize))
 
 
 def number(size: Any, sizes: Sizes) -> float:

@@ -25,6 +25,8 @@ def fewer_devices(
     whole = list(dict.fromkeys(names))
     most = len(found.machine.devices) - 1 if len(found.graph) <= _LARGE else 1
     for count in range(1, min(most, len(whole) or most) + 1):
+        if _least(found, names, count) > _AS_FAST * found.step_seconds:
+            continue
         try:
             other = make(whole, count)
         except DfcError as e:
@@ -34,6 +36,15 @@ def fewer_devices(
         if other.step_seconds <= _AS_FAST * found.step_seconds:
             return other
     return None
+
+
+def _least(found: Plan, names: Sequence[str], count: int) -> float:
+    """What a step takes at least on so many of a plan's devices: one of them is busy for its part
+    of the work. 0 where it may be on others, or on whole devices of which these are parts."""
+    if found.modelled is None or found.idle or len(set(names)) < len(names):
+        return 0.0
+    work = float(found.modelled.problem.time.min(axis=1).sum())
+    return work / count * found.wish.microbatches * (1 - 1e-9)
 
 
 def fewer_text(found: Plan, other: Plan) -> str:

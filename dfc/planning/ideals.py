@@ -9,6 +9,7 @@ Source:  J. Tarnawski et al., Efficient Algorithms for Device Placement of DNN G
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -163,18 +164,18 @@ class _Pairs:
     def _bottleneck(self, time: Floats, slot: Slot) -> Floats:
         cost = self._added(time)
         if np.isfinite(slot.receive):
-            cost = np.maximum(cost, self._received() / slot.receive)
+            cost = np.maximum(cost, self._received / slot.receive)
         if np.isfinite(slot.send):
-            cost = np.maximum(cost, self._sent() / slot.send)
+            cost = np.maximum(cost, self._sent / slot.send)
         return cost
 
     def _waited(self, slot: Slot) -> Floats:
         """Until all that comes in is there."""
         total = np.zeros(self.nested.shape)
         if np.isfinite(slot.receive):
-            total += self._received() / slot.receive
+            total += self._received / slot.receive
         if slot.latency:
-            total += slot.latency * (self._received(each=1.0) > 0)
+            total += slot.latency * self._waits
         return total
 
     def _held(self, slot: Slot) -> Floats:
@@ -183,7 +184,7 @@ class _Pairs:
             return np.zeros(self.nested.shape)
         held = self._added(p.held(slot))
         if slot.taken:
-            held = held + slot.taken * self._received()
+            held = held + slot.taken * self._received
         for size, readers in p.tied:
             held = held + size * (self._added_count(readers) > 0)
         return held
@@ -196,34 +197,58 @@ class _Pairs:
         count = self.member[:, list(nodes)].sum(axis=1)
         return np.asarray(count[None, :] - count[:, None])
 
-    def _received(self, each: float | None = None) -> Floats:
-        """The bytes that come in; with `each`, as if every tensor had so many."""
-        if self.in_line:
-            return self._received_in_line(each)
-        total = np.zeros(self.nested.shape)
-        for t in self.problem.tensors:
-            made = self.member[:, t.producer]
-            size = t.bytes if each is None else each
-            total += size * (made[:, None] & (self._added_count(t.readers) > 0))
-        return total
+    @cached_property
+    def _received(self) -> Floats:
+        """The bytes that come in."""
+        return self._coming([t.bytes for t in self.problem.tensors])
 
+    @cached_property
+    def _waits(self) -> Bools:
+        """Whether anything comes in."""
+        return self._coming([1.0] * len(self.problem.tensors)) > 0
+
+    @cached_property
     def _sent(self) -> Floats:
+        """The bytes that go out: of what is made here, and read later."""
         if self.in_line:
             return self._sent_in_line()
-        total = np.zeros(self.nested.shape)
+        before, within = [], []
         for t in self.problem.tensors:
             made = self.member[:, t.producer]
-            read = self.member[:, list(t.readers)].sum(axis=1)
-            later = read < len(t.readers)
-            total += t.bytes * ((made & later)[None, :] & ~made[:, None])
-        return total
+            done = self.member[:, list(t.readers)].all(axis=1)
+            before.append(t.bytes * ~made)
+            within.append(made & ~done)
+        return self._sums(before, within)
 
-    def _received_in_line(self, each: float | None) -> Floats:
+    def _coming(self, sizes: Sequence[float]) -> Floats:
+        """What comes in, if tensors have these sizes: those that were made before, with more
+        readers within I than within J.
+
+        Why:  that J has k of them and I more than k is a product, so that all of it is one of
+              matrices; bytes are whole numbers, whose sums are exact in any order.
+        """
+        if self.in_line:
+            return self._coming_in_line(sizes)
+        before, within = [], []
+        for t, size in zip(self.problem.tensors, sizes, strict=True):
+            made = self.member[:, t.producer]
+            read = self.member[:, list(t.readers)].sum(axis=1)
+            for k in range(len(t.readers)):
+                before.append(size * (made & (read == k)))
+                within.append(read > k)
+        return self._sums(before, within)
+
+    def _sums(self, before: Sequence[Floats], within: Sequence[Bools]) -> Floats:
+        """For each pair the sum of what `before` says of J where `within` holds of I."""
+        if not before:
+            return np.zeros(self.nested.shape)
+        return np.asarray(np.array(before).T @ np.array(within, dtype=np.float64))
+
+    def _coming_in_line(self, sizes: Sequence[float]) -> Floats:
         """The same for the prefixes of one order: each tensor adds to rectangles of pairs."""
         corners = np.zeros((len(self.nested) + 1, len(self.nested) + 1))
         at = self._places()
-        for t in self.problem.tensors:
-            size = t.bytes if each is None else each
+        for t, size in zip(self.problem.tensors, sizes, strict=True):
             start = at[t.producer] + 1  # a stage that begins here or later receives it
             for place in sorted(at[v] for v in t.readers):
                 if place >= start:

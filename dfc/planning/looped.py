@@ -34,7 +34,7 @@ def best_looped(problem: Problem, solve: Solve, seconds: float, gap: float) -> P
     """
     bound = lower_bound(problem)
     found = [_evened(problem, stage) for stage in _even(problem, solve)]
-    best = min(found, key=lambda stage: _rank(problem, stage), default=None)
+    best = min(found, key=_ranks(problem), default=None)
     value = INFINITE if best is None else value_of(problem, best)
     method = "even stages"
     small = problem.n * problem.stages <= _LINEAR
@@ -49,10 +49,10 @@ def best_looped(problem: Problem, solve: Solve, seconds: float, gap: float) -> P
     return Partition(tuple(best), value, min(bound, value), method)
 
 
-def _rank(problem: Problem, stage: Sequence[int]) -> tuple[float, float]:
+def _ranks(problem: Problem) -> Callable[[Sequence[int]], tuple[float, float]]:
     """What is better: a smaller value, and of equal ones the faster slowest stage."""
     apart = replace(problem, apart=True, objective="throughput")
-    return value_of(problem, stage), value_of(apart, stage)
+    return lambda stage: (value_of(problem, stage), value_of(apart, stage))
 
 
 def _even(problem: Problem, solve: Solve) -> Iterator[tuple[int, ...]]:
@@ -122,7 +122,8 @@ def _evened(problem: Problem, stage: Sequence[int]) -> tuple[int, ...]:
     """
     order = sorted(range(problem.n), key=lambda v: (stage[v], v))
     ends = np.cumsum(np.bincount(stage, minlength=problem.stages)).tolist()
-    best, left = _rank(problem, stage), min(_TRIES, _PRICED // max(problem.n, 1))
+    rank = _ranks(problem)
+    best, left = rank(stage), min(_TRIES, _PRICED // max(problem.n, 1))
     step = max(1, problem.n // (2 * problem.stages))
     while step:
         moved = False
@@ -134,8 +135,9 @@ def _evened(problem: Problem, stage: Sequence[int]) -> tuple[int, ...]:
                     continue
                 left -= 1
                 other = _of_cuts(order, tried)
-                if why_not(problem, other) is None and _rank(problem, other) < best:
-                    ends, stage, best, moved = tried, other, _rank(problem, other), True
+                found = rank(other)
+                if found < best and why_not(problem, other) is None:
+                    ends, stage, best, moved = tried, other, found, True
         if not moved:
             step //= 2
     return tuple(stage)

@@ -35,6 +35,16 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Flow:
+    """Tensors as arrays: the producer and bytes of each, and a (tensor, reader) for each reader."""
+
+    producer: Ints
+    bytes: Floats
+    tensor: Ints
+    reader: Ints
+
+
+@dataclass(frozen=True)
 class Slot:
     """One place in the pipeline: a device, its memory, and what comes in and goes out of it.
 
@@ -95,6 +105,15 @@ class Problem:
     def edges(self) -> tuple[tuple[int, int], ...]:
         """(producer, reader), each once."""
         return tuple(dict.fromkeys((t.producer, v) for t in self.tensors for v in t.readers))
+
+    @cached_property
+    def flow(self) -> Flow:
+        import numpy as np
+
+        pairs = [(i, v) for i, t in enumerate(self.tensors) for v in t.readers]
+        tensor, reader = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+        producer = np.array([t.producer for t in self.tensors], dtype=np.int64)
+        return Flow(producer, np.array([t.bytes for t in self.tensors]), tensor, reader)
 
     @cached_property
     def device_of(self) -> tuple[int, ...]:
@@ -203,32 +222,39 @@ def loads(problem: Problem, stage: Sequence[int]) -> Loads:
     """The load of each stage under a partition."""
     import numpy as np
 
-    k, shares = problem.stages, problem.shares
-    compute, held = np.zeros(k), np.zeros(1 + max(shares))
-    received, sent, wait = np.zeros(k), np.zeros(k), np.zeros(k)
-    each = [problem.held(slot) for slot in problem.slots]
-    for v, s in enumerate(stage):
-        compute[s] += problem.time[v][problem.slots[s].kind]
-        held[shares[s]] += each[s][v]
-    for t in problem.tensors:
-        own = stage[t.producer]
-        others = {s for s in {stage[v] for v in t.readers} if shares[s] != shares[own]}
-        sent[own] += t.bytes if others else 0
-        for s in others:
-            received[s] += t.bytes
-            wait[s] = problem.slots[s].latency
-        for s in {stage[v] for v in t.readers} - {own}:
-            held[shares[s]] += problem.slots[s].taken * t.bytes
+    k, shares = problem.stages, np.array(problem.shares)
+    at, kind = np.asarray(stage, dtype=np.int64), np.array([s.kind for s in problem.slots])
+    each = np.stack([problem.held(slot) for slot in problem.slots])
+    nodes, flow = np.arange(problem.n), problem.flow
+    compute = _summed(problem.time[nodes, kind[at]], at, k)
+    held = _summed(each[at, nodes], shares[at], 1 + int(shares.max()))
+    own = at[flow.producer]
+    reads = np.zeros((len(own), k), dtype=bool)  # which stages read each tensor
+    reads[flow.tensor, at[flow.reader]] = True
+    away = reads & (shares[own][:, None] != shares)
+    received = flow.bytes @ away
+    sent = _summed(flow.bytes * away.any(axis=1), own, k)
+    wait = np.where(away.any(axis=0), [s.latency for s in problem.slots], 0.0)
+    reads[np.arange(len(own)), own] = False
+    taken = (flow.bytes @ reads) * [s.taken for s in problem.slots]
+    held += _summed(taken, shares, len(held))
     for size, readers in problem.tied:
-        for d in {shares[stage[v]] for v in readers}:
+        for d in set(shares[at[list(readers)]].tolist()):
             held[d] += size
     into = np.array([s.receive for s in problem.slots])
     out = np.array([s.send for s in problem.slots])
-    rooms = {d: slot for d, slot in zip(shares, problem.slots, strict=True)}
+    rooms = {d: slot for d, slot in zip(problem.shares, problem.slots, strict=True)}
     stream = np.zeros(len(held))
     for d, slot in rooms.items():
         stream[d] = max(held[d] - slot.memory, 0.0) / (slot.stream or INFINITE)
-    return Loads(compute, received / into, sent / out, held, wait, stream, shares)
+    return Loads(compute, received / into, sent / out, held, wait, stream, problem.shares)
+
+
+def _summed(values: Floats, at: Ints, count: int) -> Floats:
+    """The sums of values by their places."""
+    import numpy as np
+
+    return np.asarray(np.bincount(at, weights=values, minlength=count), dtype=np.float64)
 
 
 def value_of(problem: Problem, stage: Sequence[int]) -> float:
