@@ -224,7 +224,8 @@ def plan(
     as many as is best with the schedule: "interleaved", "breadth_first" and "interleaved_zb" have
     any number, "zb_v" and "dualpipe_v" two; "auto" chooses among all. `pins` gives selectors a
     device, as in {"layers.0.**": "gpu0"}; each of `together` is selectors whose nodes share a
-    stage. `sizes` are those of one microbatch. Where stages run on an `engine`, or on one for each
+    stage. `sizes` are those of one microbatch; others are as in `args`, or the least that the model
+    takes. Where stages run on an `engine`, or on one for each
     kind of device, as in {"cuda": "inductor", "cpu": "openvino"}, nodes are only where the engine
     takes them.
     `measured(node)` gives seconds in place of the model's, or None, on devices of the kind
@@ -243,6 +244,7 @@ def plan(
     Raises:  DfcError N040.. for what the target or the model lacks, N060 (status 6) when the model
              does not fit, with what would make it fit.
     """
+    from dfc.calling import sizes_of_call
     from dfc.planning.devices import wanted
     from dfc.planning.limits import limits_of
     from dfc.planning.model import Wish
@@ -252,11 +254,12 @@ def plan(
 
     machine = _machine_of(target)
     graph = model if isinstance(model, Graph) else trace(model, args or (), kwargs, dynamic_shapes)
+    usual = {} if args is None else sizes_of_call(graph, args, kwargs or {})
     limits = limits_of(graph, (pins or {}).items(), together)
     some = machine.only(devices) if devices else machine
     return make(
         graph, some, objective=wanted(objective),
-        sizes=sizes,
+        sizes=usual | dict(sizes or {}),
         wish=Wish(microbatches=microbatches, trains=train, recompute=recompute), schedule=schedule,
         stages_per_device=stages_per_device,
         effort=Effort(seconds=seconds), measured=measured or (lambda node: None),

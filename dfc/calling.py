@@ -37,6 +37,15 @@ def flat_inputs(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     return check_inputs(graph, leaves, labels)
 
 
+def sizes_of_call(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes of the graph's dynamic dimensions in a call like the model's.
+
+    Raises:  DfcError K010..K016 (exit status 2) for what does not fit.
+    """
+    bindings = bind_inputs(graph, flat_inputs(graph, args, kwargs))
+    return {name: size for name, size in bindings.items() if name in graph.ranges}
+
+
 def flat_checked(graph: Graph, inputs: Sequence[Any]) -> list[Any]:
     """Inputs that are flat already, as one tensor for each of the graph's.
 

@@ -328,6 +328,46 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], tower: 
     assert main(["plan", model, "-t", str(tiny)]) == 6
 
 
+def test_sizes_that_nobody_asked_for_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tower: Graph
+) -> None:
+    from dfc.cli import main
+
+    (tmp_path / "graph.dfc").write_text(str(tower))
+    (tmp_path / "pair.dfc").write_text(TARGET)
+    (tmp_path / "model.py").write_text(MODEL)
+    target = ["-t", str(tmp_path / "pair.dfc")]
+
+    def told(model: str, *more: str) -> str:
+        assert main(["plan", str(tmp_path / model), *target, *more]) == 0
+        return capsys.readouterr().out
+
+    plain = told("graph.dfc")
+    assert "microbatches of B=1:" in plain
+    assert "B is the least that the model takes: `--size B=N` plans for others" in plain
+    example = told("model.py:build", "-m", "1")
+    assert "1 microbatch of B=5, S=7:" in example
+    assert "B and S are as in the example: `--size B=N,S=N` plans for others" in example
+    assert "B is as in the example: `--size B=N`" in told("model.py:build", "--size", "S=3")
+    assert "plans for others" not in told("model.py:build", "--size", "S=3,B=2")
+
+
+MODEL = """
+import torch
+def build():
+    batch, length = torch.export.Dim("B", max=64), torch.export.Dim("S", max=64)
+    return torch.nn.Linear(8, 8), (torch.ones(5, 7, 8),), {}, ({0: batch, 1: length},)
+"""
+
+
+def test_sizes_are_those_of_the_arguments_of_a_model() -> None:
+    batch = torch.export.Dim("B", max=64)
+    given = (torch.nn.Linear(8, 8), machine(1), (torch.ones(5, 8),), None, ({0: batch},))
+    assert dfc.plan(*given).sizes == {"B": 5}
+    assert dfc.plan(*given, sizes={"B": 3}).sizes == {"B": 3}
+    assert dfc.plan(dfc.trace(*given[:1], *given[2:]), machine(1)).sizes == {"B": 1}
+
+
 @pytest.mark.slow
 def test_the_example_plans_a_decoder_without_weights_for_gpus_that_are_not_here() -> None:
     from examples.llama import llama_8b

@@ -46,13 +46,16 @@ def read_times(path: Path, graph: Graph) -> dict[Node, float]:
     return found
 
 
-def measure_times(source: Source, graph: Graph, sizes: str, threads: int) -> dict[Node, float]:
-    """The seconds of every node on this processor, for random inputs of these sizes.
+def measure_times(
+    source: Source, graph: Graph, sizes: Mapping[str, int], threads: int
+) -> dict[Node, float]:
+    """The seconds of every node on this processor, for inputs of these sizes: the example, where it
+    has them, else random ones.
 
     Raises:  DfcError K021 for a model without weights.
     """
     from dfc.calling import flat_inputs
-    from dfc.cli.inputs import choose_inputs
+    from dfc.cli.inputs import random_inputs
     from dfc.planning.balanced import node_seconds
 
     for p in graph.parameters.values():
@@ -62,8 +65,9 @@ def measure_times(source: Source, graph: Graph, sizes: str, threads: int) -> dic
     example = None
     if source.args is not None and source.kind != "graph":
         example = flat_inputs(graph, tuple(source.args), dict(source.kwargs or {}))
-    inputs, _ = choose_inputs(graph, None, sizes or None, example is None, 0, example)
-    return node_seconds(graph, inputs, threads)
+    if example is None or sizes != source.sizes(graph):
+        example = random_inputs(graph, sizes, 0, example)
+    return node_seconds(graph, example, threads)
 
 
 def measured_data(found: Plan, times: Mapping[Node, float]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from dfc.errors import DfcError
 
 if TYPE_CHECKING:
     from dfc.ir.graph import Node
+    from dfc.planning.cost import Sizes
     from dfc.planning.pipeline import Plan
 
 
@@ -122,6 +124,7 @@ def plan(
     )  # fmt: skip
     from dfc.cli.progress import Progress
     from dfc.cli.sources import open_source, read_text
+    from dfc.planning.cost import default_sizes
     from dfc.planning.devices import wanted as objective
     from dfc.planning.fewer import fewer_devices, fewer_text
     from dfc.planning.layouts import layouts
@@ -147,7 +150,10 @@ def plan(
         say(f"reading {model}")
         source = open_source(model)
         graph = source.graph()
-        sizes = parse_sizes(graph, size)
+        wished = parse_sizes(graph, size)
+        usual = source.sizes(graph)
+        sizes = default_sizes(graph, usual | wished)
+        inputs = {name: sizes[name] for name in graph.ranges}
         names = [d for d in on.split(",") if d]
         given = read_times(measured, graph) if measured else {}
 
@@ -155,7 +161,7 @@ def plan(
             if not measure:
                 return given
             say("timing every node on this processor")
-            return {**measure_times(source, graph, size, _threads(devices)), **given}
+            return {**measure_times(source, graph, inputs, _threads(devices)), **given}
 
         def planned(devices: list[str], most: int | None, times: dict[Node, float]) -> Plan:
             for_some = f" on {len(devices)} devices" if devices else ""
@@ -185,10 +191,28 @@ def plan(
         print_json(data)
         return
     show_plan(found)
+    if whence := sizes_text(graph.ranges, wished, usual):
+        print(whence)
     if other is not None:
         print(fewer_text(found, other))
     if times:
         print(measured_text(found, measured_data(found, times)))
+
+
+def sizes_text(names: Iterable[str], wished: Sizes, usual: Sizes) -> str:
+    """Where sizes come from that were not asked for, and how to ask for others."""
+    left = [name for name in names if name not in wished]
+    parts = [
+        f"{' and '.join(some)} {'is' if len(some) == 1 else 'are'} {what}"
+        for some, what in (
+            ([n for n in left if n in usual], "as in the example"),
+            ([n for n in left if n not in usual], "the least that the model takes"),
+        )
+        if some
+    ]  # fmt: skip
+    if not parts:
+        return ""
+    return f"{', '.join(parts)}: `--size {','.join(f'{n}=N' for n in left)}` plans for others"
 
 
 def _threads(devices: list[str]) -> int:
@@ -301,7 +325,8 @@ def show_plan(found: Plan) -> None:
     simulation = found.simulation
     sizes = ", ".join(f"{k}={v}" for k, v in found.sizes.items())
     print(
-        f"\n{found.schedule}, {found.wish.microbatches} microbatches"
+        f"\n{found.schedule}, {found.wish.microbatches} "
+        f"microbatch{'es' * (found.wish.microbatches != 1)}"
         f"{f' of {sizes}' if sizes else ''}: a step takes {time(found.step_seconds)}, "
         f"{simulation.bubble:.1%} of it waiting; one microbatch every "
         f"{time(found.bottleneck)}, which takes {time(found.latency)} through all stages"

@@ -43,6 +43,14 @@ class Source:
             return self.model
         return dfc.trace(self.model, tuple(self.args or ()), self.kwargs, self.dynamic_shapes)
 
+    def sizes(self, graph: Graph) -> dict[str, int]:
+        """Those of the example, as far as there is one."""
+        from dfc.calling import sizes_of_call
+
+        if self.args is None or self.kind == "graph":
+            return {}
+        return sizes_of_call(graph, tuple(self.args), dict(self.kwargs or {}))
+
 
 def is_package(text: str) -> bool:
     """A folder is a package, or pretends to be one."""
