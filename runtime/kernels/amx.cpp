@@ -185,6 +185,10 @@ Ahead ahead_of(const Tile& t) {
   return {next, up(t.panels * w.panel_bytes / parts, 64)};
 }
 
+void begin_totals(const Tile& t) {
+  for (int64_t i = 0; i < t.rows * WIDE; i += 16) _mm512_store_ps(t.s.total + i, _mm512_setzero_ps());
+}
+
 void many_rows(const Job& job, int64_t panel, int64_t panels, int64_t row, int64_t rows,
                Tiling& scratch) {
   const Layout& w = job.w;

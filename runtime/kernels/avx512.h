@@ -119,10 +119,6 @@ inline void take_scales(const Tile& t, const Stretch& s) {
   }
 }
 
-inline void begin_totals(const Tile& t) {
-  for (int64_t i = 0; i < t.rows * WIDE; i += 16) _mm512_store_ps(t.s.total + i, _mm512_setzero_ps());
-}
-
 inline void store_totals(const Tile& t) {
   for (int64_t r = 0; r < t.rows; ++r)
     for (int64_t p = 0; p < t.panels; ++p)

@@ -94,118 +94,221 @@ void one_row(const Job& job, int64_t panel) {
 }
 
 // ---- many rows
+//
+// What sums begin with takes the 128 of x + 128 away: -128 times the sum of the codes. The first
+// rows of a tile (FIRST) find it beside their own sums; a pass of its own would wait for memory.
 
-// 12 rows that lie side by side. Why: three pointers reach them with what an address adds up by
-// itself; the compiler would take a register for each row, and there are not so many.
-template <class T>
-struct Rows12 {
-  const T *a, *b, *c;
+// Adds four products a lane. Why not the compiler's own: it would move sums between registers, and
+// keep some in memory, in loops that leave few free.
+inline void add_products(__m512i& dot, __m512i x, __m512i weight) {
+#if defined(DFC_SIMDE)
+  dot = _mm512_dpbusd_epi32(dot, x, weight);
+#else
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(dot) : "v"(x), "v"(weight));
+#endif
+}
+
+inline __m512i negative(__m512i x) { return _mm512_sub_epi32(_mm512_setzero_si512(), x); }
+
+// R rows that lie side by side. Why: a pointer for every four (or three) reaches them with what an
+// address adds up by itself; the compiler would take a register for each row, and there are not so
+// many.
+template <class T, int R>
+struct Side {
+  static constexpr int EACH = R % 4 && R > 4 ? 3 : 4, COUNT = (R + EACH - 1) / EACH;
+  const T* of[COUNT];
   int64_t stride;
 
-  Rows12(const T* first, int64_t stride)
-      : a(first), b(a + 4 * stride), c(b + 4 * stride), stride(stride) {
+  Side(const T* first, int64_t stride) : stride(stride) {
+    UNROLL for (int i = 0; i < COUNT; ++i) {
+      of[i] = first + i * EACH * stride;
 #if !defined(DFC_SIMDE)
-    __asm__("" : "+r"(b));
-    __asm__("" : "+r"(c));
+      __asm__("" : "+r"(of[i]));
 #endif
+    }
   }
-  const T* at(int i) const { return (i < 4 ? a : i < 8 ? b : c) + i % 4 * stride; }
-  void advance(int64_t by) { a += by, b += by, c += by; }
+  const T* at(int i) const { return of[i / EACH] + i % EACH * stride; }
+  void advance(int64_t by) { UNROLL for (int i = 0; i < COUNT; ++i) of[i] += by; }
 };
 
-// Adds the products of R rows and P panels, for `count` values of K: a multiple of 16.
-template <int R, int P>
-inline void multiply(Rows12<int8_t>& q, const uint8_t*& codes, int64_t apart, int64_t count,
-                     __m512i (&dot)[R][P]) {
-  for (const uint8_t* const end = codes + count * PANEL; codes < end; codes += 256, q.advance(16)) {
-    UNROLL for (int k = 0; k < 16; k += 4) {
-      __m512i weight[P];
-      UNROLL for (int p = 0; p < P; ++p) weight[p] = load(codes + k * PANEL + p * apart);
-      UNROLL for (int i = 0; i < R; ++i) {
-        const __m512i x = four(q.at(i) + k);
-        UNROLL for (int p = 0; p < P; ++p) dot[i][p] = _mm512_dpbusd_epi32(dot[i][p], x, weight[p]);
-      }
+// Adds the products of 4 values of K, of R rows and P panels, to `dot`, and those of 128 to `sum`.
+template <bool FIRST, int R, int P>
+inline void step(const Side<int8_t, R>& q, int k, const uint8_t* codes, int64_t apart,
+                 __m512i (&dot)[R][P], __m512i (&sum)[P]) {
+  __m512i weight[P];
+  UNROLL for (int p = 0; p < P; ++p) weight[p] = load(codes + k * PANEL + p * apart);
+  if (FIRST)
+    UNROLL for (int p = 0; p < P; ++p) add_products(sum[p], _mm512_set1_epi8(-128), weight[p]);
+  UNROLL for (int i = 0; i < R; ++i) {
+    const __m512i x = four(q.at(i) + k);
+    UNROLL for (int p = 0; p < P; ++p) add_products(dot[i][p], x, weight[p]);
+  }
+}
+
+// ---- int8 with one scale an output: the sums of 12 rows stay in registers from end to end
+
+struct Whole {
+  const Tile& t;
+  __m512i start[TILE_PANELS];
+  const uint8_t* ahead;  // what is asked for next: the panels that follow
+};
+
+template <int R, int P, bool FIRST>
+__attribute__((noinline)) void whole(Whole& w, int64_t r) {
+  const Job& job = w.t.job;
+  const int64_t stride = job.x.stride, row = w.t.row + r, apart = job.w.panel_bytes;
+  const uint8_t *const base = panel_of(job, w.t.panel), *ahead = w.ahead;
+  const uint8_t* codes = base + job.w.codes_at;
+  Side<int8_t, R> q(job.x.q + row * stride, stride);
+  __m512i dot[R][P], sum[P];
+  UNROLL for (int p = 0; p < P; ++p) {
+    sum[p] = _mm512_setzero_si512();
+    UNROLL for (int i = 0; i < R; ++i) dot[i][p] = FIRST ? sum[p] : w.start[p];
+  }
+  for (const uint8_t* const end = codes + job.w.padded_k * PANEL; codes < end; codes += 256) {
+    fetch(ahead);
+    ahead += 64;
+    UNROLL for (int k = 0; k < 16; k += 4) step<FIRST>(q, k, codes, apart, dot, sum);
+    q.advance(16);
+  }
+  w.ahead = ahead;
+  UNROLL for (int p = 0; p < P; ++p) {
+    const uint8_t* const panel = base + p * apart;
+    const __m512 scale = job.w.half_scales ? scales<true>(panel, 0) : scales<false>(panel, 0);
+    if (FIRST) w.start[p] = negative(sum[p]);
+    UNROLL for (int i = 0; i < R; ++i) {
+      const __m512i all = FIRST ? _mm512_add_epi32(dot[i][p], w.start[p]) : dot[i][p];
+      const __m512 y = add_group(all, job.x.scale[row + i], scale, _mm512_setzero_ps());
+      store(job, w.t.panel + p, row + i, y);
     }
   }
 }
 
-template <int R, int P>
-__attribute__((noinline)) void rows_of(const Tile& t, const Stretch& s, int64_t r, Codes codes) {
-  const int64_t groups = t.job.w.groups, stride = t.job.x.stride, count = s.count;
-  Rows12<int8_t> q(t.job.x.q + (t.row + r) * stride + s.begin, stride);
-  Rows12<float> xs(t.job.x.scale + (t.row + r) * groups + s.group, groups);
+// ---- groups: the sums and totals of 6 rows stay in registers for a stretch
+
+struct Groups {
+  const Tile& t;
+  const Stretch& s;
+  Codes codes;
+  const uint8_t *ahead, *ahead_end;  // what is asked for next, of each panel: what follows
+};
+
+template <int R, int P, bool FIRST>
+__attribute__((noinline)) void groups(Groups& w, int64_t r) {
+  const Tile& t = w.t;
+  const Stretch s = w.s;
+  const int64_t stride = t.job.x.stride, each = t.job.w.groups, apart = w.codes.apart;
+  const int64_t next = t.job.w.panel_bytes;
+  Side<int8_t, R> q(t.job.x.q + (t.row + r) * stride + s.begin, stride);
+  Side<float, R> xs(t.job.x.scale + (t.row + r) * each + s.group, each);
   const float* ws = t.s.scales;
-  const int32_t* start = t.s.zeros;
-  float* const total = t.s.total + r * WIDE;
+  int32_t* start = t.s.zeros;
+  float* const totals = t.s.total + r * WIDE;
   int32_t* const unfinished = t.s.unfinished + r * WIDE;
+  const uint8_t *codes = w.codes.at, *ahead = w.ahead;
+  __m512 total[R][P];
+  UNROLL for (int i = 0; i < R; ++i) UNROLL for (int p = 0; p < P; ++p)
+    total[i][p] = s.begin ? _mm512_load_ps(totals + i * WIDE + p * PANEL) : _mm512_setzero_ps();
   for (int64_t g = 0; g < s.groups; ++g, ws += WIDE, start += WIDE, xs.advance(1)) {
-    __m512i dot[R][P];
-    UNROLL for (int i = 0; i < R; ++i) UNROLL for (int p = 0; p < P; ++p)
-      dot[i][p] = load(start + p * PANEL);
+    __m512i dot[R][P], sum[P];
+    UNROLL for (int p = 0; p < P; ++p) {
+      sum[p] = _mm512_setzero_si512();
+      const __m512i first = FIRST ? sum[p] : load(start + p * PANEL);
+      UNROLL for (int i = 0; i < R; ++i) dot[i][p] = first;
+    }
+    for (const uint8_t* const end = codes + s.count * PANEL; codes < end; codes += 256) {
+      if (ahead < w.ahead_end) {
+        UNROLL for (int p = 0; p < P; ++p) fetch(ahead + p * next);
+        ahead += 64;
+      }
+      UNROLL for (int k = 0; k < 16; k += 4) step<FIRST>(q, k, codes, apart, dot, sum);
+      q.advance(16);
+    }
+    if (FIRST)
+      UNROLL for (int p = 0; p < P; ++p) {
+        const __m512i begin = negative(sum[p]);
+        _mm512_store_si512(start + p * PANEL, begin);
+        UNROLL for (int i = 0; i < R; ++i) dot[i][p] = _mm512_add_epi32(dot[i][p], begin);
+      }
     if (!s.first)
       UNROLL for (int i = 0; i < R; ++i) UNROLL for (int p = 0; p < P; ++p)
         dot[i][p] = _mm512_add_epi32(dot[i][p], load(unfinished + i * WIDE + p * PANEL));
-    multiply<R, P>(q, codes.at, codes.apart, count, dot);
-    if (!s.last) {
+    if (s.last)
+      UNROLL for (int i = 0; i < R; ++i) UNROLL for (int p = 0; p < P; ++p)
+        total[i][p] = add_group(dot[i][p], *xs.at(i), _mm512_load_ps(ws + p * PANEL), total[i][p]);
+    else
       UNROLL for (int i = 0; i < R; ++i) UNROLL for (int p = 0; p < P; ++p)
         _mm512_store_si512(unfinished + i * WIDE + p * PANEL, dot[i][p]);
-      continue;
-    }
-    UNROLL for (int i = 0; i < R; ++i) UNROLL for (int p = 0; p < P; ++p) {
-      float* const sum = total + i * WIDE + p * PANEL;
-      const __m512 scale = _mm512_load_ps(ws + p * PANEL);
-      _mm512_store_ps(sum, add_group(dot[i][p], *xs.at(i), scale, _mm512_load_ps(sum)));
-    }
+  }
+  w.ahead = ahead;
+  UNROLL for (int i = 0; i < R; ++i) UNROLL for (int p = 0; p < P; ++p)
+    _mm512_store_ps(totals + i * WIDE + p * PANEL, total[i][p]);
+}
+
+// ---- tiles
+
+template <int R, int P>
+int64_t rows_of(Whole& w, int64_t r) {
+  r == 0 ? whole<R, P, true>(w, r) : whole<R, P, false>(w, r);
+  return R;
+}
+
+template <int R, int P>
+int64_t rows_of(Groups& w, int64_t r) {
+  r == 0 ? groups<R, P, true>(w, r) : groups<R, P, false>(w, r);
+  return R;
+}
+
+template <int P>
+void all_rows(Whole w) {
+  for (int64_t r = 0; r < w.t.rows;) {
+    const int64_t left = w.t.rows - r;
+    r += left >= 12  ? rows_of<12, P>(w, r)
+         : left >= 8 ? rows_of<8, P>(w, r)
+         : left >= 4 ? rows_of<4, P>(w, r)
+         : left >= 2 ? rows_of<2, P>(w, r)
+                     : rows_of<1, P>(w, r);
   }
 }
 
 template <int P>
-void all_rows(const Tile& t, const Stretch& s, Codes codes) {
-  int64_t r = 0;
-  for (; r + 12 <= t.rows; r += 12) rows_of<12, P>(t, s, r, codes);
-  if (r + 8 <= t.rows) rows_of<8, P>(t, s, r, codes), r += 8;
-  if (r + 4 <= t.rows) rows_of<4, P>(t, s, r, codes), r += 4;
-  switch (t.rows - r) {
-    case 3: return rows_of<3, P>(t, s, r, codes);
-    case 2: return rows_of<2, P>(t, s, r, codes);
-    case 1: return rows_of<1, P>(t, s, r, codes);
+void all_rows(Groups w) {
+  for (int64_t r = 0; r < w.t.rows;) {
+    const int64_t left = w.t.rows - r;
+    r += left == 6 || left > 8 ? rows_of<6, P>(w, r)
+         : left >= 4           ? rows_of<4, P>(w, r)
+         : left >= 2           ? rows_of<2, P>(w, r)
+                               : rows_of<1, P>(w, r);
   }
 }
 
-// What the sums of each group begin with: -128 times the sum of its codes, to i32 [groups][2][16].
-void take_starts(const Tile& t, const Stretch& s, Codes codes) {
-  const __m512i one = _mm512_set1_epi8(-128);  // 128 as u8
-  for (int64_t p = 0; p < t.panels; ++p) {
-    const uint8_t* at = codes.at + p * codes.apart;
-    int32_t* to = t.s.zeros + p * PANEL;
-    for (int64_t g = 0; g < s.groups; ++g, to += WIDE) {
-      __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-      for (int64_t k = 0; k < s.count; k += 8, at += 128)
-        UNROLL for (int i = 0; i < 2; ++i) {
-          if (t.job.w.bits == 8) __builtin_prefetch(at + 64 * i + NEAR_AHEAD);
-          sum[i] = _mm512_dpbusd_epi32(sum[i], one, load(at + 64 * i));
-        }
-      const __m512i both = _mm512_add_epi32(sum[0], sum[1]);
-      _mm512_store_si512(to, _mm512_sub_epi32(_mm512_setzero_si512(), both));
-    }
+// What is read after the values of K before `k`, of the first panel.
+const uint8_t* following(const Tile& t, int64_t k) {
+  const Layout& w = t.job.w;
+  if (k == w.padded_k) return panel_of(t.job, t.panel + t.panels);
+  return panel_of(t.job, t.panel) + w.codes_at + k * PANEL * w.bits / 8;
+}
+
+void all_groups(const Tile& t) {
+  const Layout& w = t.job.w;
+  for (int64_t k = 0; k < w.padded_k;) {
+    const int64_t count = next_block(w, k);
+    const Stretch s = stretch_of(w, k, count);
+    take_scales(t, s);
+    const uint8_t* const ahead = following(t, k + count);
+    const Groups all = {t, s, codes_of(t, s), ahead, ahead + count * PANEL * w.bits / 8};
+    t.panels == 1 ? all_rows<1>(all) : all_rows<2>(all);
+    k += count;
   }
+  store_totals(t);
 }
 
 void many_rows(const Job& job, int64_t panel, int64_t panels, int64_t row, int64_t rows,
                Tiling& scratch) {
-  const Layout& w = job.w;
   const Tile t = {job, panel, panels, row, rows, scratch};
-  begin_totals(t);
-  for (int64_t k = 0; k < w.padded_k;) {
-    const int64_t count = next_block(w, k);
-    const Stretch s = stretch_of(w, k, count);
-    const Codes codes = codes_of(t, s);
-    take_scales(t, s);
-    take_starts(t, s, codes);
-    panels == 1 ? all_rows<1>(t, s, codes) : all_rows<2>(t, s, codes);
-    k += count;
-  }
-  store_totals(t);
+  if (job.w.bits == 4 || job.w.groups > 1) return all_groups(t);
+  const Whole all = {t, {}, panel_of(job, panel + panels)};
+  panels == 1 ? all_rows<1>(all) : all_rows<2>(all);
 }
 
 }  // namespace
