@@ -32,11 +32,16 @@ import dfc  # noqa: E402
 
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 RESULTS = ROOT / "benchmarks" / "results" / "engines-int8.txt"
+# By a part of the model's name: what is quantized, and the engine.
 RECIPES = {
-    "bert": "quantize int8 using calib with scheme=static\n autocast bf16"
-    if has_bf16()
-    else "quantize int8 with codes=pairs",  # `auto` may be ONNX Runtime: a third faster there
-    "resnet": "quantize int8 using calib with scheme=static",
+    "bert": [
+        # Dynamic codes are multiplied by dfc's own kernels, which inductor calls: `dfc tune` measures it too.
+        ("quantize int8 using calib with scheme=dynamic, method=gptq", "inductor"),
+        ("quantize int8 using calib with scheme=static\n autocast bf16", "auto")
+        if has_bf16()
+        else ("quantize int8 with codes=pairs", "auto"),  # may be ONNX Runtime: a third faster there
+    ],
+    "resnet": [("quantize int8 using calib with scheme=static", "auto")],
 }
 Call = Callable[[], Any]
 
@@ -114,23 +119,20 @@ def _ort_dynamic(path: Path, args: Any) -> Call:
     return session(out, args)
 
 
-def ours(name: str, model: Any, args: Any, data: Any) -> tuple[dict[str, Call], str]:
-    from dfc.compiled import with_state_inputs
-    from dfc.runtime.engines import find_engine
-
-    steps = next(r for part, r in RECIPES.items() if part in name)
-    named = "data calib\n" if "calib" in steps else ""
-    recipe = f"dfc 1\n{named}recipe small {{\n apply simplify\n fuse\n {steps}\n}}"
-    compiled = dfc.compile(
-        model, args, recipe=recipe, data={"calib": data} if named else None, verify="none"
-    )
-    calls: dict[str, Call] = {"dfc auto": lambda: compiled(*args)}
-    graph = with_state_inputs(compiled.graph)
-    for engine in ("eager", "inductor", "onnxruntime", "openvino"):
-        if engine != compiled.engine.name:
-            run = find_engine(engine).build(graph)
-            calls[f"dfc {engine}"] = lambda run=run: run(list(args))  # type: ignore[misc]
-    return calls, f"`{steps}`, auto is {compiled.engine.name}"
+def ours(name: str, model: Any, args: Any, data: Any) -> dict[str, Call]:
+    """By engine and scheme: what a user would compile."""
+    found: dict[str, Call] = {}
+    for steps, engine in next(r for part, r in RECIPES.items() if part in name):
+        named = "data calib\n" if "calib" in steps else ""
+        recipe = f"dfc 1\n{named}recipe small {{\n apply simplify\n fuse\n {steps}\n}}"
+        compiled = dfc.compile(
+            model, args, recipe=recipe, engine=engine, verify="none",
+            data={"calib": data} if named else None,
+        )  # fmt: skip
+        title = f"dfc {'static' if 'static' in steps else 'dynamic'}, {compiled.engine.name}"
+        print(f"  {title}: `{steps}`")
+        found[title] = lambda compiled=compiled: compiled(*args)  # type: ignore[misc]
+    return found
 
 
 def first(x: Any) -> torch.Tensor:
@@ -156,14 +158,15 @@ def table(found: dict[str, list[float]], errors: dict[str, float]) -> list[str]:
         ratio = median(b / a for a, b in zip(found[n], found[best], strict=True))
         spread = f"{low:>6.1f} ..{high:>6.1f} ms"
         lines.append(f"  {n:<26}{mid[n]:>6.1f} ms  {spread}  {errors[n]:7.4f}  {ratio:.2f}")
-    fastest = min((n for n in mid if n.startswith("dfc")), key=lambda n: mid[n])
-    for n in dict.fromkeys(("dfc auto", fastest)):
-        ratio = median(b / a for a, b in zip(found[n], found[best], strict=True))
-        met = ratio >= 1.1 and errors[n] <= errors[best]
-        lines.append(
-            f"  goal, {n}: 1.1 times as fast as the fastest peer at no more of its error: "
-            f"{ratio:.2f}, {errors[n] / errors[best]:.2f}: {'met' if met else 'NOT met'}"
-        )
+    ours = [n for n in mid if n.startswith("dfc")]
+    near = [n for n in ours if errors[n] <= errors[best]] or ours
+    n = min(near, key=lambda n: mid[n])
+    ratio = median(b / a for a, b in zip(found[n], found[best], strict=True))
+    met = ratio >= 1.1 and errors[n] <= errors[best]
+    lines.append(
+        f"  goal, {n}: 1.1 times as fast as the fastest peer at no more of its error: "
+        f"{ratio:.2f}, {errors[n] / errors[best]:.2f}: {'met' if met else 'NOT met'}"
+    )
     return lines
 
 
@@ -190,7 +193,7 @@ def main() -> None:
         model, args = build()
         data = data_for(name, args)
         with tempfile.TemporaryDirectory() as folder:
-            calls, told = ours(name, model, args, data)
+            calls = ours(name, model, args, data)
             calls |= peers(Path(folder), name, model, args, data)
             calls["PyTorch float32"] = lambda model=model, args=args: model(*args)
             with torch.inference_mode():
@@ -200,7 +203,7 @@ def main() -> None:
                     for n, c in calls.items()
                 }
             found = times(calls, options.rounds, options.seconds)
-        say(f"\n{name}, int8: {told}; {len(found['dfc auto'])} rounds")
+        say(f"\n{name}, int8; {len(found['PyTorch float32'])} rounds")
         say("\n".join(table(found, errors)))
         RESULTS.write_text("\n".join(lines) + "\n")
 
