@@ -35,11 +35,11 @@ RESULTS = ROOT / "benchmarks" / "results" / "engines-int8.txt"
 # By a part of the model's name: what is quantized, and the engine.
 RECIPES = {
     "bert": [
-        # Dynamic codes are multiplied by dfc's own kernels, which inductor calls: `dfc tune` measures it too.
+        # The kernels of this are dfc's own, which inductor calls; `dfc tune` would measure it.
         ("quantize int8 using calib with scheme=dynamic, method=gptq", "inductor"),
         ("quantize int8 using calib with scheme=static\n autocast bf16", "auto")
         if has_bf16()
-        else ("quantize int8 with codes=pairs", "auto"),  # may be ONNX Runtime: a third faster there
+        else ("quantize int8 with codes=pairs", "auto"),  # ONNX Runtime is a third faster then
     ],
     "resnet": [("quantize int8 using calib with scheme=static", "auto")],
 }
