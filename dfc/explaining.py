@@ -176,6 +176,8 @@ class _Asked:
         changes = f"{step.changes} change{'s' if step.changes != 1 else ''}"
         found.lines.append(f"{step.text}: {changes}, behind {behind}")
         found.lines += self._group_lines(groups)
+        found.lines += [f"  note: {note}" for note in step.notes]
+        found.data["notes"] = list(step.notes)
         if not groups:
             found.lines.append("  there was nothing that it looks for")
         if not step.tells:
@@ -259,7 +261,9 @@ class _Asked:
                 most = f"{len(kept[0].decisions)}: {kept[0].reason}"
                 what += f"{'; ' * bool(what)}{left} left ({most})"
             found.lines.append(f"  {step.text:<18} {step.changes:>4} changes  {what}".rstrip())
+            found.lines += [f"    note: {note}" for note in step.notes]
             entry = {"pass": step.text, "changes": step.changes, "outcomes": dict(done)}
+            entry["notes"] = list(step.notes)
             entry["kept"] = {g.reason: len(g.decisions) for g in kept}
             found.data["passes"].append(entry)
         fired = Counter(

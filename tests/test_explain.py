@@ -367,6 +367,17 @@ def test_an_overview_counts_passes_rules_and_what_is_left() -> None:
     assert "more: --rule NAME, --pass NAME, --node" in str(found)
 
 
+def test_what_a_pass_tells_for_the_report_is_told_here_too() -> None:
+    model, calib = torch.nn.Linear(64, 64).eval(), {"calib": [torch.ones(2, 64)]}
+    passes = [find_pass("quantize", {"data": "calib"})]
+    found = dfc.explain(model, (torch.ones(2, 64),), passes=passes, data=calib)
+    (step,) = found.data["passes"]
+    assert len(step["notes"]) == 1 and f"note: {step['notes'][0]}" in str(found)
+    assert "`calib` was not read" in str(found)
+    one = dfc.explain(model, (torch.ones(2, 64),), pass_="quantize", passes=passes, data=calib)
+    assert one.data["notes"] == step["notes"] and f"note: {step['notes'][0]}" in str(one)
+
+
 # The command line
 
 FACTORY = """

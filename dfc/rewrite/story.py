@@ -17,7 +17,7 @@ from dfc.rewrite.rule import Rule
 
 @dataclass
 class Step:
-    """One pass: how many changes, what it decided, and which values there were behind it."""
+    """One pass: how many changes, what it decided and told, and which values were behind it."""
 
     text: str
     name: str
@@ -25,6 +25,7 @@ class Step:
     decisions: list[Decision]
     values: Mapping[str, str]  # name -> op
     tells: bool = True  # whether the pass says why
+    notes: tuple[str, ...] = ()  # what it told for the report
 
 
 @dataclass
@@ -56,6 +57,7 @@ def run_through(
     before = _values(copy)
     for p in passes:
         say(f"running {p}")
+        known = len(products.get("notes", ()))
         ctx = Context(target=target, decisions=[], data=data or {}, products=products)
         changes = p.run(copy, ctx)
         after = _values(copy)
@@ -64,7 +66,8 @@ def run_through(
         tells = bool(decisions) or not changes
         if not tells:
             decisions = _differences(before, after)
-        run.steps.append(Step(str(p), p.name, changes, decisions, after, tells))
+        notes = tuple(products.get("notes", ())[known:])
+        run.steps.append(Step(str(p), p.name, changes, decisions, after, tells, notes))
         before = after
     return run
 
