@@ -1,4 +1,4 @@
-"""How far the probes of a compilation are is told where they take long."""
+"""Which probes there are, how often they are run, and how far they are where they take long."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import torch
 from torch import nn
 
 import dfc
+from dfc.capture.torch_export import trace
+from dfc.ir.graph import Graph
 from dfc.recipe import probing
+from dfc.rewrite import probe
+from dfc.rewrite.probe import Probes, make_probes
 
 
 @pytest.mark.parametrize("long", [True, False])
@@ -22,3 +26,46 @@ def test_long_probes_tell_how_far_they_are(long: bool, monkeypatch: pytest.Monke
     whole = len(said)
     want = [f"running the original on probe inputs: {i} of {whole} done" for i in range(1, whole)]
     assert said[1:] == want and (whole > 2) is long
+
+
+class Rows(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.exp() + 1  # two values of 8 numbers a row
+
+
+def batches(rows: int, most: int, least: int = 1, count: int | None = None) -> list[int]:
+    """The first sizes of the probes of an example with so many rows."""
+    sizes = ({0: torch.export.Dim("B", min=least, max=most)},)
+    graph = trace(Rows(), (torch.randn(7, 8),), dynamic_shapes=sizes)
+    found = make_probes(graph, [torch.randn(rows, 8)], count=count)
+    return [len(p.inputs[0]) for p in found.probes]
+
+
+def test_beside_a_large_example_there_are_small_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert batches(64, 100) == [64, 1, 65]
+    monkeypatch.setattr(probe, "_MOST_ELEMENTS", 16 * 12)  # of twelve rows
+    assert batches(64, 100) == [64, 1, 9]
+    assert batches(64, 64) == [64, 1, 7]
+    assert batches(11, 100) == [11, 1, 12]  # small ones are as they were
+    assert batches(64, 100, least=40) == [64, 40, 41]
+    further = batches(64, 500, count=12)[4:]  # behind the example with other values
+    assert len(further) == 8 and max(further) <= 12 < 64
+
+
+def test_a_versions_own_standard_is_computed_once_for_all_engines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    computed: list[Graph] = []
+    compute = Probes._compute
+
+    def counted(self: Probes, probe: probe.Probe) -> None:
+        computed.append(self.graph)
+        compute(self, probe)
+
+    monkeypatch.setattr(Probes, "_compute", counted)
+    recipe = "dfc 1\nrecipe r {\n  quantize int8\n}\n"
+    x = torch.randn(2, 64)
+    compiled = dfc.compile(nn.Linear(64, 64).eval(), (x,), recipe=recipe)
+    assert len([e for e in compiled.report.engines if e.p50_ms is not None]) > 1
+    own = [g for g in computed if any(n.op == "dfc.linear_w8" for n in g.walk())]
+    assert len(own) == 2 and len(computed) == 4  # the example and other values

@@ -1,7 +1,8 @@
 """Probes: inputs made from the user's example, with the original's outputs and the witness's.
 
-The example itself, the same sizes with other values, and other sizes, size 1 among them. Values
-are drawn from the example's own dtype and range: a token id stays a valid token id.
+The example itself, the same sizes with other values, and other sizes, size 1 among them; of a large
+example, smaller ones. Values are drawn from the example's own dtype and range: a token id stays a
+valid token id.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from dfc.rewrite.pass_ import Numerics
 
 # The model's own kernels against the captured graph's: the same ones, in another layout at most.
 CAPTURE_RTOL = 1e-5
+# Of all values together: the double of each is computed, which takes seconds by then.
+_MOST_ELEMENTS = 2**28
 
 
 @dataclass
@@ -216,8 +219,9 @@ def make_probes(
     if graph.ranges:
         ones = {s: max(low, 1) for s, (low, _) in graph.ranges.items() if s in sizes}
         other = {s: _other(sizes[s], *graph.ranges[s]) for s in ones}
+        other = _affordable(graph, sizes, other)
         for plan in (ones, other):
-            if all(evaluate(r, {**sizes, **plan}) is not False for r in graph.requires):
+            if _allowed(graph, {**sizes, **plan}):
                 plans.append((_label(plan), plan))
     plans.append(("other values", {}))
     for label, changed in plans[: 2 if count is None else max(count - 1, 0)]:
@@ -226,6 +230,31 @@ def make_probes(
     while count is not None and len(probes) < count:
         probes.append(_further(graph, inputs, len(probes), seed))
     return Probes(graph, probes, seed, run_original=run_original)
+
+
+def _affordable(graph: Graph, sizes: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Sizes other than the example's, or halves of them while they are too much work."""
+    while _elements(graph, {**sizes, **other}) > _MOST_ELEMENTS:
+        # Odd ones: what a kernel or a rewrite takes for granted is even.
+        least = {s: max(graph.ranges[s][0], 1) + 1 for s in other}
+        smaller = {s: max(v // 2 | 1, min(least[s], v)) for s, v in other.items()}
+        if smaller == other or not _allowed(graph, {**sizes, **smaller}):
+            break
+        other = smaller
+    return other
+
+
+def _allowed(graph: Graph, sizes: dict[str, Any]) -> bool:
+    return all(evaluate(r, sizes) is not False for r in graph.requires)
+
+
+def _elements(graph: Graph, sizes: dict[str, Any]) -> int:
+    """How many numbers the nodes compute at these sizes; what depends on data is left out."""
+    found = (
+        evaluate(r.type.numel, sizes)
+        for n in graph.walk() for r in n.results if isinstance(r.type, TensorType)
+    )  # fmt: skip
+    return sum(x for x in found if isinstance(x, int))
 
 
 def _drawn(
@@ -252,7 +281,8 @@ def _further(graph: Graph, inputs: Sequence[Any], number: int, seed: int) -> Pro
                 most = most if high is None else min(most, high)
                 at = torch.randint(max(most - least, 0) + 1, (1,), generator=generator)
                 plan[s] = least + int(at)
-        if all(evaluate(r, {**sizes, **plan}) is not False for r in graph.requires):
+        if _allowed(graph, {**sizes, **plan}):
+            plan = _affordable(graph, sizes, plan)
             break
         plan = {}
     label = f"{_label(plan)}, other values" if plan else "other values"
