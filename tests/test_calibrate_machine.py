@@ -5,27 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from dfc.cli import main
-from dfc.cli.calibrate import _one_each, busy_text
+from dfc.cli.calibrate import _one_each, _show, busy_text
 from dfc.errors import DfcError
 from dfc.planning.cost import Work, work_of
 from dfc.planning.machine import Device
-from dfc.recipe.calibrated import fact_text, require_word, target_text
+from dfc.recipe.calibrated import doubt_text, fact_text, require_word, target_text
 from dfc.recipe.machines import machine_of
 from dfc.recipe.sources import plan_of
 from dfc.recipe.targets import RATES
+from dfc.runtime.calibrate import sampling
 from dfc.runtime.calibrate.blocks import blocks
 from dfc.runtime.calibrate.device import Measured
 from dfc.runtime.calibrate.equations import readings_of
 from dfc.runtime.calibrate.fitting import fitted, solve
 from dfc.runtime.calibrate.inplace import Clocked, clocked, quiet_seconds
 from dfc.runtime.calibrate.links import MeasuredLink, messages
-from dfc.runtime.calibrate.probes import CPU, chains_of
+from dfc.runtime.calibrate.probes import CPU, GPU, Sizes, chains_of
 from dfc.runtime.calibrate.sampling import Reading, quiet, reading, sample_all
 
 FACTS = {"cores": 2.0, "mem": 24e9, "cache": 32e6}
@@ -42,16 +44,83 @@ def test_samples_are_taken_in_turns_and_time_ends_them() -> None:
     order: list[str] = []
     runs = {name: lambda name=name: order.append(name) for name in "ab"}
     found = sample_all(runs, rounds=50, seconds=0.0)
-    assert found["a"].samples == found["b"].samples == 3
+    assert found["a"].samples == found["b"].samples == 5
     turns = [x for x, before in zip(order, [None, *order], strict=False) if x != before]
-    assert turns == ["a", "b"] * 4  # a warm-up and three rounds
+    assert turns == ["a", "b"] * 6  # a warm-up and five rounds
 
 
-def modelled_times(device: Device) -> dict[str, Reading]:
+class Queue:
+    """A clock of a host that leaves work to a device, and waits for it where it is told to."""
+
+    def __init__(self) -> None:
+        self.host = self.device = 0.0
+
+    def call(self, starting: float, working: float) -> None:
+        self.host += starting
+        self.device = max(self.device, self.host) + working
+
+    def wait(self) -> None:
+        self.host = max(self.host, self.device) + 4e-6
+
+    def perf_counter(self) -> float:
+        return self.host
+
+
+def test_a_call_takes_what_keeps_the_host_or_the_device_busy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    queue = Queue()
+    monkeypatch.setattr(sampling, "time", queue)
+    runs = {"small": partial(queue.call, 2e-5, 3e-6), "large": partial(queue.call, 2e-5, 2e-3)}
+    found = sample_all(runs, rounds=5, seconds=1.0, wait=queue.wait)
+    assert found["small"].value == pytest.approx(2e-5, rel=0.02)
+    assert found["large"].value == pytest.approx(2e-3, rel=0.02)
+
+
+def test_a_small_difference_is_no_measurement() -> None:
+    took = Reading(10e-6, 0.02, 9)
+    assert took.minus(4e-6).spread == pytest.approx(0.02 * 10 / 6)
+    assert took.minus(10e-6).value == pytest.approx(1e-6)  # a tenth is left
+    each = took.beyond(4e-6, 100)
+    assert each.is_seen and each.value == pytest.approx(60e-9)
+    assert each.spread == pytest.approx(2e-9 / 60e-9)
+    for start in (9.9e-6, 12e-6):
+        nothing = took.beyond(start, 100)
+        assert not nothing.is_seen and nothing.least == pytest.approx(2e-9)
+        assert doubt_text(nothing, "time") == "not told from nothing: below 2ns"
+        assert doubt_text(nothing.at(1e-8), "time") == "quartiles 20% apart"  # others told more
+
+
+@pytest.mark.parametrize(
+    ("spread", "text"),
+    [
+        (0.05, ""),
+        (0.42, "quartiles 42% apart"),
+        (376.24, "unsteady: measure again on a quiet machine"),
+    ],
+)
+def test_spreads_are_told_as_what_they_mean(spread: float, text: str) -> None:
+    assert doubt_text(Reading(1e-6, spread, 9), "time") == text
+
+
+def test_the_table_tells_what_was_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    readings = {
+        "launch": Reading(3e-6, 0.03, 9), "bw": Reading(1e9, 376.24, 9),
+        "launch_each": Reading(0.0, 0.0, 9, least=5e-9),
+    }  # fmt: skip
+    _show("host.dfc", [Measured("cpu0", "cpu", FACTS, readings)], [])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["cpu0", "launch", "3", "us", "3%"] in rows
+    assert ["cpu0", "launch_each", "below", "5", "ns"] in rows
+    assert ["cpu0", "bw", "1", "GB/s", "unsteady"] in rows
+    assert any(row[:1] == ["unsteady:"] for row in rows)
+
+
+def modelled_times(device: Device, sizes: Sizes = CPU) -> dict[str, Reading]:
     """The time of every chain on a device that is as the model says."""
     return {
         fact: Reading(sum(work_of(n, {}).seconds(device) for n in chain.graph().nodes), 0.01, 9)
-        for fact, chain in chains_of(CPU, "cpu").items()
+        for fact, chain in chains_of(sizes, device.kind).items()
     }
 
 
@@ -75,6 +144,46 @@ def test_facts_are_those_of_a_device_that_is_as_the_model_says() -> None:
     }  # fmt: skip
     for fact, value in wanted.items():
         assert found[fact] == pytest.approx(value, rel=0.15), fact
+
+
+def test_a_gpu_starts_operators_while_others_run() -> None:
+    kinds = ("view", "matmul", "conv", "unfold", "norm", "attention")
+    launches = {k: (6 + 4 * i) * 1e-6 for i, k in enumerate(kinds)}
+    device = Device(
+        "d", "cuda", 80e9, 2.6e12, {"f32": 50e12, "f16": 800e12, "bf16": 800e12, "f64": 60e12},
+        8e-6, rates={"conv": 100e12, "attention": 40e12, "math": 4e12}, launches=launches,
+        grain=60.0, cache=50e6, cache_bandwidth=4e12, layout_bandwidth=2e12,
+    )  # fmt: skip
+    found = {
+        k: r.value for k, r in readings_of(modelled_times(device, GPU), GPU, 50e6, "cuda").items()
+    }
+    wanted: Mapping[str, float] = {
+        "peak": 50e12, "peak_f16": 800e12, "peak_bf16": 800e12, "peak_f64": 60e12, "bw": 2.6e12,
+        "rate_conv": 100e12, "rate_attention": 40e12, "rate_math": 4e12, "launch": 8e-6,
+        "bw_cache": 4e12, "bw_conv": 2e12, "grain": 60.0, "cache": 50e6,
+        **{f"launch_{k}": v for k, v in launches.items()},
+    }  # fmt: skip
+    for fact, value in wanted.items():
+        assert found[fact] == pytest.approx(value, rel=0.15), fact
+    assert not {"launch_each", "launch_product"} & found.keys()
+
+
+def test_blocks_show_what_starts_take_on_a_gpu() -> None:
+    kinds = ("view", "matmul", "conv", "norm", "attention", "reduce", "gather")
+    real = Device(
+        "d", "cuda", 80e9, 2e12, {"f32": 50e12}, 9e-6,
+        launches={k: (5 + 3 * i) * 1e-6 for i, k in enumerate(kinds)},
+    )  # fmt: skip
+    start = replace(real, launch=2e-6, launches=dict.fromkeys(kinds, 9e-5))
+    few, many = (
+        [(w, w.launching(real)) for name, b in blocks().items() for w in b.works
+         if name.startswith("many") == wide] for wide in (False, True)
+    )  # fmt: skip
+    found = fitted(start, few, many)
+    assert found.launch == pytest.approx(9e-6)
+    for kind in kinds:
+        assert found.launches[kind] == pytest.approx(real.launches[kind]), kind
+    assert replace(found, launch=0.0, launches={}) == replace(real, launch=0.0, launches={})
 
 
 def test_a_device_is_fitted_to_what_blocks_of_mixed_operators_take() -> None:
@@ -192,7 +301,8 @@ def test_small_matrices_cached_bytes_and_classes_have_times_of_their_own() -> No
         launches={"view": 1e-6, "conv": 9e-6}, grain=10.0, cache=1e3, cache_bandwidth=1e10,
     )  # fmt: skip
     product = Work(2e3, 0.0, 0.0, "f32", "matmul", (10.0, 10.0, 10.0))
-    assert product.seconds(replace(device, kind="cuda")) == pytest.approx(8 * 2e-6 + 5e-6)
+    assert product.seconds(replace(device, kind="cuda")) == pytest.approx(8 * 2e-6)
+    assert Work(1e3, 0.0, 0.0, "f32").seconds(replace(device, kind="cuda")) == 5e-6
     assert product.seconds(device) == pytest.approx(1.25 * 4 * 2 * 2e-6 + 5e-6)
     inside = Work(0.0, 0.0, 0.0, "f32", "attention", inner=2, fresh=1e3)  # a mask, and new pages
     assert inside.seconds(replace(device, fresh_bandwidth=1e9)) == pytest.approx(15e-6 + 1e-6)

@@ -165,18 +165,26 @@ def _data(path: str, devices: list[Measured], links: list[MeasuredLink]) -> dict
 def _show(path: str, devices: list[Measured], links: list[MeasuredLink]) -> None:
     from dfc.cli.tables import print_table
     from dfc.lang.units import amount_text
+    from dfc.recipe.calibrated import is_unsteady
     from dfc.recipe.targets import DEVICES, LINK
 
-    rows = [
-        [d.name, fact, amount_text(d.readings[fact].value, dimension),
-         f"{d.readings[fact].spread:.0%}"]
+    found = [
+        (d.name, fact, d.readings[fact], dimension)
         for d in devices for fact, dimension in DEVICES[d.kind].items() if fact in d.readings
     ]  # fmt: skip
     for x in links:
         way = f"{x.source} to {x.sink}, {x.kind}"
         for fact, r in (("bw", x.bandwidth), ("latency", x.latency)):
-            rows.append([way, fact, amount_text(r.value, LINK[fact]), f"{r.spread:.0%}"])
+            found.append((way, fact, r, LINK[fact]))
+    rows = []
+    for of, fact, r, dimension in found:
+        value = amount_text(r.value, dimension)
+        below = f"below {amount_text(r.least, dimension)}"
+        spread = "unsteady" if is_unsteady(r) else f"{r.spread:.0%}"
+        rows.append([of, fact, value, spread] if r.is_seen else [of, fact, below, ""])
     print_table(["of", "fact", "measured", "spread"], rows, right=(2, 3))
+    if any(is_unsteady(r) for _, _, r, _ in found):
+        print("unsteady: samples differ by more than the value; measure again on a quiet machine")
     for d in devices:
         if d.lacks:
             print(f"{d.name} has no kernels for {', '.join(d.lacks)}")

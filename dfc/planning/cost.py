@@ -1,7 +1,8 @@
 """What a node costs: arithmetic, bytes moved, and the time of both on a device.
 
 Time is the longer of computing and moving (the roofline), plus what starting a kernel takes, which
-differs by the operator's class (`kinds`). A matrix product of sides m, n and k is charged for a
+differs by the operator's class (`kinds`); a GPU's are started while others run, so that there it is
+the longer of both. A matrix product of sides m, n and k is charged for a
 larger one, by the device's grain: small sides leave it idle (`padding`). Bytes that fit the cache
 move at its speed; results that malloc maps anew each time take their page faults. Convolutions
 change layouts before they compute, so their bytes come on top; small ones on a processor unfold
@@ -48,11 +49,15 @@ class Work:
         return self.read + self.written
 
     def seconds(self, device: Device) -> float:
-        """The time on a device, by its roofline."""
+        """The time on a device: its work and its start, one after the other or side by side."""
+        work, start = self.working(device), self.launching(device)
+        return max(work, start) if device.ahead else work + start
+
+    def working(self, device: Device) -> float:
+        """Seconds of the work alone, by the device's roofline."""
         computing, moving = self.computing(device), self.moving(device)
         together = self.kind == "conv" and device.layout_bandwidth
-        work = computing + moving if together else max(computing, moving)
-        return work + self.launching(device)
+        return computing + moving if together else max(computing, moving)
 
     def computing(self, device: Device) -> float:
         """Seconds of arithmetic, small sides padded."""

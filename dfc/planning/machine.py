@@ -65,6 +65,11 @@ class Device:
         peak = self.peak(dtype)
         return own * peak / self.peak("f32") if own else peak
 
+    @property
+    def ahead(self) -> bool:
+        """Whether operators are started while earlier ones still run, as in a GPU's queue."""
+        return self.kind != "cpu"
+
     def launching(self, kind: str) -> float:
         """Seconds to start an operator; views start nothing unless it was measured."""
         return self.launches.get(kind, 0.0 if kind == "view" else self.launch)

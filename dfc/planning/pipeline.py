@@ -232,8 +232,11 @@ def _limit(
         for work in model.works[v]:
             if work.bytes:
                 computing, moving = work.computing(device), work.moving(device)
-                spent["computing" if computing >= moving else "moving"] += max(computing, moving)
-                spent["launching"] += work.launching(device)
+                took, start = max(computing, moving), work.launching(device)
+                if not device.ahead or took >= start:
+                    spent["computing" if computing >= moving else "moving"] += took
+                if not device.ahead or took < start:
+                    spent["launching"] += start
     links = {
         "receiving": float(load.receive[slot]), "sending": float(load.send[slot]),
         "streaming": float(tiers[slot].pass_seconds) / _HIDDEN if slot in tiers else 0.0,

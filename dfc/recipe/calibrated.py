@@ -24,6 +24,7 @@ _UNITS = {
     "number": ("",),
 }
 _NOISY = 0.1  # a spread that is worth telling
+_UNSTEADY = 1.0  # one that is as large as the value itself
 
 
 def fact_text(value: float, dimension: str) -> str:
@@ -31,6 +32,20 @@ def fact_text(value: float, dimension: str) -> str:
     units = _UNITS[dimension]
     unit = next((u for u in units if value >= UNITS[u][1]), units[-1])
     return f"{float(f'{value / UNITS[unit][1]:.4g}'):.12g}{unit}"
+
+
+def doubt_text(r: Reading, dimension: str) -> str:
+    """How sure a value is, where that is worth telling."""
+    if not r.is_seen:
+        return f"not told from nothing: below {fact_text(r.least, dimension)}"
+    if is_unsteady(r):
+        return "unsteady: measure again on a quiet machine"
+    return f"quartiles {r.spread:.0%} apart" if r.spread > _NOISY else ""
+
+
+def is_unsteady(r: Reading) -> bool:
+    """Whether samples differ so much that the value says little."""
+    return r.is_seen and r.spread > _UNSTEADY
 
 
 def target_text(
@@ -75,5 +90,5 @@ def _facts(
             yield f"{fact}={fact_text(known[fact], dimension)},"
         elif fact in readings:
             r = readings[fact]
-            told = f"  # quartiles {r.spread:.0%} apart" if r.spread > _NOISY else ""
+            told = f"  # {doubt}" if (doubt := doubt_text(r, dimension)) else ""
             yield f"{fact}={fact_text(r.value, dimension)},{told}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dfc.errors import DfcError
-from dfc.planning.facts import device_of, facts_of
+from dfc.planning.facts import LAUNCHES, device_of, facts_of
 from dfc.runtime.calibrate.blocks import Block, blocks
 from dfc.runtime.calibrate.chains import Chain
 from dfc.runtime.calibrate.equations import readings_of
@@ -51,7 +52,7 @@ def measure_device(
         runs[block_name] = _collecting(block, device, rows[block_name])
     took = sample_all(
         runs, rounds=7 if quick else 41, seconds=seconds / 4 if quick else seconds,
-        say=lambda what: say(f"{name}: {what}"),
+        say=lambda what: say(f"{name}: {what}"), wait=_waiting(device),
     )  # fmt: skip
     known = _known(device)
     readings = readings_of(took, sizes, known.pop("cache"), kind)
@@ -62,7 +63,16 @@ def measure_device(
         for wide in (False, True)
     )  # fmt: skip
     found = facts_of(fitted(alone, few, many))
+    if alone.ahead:  # blocks show what starts take, and nothing of the work behind them
+        found = {fact: v for fact, v in found.items() if fact in ("launch", *LAUNCHES)}
     return Measured(name, kind, known, _with(readings, found, took), tuple(lacks))
+
+
+def _waiting(device: str) -> Callable[[], None] | None:
+    """Waits for what was left to a GPU."""
+    import torch
+
+    return partial(torch.cuda.synchronize, device) if device.startswith("cuda") else None
 
 
 def _collecting(block: Block, device: str, rows: list[Clocked]) -> Callable[[], None]:
@@ -75,7 +85,7 @@ def _with(
 ) -> dict[str, Reading]:
     """Readings with the values that blocks show; what only they show is as sure as they are."""
     block = took["lookups"]
-    return {**readings, **{f: replace(readings.get(f, block), value=v) for f, v in facts.items()}}
+    return {**readings, **{f: readings.get(f, block).at(v) for f, v in facts.items()}}
 
 
 def _runners(
@@ -112,8 +122,6 @@ def _whole_numbers(device: str, side: int) -> Callable[[], None]:
 
     def run() -> None:
         torch._int_mm(x, x)
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
 
     return run
 

@@ -14,9 +14,14 @@ from dfc.runtime.calibrate.sampling import Reading
 def readings_of(
     took: Mapping[str, Reading], sizes: Sizes, cache: float, kind: str
 ) -> dict[str, Reading]:
-    """The facts that times tell: starting is taken off where it is a part of them."""
+    """The facts that times tell: starting is taken off where it is a part of them.
+
+    A GPU's operators are started while others run, so that there it is no part; and its kernels
+    take all heads and matrices at once.
+    """
     found = {f: _each(took[f], chain.operators) for f, chain in LAUNCHED.items()}
-    start = {f: r.value for f, r in found.items()}
+    alone = kind == "cpu"
+    start = {f: r.value if alone else 0.0 for f, r in found.items()}
     squares = [(took["peak"], sizes.side), (took[HALF], sizes.side // 2)]
     best, side = min(squares, key=lambda square: square[0].value / square[1] ** 3)
     found["grain"] = _grain(took["grain"], sizes.small, best, side, start["launch_matmul"], kind)
@@ -26,15 +31,12 @@ def readings_of(
         if fact in took:
             work = _product(sizes.other, g, kind)
             found[fact] = _rate(took[fact], work, start["launch_matmul"])
-    found["launch_product"] = _per_product(took, start["launch_matmul"], found["peak"], g, kind)
     attention = 8.0 * (sizes.tokens + g) ** 2 * (4 * 64 + 12) * (1 + g / 64)
     found.update(_convolutions(took, sizes, start["launch_conv"], g))
     found["rate_attention"] = _rate(took["rate_attention"], attention, start["launch_attention"])
-    head = max(took["launch_each"].value - start["launch_attention"], 0.0) / _HEADS
-    alone = max(start["launch_attention"] - 2 * 4 * head, start["launch"])
-    found["launch_attention"] = replace(found["launch_attention"], value=alone)
-    arithmetic = 8.0 * 8 * (4 * 8 + 12) * (1 + g / 8) ** 3 / found["rate_attention"].value
-    found["launch_each"] = replace(took["launch_each"], value=max(head - arithmetic, 0.0))
+    if alone:
+        found["launch_product"] = _per_product(took, start["launch_matmul"], found["peak"], g, kind)
+        found.update(_per_head(took, found, g))
     found["rate_math"] = _rate(took["rate_math"], 8.0 * sizes.few, start["launch"])
     found["bw_cache"] = _rate(_each(took["bw_cache"], 2), 12.0 * sizes.few, start["launch"])
     found.update(_memory(took, sizes, cache, found["bw_cache"].value, start["launch"]))
@@ -45,6 +47,18 @@ def readings_of(
 
 
 _HEADS = 16 * 8 - 2 * 4  # how many more than in the chain that tells the time to start
+
+
+def _per_head(
+    took: Mapping[str, Reading], found: Mapping[str, Reading], g: float
+) -> dict[str, Reading]:
+    """What each small head of attention takes beyond its arithmetic, and what is left to start."""
+    four = found["launch_attention"]
+    head = took["launch_each"].beyond(four.value, _HEADS).value
+    start = max(four.value - 2 * 4 * head, found["launch"].value)
+    arithmetic = 8.0 * 8 * (4 * 8 + 12) * (1 + g / 8) ** 3 / found["rate_attention"].value
+    each = took["launch_each"].beyond(four.value + _HEADS * arithmetic, _HEADS)
+    return {"launch_attention": replace(four, value=start), "launch_each": each}
 
 
 def _convolutions(
@@ -77,7 +91,7 @@ def _each(r: Reading, count: int) -> Reading:
 
 def _rate(r: Reading, work: float, start: float) -> Reading:
     """Work a second, without the time to start; that is never more than nine tenths."""
-    return replace(r, value=max(r.value - start, r.value / 10)).per(work)
+    return r.minus(start).per(work)
 
 
 def _memory(
@@ -118,7 +132,5 @@ def _per_product(
     took: Mapping[str, Reading], start: float, peak: Reading, grain: float, kind: str
 ) -> Reading:
     """What each small matrix of a batch takes beyond its arithmetic."""
-    each = max(took["launch_product"].value - start, 0.0) / PRODUCTS
-    return replace(
-        took["launch_product"], value=max(each - _product(8, grain, kind) / peak.value, 0.0)
-    )
+    arithmetic = _product(8, grain, kind) / peak.value
+    return took["launch_product"].beyond(start + PRODUCTS * arithmetic, PRODUCTS)

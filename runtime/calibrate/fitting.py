@@ -18,7 +18,12 @@ Node = tuple[Work, float]  # a node of a block, and its seconds where it stands
 
 
 def fitted(device: Device, few: Sequence[Node], many: Sequence[Node]) -> Device:
-    """The device that nodes show: of blocks with few items, and with many."""
+    """The device that nodes show: of blocks with few items, and with many.
+
+    On a GPU all of them show how long it takes to start them, which hides what they do.
+    """
+    if device.ahead:
+        return _starting(_starting(device, [*few, *many]), [*few, *many])
     # Views do no work whatever their sizes, but start later where others left the caches full.
     few = [*few, *(node for node in many if node[0].kind == "view")]
     for _ in range(3):  # starts are what work leaves, and work is what starts leave
@@ -32,7 +37,8 @@ def _starting(device: Device, nodes: Sequence[Node]) -> Device:
     """Times to start a class: what its nodes take beyond their work, a tenth of all at least."""
     found: dict[str, list[float]] = {}
     for work, seconds in nodes:
-        beyond = seconds - work.seconds(device) + device.launching(work.kind)
+        inside = work.launching(device) - device.launching(work.kind)
+        beyond = seconds - inside - (0.0 if device.ahead else work.working(device))
         kind = work.kind if work.kind in LAUNCHES.values() else "plain"
         found.setdefault(kind, []).append(max(beyond, seconds / 10))
     launches = {kind: mean(times) for kind, times in found.items()}

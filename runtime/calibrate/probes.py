@@ -39,9 +39,11 @@ class Sizes:
 CPU = Sizes(
     side=512, other=128, small=64, few=1 << 16, some=1 << 20, many=4 << 20, image=28, tokens=128
 )
+# Each long enough that it takes longer than starting it: what is shorter tells of the host alone.
 GPU = Sizes(
-    side=4096, other=4096, small=512, few=1 << 20, some=1 << 24, many=1 << 28, image=56, tokens=1024
-)
+    side=4096, other=4096, small=1024, few=1 << 22, some=1 << 24, many=1 << 28, image=224,
+    tokens=1024,
+)  # fmt: skip
 QUICK = Sizes(
     side=192, other=64, small=48, few=1 << 15, some=1 << 19, many=3 << 20, image=14, tokens=64
 )
