@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import nn
 
 import dfc
 from dfc.ir.graph import Graph
+from dfc.recipe.bench import Bench
+from dfc.runtime.measure import Timing
 from tests.work_clock import WorkClock
 
 
@@ -132,6 +135,32 @@ def test_a_reverted_result_is_timed_as_what_runs(clock: WorkClock) -> None:
     (chosen,) = [e for e in report.engines if e.verdict == "chosen"]
     assert chosen.label == "one, as captured"
     assert chosen.p50_ms == report.after_ms == pytest.approx(3, rel=0.1)
+
+
+@pytest.mark.parametrize(("other", "chosen", "captured_ms"), [(9, "one", 3), (1, "other", 1)])
+def test_before_and_after_are_of_the_same_minute(
+    clock: WorkClock, monkeypatch: pytest.MonkeyPatch, other: float, chosen: str, captured_ms: float
+) -> None:
+    """Each time that the bench measures, the machine has twice as much else to do."""
+    load, times = 1.0, Bench.times
+
+    def loaded(self: Bench, *args: Any, **limits: Any) -> list[Timing]:
+        nonlocal load
+        load *= 2
+        return [replace(t, p50_ms=t.p50_ms * load) for t in times(self, *args, **limits)]
+
+    names = registered(
+        clock, lambda captured: 3 if captured else 4, lambda captured: other if captured else 9
+    )
+    model, x = Padded(), torch.randn(3)
+    idle = dfc.compile(model, (x,), engine=names).report
+    monkeypatch.setattr(Bench, "times", loaded)
+    compiled = dfc.compile(model, (x,), engine=names)
+    report = compiled.report
+    assert compiled.engine.name == chosen and report.after_ms is not None
+    assert idle.before_ms and idle.after_ms == pytest.approx(captured_ms, rel=0.1)
+    assert report.after_ms > 2 * idle.after_ms
+    assert report.before_ms == pytest.approx(idle.before_ms * report.after_ms / idle.after_ms)
 
 
 def test_versions_of_other_arithmetic_are_measured_each_on_its_own_engine(clock: WorkClock) -> None:

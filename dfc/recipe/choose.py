@@ -8,13 +8,16 @@ it does, the captured graph takes its place again. How images lie in memory is a
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.planning.engine import Engine, Runner
 from dfc.recipe.bench import Bench, Ready, find_engine, on_device, state_of
 from dfc.report import Decision, EngineReport
+
+if TYPE_CHECKING:
+    from dfc.runtime.measure import Timing
 
 GUARD_MARGIN = 0.02  # two builds of one graph differ by this much, by where their memory lies
 GUARD_SECONDS = 1.0
@@ -30,7 +33,7 @@ class Choice:
     engine: Engine
     runner: Runner | None
     engines: list[EngineReport] = field(default_factory=list)
-    before_ms: float | None = None  # the original on the reference engine
+    before_ms: float | None = None  # the original on the reference engine, in turns with what runs
     after_ms: float | None = None
     guard: Decision | None = None
     notes: list[str] = field(default_factory=list)
@@ -116,7 +119,7 @@ def _fastest(
         guard = _guard(bench, ready, original)
         if guard.verdict == "reverted":
             ready = bench.ready(original, name)
-            (t,) = bench.times([(original, name)], seconds=0.3)
+            before, t = bench.times([(original, "eager"), (original, name)], seconds=0.3)
             after_ms = t.p50_ms
             engines[:] = _outrun(engines)
             engines.append(_measured(ready, name, t, True, CAPTURED))
@@ -126,7 +129,7 @@ def _fastest(
         rivals = [n for n in bench.finalists(original) if n in near and n != name]
         other = _captured(bench, ready, original, rivals, engines)
         if other is not None:
-            ready, guard = other
+            ready, guard, before = other
             after_ms = next(e.p50_ms for e in engines if e.verdict == "chosen") or after_ms
     return Choice(
         ready.graph, ready.engine, ready.runner, engines, before.p50_ms, after_ms, guard,
@@ -147,8 +150,9 @@ def _measured(ready: Ready, name: str, t: Any, chosen: bool, form: str = "") -> 
 
 def _captured(
     bench: Bench, ready: Ready, original: Graph, rivals: list[str], engines: list[EngineReport]
-) -> tuple[Ready, Decision] | None:
-    """The captured graph on another engine, if it is faster there than what was chosen.
+) -> tuple[Ready, Decision, Timing] | None:
+    """The captured graph on another engine, if it is faster there than what was chosen; and what
+    it takes meanwhile on the reference engine.
 
     Why:  what is fused for one engine may stand in the way of another's own fusions.
     """
@@ -164,7 +168,8 @@ def _captured(
     if not built:
         return None
     held = next(e for e in engines if e.verdict == "chosen").name
-    now, *theirs = bench.times([(ready.graph, held), *((original, n) for n in built)], seconds=0.3)
+    versions = [(original, "eager"), (ready.graph, held), *((original, n) for n in built)]
+    before, now, *theirs = bench.times(versions, seconds=0.3)
     best = min(range(len(theirs)), key=lambda i: theirs[i].p50_ms)
     names, chosen, undecided = list(built), None, ""
     if theirs[best].p50_ms < now.p50_ms:
@@ -176,7 +181,7 @@ def _captured(
         if undecided and i == best:
             report = replace(report, verdict="not faster", reason=undecided)
         engines.append(report)
-    return None if chosen is None else (built[names[best]], chosen)
+    return None if chosen is None else (built[names[best]], chosen, before)
 
 
 def _challenge(
