@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from queue import SimpleQueue
@@ -135,7 +135,7 @@ class _Going(_Work):
     parts: list[memoryview]
     file: int | None = None  # of a new block, which goes with the first byte
     error: str = ""
-    done: threading.Event = field(default_factory=threading.Event)
+    done: threading.Event | None = None  # only of one that the system did not take at once
 
     def put_away(self) -> None:
         """The other end has the file, or never will."""
@@ -144,6 +144,7 @@ class _Going(_Work):
             self.file = None
 
     def wait(self, timeout: timedelta) -> None:
+        assert self.done is not None
         if not self.done.wait(timeout.total_seconds()):
             raise RuntimeError(f"not taken in {timeout.total_seconds():.3g} s")
         if self.error:
@@ -188,15 +189,17 @@ class _Outgoing:
         return self._send(_Going(message, [frame, *message.parts]))
 
     def _send(self, work: _Going) -> _Work:
-        if self._last is None or self._last.done.is_set():
-            if self._last is not None and self._last.error:
-                raise RuntimeError(self._last.error)
+        last = self._last
+        if last is None or last.done is None or last.done.is_set():
+            if last is not None and last.error:
+                raise RuntimeError(last.error)
             try:
                 self._some(work, socket.MSG_DONTWAIT)
             except OSError as e:
                 raise RuntimeError(_why(e)) from e
             if not work.parts:
                 return _SENT
+        work.done = threading.Event()
         self._last = work
         self._queue.put(work)
         if self._thread is None:
@@ -225,6 +228,7 @@ class _Outgoing:
                     self._some(work)
             except OSError as e:
                 work.error = _why(e)
+            assert work.done is not None
             work.done.set()
 
     def wait_taken(self, count: int, seconds: float) -> None:

@@ -32,22 +32,33 @@ class Shelf:
 
     def __init__(self) -> None:
         self._blocks: list[_Block] = []
+        self._of_room: dict[int, list[tuple[int, mmap.mmap]]] = {}  # their numbers and memory
 
     def put(self, parts: Sequence[memoryview], nbytes: int) -> tuple[int, int | None] | None:
         """Write a message into a block that nobody reads: its number, and its file if it is new.
 
         Ensures: whoever gets a file closes it. None where there is no block to be had.
         """
-        fitting = [i for i, b in enumerate(self._blocks) if b.room >= nbytes and not b.in_use]
-        if fitting:
-            number, file = min(fitting, key=lambda i: (self._blocks[i].room, i)), None
-        elif len(self._blocks) < _MOST and AVAILABLE:
+        number, file = self._free(nbytes), None
+        if number is None:
+            if len(self._blocks) == _MOST or not AVAILABLE:
+                return None
             number, file = len(self._blocks), _file(_HEAD + nbytes)
-            self._blocks.append(_Block(file))
-        else:
-            return None
+            block = _Block(file)
+            self._blocks.append(block)
+            self._of_room.setdefault(block.room, []).append((number, block.memory))
         self._blocks[number].write(parts)
         return number, file
+
+    def _free(self, nbytes: int) -> int | None:
+        """The smallest block with room that nobody reads; of equal ones the first, which was used
+        last."""
+        for room in sorted(self._of_room):
+            if room >= nbytes:
+                for number, first in self._of_room[room]:
+                    if not first[0]:
+                        return number
+        return None
 
 
 class Reader:
@@ -81,25 +92,21 @@ class _Block:
 
     def __init__(self, file: int) -> None:
         size = os.fstat(file).st_size
-        self._map = mmap.mmap(file, size)
+        self.memory = mmap.mmap(file, size)
         self.room = size - _HEAD
 
-    @property
-    def in_use(self) -> bool:
-        return bool(self._map[0])
-
     def write(self, parts: Sequence[memoryview]) -> None:
-        self._map[0] = 1
+        self.memory[0] = 1
         at = _HEAD
         for part in parts:
-            self._map[at : at + part.nbytes] = part
+            self.memory[at : at + part.nbytes] = part
             at += part.nbytes
 
     def lent(self, nbytes: int) -> torch.Tensor:
         import torch
 
-        memory = (ctypes.c_char * nbytes).from_buffer(self._map, _HEAD)
-        weakref.finalize(memory, _clear, self._map).atexit = False
+        memory = (ctypes.c_char * nbytes).from_buffer(self.memory, _HEAD)
+        weakref.finalize(memory, _clear, self.memory).atexit = False
         return torch.frombuffer(memory, dtype=torch.uint8)
 
 
