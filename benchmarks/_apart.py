@@ -13,18 +13,26 @@ from typing import Any
 
 import torch
 
+from dfc.ir.graph import Graph
 from dfc.planning.stages import StageGraph
 from dfc.runtime.engines import find_engine
 
 
 class Apart:
-    """Two stages of a chain on two threads, all microbatches of each at once."""
+    """Two stages on two threads, all microbatches of each at once; `parts` are their inputs."""
 
-    def __init__(self, stages: Sequence[StageGraph], engine: str, parts: Sequence[Any]) -> None:
+    def __init__(
+        self, graph: Graph, stages: Sequence[StageGraph], engine: str, parts: Sequence[Any]
+    ) -> None:
         first, second = (find_engine(engine).build(s.graph, "cpu", 1) for s in stages)
-        self._work: list[tuple[Callable[..., Any], list[Any]]] = [
-            (first, list(parts)), (second, [first([p])[0] for p in parts]),
-        ]  # fmt: skip
+        work = []
+        for part in parts:
+            known = dict(zip(graph.inputs, part, strict=True))
+            taken = [known[v] for v in stages[0].takes]
+            known.update(zip(stages[0].gives, first(taken), strict=True))
+            work.append((taken, [known[v] for v in stages[1].takes]))
+        one, other = zip(*work, strict=True)
+        self._work: list[tuple[Callable[..., Any], Any]] = [(first, one), (second, other)]
         self._pool = ThreadPoolExecutor(2, initializer=_one_thread)
 
     def __call__(self) -> None:
@@ -48,7 +56,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _all(work: tuple[Callable[..., Any], list[Any]]) -> None:
+def _all(work: tuple[Callable[..., Any], Sequence[Any]]) -> None:
     run, parts = work
     for part in parts:
-        run([part])
+        run(part)

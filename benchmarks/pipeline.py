@@ -103,7 +103,7 @@ def two_stages(engine: str, each: int = 96) -> None:
 
     with Pipeline(graph, placed, engine=engine, microbatches=M, threads=[1, 1]) as pipeline:
         reports = []
-        apart = Apart(pipeline.stages, engine, parts)
+        apart = Apart(graph, pipeline.stages, engine, [[p] for p in parts])
 
         def step() -> None:
             pipeline.run_flat([x])

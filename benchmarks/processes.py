@@ -3,7 +3,7 @@
 python benchmarks/processes.py [FILE]     also write what is printed to FILE
 
 Ratios are of medians of alternating rounds in one run; in brackets the lowest and the highest
-ratio of a single round. Wants two idle cores; four minutes.
+ratio of a single round. Wants two idle cores; six minutes.
 """
 
 from __future__ import annotations
@@ -56,38 +56,56 @@ def traced(layers: int, width: int, rows: int) -> tuple[dfc.Graph, torch.Tensor]
     return dfc.trace(Blocks(layers, width).eval(), (x,), dynamic_shapes=({0: batch},)), x
 
 
-def two_stages(layers: int, width: int, rows: int) -> None:
-    """The same microbatches in one process with one thread, and in two with one thread each."""
+def layers_of(layers: int, width: int, rows: int) -> None:
+    """Equal layers, and messages that are large beside what a stage computes."""
     graph, x = traced(layers, width, M * rows)
-    placed = balanced(graph, 2, [x])
+    weights, message = layers * width**2 * 4 >> 20, rows * width * 4 >> 10
+    two_stages(f"{layers} layers of {width} ({weights} MiB)", graph, (x,), f"{message} KiB")
+
+
+def bert_base() -> None:
+    """A model as people have them: microbatches of one sequence of 128 tokens."""
+    from engines import models
+
+    model, (ids, mask) = models()["bert-base-b1-s128"]()
+    inputs = ids.repeat(M, 1), mask.repeat(M, 1)
+    batch = torch.export.Dim("B", min=1, max=4096)
+    graph = dfc.trace(model, inputs, dynamic_shapes=({0: batch}, {0: batch}))
+    two_stages("BERT-base", graph, inputs, "384 KiB")
+
+
+def two_stages(what: str, graph: dfc.Graph, inputs: tuple[torch.Tensor, ...], message: str) -> None:
+    """The same microbatches in one process with one thread, and in two with one thread each."""
+    parts = list(zip(*(x.chunk(M) for x in inputs), strict=True))
+    placed = balanced(graph, 2, list(inputs))
     whole = find_engine("eager").build(graph, "cpu", 1)
 
     def one(count: int) -> None:
         with threads(count):
-            for part in x.split(x.shape[0] // M):
-                whole([part])
+            for part in parts:
+                whole(list(part))
 
     with (
         Processes(graph, placed, microbatches=M, threads=2) as local,
         Processes(graph, placed, microbatches=M, threads=2, links="gloo") as gloo,
         Pipeline(graph, placed, microbatches=M, threads=2) as lanes,
     ):
-        apart = Apart(lanes.stages, "eager", x.split(rows))
+        apart = Apart(graph, lanes.stages, "eager", parts)
         took = alternating({
             "one process, one thread": lambda: one(1),
             "one process, two threads": lambda: one(2),
-            "two threads as lanes": lambda: lanes(x),
-            "two processes": lambda: local(x),
-            "two processes over gloo": lambda: gloo(x),
+            "two threads as lanes": lambda: lanes(*inputs),
+            "two processes": lambda: local(*inputs),
+            "two processes over gloo": lambda: gloo(*inputs),
             "two lanes that wait not": apart,
         })  # fmt: skip
         apart.close()
         reports = {"two processes": local.report(), "two processes over gloo": gloo.report()}
     alone = median(took["one process, one thread"]) / M / 2
-    weights, message = layers * width**2 * 4 >> 20, rows * width * 4 >> 10
-    say(f"two balanced stages, {layers} layers of {width} ({weights} MiB), {M} microbatches of "
-        f"{message} KiB, one thread each (theory: {2 * M / (M + 1):.2f} times one thread, goal "
-        "1.75)")  # fmt: skip
+    say(
+        f"two balanced stages, {what}, {M} microbatches of {message}, one thread each (theory: "
+        f"{2 * M / (M + 1):.2f} times one thread, goal 1.75)"
+    )
     for name, times in took.items():
         speed = ratio(took["one process, one thread"], times)
         say(f"  {name:26} {median(times) * 1e3:8.1f} ms  {speed} times one thread")
@@ -183,8 +201,9 @@ def recovery() -> None:
 def main() -> None:
     say(machine_text(this_machine()))
     before, start = stolen()
-    two_stages(8, 1024, 64)  # weights that no cache holds: each microbatch reads them from memory
-    two_stages(16, 512, 256)  # of half the size, for four times the rows
+    bert_base()
+    layers_of(8, 1024, 64)  # weights that no cache holds: each microbatch reads them from memory
+    layers_of(16, 512, 256)  # of half the size, for four times the rows
     for part in (small_actions, many_steps, recovery):
         part()
     after, end = stolen()
