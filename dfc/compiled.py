@@ -261,12 +261,14 @@ class Compiled:
 
     def standard(self) -> Probes:
         """What engines and files are held to: the original's results, or, where the recipe changes
-        those on purpose, the graph's own."""
+        those on purpose or a package holds none, the graph's own."""
         from dfc.rewrite.probe import Probes, own_probes
 
+        own = own_probes(self.probes, self.graph)
         if self.report.lossy:
-            return own_probes(self.probes, self.graph)
-        return Probes(self.graph, self.probes)
+            return own
+        pairs = zip(self.probes, own.probes, strict=True)
+        return Probes(self.graph, [p if p.original is not None else mine for p, mine in pairs])
 
     def emit(self, stem: str | os.PathLike[str], *, force: bool = False) -> list[str]:
         """Write what the recipe's `emit` lines ask for: STEM.onnx, STEM.stages (a folder),

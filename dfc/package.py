@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +38,13 @@ if TYPE_CHECKING:
 
     from dfc.compiled import Compiled
     from dfc.planning.pipeline import Plan
+    from dfc.rewrite.probe import Probe
 
 KIND = "package"
 PLAN = "plan.json"
+# What the results of probes may take, beside weights of so many times as much.
+_RESULTS = 16 * 2**20
+_SHARE = 8
 
 
 @dataclass
@@ -74,7 +79,8 @@ def write_package(compiled: Compiled, path: str | os.PathLike[str], *, force: bo
         (temp / "recipe.dfc").write_text(compiled.recipe, encoding="utf-8")
         (temp / "report.json").write_text(compiled.report.to_json(), encoding="utf-8")
         (temp / "lock.json").write_text(_json(_lock(compiled)), encoding="utf-8")
-        write_probes(temp / "probes.safetensors", compiled.probes)
+        most = max(_RESULTS, total // _SHARE)
+        write_probes(temp / "probes.safetensors", within_bytes(compiled.probes, most))
         if compiled.plan is not None:
             from dfc.planning.planfile import to_text
 
@@ -110,6 +116,9 @@ def _read(path: Path) -> Package:
     report = Report.from_json((path / "report.json").read_text(encoding="utf-8"))
     lock = json.loads((path / "lock.json").read_text(encoding="utf-8"))
     probes = read_probes(path / "probes.safetensors")
+    for probe in probes:
+        if not probe.original and graph.result.inputs:  # they were left out: see `within_bytes`
+            probe.original = probe.witness = None
     recipe = (path / "recipe.dfc").read_text(encoding="utf-8")
     return Package(graph, report, lock["engine"], recipe, probes, lock, _read_plan(path, graph))
 
@@ -207,6 +216,27 @@ def _lock(compiled: Compiled) -> dict[str, Any]:
         "measured_on": machine_text(compiled.report.machine),
         "seed": 0,
     }
+
+
+def within_bytes(probes: Sequence[Probe], most: int) -> list[Probe]:
+    """The probes with their results as long as those fit, the small ones first; the others have
+    their inputs alone, and whoever asks computes results by the package's own graph.
+
+    Why:  what an encoder gives for a few seconds of sound, in float64 as well, took thirty times as
+          much as its weights in eight bits.
+    """
+    import torch
+
+    def size(probe: Probe) -> int:
+        results = [*(probe.original or ()), *(probe.witness or ())]
+        return sum(x.nbytes for x in results if isinstance(x, torch.Tensor))
+
+    held, left = set(), most
+    for i, probe in sorted(enumerate(probes), key=lambda x: size(x[1])):
+        left -= size(probe)
+        held |= {i} if left >= 0 else set()
+    return [p if i in held else replace(p, original=None, witness=None)
+            for i, p in enumerate(probes)]  # fmt: skip
 
 
 def write_probes(path: Path, probes: list[Any]) -> None:

@@ -142,7 +142,8 @@ def main() -> int:
     print(f"compiled, proved, packed and exported in {time.perf_counter() - start:.1f} s\n")
 
     runners = {"PyTorch": called(model)}
-    engines = ["eager", "onnxruntime", *(["inductor"] if args.inductor else [])]
+    engines = dict.fromkeys(["eager", "onnxruntime", compiled.engine.name])
+    engines |= {"inductor": None} if args.inductor else {}
     for name in engines:
         runners[f"dfc, {name}"] = called(dfc.load(package, engine=name))
     runners["ONNX Runtime, stock"] = stock_onnxruntime(onnx)

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import dfc
+from dfc import package
 from dfc.cli import main
 from dfc.manifest import NAME, write_manifest
 from dfc.package import check_weights, read_package
 from dfc.recipe.sources import DEFAULT_RECIPE
+from dfc.recipe.tuning import tune
 
 FILES = ["graph.dfc", "lock.json", "manifest.json", "probes.safetensors", "recipe.dfc",
          "report.json", "weights.safetensors"]  # fmt: skip
@@ -89,6 +91,42 @@ def test_a_package_comes_back_whole(saved: Path) -> None:
         assert torch.equal(loaded(x), compiled(x))
     with pytest.raises(dfc.DfcError, match="K015"):
         loaded(torch.randn(17, 4))
+
+
+def test_results_of_probes_that_outweigh_the_weights_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Wide(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).repeat(1, 100)
+
+    path, x = tmp_path / "wide.dfcpkg", torch.randn(20, 8)
+    monkeypatch.setattr(package, "_RESULTS", 20_000)
+    sizes = ({0: torch.export.Dim("B", min=1, max=64)},)
+    compiled = dfc.compile(Wide(8, 8).eval(), (x,), dynamic_shapes=sizes, engine="eager")
+    compiled.save(path)
+    assert all(p.original is not None for p in compiled.probes)
+    held = dfc.load(path).probes  # a row has 800 results of 4 bytes, and of 8 in float64
+    assert [(len(p.inputs[0]), p.original is not None) for p in held] == [
+        (20, False), (1, True), (21, False),
+    ]  # fmt: skip
+    assert (path / "probes.safetensors").stat().st_size < 20_000
+    assert main(["verify", str(path), "--engine", "eager,onnxruntime"]) == 0
+    told = capsys.readouterr().out
+    assert "of 2 probes it holds inputs alone" in told and told.count("proved again on") == 2
+    again = tmp_path / "again.dfcpkg"
+    tuned = tune(path, ["eager"], seconds=0.01).compiled
+    tuned.save(again)
+    assert torch.equal(tuned(x), compiled(x))
+    assert (again / "probes.safetensors").read_bytes() == (path / "probes.safetensors").read_bytes()
+    # what lies there is believed as before: another result is found
+    for results in (held[1].original, held[1].witness):
+        results[0].add_(1)
+    package.write_probes(tmp_path / "other", held)
+    (tmp_path / "other").replace(path / "probes.safetensors")
+    (path / NAME).unlink()
+    write_manifest(path, package.KIND)
+    assert main(["verify", str(path)]) != 0
 
 
 def test_saving_what_was_loaded_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def _verify(
         "bytes": sum(f["size"] for f in manifest["files"]),
         "weights": sum(p.data is not None for p in held.graph.parameters.values()),
         "probes": len(held.probes),
+        "recorded": sum(p.original is not None for p in held.probes),
         "unproved": reason or None,
         "engines": proofs,
     }
@@ -119,6 +120,12 @@ def _print(package: str, data: dict[str, Any]) -> None:
     print_text(f"  {data['weights']} weights have the digests that the graph names")
     if data["unproved"]:
         print_text(f"  unproved: {data['unproved']}")
+    bare = data["probes"] - data["recorded"]
+    if bare and data["engines"]:
+        print_text(
+            f"  of {bare} probes it holds inputs alone, since the results are large beside its "
+            "weights: they are computed by its graph"
+        )
     for e in data["engines"]:
         verdict = "proved again" if e["agrees"] else "WRONG"
         print_text(
