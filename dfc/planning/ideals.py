@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -121,9 +121,7 @@ class _Pairs:
 
     def __init__(self, problem: Problem, ideals: Sequence[int]) -> None:
         self.problem = problem
-        self.member = np.array(
-            [[i >> v & 1 for v in range(problem.n)] for i in ideals], dtype=bool
-        ).reshape(len(ideals), problem.n)
+        self.member = _members(ideals, problem.n)
         wide = self.member.astype(np.float32)
         self.nested = wide @ (1 - wide).T < 0.5  # nothing of J is outside I
         self.in_line = bool(np.diagonal(self.nested, 1).all())  # each within the next
@@ -131,6 +129,7 @@ class _Pairs:
         if not problem.idle:
             np.fill_diagonal(self._no_pair, True)
         self._of_slot: dict[Slot, Floats] = {}
+        self._of_speed: dict[tuple[bytes, float, float], Floats] = {}
 
     def cost(self, s: int) -> Floats:
         """The cost of stage s for each pair; infinite where it is not allowed."""
@@ -151,7 +150,11 @@ class _Pairs:
         elif p.objective == "latency":
             cost = self._added(np.where(runs, time, 0.0)) + self._waited(slot)
         else:
-            cost = self._bottleneck(np.where(runs, time, 0.0), slot)
+            # Many devices are alike, or differ in their memory alone.
+            speed = time.tobytes(), slot.receive, slot.send
+            if speed not in self._of_speed:
+                self._of_speed[speed] = self._bottleneck(np.where(runs, time, 0.0), slot)
+            cost = self._of_speed[speed].copy()
         if not runs.all():
             cost[self._added((~runs).astype(float)) > 0] = np.inf
         if np.isfinite(slot.memory) and slot.stream:
@@ -238,7 +241,7 @@ class _Pairs:
                 within.append(read > k)
         return self._sums(before, within)
 
-    def _sums(self, before: Sequence[Floats], within: Sequence[Bools]) -> Floats:
+    def _sums(self, before: Sequence[NDArray[Any]], within: Sequence[Bools]) -> Floats:
         """For each pair the sum of what `before` says of J where `within` holds of I."""
         if not before:
             return np.zeros(self.nested.shape)
@@ -290,6 +293,14 @@ def _add(corners: Floats, rows: tuple[int, int], columns: tuple[int, int], value
     for row, sign in zip(rows, (1, -1), strict=True):
         corners[row, columns[0]] += sign * value
         corners[row, columns[1]] -= sign * value
+
+
+def _members(ideals: Sequence[int], n: int) -> Bools:
+    """Which nodes each ideal has."""
+    size = (n + 7) // 8
+    masks = np.frombuffer(b"".join(i.to_bytes(size, "little") for i in ideals), dtype=np.uint8)
+    bits = np.unpackbits(masks.reshape(len(ideals), size), axis=1, count=n, bitorder="little")
+    return bits.astype(bool)
 
 
 def _nodes(mask: int) -> Iterable[int]:
