@@ -300,13 +300,9 @@ def _machine_of(target: Any) -> Machine:
     if isinstance(target, Machine):
         return target
     if isinstance(target, (str, os.PathLike)):
-        from dfc.recipe.sources import plan_of
+        from dfc.recipe.machines import read_machine
 
-        found = plan_of("O0", target=target).target
-        if found is None:
-            help = "write `target NAME { device gpu0 : h100 }`, one in the file"
-            raise DfcError("N045", "there is no target, or there are several", help=help)
-        target = found
+        return read_machine(target)
     return target.machine()  # type: ignore[no-any-return]
 
 

@@ -96,6 +96,11 @@ def read_package(path: Path) -> Package:
     """
     manifest = check_manifest(path)
     if manifest["kind"] != KIND:
+        from dfc.emit.onnx_stages import KIND as STAGES
+
+        if manifest["kind"] == STAGES:
+            help = f"`dfc run {path}` runs it"
+            raise DfcError("D040", f"{path} is a folder of ONNX stages, not a package", help=help)
         raise DfcError("D040", f"{path} is a {manifest['kind']}, not a package")
     try:
         return _read(path)

@@ -259,9 +259,47 @@ target t {
     assert "t.dfc:4:10: error[N045]: device `b` has no `mem` and no `peak`" in said
 
 
+ONE = "target {} {{ device a : cpu(mem=8GB, peak=9GFLOPS, bw=9GB/s) }}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "`t.dfc` has no target"),
+        (ONE.format("t") + ONE.format("u"), "there are 2 targets: `t`, `u`"),
+        ("target t { device a : h100(mem=80) }\n", "write it as in mem=80GB"),
+        ("target t { device a : h100(launch=8) }\n", "write it as in launch=5us"),
+    ],
+)
+def test_a_file_that_is_no_target_is_told_before_the_model_is_read(
+    text: str, told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from dfc.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    Path("t.dfc").write_text(f"dfc 1\n{text}")
+    assert main(["plan", "no.py:model", "-t", "t.dfc"]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_what_a_plan_without_a_target_goes_by_is_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tower: Graph
+) -> None:
+    from dfc.cli import main
+
+    (tmp_path / "model.dfc").write_text(str(tower))
+    assert main(["plan", str(tmp_path / "model.dfc")]) == 0
+    assert "figures of this host are nominal, not measured" in capsys.readouterr().out
+    (tmp_path / "t.dfc").write_text(f"dfc 1\n{ONE.format('t')}")
+    assert main(["plan", str(tmp_path / "model.dfc"), "-t", str(tmp_path / "t.dfc")]) == 0
+    assert "nominal" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--on", "gpu0,,gpu1"], "`--on gpu0,,gpu1` has an empty name"),
         (["--svg", "t.png"], "`--svg` writes no `.png` file"),
         (["--trace", "t.txt"], "`--trace` writes no `.txt` file"),
         (["--trace", "t"], "ends in .json"),

@@ -19,6 +19,7 @@ from dfc.cli import main
 from dfc.emit.onnx_stages import export_stages
 from dfc.errors import DfcError
 from dfc.manifest import write_manifest
+from dfc.package import read_package
 from dfc.planning.stages import HOST
 from dfc.runtime.pipeline.bundle import read_bundle
 from tests.test_pipeline import B, captured, leaves, stages
@@ -318,6 +319,11 @@ def test_a_plan_that_does_not_fit_is_refused(
     with pytest.raises(DfcError, match=said) as error, read_bundle(path).pipeline() as pipeline:
         pipeline(*many(8, 2))
     assert error.value.status == 2
+
+
+def test_a_folder_of_stages_is_no_package_and_says_what_runs_it(folder: Path) -> None:
+    with pytest.raises(DfcError, match=r"D040.*a folder of ONNX stages(.|\n)*`dfc run .*` runs"):
+        read_package(folder)
 
 
 def test_files_that_were_exchanged_damaged_or_lost_are_named(folder: Path, tmp_path: Path) -> None:

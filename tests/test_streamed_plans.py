@@ -53,6 +53,16 @@ def whole(graph: Graph) -> int:
     return sum(weight_bytes(p) for p in graph.parameters.values())
 
 
+def test_streaming_is_no_way_for_a_device_that_holds_no_layer(chain: Graph) -> None:
+    largest = max(weight_bytes(p) for p in chain.parameters.values())
+    target = machine(largest / 2 / 0.9, link=1e6)
+    with pytest.raises(DfcError, match="N060") as e:
+        plan(chain, target.at([0, 1]), sizes={"B": 1})
+    assert "--stream" not in str(e.value)
+    with pytest.raises(DfcError, match=r"N060.*not even streamed"):
+        streamed(chain, target.at([0, 1]), batch=1)
+
+
 def test_stages_stream_what_does_not_fit_and_take_as_long(chain: Graph) -> None:
     target = machine(whole(chain) / 3, link=1e6)
     with pytest.raises(DfcError, match="N060") as e:

@@ -23,6 +23,11 @@ _MEASURE = {
     "memory": "as much on the fullest device", "cost": "as much for each microbatch",
 }  # fmt: skip
 
+_NOMINAL = (
+    "figures of this host are nominal, not measured: `dfc calibrate -o host.dfc`, then "
+    "`-t host.dfc`"
+)  # fmt: skip
+
 
 def plan(
     model: Model,
@@ -128,10 +133,13 @@ def plan(
     from dfc.planning.devices import wanted as objective
     from dfc.planning.fewer import fewer_devices, fewer_text
     from dfc.planning.layouts import layouts
-    from dfc.recipe.sources import plan_of
+    from dfc.recipe.machines import read_machine
 
     load_used(use)
     objective(by)
+    names = on.split(",") if on else []
+    if not all(names):
+        raise DfcError("N046", f"`--on {on}` has an empty name", help="write --on gpu0,gpu1")
     wanted = _wanted(pin, together)
     require_apart(("--svg", svg), ("--trace", trace))
     require_sources_kept([model, str(target)], ("--svg", svg), ("--trace", trace))
@@ -141,11 +149,7 @@ def plan(
     require_writable(trace, force)
     if target is not None:
         read_text(target)
-        told = plan_of(
-            "O0", target=target
-        ).target  # what is wrong in it, before the model is loaded
-        if told is not None:
-            told.machine()
+        read_machine(target)  # what is wrong in it, before the model is loaded
     with Progress() as say:
         say(f"reading {model}")
         source = open_source(model)
@@ -154,7 +158,6 @@ def plan(
         usual = source.sizes(graph)
         sizes = default_sizes(graph, usual | wished)
         inputs = {name: sizes[name] for name in graph.ranges}
-        names = [d for d in on.split(",") if d]
         given = read_times(measured, graph) if measured else {}
 
         def timed(devices: list[str]) -> dict[Node, float]:
@@ -191,6 +194,8 @@ def plan(
         print_json(data)
         return
     show_plan(found)
+    if target is None:
+        print(_NOMINAL)
     if whence := sizes_text(graph.ranges, wished, usual):
         print(whence)
     if other is not None:

@@ -193,7 +193,8 @@ def _damage(folder: AnyPath, found: FileEntry, listed: FileEntry) -> Diagnostic 
     bad = [number for number, (one, other) in enumerate(pairs) if one != other]
     if bad:
         ranges = ", ".join(_ranges(bad, listed["size"]))
-        return Diagnostic("D027", f"`{shown}` is damaged in bytes {ranges}")
+        help = "a folder that was damaged or edited by hand is written anew"
+        return Diagnostic("D027", f"`{shown}` is damaged in bytes {ranges}", help=help)
     if found["sha256"] != listed["sha256"]:
         return Diagnostic("D021", f"the manifest gives `{shown}` two digests that disagree")
     return None

@@ -102,6 +102,12 @@ def _streamed(model: Modelled, machine: Machine) -> str:
             for i, (held, d) in enumerate(zip(load.memory, machine.devices, strict=True))
             if held > rooms[i]
         ]
+        largest = [
+            max((problem.weights[v] for v, x in enumerate(found.stage) if at[x] == d), default=0.0)
+            for d in range(len(rooms))
+        ]  # of what comes at once
+        if any(held > rooms[d] and largest[d] > rooms[d] for d, held in enumerate(load.memory)):
+            return ""
         took = amount_text(load.bottleneck, "time")
         return (
             f"weights that are streamed within the pipeline (`--stream`): {' and '.join(beyond)} "

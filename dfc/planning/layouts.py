@@ -51,7 +51,8 @@ def layouts(name: str, chunks: int | None, trains: bool) -> list[Layout]:
         message = f"`{name}` has a backward pass, and the plan is for inference"
         if trains:
             message = f"`{name}` has no backward pass, and the plan is for training"
-        raise DfcError("N067", message, help=_names(trains), status=2)
+        help = _names(trains) if trains else f"plan training with `--train`; else {_names(trains)}"
+        raise DfcError("N067", message, help=help, status=2)
     if known.chunks != "any" and chunks not in (None, int(known.chunks)):
         message = f"`{name}` has {known.chunks} stage{'s' * (known.chunks != '1')} a device"
         others = [s.name for s in SCHEDULES.values()
@@ -91,7 +92,8 @@ def _of_auto(chunks: int | None, trains: bool) -> list[Layout]:
 
 
 def _names(trains: bool) -> str:
-    return f"there are {', '.join(s.name for s in SCHEDULES.values() if s.trains == trains)}"
+    names = [s.name for s in SCHEDULES.values() if s.trains == trains]
+    return f"there {'is' if len(names) == 1 else 'are'} {', '.join(names)}"
 
 
 @lru_cache(maxsize=256)

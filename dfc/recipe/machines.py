@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 
 from dfc.errors import DfcError, Diagnostic
+from dfc.lang import syntax as s
+from dfc.lang.reader import read_document
 from dfc.planning.catalogue import CATALOGUE
 from dfc.planning.facts import PEAKS, device_of, with_details
 from dfc.planning.machine import EFFICIENCY, Device, Machine, Wire
 from dfc.recipe import plan as p
+from dfc.recipe.sources import is_text, plan_of, source_of
 
 
 def machine_of(target: p.Target) -> Machine:
@@ -32,6 +36,24 @@ def machine_of(target: p.Target) -> Machine:
         if link.both:
             wires[at[link.sink], at[link.source]] = wire
     return Machine(target.name, devices, wires)
+
+
+def read_machine(target: str | os.PathLike[str]) -> Machine:
+    """The machine of a target's text, or of its file.
+
+    Raises:  DfcError N045 for a text without a target, or with several; its own errors.
+    """
+    found = plan_of("O0", target=target).target
+    if found is None:
+        document = read_document(source_of(target)).document
+        names = [f"`{x.name.name}`" for x in document.entries if isinstance(x, s.Target)]
+        message = f"there are {len(names)} targets: {', '.join(names)}"
+        if not names:
+            text = isinstance(target, str) and is_text(target)
+            message = "there is no target" if text else f"`{target}` has no target"
+        help = "write `target NAME { device gpu0 : h100 }`, one in the file"
+        raise DfcError("N045", message, help=help, status=2)
+    return machine_of(found)
 
 
 def _device(d: p.Device) -> Device:

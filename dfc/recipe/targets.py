@@ -34,6 +34,9 @@ DEVICES: Mapping[str, Mapping[str, str]] = {
     "cuda": {"index": "number", **RATES},
 }
 LINK = {"bw": "bytes/s", "latency": "time"}
+_AS_IN = {
+    "bytes": "80GB", "bytes/s": "2TB/s", "flops/s": "60TFLOPS", "time": "5us", "number": "8",
+}  # fmt: skip
 
 
 def target_of(recipe: s.Recipe, source: Source, names: Names) -> p.Target | None:
@@ -160,7 +163,8 @@ def _fact(
         return None
     if known and found.dimension != known[name]:
         message = f"`{name}` is {known[name]}, got {found.dimension}"
-        problems.say(source, "Q015", message, k.value.at)
+        help = f"write it as in {name}={_AS_IN[known[name]]}"
+        problems.say(source, "Q015", message, k.value.at, help)
         return None
     return found
 
