@@ -104,6 +104,17 @@ def test_int8_activations_lose_less(graph: Graph) -> None:
     assert loss(smoothed) < 0.5 * loss(graph)
 
 
+@pytest.mark.parametrize("step", ["smooth using calib", "equalize"])
+def test_the_weights_as_they_were_are_not_kept_beside_them(step: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).eval()
+    data = {"calib": [torch.randn(8, 64)]}
+    recipe = f"dfc 1\ndata calib\nrecipe r {{\n  {step}\n}}\n"
+    report = dfc.compile(
+        model, (torch.randn(8, 64),), recipe=recipe, data=data, engine="eager"
+    ).report
+    assert report.passes[0].changes and report.bytes_after == report.bytes_before
+
+
 def test_it_is_proved_in_a_recipe() -> None:
     text = "dfc 1\ndata calib\nrecipe r { smooth using calib }"
     compiled = dfc.compile(

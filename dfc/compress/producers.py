@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dfc.compress.weights import forget
 from dfc.ir.graph import Graph, Node, Parameter, Value
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ Change = Callable[["Tensor"], "Tensor"]
 def change_constant(graph: Graph, node: Node, operand: int, wish: str, change: Change) -> None:
     """Let a node read a changed copy of a constant, computed in float64 and rounded once.
 
-    What else reads the constant keeps the old one.
+    What else reads the constant keeps the old one; without anybody it is dropped.
     """
     p = node.inputs[operand]
     assert isinstance(p, Parameter) and p.data is not None
@@ -145,6 +146,7 @@ def change_constant(graph: Graph, node: Node, operand: int, wish: str, change: C
     inputs = list(node.inputs)
     inputs[operand] = made
     graph.set_inputs_of(node, inputs)
+    forget(graph, p)
 
 
 def divide(graph: Graph, producer: Producer, scale: Tensor, wish: str) -> None:

@@ -151,8 +151,9 @@ def read_codes(graph: Graph, use: Use, stored: Stored, activations: str) -> Valu
 
 
 def forget(graph: Graph, weight: Parameter) -> None:
-    """Drop a weight that nothing reads any more: it must not be saved."""
-    if not weight.use_count and weight.name in graph.parameters:
+    """Drop a weight that nothing reads or writes any more: it must not be saved."""
+    written = any(m.target is weight for m in graph.mutations)
+    if not weight.use_count and not written and weight.name in graph.parameters:
         graph.drop_parameter(weight.name)
 
 
