@@ -290,7 +290,7 @@ def _taken_by(engine: str | Mapping[str, str] | None) -> Callable[[Any, Any], st
 def _machine_of(target: Any) -> Machine:
     """A target in any form as the planner's machine.
 
-    Raises:  DfcError N045 for a text without a target, or with several.
+    Raises:  DfcError N045 for a text without a target, or with several, and for what is none.
     """
     from dfc.planning.here import here
     from dfc.planning.machine import Machine
@@ -303,6 +303,9 @@ def _machine_of(target: Any) -> Machine:
         from dfc.recipe.machines import read_machine
 
         return read_machine(target)
+    if not hasattr(target, "machine"):
+        message = f"a target is a path, a text or a Machine, not of type {type(target).__name__}"
+        raise DfcError("N045", message, help="None is this host", status=2)
     return target.machine()  # type: ignore[no-any-return]
 
 

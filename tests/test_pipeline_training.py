@@ -531,10 +531,14 @@ def test_what_cannot_be_trained_is_refused_before_it_runs() -> None:
         ({"schedule": "zb_v"}, "N073"),
         ({"schedule": "nothing"}, "N001"),
         ({"reduction": "median"}, "N073"),
+        ({"microbatches": 0}, "N073"),
+        ({"microbatches": "4"}, "N073"),
+        ({"optimizer": "adamw"}, "N073"),
+        ({"optimizer": adamw([nn.Parameter(torch.ones(1))])}, "N073"),
         ({"schedule": parse_program("0: F(0,0) B(0,0)")}, "N073"),
     ):
         with pytest.raises(DfcError) as e:
-            Trainer(three, optimizer=adamw, **settings)
+            Trainer(three, **{"optimizer": adamw, **settings})
         assert e.value.code == code
     noisy = dfc.trace(Noisy(), (torch.randn(2, 4),))
     with pytest.raises(DfcError, match="random") as e:
@@ -549,6 +553,13 @@ def test_what_cannot_be_trained_is_refused_before_it_runs() -> None:
         StagedModel(plain, evenly(plain, 1), loss=F.mse_loss, targets=(torch.ones(2, 4),))  # type: ignore[arg-type]
     with pytest.raises(DfcError, match="does not depend on any weight"):
         StagedModel(plain, evenly(plain, 1), loss=lambda y: y.detach().mean())
+
+
+def test_a_state_that_is_no_trainers_is_refused_before_it_is_read() -> None:
+    with Trainer(staged("mlp", 2), optimizer=adamw) as trainer:
+        for state in ({"q": torch.ones(1)}, {"weights": {}}, [1]):
+            with pytest.raises(DfcError, match=r"N075.*it is no trainer's"):
+                trainer.load_state_dict(state)  # type: ignore[arg-type]
 
 
 def test_a_failing_action_is_named_and_the_next_step_is_whole() -> None:

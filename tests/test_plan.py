@@ -7,6 +7,7 @@ import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ from dfc.planning.cost import default_sizes, work_of
 from dfc.planning.machine import Device, Machine, Wire
 from dfc.planning.model import Wish, modelled
 from dfc.planning.pipeline import plan
-from dfc.planning.simulate import simulate
+from dfc.planning.schedules import schedule
+from dfc.planning.simulate import Costs, simulate
 from dfc.planning.timeline import chrome_trace, svg_timeline
 from dfc.recipe.machines import machine_of
 from dfc.recipe.sources import plan_of
@@ -406,6 +408,29 @@ def test_sizes_are_those_of_the_arguments_of_a_model() -> None:
     assert dfc.plan(*given).sizes == {"B": 5}
     assert dfc.plan(*given, sizes={"B": 3}).sizes == {"B": 3}
     assert dfc.plan(dfc.trace(*given[:1], *given[2:]), machine(1)).sizes == {"B": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"sizes": {"B": 65}}, r"N040.*`B` is 65, outside its range 1\.\.64"),
+        ({"sizes": {"B": 0}}, r"N040.*`B` is 0, outside"),
+        ({"sizes": {"B": "4"}}, r"N040.*`B` is '4', outside"),
+        ({"microbatches": 2.5}, r"N002.*at least one microbatch, not 2\.5"),
+        ({"microbatches": 0}, r"N002.*not 0"),
+        ({"target": 3}, r"N045.*not of type int"),
+    ],
+)
+def test_what_no_plan_can_be_of_is_told(options: dict[str, Any], told: str, tower: Graph) -> None:
+    with pytest.raises(DfcError, match=told) as e:
+        dfc.plan(tower, **{"target": machine(2), **options})
+    assert e.value.status == 2
+
+
+@pytest.mark.parametrize("cost", [float("nan"), -1])
+def test_a_cost_that_cannot_be_is_told(cost: float) -> None:
+    with pytest.raises(DfcError, match=r"N021.*a cost of `forward` cannot be"):
+        simulate(schedule("forward", 2, 2), Costs(forward=[1, cost]))
 
 
 @pytest.mark.slow

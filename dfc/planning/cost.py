@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
+from numbers import Integral
 from typing import Any
 
 from dfc.errors import DfcError
@@ -97,7 +98,7 @@ def default_sizes(graph: Graph, given: Sizes | None = None) -> dict[str, int]:
     """A number for every symbol: the given ones, else 1 or the least that its range allows; for
     a size that data decides, the most that it can be.
 
-    Raises:  DfcError N040 for a size that the graph does not have.
+    Raises:  DfcError N040 for a size that the graph does not have, or not in its range.
     """
     sizes = {name: max(1, low) for name, (low, _) in graph.ranges.items()}
     binds = (b for node in graph.walk() for b in node.binds)
@@ -106,7 +107,12 @@ def default_sizes(graph: Graph, given: Sizes | None = None) -> dict[str, int]:
         if name not in sizes:
             have = ", ".join(sizes) or "none: its shapes are fixed"
             raise DfcError("N040", f"the graph has no size `{name}`", help=f"it has {have}")
-        sizes[name] = value
+        low, high = graph.ranges.get(name, (0, None))
+        if not isinstance(value, Integral) or not low <= value <= (value if high is None else high):
+            shown = f"at least {low}" if high is None else f"{low}..{high}"
+            message = f"`{name}` is {value!r}, outside its range {shown}"
+            raise DfcError("N040", message, status=2)
+        sizes[name] = int(value)
     return sizes
 
 

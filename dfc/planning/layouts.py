@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral
 
 from dfc.errors import DfcError
 from dfc.planning.actions import Kind, Program
@@ -69,8 +70,9 @@ def check_counts(nodes: int, devices: int, microbatches: int, chunks: int) -> No
     Raises:  DfcError N066 for more stages a device than there are nodes, N002 for a step that is
              longer than any that is planned.
     """
-    if microbatches < 1:
-        raise DfcError("N002", f"a step has at least one microbatch, not {microbatches}", status=2)
+    if not isinstance(microbatches, Integral) or microbatches < 1:
+        message = f"a step has at least one microbatch, not {microbatches!r}"
+        raise DfcError("N002", message, status=2)
     if chunks > max(nodes, 1):
         message = f"{chunks} stages a device are more than the {nodes} nodes of the model"
         raise DfcError("N066", message, status=2)

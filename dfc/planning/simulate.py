@@ -133,7 +133,7 @@ def simulate(program: Program, costs: Costs) -> Simulation:
     """Run a program in simulated time.
 
     Raises:  DfcError N020 when it deadlocks, with what each rank waits for; N021 when the costs
-             are not those of the program's stages.
+             are not those of the program's stages, or cannot be.
     Cost:    one step of numpy for each wave of actions, when many ranks work side by side.
     """
     _check(program, costs)
@@ -151,6 +151,9 @@ def _check(program: Program, costs: Costs) -> None:
         given = getattr(costs, what)
         if len(given) != n and (given or what == "forward"):
             raise DfcError("N021", f"{len(given)} costs of `{what}` for {n} stages")
+        wrong = next((x for x in given if not x >= 0), None)
+        if wrong is not None:
+            raise DfcError("N021", f"a cost of `{what}` cannot be {wrong}")
     if program.trains and not costs.inputs:
         raise DfcError("N021", "the program trains: the costs need `inputs` and `weights`")
     for u, v, _ in costs.all_edges():

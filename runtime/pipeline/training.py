@@ -55,6 +55,8 @@ from dfc.runtime.pipeline.streams import device_names
 from dfc.runtime.pipeline.trained import TrainedStage, builder
 from dfc.runtime.pipeline.training_choices import (
     check_devices,
+    check_numbers,
+    check_optimizer,
     staged_model,
     stages_of_plan,
     what_recomputes,
@@ -141,10 +143,8 @@ class Trainer:
     ) -> None:
         import torch
 
-        if reduction not in ("mean", "sum"):
-            raise DfcError("N073", f"reduction is `mean` or `sum`, not `{reduction}`", status=2)
-        if clip is not None and not clip > 0:
-            raise DfcError("N073", f"`clip` is more than 0, not {clip}", status=2)
+        check_numbers(microbatches, clip, reduction)
+        check_optimizer(optimizer)
         self.clip = clip
         self.norm: float | None = None
         keep_pages()

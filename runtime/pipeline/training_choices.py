@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from dfc.errors import DfcError
@@ -69,6 +70,29 @@ def what_recomputes(
         raise DfcError("N073", f"`recompute` is {wanted!r}, there are {stages} stages", help=help,
                        status=2)  # fmt: skip
     return dict.fromkeys(sorted(wanted), FULL), float("inf")
+
+
+def check_numbers(microbatches: int | None, clip: float | None, reduction: str) -> None:
+    """Raises:  DfcError N073 for what a step cannot have."""
+    wrong = ""
+    if reduction not in ("mean", "sum"):
+        wrong = f"reduction is `mean` or `sum`, not `{reduction}`"
+    elif clip is not None and not clip > 0:
+        wrong = f"`clip` is more than 0, not {clip}"
+    elif microbatches is not None and not (isinstance(microbatches, Integral) and microbatches > 0):
+        wrong = f"`microbatches` is a number of at least 1, not {microbatches!r}"
+    if wrong:
+        raise DfcError("N073", wrong, status=2)
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Raises:  DfcError N073 for what makes no optimizer: one that is made already, a name."""
+    if not callable(optimizer):
+        help = "give its class, or functools.partial(torch.optim.SGD, lr=0.1)"
+        is_text = isinstance(optimizer, str)
+        got = repr(optimizer) if is_text else f"one of type {type(optimizer).__name__}"
+        message = f"`optimizer` is what makes one for each stage's parameters, got {got}"
+        raise DfcError("N073", message, help=help, status=2)
 
 
 def check_devices(devices: Sequence[str], sequential: bool) -> None:

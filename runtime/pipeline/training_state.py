@@ -48,6 +48,10 @@ def restore(
     """
     import torch
 
+    if not isinstance(state, Mapping) or not {"weights", "slots", "options"} <= state.keys():
+        help = "give what `state_dict()` returned; `load(FOLDER)` reads a checkpoint"
+        message = "the state has no weights and slots of optimizers: it is no trainer's"
+        raise DfcError("N075", message, help=help, status=2)
     weights = state["weights"]
     refuse_other(parameters, weights)
     held = state.get("buffers", {})
