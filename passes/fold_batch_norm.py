@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dfc.compress.weights import forget
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.rewrite.pass_ import KEPT, Context, Pass, Quota, close
 
@@ -30,7 +31,7 @@ class FoldBatchNorm(Pass):
     """Scale the weights of a convolution or linear layer by the batch norm that follows it.
 
     Needs:    batch norm in inference mode, constant weights, a layer with no other reader.
-    Ensures:  no such batch norm is left.
+    Ensures:  no such batch norm is left, nor a constant that it alone read.
     Keeps:    weights that something else reads (the scaled ones are new parameters).
     Why:      the norm reads and writes the whole activation; folded, it costs nothing.
     """
@@ -112,6 +113,9 @@ def _fold(graph: Graph, norm: Node, source: Value) -> None:
     graph.set_inputs_of(layer, [layer.inputs[0], new_weight, new_bias, *layer.inputs[3:]])
     graph.replace_uses(norm.results[0], source)
     graph.erase(norm)
+    for x in dict.fromkeys((weight, bias, gamma, beta, mean, variance)):
+        if isinstance(x, Parameter):
+            forget(graph, x)
 
 
 def _fused(

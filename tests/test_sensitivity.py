@@ -507,7 +507,7 @@ def test_a_metric_that_raises_is_named_with_its_line() -> None:
 
 
 def test_what_exact_steps_leave_behind_is_no_layers_gain() -> None:
-    """`fold_batch_norm` leaves the weights before folding, and quantizing any layer drops them."""
+    """What folding drops is no part of what quantizing a layer saves."""
     model = nn.Sequential(
         nn.Linear(32, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64)
     ).eval()

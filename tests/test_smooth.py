@@ -115,6 +115,14 @@ def test_the_weights_as_they_were_are_not_kept_beside_them(step: str) -> None:
     assert report.passes[0].changes and report.bytes_after == report.bytes_before
 
 
+def test_of_a_folded_norm_nothing_is_kept() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64)).eval()
+    recipe = "dfc 1\nrecipe r {\n  fold_batch_norm\n  autocast f16\n}\n"
+    report = dfc.compile(model, (torch.randn(8, 64),), recipe=recipe, engine="eager").report
+    count = 8  # of batches, which nothing reads: for `dce`
+    assert report.bytes_after == 2 * (64 * 64 + 64) + count
+
+
 def test_it_is_proved_in_a_recipe() -> None:
     text = "dfc 1\ndata calib\nrecipe r { smooth using calib }"
     compiled = dfc.compile(
