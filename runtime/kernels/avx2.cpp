@@ -23,11 +23,13 @@ void one_row4(const Job& job, int64_t panel) {
   const int8_t* q = job.x.q;
   const float* xs = job.x.scale;
   const int32_t* xsum = job.x.sum;
-  const uint8_t* ahead = ahead_of(base, w, 0);
+  const uint8_t* group_ahead = ahead_of(base, w);
   const __m256i low4 = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   __m256 total[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
   for (int64_t g = 0; g < w.groups; ++g) {
     __m256i dot[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    const uint8_t* ahead = group_ahead;
+    group_ahead += w.stride_bytes;
     for (int64_t k = 0; k < w.group; k += PART) {
       __m256i near[2];
       UNROLL for (int step = 0; step < PART / 8; ++step, codes += 64, q += 8) {
@@ -52,7 +54,6 @@ void one_row4(const Job& job, int64_t panel) {
         dot[h] = _mm256_add_epi32(dot[h], _mm256_madd_epi16(near[h], ones));
     }
     fetch(ahead);
-    ahead = ahead_of(base, w, g + 1);
     __m256i sum = once(_mm256_set1_epi32(xsum[g]));
     if (!ZEROS) sum = _mm256_slli_epi32(sum, 3);
     UNROLL for (int h = 0; h < 2; ++h) {
@@ -84,12 +85,14 @@ template <bool ONE>
 void one_row8(const Job& job, int64_t panel) {
   const Layout& w = job.w;
   const uint8_t* base = panel_of(job, panel);
-  const uint8_t* ahead = ahead_of(base, w, 0);
+  const uint8_t* group_ahead = ahead_of(base, w);
   const uint8_t* codes = base + w.codes_at;
   const int8_t* q = job.x.q;
   __m256 total[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
   for (int64_t g = 0; g < w.groups; ++g) {
     __m256i dot[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    const uint8_t* ahead = group_ahead;
+    group_ahead += w.stride_bytes;
     constexpr int STEPS = ONE ? 4 : 1;  // groups are multiples of 16
     for (const uint8_t* const end = codes + w.group_bytes; codes < end;) {
       UNROLL for (int step = 0; step < STEPS; ++step, codes += 64, ahead += 64, q += 4) {
@@ -99,7 +102,6 @@ void one_row8(const Job& job, int64_t panel) {
       }
     }
     if (!ONE) fetch(ahead);
-    ahead = ahead_of(base, w, g + 1);
     UNROLL for (int h = 0; h < 2; ++h)
       total[h] = add_group(dot[h], job.x.scale[g], scales(w, base, g, h), total[h]);
   }

@@ -156,7 +156,7 @@ struct Path {
 extern const Path portable_path;
 #if defined(__x86_64__) || defined(DFC_SIMDE)
 extern const Path avx2_path;
-extern const Path avx512vnni_path;
+extern const Path avx512vnni_path, avx512vnni_zen_path;
 #if defined(DFC_AMX)
 extern const Path amx_path;
 #endif
@@ -189,6 +189,7 @@ static inline const Fixes* fixes_of(const Job& job, int64_t panel) {
 }
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // Bytes of a weight that are asked for before they are needed: by one row, which waits for memory
@@ -208,8 +209,9 @@ static inline void fetch(const uint8_t* at) {
 
 // What to ask for when a group begins: as far ahead in the panel, scales included, or in the next
 // one. Why: a fixed distance from the codes leaves out as many of the next panel as it has scales.
-static inline const uint8_t* ahead_of(const uint8_t* panel, const Layout& w, int64_t group) {
-  return panel + AHEAD + group * w.stride_bytes;
+// The scales of long rows take more than the distance: then it is half of it ahead of the codes.
+static inline const uint8_t* ahead_of(const uint8_t* panel, const Layout& w) {
+  return panel + most(AHEAD, w.codes_at + AHEAD / 2);
 }
 
 // How many values of K to unpack next: whole groups, or as much of one as fits.

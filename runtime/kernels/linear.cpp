@@ -21,7 +21,7 @@ namespace {
 
 #if defined(__x86_64__)
 struct Features {
-  bool avx2 = false, avx512vnni = false, amx = false;
+  bool avx2 = false, avx512vnni = false, amx = false, amd = false;
 };
 
 // Asks the system for the registers of AMX, which a process has only then. It may refuse.
@@ -38,6 +38,8 @@ bool may_use_tiles() {
 Features look() {
   Features found;
   unsigned a, b, c, d;
+  if (!__get_cpuid(0, &a, &b, &c, &d)) return found;
+  found.amd = c == 0x444d4163;  // the end of "AuthenticAMD"
   if (!__get_cpuid(1, &a, &b, &c, &d)) return found;
   const bool fma = c >> 12 & 1, osxsave = c >> 27 & 1, avx = c >> 28 & 1, f16c = c >> 29 & 1;
   if (!(fma && osxsave && avx && f16c)) return found;
@@ -67,7 +69,7 @@ const Path* const* paths() {
 #if defined(DFC_AMX)
     if (cpu.amx) found[count++] = &amx_path;
 #endif
-    if (cpu.avx512vnni) found[count++] = &avx512vnni_path;
+    if (cpu.avx512vnni) found[count++] = cpu.amd ? &avx512vnni_zen_path : &avx512vnni_path;
     if (cpu.avx2) found[count++] = &avx2_path;
 #endif
     found[count] = &portable_path;
