@@ -63,7 +63,7 @@ void one_row(const Job& job, int64_t panel) {
   constexpr int64_t STEP = BITS * 16;  // bytes for 8 values of K
   const Layout w = job.w;
   const uint8_t* const base = panel_of(job, panel);
-  const uint8_t *codes = base + w.codes_at, *group_ahead = ahead_of(base, w);
+  const uint8_t *codes = base + w.codes_at, *group_ahead = ahead_of(base, w, AHEAD);
   const int8_t* q = job.x.q;
   const float* xs = job.x.scale;
   const int32_t* xsum = job.x.sum;
@@ -115,10 +115,10 @@ void one_row(const Job& job, int64_t panel) {
                   : one_row<8, 32, 1, FAR>(job, panel);
 }
 
-// Zen reads int4 faster with twice as many instructions of half the width: 30 instead of 24 GB/s of
-// groups of 32 by one core, from memory.
+// Zen reads int4 faster with more instructions of half the width: 30 instead of 24 GB/s of groups of
+// 32 by one core, from memory.
 void one_row_zen(const Job& job, int64_t panel) {
-  job.w.bits == 4 ? avx2_path.one_row(job, panel) : one_row(job, panel);
+  job.w.bits == 4 ? one_row4_zen(job, panel) : one_row(job, panel);
 }
 
 // ---- many rows

@@ -160,6 +160,8 @@ extern const Path avx512vnni_path, avx512vnni_zen_path;
 #if defined(DFC_AMX)
 extern const Path amx_path;
 #endif
+// One row of int4, as Zen reads it best.
+void one_row4_zen(const Job& job, int64_t panel);
 // Quantizing a row, for both.
 void quantize_avx2(const float* x, const Layout& w, int8_t* q, float* scale, int32_t* sum);
 // lanes.cpp: what avx2_path does where rows came as columns too.
@@ -210,8 +212,8 @@ static inline void fetch(const uint8_t* at) {
 // What to ask for when a group begins: as far ahead in the panel, scales included, or in the next
 // one. Why: a fixed distance from the codes leaves out as many of the next panel as it has scales.
 // The scales of long rows take more than the distance: then it is half of it ahead of the codes.
-static inline const uint8_t* ahead_of(const uint8_t* panel, const Layout& w) {
-  return panel + most(AHEAD, w.codes_at + AHEAD / 2);
+static inline const uint8_t* ahead_of(const uint8_t* panel, const Layout& w, int64_t distance) {
+  return panel + most(distance, w.codes_at + distance / 2);
 }
 
 // How many values of K to unpack next: whole groups, or as much of one as fits.
