@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import dfc
+from dfc.cli.plan import show_plan
 from dfc.cli.tables import bytes_text
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
@@ -370,6 +371,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], tower: 
     assert main(["plan", model, "-t", str(tiny)]) == 6
 
 
+def test_splits_that_take_as_long_share_a_line(
+    capsys: pytest.CaptureFixture[str], tower: Graph
+) -> None:
+    found = plan(tower, machine(2))
+    splits = (("equal layers", 1.004), ("equal parameters", 1.2), ("equal operators", 1.0))
+    show_plan(replace(found, splits=splits))
+    told = capsys.readouterr().out.splitlines()
+    assert "equal layers, equal operators: 1.00 times as long for each microbatch" in told
+    assert "equal parameters: 1.20 times as long for each microbatch" in told
+
+
 def test_sizes_that_nobody_asked_for_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tower: Graph
 ) -> None:
@@ -418,6 +430,7 @@ def test_sizes_are_those_of_the_arguments_of_a_model() -> None:
         ({"sizes": {"B": "4"}}, r"N040.*`B` is '4', outside"),
         ({"microbatches": 2.5}, r"N002.*at least one microbatch, not 2\.5"),
         ({"microbatches": 0}, r"N002.*not 0"),
+        ({"max_stages": 0}, r"N066.*at least one stage, not 0"),
         ({"target": 3}, r"N045.*not of type int"),
     ],
 )

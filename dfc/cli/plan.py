@@ -349,8 +349,11 @@ def show_plan(found: Plan) -> None:
         print(f"{layout_text(found)}: a device's time and memory are those of all its stages")
     for a, b, size, busy in found.links:
         print(f"{a} to {b}: {bytes_text(size)} a step, busy {busy:.0%} of it")
+    alike: dict[str, list[str]] = {}
     for name, ratio in found.splits:
-        print(f"{name}: {ratio:.2f} times {_MEASURE[found.objective]}")
+        alike.setdefault(f"{ratio:.2f}", []).append(name)
+    for times, names in alike.items():
+        print(f"{', '.join(names)}: {times} times {_MEASURE[found.objective]}")
     if found.advice:
         what, gain = found.advice[0]
         print(f"what helps most: {what}, {gain:.2f} times as fast")

@@ -70,6 +70,8 @@ def best_candidate(
     Devices and their order are those that are best with one stage each.
     Raises:  DfcError of the first layout, when none can be.
     """
+    if most is not None and most < 1:
+        raise DfcError("N066", f"a plan has at least one stage, not {most}", status=2)
     fewest = min(layout.chunks for layout in choices)
     if most is not None and most < fewest:
         message = f"{fewest} stages a device are more than the {most} that there may be"
