@@ -4,6 +4,13 @@
 // 16 pairs fit, so sums of 32 values of K stay in int16 before they are widened. int8 codes go in as
 // |w| <= 128 with the sign moved to x (|x| <= 127): one pair fits, 2 * 128 * 127 < 2^15. Many rows of
 // them are multiplied as int16, or as lanes.cpp does.
+#if !defined(DFC_AHEAD)
+#define DFC_ZEN_AHEAD 6144  // Zen 4 reads fastest from nearer than Zen 2, and into the first cache
+#define DFC_ZEN_CACHE 3
+#else
+#define DFC_ZEN_AHEAD DFC_AHEAD
+#define DFC_ZEN_CACHE DFC_CACHE
+#endif
 #include "avx2.h"
 
 #if defined(__x86_64__) || defined(DFC_SIMDE)
@@ -13,12 +20,10 @@ namespace {
 
 // ---- one row: every weight is read once, so reading is what counts
 
-// What Zen 4 reads fastest (measured): from nearer than others, and into the first cache.
-constexpr int64_t ZEN_AHEAD = 6144;
-
 template <bool ZEN>
 inline void ask(const uint8_t* at) {
-  ZEN ? __builtin_prefetch(at, 0, 3) : fetch(at);
+  if (!ZEN) return fetch(at);
+  if (DFC_ZEN_AHEAD > 0) __builtin_prefetch(at, 0, DFC_ZEN_CACHE);
 }
 
 // PART: FLUSH, or a group of 16.
@@ -31,7 +36,7 @@ void one_row4(const Job& job, int64_t panel) {
   const int8_t* q = job.x.q;
   const float* xs = job.x.scale;
   const int32_t* xsum = job.x.sum;
-  const uint8_t* group_ahead = ahead_of(base, w, ZEN ? ZEN_AHEAD : AHEAD);
+  const uint8_t* group_ahead = ahead_of(base, w, ZEN ? DFC_ZEN_AHEAD : AHEAD);
   const __m256i low4 = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   __m256 total[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
   for (int64_t g = 0; g < w.groups; ++g) {
