@@ -27,7 +27,7 @@ from dfc.runtime.calibrate.equations import readings_of
 from dfc.runtime.calibrate.fitting import fitted, solve
 from dfc.runtime.calibrate.inplace import Clocked, clocked, quiet_seconds
 from dfc.runtime.calibrate.links import MeasuredLink, messages
-from dfc.runtime.calibrate.probes import CPU, GPU, Sizes, chains_of
+from dfc.runtime.calibrate.probes import CPU, GPU, Sizes, chains_of, sizes_for
 from dfc.runtime.calibrate.sampling import Reading, quiet, reading, sample_all
 
 FACTS = {"cores": 2.0, "mem": 24e9, "cache": 32e6}
@@ -166,6 +166,24 @@ def test_a_gpu_starts_operators_while_others_run() -> None:
     for fact, value in wanted.items():
         assert found[fact] == pytest.approx(value, rel=0.15), fact
     assert not {"launch_each", "launch_product"} & found.keys()
+
+
+def test_no_probe_of_a_gpus_rates_is_hidden_by_its_start() -> None:
+    """On a fast GPU with a slow host, as an H100 was measured with."""
+    fast = Device(
+        "d", "cuda", 80e9, 2.7e12, {"f32": 54e12, "f16": 810e12, "bf16": 850e12, "f64": 67e12},
+        0.0, rates={"conv": 100e12, "attention": 50e12, "math": 6e12}, grain=40.0, cache=50e6,
+        cache_bandwidth=4e12, layout_bandwidth=2.7e12,
+    )  # fmt: skip
+    starts = {"rate_conv": 37e-6, "bw_conv": 15e-6, "rate_attention": 33e-6, "rate_math": 8e-6,
+              "bw_cache": 2 * 8e-6, "peak": 30e-6, "bw": 8e-6, "grain": 4 * 30e-6,
+              "peak_bf16": 30e-6}  # fmt: skip
+    for quick in (False, True):
+        sizes = sizes_for("cuda", quick)
+        took = modelled_times(fast, sizes)
+        for fact, start in starts.items():
+            assert took[fact].value > start, fact
+    assert sizes_for("cpu", True) != sizes_for("cpu", False)
 
 
 def test_blocks_show_what_starts_take_on_a_gpu() -> None:

@@ -15,7 +15,7 @@ from dfc.runtime.calibrate.chains import Chain
 from dfc.runtime.calibrate.equations import readings_of
 from dfc.runtime.calibrate.fitting import fitted
 from dfc.runtime.calibrate.inplace import Clocked, clocked, quiet_seconds
-from dfc.runtime.calibrate.probes import CPU, GPU, QUICK, chains_of
+from dfc.runtime.calibrate.probes import chains_of, sizes_for
 from dfc.runtime.calibrate.sampling import Reading, sample_all
 
 
@@ -42,8 +42,8 @@ def measure_device(
 
     Cost:    `seconds` and a warm-up; with `quick` a quarter of it, and less exact.
     """
-    sizes = QUICK if quick else GPU if device.startswith("cuda") else CPU
     kind = device.split(":")[0]
+    sizes = sizes_for(kind, quick)
     chains = chains_of(sizes, kind)
     runs, lacks = _runners(chains, device, sizes.other)
     mixed = blocks()

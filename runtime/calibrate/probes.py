@@ -49,6 +49,11 @@ QUICK = Sizes(
 )
 
 
+def sizes_for(kind: str, quick: bool) -> Sizes:
+    """Quick ones are for processors: of a GPU small sizes tell nothing, large ones take no time."""
+    return GPU if kind == "cuda" else QUICK if quick else CPU
+
+
 def chains_of(sizes: Sizes, kind: str) -> dict[str, Chain]:
     """What is run, by the fact that it tells."""
     side, image = sizes.side, sizes.image
