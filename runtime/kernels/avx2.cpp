@@ -99,11 +99,11 @@ inline __m256i dot8(__m256i weight, __m256i x) {
 
 // ONE: one group, and so nothing but codes to be read. The CPU then reads ahead by itself, and is
 // slower by a tenth where it is told to.
-template <bool ONE>
+template <bool ONE, bool ZEN>
 void one_row8(const Job& job, int64_t panel) {
   const Layout& w = job.w;
   const uint8_t* base = panel_of(job, panel);
-  const uint8_t* group_ahead = ahead_of(base, w, AHEAD);
+  const uint8_t* group_ahead = ahead_of(base, w, ZEN ? DFC_ZEN_AHEAD : AHEAD);
   const uint8_t* codes = base + w.codes_at;
   const int8_t* q = job.x.q;
   __m256 total[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
@@ -114,12 +114,12 @@ void one_row8(const Job& job, int64_t panel) {
     constexpr int STEPS = ONE ? 4 : 1;  // groups are multiples of 16
     for (const uint8_t* const end = codes + w.group_bytes; codes < end;) {
       UNROLL for (int step = 0; step < STEPS; ++step, codes += 64, ahead += 64, q += 4) {
-        if (!ONE) fetch(ahead);
+        if (!ONE) ask<ZEN>(ahead);
         const __m256i x = four(q);
         HALVES add32(dot[h], dot8(load(codes + 32 * h), x));
       }
     }
-    if (!ONE) fetch(ahead);
+    if (!ONE) ask<ZEN>(ahead);
     UNROLL for (int h = 0; h < 2; ++h)
       total[h] = add_group(dot[h], job.x.scale[g], scales(w, base, g, h), total[h]);
   }
@@ -128,7 +128,8 @@ void one_row8(const Job& job, int64_t panel) {
 
 void one_row(const Job& job, int64_t panel) {
   if (job.w.bits == 8)
-    return job.w.groups == 1 ? one_row8<true>(job, panel) : one_row8<false>(job, panel);
+    return job.w.groups == 1 ? one_row8<true, false>(job, panel)
+                             : one_row8<false, false>(job, panel);
   one_row4<false>(job, panel);
 }
 
@@ -360,7 +361,9 @@ inline int32_t sum_of(__m256i x) {
 
 }  // namespace
 
-void one_row4_zen(const Job& job, int64_t panel) { one_row4<true>(job, panel); }
+void groups_zen(const Job& job, int64_t panel) {
+  job.w.bits == 4 ? one_row4<true>(job, panel) : one_row8<false, true>(job, panel);
+}
 
 void quantize_avx2(const float* x, const Layout& w, int8_t* q, float* scale, int32_t* sum) {
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);

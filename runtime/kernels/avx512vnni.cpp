@@ -42,23 +42,10 @@ inline __m512i offset(const Layout& w, const uint8_t* panel, int64_t g, const in
   return _mm512_slli_epi32(sum, BITS == 4 ? 3 : 7);
 }
 
-// What one row asks for. NOTHING: where there is nothing to be read but codes, as of int8 with one
-// group, the CPU reads ahead by itself, and told to it gave a quarter less. NEAR: to the first cache.
-// FAR: from memory to the second cache too, a request for two lines, which come together; short
-// groups of int4 have so few instructions for a line that one more is a loss.
-enum Ask { NOTHING, NEAR, FAR };
-constexpr int64_t FAR_AHEAD = 16384;
-
-template <int ASK>
-inline void ask(const uint8_t* at, int64_t line) {
-  if (ASK == NOTHING) return;
-  fetch(at);
-  if (ASK == FAR && AHEAD > 0 && line % 2 == 0) __builtin_prefetch(at + FAR_AHEAD, 0, 2);
-}
-
 // PART: values of K that are multiplied without a branch; groups are multiples of it. SUMS: that take
-// turns: each waits four cycles for the one before.
-template <int BITS, int PART, int SUMS, bool HALF, bool ZEROS, int ASK>
+// turns: each waits four cycles for the one before. ONE: one group of int8, and so nothing but codes
+// to be read: the CPU then reads ahead by itself, and told to it gave a quarter less.
+template <int BITS, int PART, int SUMS, bool HALF, bool ZEROS, bool ONE>
 void one_row(const Job& job, int64_t panel) {
   constexpr int64_t STEP = BITS * 16;  // bytes for 8 values of K
   const Layout w = job.w;
@@ -75,13 +62,13 @@ void one_row(const Job& job, int64_t panel) {
     group_ahead += w.stride_bytes;
     for (int64_t k = 0; k < w.group; k += PART) {
       UNROLL for (int step = 0; step < PART / 8; ++step, codes += STEP, q += 8) {
-        UNROLL for (int64_t line = 0; line < STEP / 64; ++line, ahead += 64)
-          ask<ASK>(ahead, step * (STEP / 64) + line);
+        UNROLL for (int64_t line = 0; line < STEP; line += 64, ahead += 64)
+          if (!ONE) fetch(ahead);
         const int i = step % SUMS;
         BITS == 4 ? step4(codes, q, low[i], high[i]) : step8(codes, q, low[i], high[i]);
       }
     }
-    if (ASK != NOTHING) fetch(ahead);
+    if (!ONE) fetch(ahead);
     UNROLL for (int i = 1; i < SUMS; ++i) {
       low[0] = _mm512_add_epi32(low[0], low[i]);
       high[0] = _mm512_add_epi32(high[0], high[i]);
@@ -94,31 +81,31 @@ void one_row(const Job& job, int64_t panel) {
   store(job, panel, 0, total);
 }
 
-template <int BITS, int PART, int SUMS, int ASK>
+template <int BITS, int PART, int SUMS, bool ONE>
 void one_row(const Job& job, int64_t panel) {
   const bool half = job.w.half_scales;
   if (BITS == 4 && job.w.has_zeros)
-    return half ? one_row<BITS, PART, SUMS, true, BITS == 4, ASK>(job, panel)
-                : one_row<BITS, PART, SUMS, false, BITS == 4, ASK>(job, panel);
-  half ? one_row<BITS, PART, SUMS, true, false, ASK>(job, panel)
-       : one_row<BITS, PART, SUMS, false, false, ASK>(job, panel);
+    return half ? one_row<BITS, PART, SUMS, true, BITS == 4, ONE>(job, panel)
+                : one_row<BITS, PART, SUMS, false, BITS == 4, ONE>(job, panel);
+  half ? one_row<BITS, PART, SUMS, true, false, ONE>(job, panel)
+       : one_row<BITS, PART, SUMS, false, false, ONE>(job, panel);
 }
 
 void one_row(const Job& job, int64_t panel) {
   const Layout& w = job.w;
   if (w.bits == 4)
-    return w.group == 16   ? one_row<4, 16, 1, NEAR>(job, panel)
-           : w.group == 32 ? one_row<4, 32, 1, NEAR>(job, panel)
-                           : one_row<4, 32, 2, NEAR>(job, panel);
-  w.group == 16    ? one_row<8, 16, 1, FAR>(job, panel)
-  : w.groups == 1 ? one_row<8, 32, 1, NOTHING>(job, panel)
-                  : one_row<8, 32, 1, FAR>(job, panel);
+    return w.group == 16   ? one_row<4, 16, 1, false>(job, panel)
+           : w.group == 32 ? one_row<4, 32, 1, false>(job, panel)
+                           : one_row<4, 32, 2, false>(job, panel);
+  w.group == 16   ? one_row<8, 16, 1, false>(job, panel)
+  : w.groups == 1 ? one_row<8, 32, 1, true>(job, panel)
+                  : one_row<8, 32, 1, false>(job, panel);
 }
 
-// Zen reads int4 faster with more instructions of half the width: 30 instead of 24 GB/s of groups of
-// 32 by one core, from memory.
+// Zen reads groups faster with more instructions of half the width: 30 instead of 24 GB/s of int4 in
+// groups of 32 by one core, from memory.
 void one_row_zen(const Job& job, int64_t panel) {
-  job.w.bits == 4 ? one_row4_zen(job, panel) : one_row(job, panel);
+  job.w.bits == 8 && job.w.groups == 1 ? one_row(job, panel) : groups_zen(job, panel);
 }
 
 // ---- many rows

@@ -160,8 +160,8 @@ extern const Path avx512vnni_path, avx512vnni_zen_path;
 #if defined(DFC_AMX)
 extern const Path amx_path;
 #endif
-// One row of int4, as Zen reads it best.
-void one_row4_zen(const Job& job, int64_t panel);
+// One row of weights with groups, as Zen reads them best.
+void groups_zen(const Job& job, int64_t panel);
 // Quantizing a row, for both.
 void quantize_avx2(const float* x, const Layout& w, int8_t* q, float* scale, int32_t* sum);
 // lanes.cpp: what avx2_path does where rows came as columns too.
