@@ -64,6 +64,7 @@ WORDS = [
     ("compile {}/net.py:build --contrib", "name it: --onnx FILE"),
     ("compile {}/net.py:build --name small", "name it: -r FILE"),
     ("compile {}/net.py:build --use nothing", "is a folder without Python code"),
+    ("compile {}/net.py:make", "it has `build`"),
     ("compile {0}/net.py:build --function t={0}/net.py:train", "names no function `t`"),
     ("compile {}/net.py:build --set cse.limit=3 --set cse.limit=4", "as 3 and as 4"),
     ("compile {}/net.py:build -p cse{{skip=[-1]}}", "`skip` names changes by number, from 0"),

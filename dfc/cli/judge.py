@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfc.errors import DfcError, did_you_mean
+from dfc.errors import DfcError
 
 if TYPE_CHECKING:
     from dfc.compiled import Compiled
@@ -98,14 +98,12 @@ class Judge:
 
 
 def _function(place: str, name: str) -> tuple[Callable[..., Any], str]:
-    from dfc.cli.sources import load_module
+    from dfc.cli.sources import load_module, no_function
 
     module, file = load_module(place)
     function = getattr(module, name, None)
     if not callable(function):
-        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        help = did_you_mean(name, known)
-        raise DfcError("D051", f"`{place}` has no function `{name}`", help=help)
+        raise no_function(module, place, name)
     return function, file
 
 

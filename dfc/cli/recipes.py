@@ -169,7 +169,7 @@ def _pair(option: str, text: str, form: str) -> tuple[str, str]:
 
 
 def _function(option: str, text: str) -> tuple[Callable[..., Any], str]:
-    from dfc.cli.sources import load_module
+    from dfc.cli.sources import load_module, no_function
 
     place, colon, name = text.rpartition(":")
     if not colon or not name.isidentifier():
@@ -177,9 +177,7 @@ def _function(option: str, text: str) -> tuple[Callable[..., Any], str]:
     module, file = load_module(place)
     found = getattr(module, name, None)
     if not callable(found):
-        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        message = f"{option}: `{place}` has no function `{name}`"
-        raise DfcError("D051", message, help=did_you_mean(name, known))
+        raise no_function(module, place, name)
     return found, file
 
 

@@ -259,10 +259,7 @@ def _factory(place: str, function: str) -> Source:
     label = f"{place}:{function}"
     make = getattr(module, function, None)
     if make is None:
-        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise DfcError(
-            "D051", f"`{place}` has no function `{function}`", help=did_you_mean(function, known)
-        )
+        raise no_function(module, place, function)
     if not callable(make):
         raise DfcError("D051", f"`{label}` is a {type(make).__name__}, not a function")
     if isinstance(make, type):
@@ -274,6 +271,16 @@ def _factory(place: str, function: str) -> Source:
     except (Exception, SystemExit) as e:
         raise failure_of(e, f"`{label}`", own) from e
     return _checked(function, label, made)
+
+
+def no_function(module: Any, place: str, name: str) -> DfcError:
+    """The error of a function that a module does not have, with those that it has."""
+    known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+    own = [n for n in known if getattr(vars(module)[n], "__module__", "") == module.__name__]
+    own = [n for n in own if not isinstance(vars(module)[n], type)]
+    has = ", ".join(f"`{n}`" for n in own[:6]) + (" and others" if len(own) > 6 else "")
+    help = did_you_mean(name, known) or (f"it has {has}" if own else None)
+    return DfcError("D051", f"`{place}` has no function `{name}`", help=help)
 
 
 def load_module(place: str) -> tuple[Any, str]:
