@@ -137,7 +137,7 @@ struct Stretch {
 struct Path {
   const char* name;
   bool wants_wide;   // for many rows of int8 weights
-  bool wants_bytes;  // x + 128 as u8, for many rows
+  bool wants_bytes;  // x + 128 as u8, for many rows of int8 weights
   int64_t panels;    // of a tile
   // Fewer rows and shorter groups are left to another path, if there is one.
   int64_t least_rows, least_group;

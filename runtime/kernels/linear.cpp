@@ -469,7 +469,7 @@ DFC_EXPORT int32_t dfc_linear(const uint8_t* packed, int64_t bytes, const float*
   if (!memory) return DFC_NO_MEMORY;
   uint8_t* const last = memory + q_bytes + 2 * s_bytes;
   c.x = x;
-  c.bytes = lanes || (c.path->wants_bytes && rows > 1);
+  c.bytes = lanes || (c.path->wants_bytes && w.bits == 8 && rows > 1);
   c.q = reinterpret_cast<int8_t*>(memory);
   c.scale = reinterpret_cast<float*>(memory + q_bytes);
   c.sum = reinterpret_cast<int32_t*>(memory + q_bytes + s_bytes);
