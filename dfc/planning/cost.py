@@ -2,12 +2,12 @@
 
 Time is the longer of computing and moving (the roofline), plus what starting a kernel takes, which
 differs by the operator's class (`kinds`); a GPU's are started while others run, so that there it is
-the longer of both. A matrix product of sides m, n and k is charged for a
-larger one, by the device's grain: small sides leave it idle (`padding`). Bytes that fit the cache
-move at its speed; results that malloc maps anew each time take their page faults. Convolutions
-change layouts before they compute, so their bytes come on top; small ones on a processor unfold
-their input and multiply instead, as PyTorch chooses. Views are free where nobody measured them.
-Measured times take the place of all this where there are some.
+the longer of both. A matrix product of sides m, n and k is charged for a larger one, by the
+device's grain: small sides leave it idle (`padding`). Bytes that fit the cache move at its speed;
+results that malloc maps anew each time take their page faults. Convolutions change layouts before
+they compute, so their bytes come on top; small ones on a processor unfold their input and multiply
+instead, as PyTorch chooses. Views are free where nobody measured them. Measured times take the
+place of all this where there are some.
 """
 
 from __future__ import annotations

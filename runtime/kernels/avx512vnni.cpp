@@ -1,9 +1,9 @@
 // The path of CPUs with AVX-512 (F, BW, VL) and VNNI.
 //
-// dpbusd multiplies u8 by s8, adds four products into int32 and never saturates. For one row, codes
-// are the u8: int4 as they are, int8 with 128 added, and what that adds is taken away by the sum of
-// the group's x. For many, x + 128 is the u8: what that adds is the same for all rows, and sums
-// begin with it.
+// dpbusd multiplies u8 by s8, adds four products into int32 and never saturates. Of one row, and of
+// int4, codes are the u8: int4 as they are, int8 with 128 added, and what that adds is taken away by
+// the sum of the group's x. Of many rows of int8, x + 128 is the u8: what that adds is the same for
+// all rows, and sums begin with it.
 #if !defined(DFC_AHEAD)  // measured on Zen 4: nearer than on AVX2, and to the first cache
 #define DFC_AHEAD 4096
 #define DFC_CACHE 3
