@@ -117,9 +117,35 @@ def test_onnx_runtime_makes_integer_kernels_of_all_layers(tmp_path):
     assert ops["QLinearConv"] == 3 and ops["QGemm"] == 1
     kernels = ("QLinearAdd", "QLinearConcat", "QLinearAveragePool", "QLinearGlobalAveragePool")
     assert all(ops[op] == 1 for op in kernels)
-    floats = ("Conv", "FusedConv", "Gemm", "MatMul", "Add", "Concat", "Pad", "DequantizeLinear")
+    floats = ("Conv", "FusedConv", "Gemm", "MatMul", "Add", "Concat", "DequantizeLinear")
     assert not any(ops[op] for op in floats) and ops["QuantizeLinear"] == 1
+    assert ops["Pad"] == 1  # the fourth channel, of codes: those around pictures are the kernels'
     torch.testing.assert_close(got, want, rtol=0, atol=0.01 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "conv, channels",
+    [
+        (nn.Conv2d(3, 16, 3, 2, 1), 4),
+        (nn.Conv2d(6, 20, (1, 3), bias=False), 8),
+        (nn.Conv2d(3, 16, 1), 3),  # its kernel reads pixels where they are
+        (nn.Conv2d(3, 10, 3), 3),  # no kernel of sums of four makes 10 channels
+        (nn.Conv2d(6, 32, 3, groups=2), 3),
+        (nn.Conv2d(8, 16, 3), 8),
+    ],
+    ids=str,
+)
+def test_onnx_runtime_reads_channels_by_four(conv, channels, tmp_path):
+    shape = (conv.in_channels, 9, 9)
+    graph = quantized(traced(conv, *shape), data(*shape))
+    x = data(*shape)[0]
+    (want,) = interpret(graph, [x])
+    got, ops = ran(graph, x, tmp_path)
+    assert ops["QLinearConv"] == 1
+    held = onnx.load(tmp_path / "m.onnx").graph.initializer
+    (weight,) = [i for i in held if len(i.dims) == 4]  # nothing is stored twice
+    assert weight.dims[1] == channels and ops["Pad"] == (channels != conv.weight.shape[1])
+    assert float((got - want).abs().max()) <= 1.01 * float((want.unique().diff()).min())
 
 
 def test_an_activation_is_the_end_of_a_range():

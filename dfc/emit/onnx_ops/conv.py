@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from dfc.emit.onnx_builder import Builder, Call, NoTranslation, Val
+from dfc.emit.onnx_ops.filled import fill_channels
 from dfc.emit.onnx_ops.registry import translates
 from dfc.ir.expr import Expr
 
@@ -75,6 +76,7 @@ def convolve(
     unbatched = b.rank(x) == n + 1
     if unbatched:
         x = b.unsqueeze(x, 0)
+    x, weight = fill_channels(b, x, weight, groups)
     found = b.op(
         "Conv", x, weight, bias, strides=stride, pads=pads, dilations=dilation, group=groups
     )
