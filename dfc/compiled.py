@@ -342,8 +342,7 @@ def with_state_inputs(graph: Graph) -> Graph:
     mutations = [(m.target, m.value) for m in lifted.mutations]
     for target in targets:
         p = twin[target]
-        name = lifted.fresh_name("state_" + "".join(c if c.isalnum() else "_" for c in p.name))
-        v = lifted.add_input(name, p.type)
+        v = lifted.add_input(lifted.fresh_name(f"state_{p.name}"), p.type)
         lifted.replace_uses(p, v)
         mutations = [(v if t is p else t, v if x is p else x) for t, x in mutations]
     lifted.set_outputs(lifted.outputs, lifted.output_tree, mutations)

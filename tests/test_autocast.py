@@ -352,6 +352,7 @@ def test_weights_alone_are_stored_and_everything_is_computed_in_f32(
     net, args = Wide().eval(), (torch.randn(4, 32),)
     outcome, decisions = cast(dfc.trace(net, args), args, dtype=dtype, only_weights=True)
     after = outcome.graph
+    assert dfc.parse(str(after)) == after
     assert outcome.reports[0].verdict == "proved" and outcome.reports[0].changes == 2
     assert set(types(after).values()) == {"f32"}
     stored = {n: str(p.tensor_type.dtype) for n, p in after.parameters.items()}

@@ -93,6 +93,7 @@ def test_names_are_unique_and_free_again_after_erasing() -> None:
         graph.add_input("y", F32)
     graph.rename(x, "z")
     assert graph.inputs[0].name == "z" and graph.fresh_name("x") == "x"
+    assert neg(graph, x, names=["layer.é.weight_f32"]).result.name == "layer___weight_f32"
 
 
 def test_inserting_and_moving_keep_the_order() -> None:

@@ -7,6 +7,7 @@ that "used by an output" is an ordinary use. Nothing here needs torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ __all__ = [
 
 RESULT = "dfc.return"
 Range = tuple[int, int | None]
+_UNFIT = re.compile(r"(?!^\.)[^A-Za-z0-9_]")  # in the name of a value, as text has it
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,11 @@ class Graph:
     # building
 
     def fresh_name(self, wish: str | None = None) -> str:
-        """A value name that is not taken: the wish, the wish with a number, or a number."""
+        """A value name that is not taken: the wish, the wish with a number, or a number.
+
+        Ensures:  text can hold it: a wish may come from a parameter, whose names have dots.
+        """
+        wish = _UNFIT.sub("_", wish or "")
         if wish and wish not in self._names:
             return wish
         prefix = f"{wish}_" if wish else ""
