@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import dfc
+from dfc.emit.onnx_export import compare
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.ir.op import lookup
@@ -451,6 +453,28 @@ def test_an_infinity_that_the_witness_has_too_must_stay() -> None:
     for got in (65504.0, float("nan"), -float("inf")):
         x = torch.tensor([got, 1.0], dtype=torch.float16)
         assert not judge([x], [INFINITE], [witness]).agrees
+
+
+@pytest.mark.parametrize("rows, right", [(1, True), (20, False)])
+def test_where_values_are_rounded_a_row_may_go_elsewhere_but_not_many(
+    rows: int, right: bool
+) -> None:
+    """As in Whisper's encoder: which frame goes elsewhere is chance, in float64 too."""
+    torch.manual_seed(0)
+    witness = torch.randn(1000, 16, dtype=torch.float64)
+    original, x = ((witness + 0.1 * torch.randn(1000, 16)).float() for _ in range(2))
+    x[:rows] = -witness[:rows]
+    assert not judge([x], [original], [witness], rtol=0.05).agrees
+    assert judge([x], [original], [witness], rtol=0.05, rounded=True).agrees is right
+    graph = dfc.trace(torch.nn.ReLU(), (original,))
+    with nullcontext() if right else pytest.raises(DfcError, match="another result for `y`"):
+        compare(graph, [], [original], [x], ["y"], witness=[witness], rounded=0.05)
+
+
+def test_an_infinity_is_told_where_values_are_rounded_too() -> None:
+    ones, inf = torch.ones(2), torch.tensor([float("inf"), 1.0])
+    assert not judge([inf], [ones], [ones.double()], rounded=True).agrees
+    assert not judge([inf], [ones], [inf.double()], rounded=True).agrees
 
 
 @dataclass(frozen=True)

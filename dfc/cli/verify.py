@@ -96,12 +96,12 @@ def _prove(package: str, engine: str, device: str, say: Any) -> dict[str, Any]:
     """Run the probes on one engine and judge them as `compile` did."""
     import dfc
     from dfc.cli.prove import largest_error
-    from dfc.recipe.bench import engine_rtol
+    from dfc.recipe.bench import judge_engine
 
     say(f"proving on {engine}")
     compiled = dfc.load(package, engine=engine, device=device)
-    rtol = max(engine_rtol(compiled.graph), compiled.report.rtol)
-    verdict = compiled.standard().judge(compiled.run_flat, rtol=rtol)
+    standard, rtol = compiled.standard(), compiled.report.rtol
+    verdict = judge_engine(standard, compiled.graph, compiled.run_flat, rtol)
     worst = largest_error(compiled)
     return {
         "engine": compiled.engine.name,

@@ -140,8 +140,8 @@ class Bench:
 
         if self.example is not None:  # it may be larger than what the probes have
             run(self.example)
-        rtol = max(engine_rtol(graph), self._numerics(graph).rtol, self.rtol)
-        return self._standard(graph).judge(run, rtol=rtol)
+        rtol = max(self._numerics(graph).rtol, self.rtol)
+        return judge_engine(self._standard(graph), graph, run, rtol)
 
     def candidates(self, graph: Graph | None = None) -> list[str]:
         """The engines that were named, or those that `auto` tries and whose library is here: for
@@ -268,11 +268,14 @@ def own_probes(probes: Any, graph: Graph) -> Any:
     return own(probes.ready(), graph, probes.seed)
 
 
-def engine_rtol(graph: Graph) -> float:
-    """How far an engine's own kernels may be from the witness on this graph."""
+def judge_engine(standard: Any, graph: Graph, run: Runner, rtol: float) -> Any:
+    """An engine's results for a graph against the probes, within what its kernels may differ by
+    or what is promised."""
     from dfc.ops.quantized import ROUNDED_RTOL, rounds_values
 
-    return ROUNDED_RTOL if rounds_values(graph) else ENGINE_RTOL
+    rounded = rounds_values(graph)
+    rtol = max(ROUNDED_RTOL if rounded else ENGINE_RTOL, rtol)
+    return standard.judge(run, rtol=rtol, rounded=rounded)
 
 
 def forms(graph: Graph, device: str) -> list[str]:

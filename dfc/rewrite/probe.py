@@ -139,13 +139,14 @@ class Probes:
             worst = max(worst, verdict.worst)
         return worst
 
-    def judge(self, run: Any, rtol: float = 0.0) -> Verdict:
+    def judge(self, run: Any, rtol: float = 0.0, rounded: bool = False) -> Verdict:
         """The same for anything that takes flat inputs: an engine's runner."""
         worst = 0.0
         for probe in self.ready():
             torch.manual_seed(self.seed)
             assert probe.original is not None and probe.witness is not None
-            verdict = judge(run(clone(probe.inputs)), probe.original, probe.witness, rtol=rtol)
+            results, original, witness = run(clone(probe.inputs)), probe.original, probe.witness
+            verdict = judge(results, original, witness, rtol=rtol, rounded=rounded)
             if not verdict.agrees:
                 return verdict
             worst = max(worst, verdict.worst)
