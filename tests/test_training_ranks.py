@@ -47,13 +47,23 @@ def run_ranks(
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """What two ranks found, that are started once."""
-    jobs = ("planned mlp", "gradients:local tied", "gradients:gloo tied", "refused mlp")
+    jobs = ("planned mlp", "gradients:local tied", "gradients:gloo tied", "between_devices tied",
+            "refused mlp")  # fmt: skip
     return run_ranks(tmp_path_factory.mktemp("ranks"), 2, *jobs)
 
 
 @pytest.mark.parametrize("links", ["local", "gloo"])
 def test_two_processes_train_as_one(found: dict[str, list[Any]], links: str) -> None:
     judge(found[f"gradients:{links} tied"], {"table.weight"})
+
+
+def test_devices_exchange_what_processors_do(found: dict[str, list[Any]]) -> None:
+    judge(found["between_devices tied"], {"table.weight"})
+    for fast, plain in zip(
+        found["between_devices tied"], found["gradients:gloo tied"], strict=True
+    ):
+        for schedule in ("1f1b", "zb1p"):  # `auto` goes by what it measures
+            assert fast[schedule] == plain[schedule]  # to the bit
 
 
 def judge(found: list[Any], tied: set[str]) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined]
 
@@ -51,6 +52,7 @@ def gradients(
     found = {}
     for schedule in schedules:
         with trainer_of(world, name, schedule, links) as trainer:
+            assert links in (None, trainer.link_kind)
             torch.testing.assert_close(trainer.backward(*args), loss)
             own = {n: p.grad for n, p in trainer.parameters.items() if p.grad is not None}
             close(own, {n: expected[n] for n in own})
@@ -74,6 +76,20 @@ def gradients(
             found[schedule] = {"losses": losses, "weights": digest, "program": str(report.program),
                                "in_flight": report.in_flight}  # fmt: skip
     return found
+
+
+def between_devices(world: World, name: str) -> dict[str, Any]:
+    """As `gradients`, with gloo for nccl and the processor for two devices."""
+    from dfc.runtime.pipeline import device_links, training_exchange
+    from tests.test_device_links import Gloo
+
+    with pytest.MonkeyPatch.context() as stand_in:
+        stand_in.setattr(device_links, "Nccl", Gloo)
+        stand_in.setattr(training_exchange, "nccl_is_here", lambda: True)
+        stand_in.setattr(
+            training_exchange, "places_in", lambda *_: [(0, str(r)) for r in range(world.size)]
+        )
+        return gradients(world, name, links="nccl")
 
 
 def several(world: World, name: str) -> dict[str, Any]:
@@ -167,6 +183,7 @@ def done(world: World, job: str) -> dict[str, Any]:
     what, _, how = what.partition(":")
     jobs: dict[str, Callable[[], dict[str, Any]]] = {
         "gradients": lambda: gradients(world, name, links=how or None),
+        "between_devices": lambda: between_devices(world, name),
         "every_schedule": lambda: gradients(world, name, list(STAGES)),
         "several": lambda: several(world, name),
         "planned": lambda: planned(world, name),

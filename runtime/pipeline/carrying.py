@@ -47,7 +47,7 @@ class Carriers:
         given: Sequence[Values],
         results: Sequence[dict[Hashable, Any]],
         through: Callable[[], None],
-        broken: Callable[[str], None],
+        broken: Callable[[LinkLost | Abandoned], None],
     ) -> None:
         """Begin to send the inputs of a step and to receive its results.
 
@@ -63,7 +63,7 @@ class Carriers:
                     _receive(traffic, order, results)
                     through()
             except (LinkLost, Abandoned) as e:
-                broken(str(e))
+                broken(e)
 
         for pair, order in traffic.orders.items():
             if pair in self._work:

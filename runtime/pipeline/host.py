@@ -217,7 +217,7 @@ class ProcessLanes:
         number = attempt.number
         self._carriers.carry(
             traffic, self.wiring.numbered(attempt.given), attempt.results,
-            lambda: self._put("came", number), lambda why: self._put("broken", number, why=why),
+            lambda: self._put("came", number), lambda e: self._put("broken", number, why=str(e)),
         )  # fmt: skip
         try:
             self._collect(attempt)

@@ -19,6 +19,7 @@ from dfc.planning.stages import HOST
 from dfc.runtime.pipeline.device_links import DeviceLinks, MixedLinks
 from dfc.runtime.pipeline.links import Linked, Links, Pair, gloo_device
 from dfc.runtime.pipeline.local_links import LocalLinks
+from dfc.runtime.pipeline.rank_device import device_identity
 from dfc.runtime.pipeline.spawn import private_folder
 from dfc.runtime.pipeline.world import MEETING, World
 
@@ -92,13 +93,15 @@ class WorldMeeting:
         """
         Raises:  RuntimeError when another member does not come in time.
         """
-        w, prefix = self.world, f"{self._key}/{name}"
-        base: Linked
+        base, prefix = self.host_links(me, pairs, name), f"{self._key}/{name}"
+        return _with_device(base, self._fast, self.world.store, prefix, self._device, MEETING)
+
+    def host_links(self, me: int, pairs: Sequence[Pair], name: str) -> Linked:
+        """As `links`, of the hosts' memory alone."""
         if self.kind == "local":
-            base = LocalLinks(me, pairs, Path(self._at), name, MEETING)
-        else:
-            base = Links(me, pairs, w.store, prefix, w.device, MEETING)
-        return _with_device(base, self._fast, w.store, prefix, self._device, MEETING)
+            return LocalLinks(me, pairs, Path(self._at), name, MEETING)
+        w = self.world
+        return Links(me, pairs, w.store, f"{self._key}/{name}", w.device, MEETING)
 
     def close(self) -> None:
         """Take the folder away."""
@@ -159,6 +162,14 @@ def device_pairs(
         help = "leave --links out: the best that there is is taken"
         raise DfcError("N059", f"ranks cannot be linked by nccl: {why}", help=help, status=2)
     return found if available and kind in (None, "nccl") else []
+
+
+def places_in(world: World, devices: Sequence[str], key: str) -> list[Place]:
+    """The host of each rank, and which of its devices it has, as every rank says under a key."""
+    if all(d == "cpu" for d in devices):
+        return list(zip(world.hosts, devices, strict=True))
+    mine = device_identity(devices[world.rank])
+    return list(zip(world.hosts, world.share(f"{key}/device", mine), strict=True))
 
 
 def nccl_is_here() -> bool:

@@ -62,9 +62,13 @@ class LinkLost(Exception):
     """A message that did not come, or could not be sent."""
 
     def __init__(self, edge: int, microbatch: int, peer: int, receiving: bool, why: str) -> None:
-        what = "RECV" if receiving else "SEND"
-        super().__init__(f"{what}(e{edge}, mb{microbatch}): {why}")
         self.edge, self.microbatch, self.peer, self.receiving = edge, microbatch, peer, receiving
+        super().__init__(f"{self.where}: {why}")
+
+    @property
+    def where(self) -> str:
+        """The wait that it ended: RECV(e7, mb4)."""
+        return f"{'RECV' if self.receiving else 'SEND'}(e{self.edge}, mb{self.microbatch})"
 
 
 def member(stage: int, placement: Sequence[int]) -> int:

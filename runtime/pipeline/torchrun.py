@@ -29,11 +29,11 @@ from dfc.runtime.pipeline.crew import AT_LEAST, LATE, UNKNOWN
 from dfc.runtime.pipeline.folder import Stages, assembly, stages_of, versions
 from dfc.runtime.pipeline.lanes import Span, Step, Values
 from dfc.runtime.pipeline.linking import (
-    Place,
     WorldMeeting,
     device_pairs,
     links_of,
     nccl_is_here,
+    places_in,
 )
 from dfc.runtime.pipeline.links import (
     FOREVER,
@@ -44,7 +44,6 @@ from dfc.runtime.pipeline.links import (
     Traffic,
 )
 from dfc.runtime.pipeline.local import Pipeline, Runs
-from dfc.runtime.pipeline.rank_device import device_identity
 from dfc.runtime.pipeline.wiring import Numbered, Wiring
 from dfc.runtime.pipeline.world import MEETING, World
 from dfc.runtime.tiers.stages import Ranks, plan_data, plan_of, plan_stages
@@ -141,7 +140,8 @@ class LaunchedRanks:
         self._failed = False
         torch.set_num_threads(stages.made.threads[world.rank])
         self._types = stages.types(wiring.edges)
-        fast = device_pairs(links, wiring.pairs, self._places(), nccl_is_here())
+        places = places_in(world, stages.made.devices, "pipeline")
+        fast = device_pairs(links, wiring.pairs, places, nccl_is_here())
         self._meeting = WorldMeeting(world, links, "pipeline", fast, stages.device.name)
         self.link_kind = "nccl" if fast else self._meeting.kind
         self._links, self._host_links = self._linked()
@@ -174,7 +174,7 @@ class LaunchedRanks:
         self._carriers.carry(
             host, self.wiring.numbered(given), results,
             lambda: events.put({"did": "came"}),
-            lambda why: events.put({"did": "broken", "why": why}),
+            lambda e: events.put(self._lost(e, "the host")),
         )  # fmt: skip
         mine = threading.Thread(
             target=lambda: events.put(self._row(number, order)), name="dfc-rank", daemon=True
@@ -236,7 +236,7 @@ class LaunchedRanks:
         except DfcError as e:
             said: Message = {"did": "failed", "code": e.code, "message": e.message}
         except (LinkLost, Abandoned) as e:
-            said = {"did": "failed", "code": "K058", "message": self._lost(e)}
+            said = self._lost(e, f"rank {rank}")
         else:
             spans = [[int(a.kind), a.stage, a.microbatch, s, t] for a, s, t in done.spans]
             said = {"did": "done", "spans": spans, "sent": sorted(done.sent.items()),
@@ -287,15 +287,27 @@ class LaunchedRanks:
                     raise self._first_failure(event)
 
     def _first_failure(self, event: Message) -> DfcError:
-        """What an action raised, wherever it was, comes before what followed from it."""
+        """What an action raised, wherever it was, comes before what followed from it; and of ranks
+        that were lost the one that nobody else explains."""
         until = time.monotonic() + AT_LEAST
         while time.monotonic() < until:
             for rank in range(self.world.size):
-                found = self.world.peek(f"done/{self._steps}/{rank}")
-                if found is not None and found["did"] == "failed" and found["code"] != "K058":
+                found = self._said(rank)
+                if found is not None and found["code"] != "K058":
                     return DfcError(found["code"], found["message"])
             time.sleep(0.05)
-        return DfcError(event.get("code", "K058"), event.get("message") or self._told(event))
+        seen: set[Any] = set()
+        while (peer := event.get("peer")) not in seen and (found := self._said(peer)) is not None:
+            seen.add(peer)
+            event = found
+        return DfcError(event.get("code", "K058"), event["message"])
+
+    def _said(self, rank: int | None) -> Message | None:
+        """Why a rank did not end its step, None for one that did, or has not said so."""
+        if rank is None:
+            return None
+        found: Message | None = self.world.peek(f"done/{self._steps}/{max(rank, 0)}")
+        return found if found is not None and found["did"] == "failed" else None
 
     def _others(
         self, number: int, sent: dict[int, int], patience: float
@@ -315,29 +327,17 @@ class LaunchedRanks:
             streamed.update({(s, hop): n for s, hop, n in found["streamed"]})
         return spans, sent, streamed
 
-    def _lost(self, e: Exception) -> str:
-        """Who is lost, in which wait of this rank, and what it did last."""
-        if not isinstance(e, LinkLost):
-            return "the step was given up"
-        me = f"rank {self.world.rank} waits in {self.doing}"
-        if e.peer == HOST:
-            return f"the host, rank 0, is lost while {me}"
-        last = self.world.peek(f"doing/{e.peer}")
-        told = f", it last did {last}" if last else ""
-        return f"rank {e.peer} is lost, or too slow, while {me}{told}"
-
-    def _told(self, event: Message) -> str:
-        doing = {r: self.world.peek(f"doing/{r}") for r in range(self.world.size)}
-        told = ", ".join(f"rank {r} last did {d}" for r, d in doing.items())
-        return f"a rank is lost, or too slow ({told}): {event.get('why')}"
-
-    def _places(self) -> list[Place]:
-        """The host of each rank, and which of its devices it has, as every rank says."""
-        devices = self.stages.made.devices
-        if all(d == "cpu" for d in devices):
-            return list(zip(self.world.hosts, devices, strict=True))
-        mine = device_identity(self.stages.device.name)
-        return list(zip(self.world.hosts, self.world.share("device", mine), strict=True))
+    def _lost(self, e: LinkLost | Abandoned, me: str) -> Message:
+        """Who is lost, in which wait, and what it did last."""
+        said: Message = {"did": "failed", "code": "K058", "message": "the step was given up"}
+        if isinstance(e, LinkLost):
+            waits = f"{me} waits in {e.where}"
+            said |= {"peer": e.peer, "message": f"the host, rank 0, is lost while {waits}"}
+            if e.peer != HOST:
+                last = self.world.peek(f"doing/{e.peer}")
+                told = f", it last did {last}" if last else ""
+                said["message"] = f"rank {e.peer} is lost, or too slow, while {waits}{told}"
+        return said
 
     def _beat(self) -> None:
         """What this rank does, for others to read."""

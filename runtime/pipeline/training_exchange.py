@@ -8,9 +8,10 @@ says so in the store before it lets its links go, so that all name the one that 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
 from dfc.errors import DfcError
@@ -20,7 +21,7 @@ from dfc.planning.actions import Program
 from dfc.planning.stages import HOST
 from dfc.runtime.pipeline.differentiated import Differentiated, Gradient
 from dfc.runtime.pipeline.lanes import Run, Span, Step
-from dfc.runtime.pipeline.linking import WorldMeeting, device_pairs, nccl_is_here
+from dfc.runtime.pipeline.linking import WorldMeeting, device_pairs, nccl_is_here, places_in
 from dfc.runtime.pipeline.links import Doing, LinkLost, Pair, Traffic, pairs_of
 from dfc.runtime.pipeline.rank import run_rank
 from dfc.runtime.pipeline.rank_device import RankDevice
@@ -45,16 +46,18 @@ class Ranks:
 
     `name` is a prefix in the store that no other trainer has. A message may take `deadline`
     seconds, else five times the last step. `links` are `local` (sockets of this host) or `gloo`;
-    by default local where all ranks are on one host. `device` is where this rank computes; what it
-    sends is copied out of there. With `norms` all tell each other those of their gradients.
-    Raises:  DfcError K058 for a rank that does not come.
+    by default local where all ranks are on one host, and nccl beside it between ranks on two GPUs
+    (`nccl` insists on that). `devices` are where the ranks compute. With `norms` all tell each
+    other those of their gradients.
+    Raises:  DfcError K058 for a rank that does not come, N059 for links that there are not.
     """
 
     def __init__(
         self, world: World, name: str, model: StagedModel, placement: Sequence[int], run: Run,
-        deadline: float | None, links: str | None = None, device: str = "cpu", norms: bool = False,
+        deadline: float | None, links: str | None, devices: Sequence[str], norms: bool = False,
     ) -> None:  # fmt: skip
         self.world, self.name, self.model = world, name, model
+        device = devices[world.rank]
         self.device = RankDevice(device)
         self.run = self.device.paced(run, len(placement))
         self.edges, self.placement = tuple(model.edges), tuple(placement)
@@ -70,25 +73,33 @@ class Ranks:
         self._fixed = deadline
         self._deadline = deadline or _UNKNOWN
         pairs = [p for p in pairs_of(self.edges, self.placement) if HOST not in p]
-        here = [(host, "cpu") for host in world.hosts]
-        device_pairs(links, pairs, here, nccl_is_here())  # there is nothing for nccl to do
-        self._meeting = WorldMeeting(world, links, f"{name}/links")
+        tensors = sorted({*pairs, *self._pairs_of_tied()})
+        places = places_in(world, devices, name)
+        fast = device_pairs(links, tensors, places, nccl_is_here())
+        self._meeting = WorldMeeting(world, links, f"{name}/links", fast, device)
+        self.link_kind = "nccl" if fast else self._meeting.kind
         try:
             self.links = self._meeting.links(world.rank, pairs, "step")
-            self.others = self._meeting.links(world.rank, self._pairs_after(), "after")
+            self.others = self._meeting.host_links(world.rank, self._pairs_after(), "after")
+            if fast:  # nothing runs on a device before all communicators are made
+                world.share(f"{name}/linked", True)
         except RuntimeError as e:
             raise DfcError("K058", f"the links of rank {world.rank} cannot be made: {e}") from e
 
     def _pairs_after(self) -> list[Pair]:
         """From the loss's rank to each other one, and between those that share a weight."""
-        loss = self.placement[self.last]
-        found = {(loss, r) for r in range(self.world.size)}
-        for stages in self.owners.values():
-            ranks = {self.placement[s] for s in stages}
-            found |= {(a, b) for a in ranks for b in ranks}
+        loss, every = self.placement[self.last], range(self.world.size)
+        found = {(loss, r) for r in every if r != loss} | self._pairs_of_tied()
         if self._norms:
-            found |= {(a, b) for a in range(self.world.size) for b in range(self.world.size)}
-        return sorted((a, b) for a, b in found if a != b)
+            found |= set(permutations(every, 2))
+        return sorted(found)
+
+    def _pairs_of_tied(self) -> set[Pair]:
+        """Between those that share a weight."""
+        found: set[Pair] = set()
+        for stages in self.owners.values():
+            found |= set(permutations({self.placement[s] for s in stages}, 2))
+        return found
 
     def step(self, program: Program, given: Sequence[Mapping[Any, Any]]) -> Step:
         """This rank's row; the losses are in every rank's results.
@@ -153,31 +164,54 @@ class Ranks:
     def exchange(
         self, told: Mapping[Told, torch.Tensor], like: Mapping[str, torch.Tensor]
     ) -> dict[Told, torch.Tensor]:
-        """The gradients of tied weights that other ranks' stages have, for what this one has; they
-        lie in this machine's memory.
+        """The gradients of tied weights that other ranks' stages have, for what this one has: on
+        its device where they come from another one, else in this machine's memory.
 
         Ensures: all ranks send and wait in one order, so that none waits for one that waits for it.
         Raises:  DfcError K058 for a rank that is lost.
         """
         import torch
 
-        me, works, found = self.world.rank, [], {}
+        me, fast = self.world.rank, self.links.fast
+        own = {k: x.contiguous() for k, x in told.items()}
+        works, flying, found, coming = [], [], {}, []
         self.doing.set("ALLREDUCE")
-        for tag, (name, stages) in enumerate(self.owners.items(), 1):
-            ranks = sorted({self.placement[s] for s in stages})
-            for i, s in enumerate(stages if me in ranks else ()):
-                number = tag * len(self.placement) + i
-                if self.placement[s] != me:
-                    found[name, s] = torch.empty_like(
-                        like[name], memory_format=torch.contiguous_format, device="cpu"
-                    )
-                    works.append(self._post((self.placement[s], me), found[name, s], number))
-                    continue
-                block = told[name, s].contiguous().to("cpu")
-                works += [self._post((me, r), block, number) for r in ranks if r != me]
+        for pair, key, tag in self._messages_of_tied():
+            sends = pair[0] == me
+            if pair not in fast:
+                if sends:
+                    block = own[key] = own[key].to("cpu")
+                else:
+                    block = found[key] = torch.empty(like[key[0]].shape, dtype=like[key[0]].dtype)
+                works.append(self._post(pair, block, tag))
+                continue
+            # a head beside it: a rank that is lost is noticed by that, and a device not asked
+            works.append(self._post(pair, torch.zeros(1, dtype=torch.uint8), tag))
+            if sends:
+                flying.append((pair[1], self._of_device(pair, fast[pair].send, [own[key]])))
+            else:
+                coming.append((pair, key))
         self._wait(works)
+        for pair, key in coming:
+            x = like[key[0]]
+            block = self._of_device(pair, fast[pair].receive, x.nbytes, self._patience)
+            found[key] = block.view(x.dtype).view(x.shape)
+        self._wait(flying)
+        for pair, _ in coming:
+            self._of_device(pair, lambda pair, timeout: fast[pair].settle(timeout), self._patience)
         self.doing.set("idle")
         return found
+
+    def _messages_of_tied(self) -> Iterator[tuple[Pair, Told, int]]:
+        """From and to this rank: each with what it has, and its tag."""
+        me = self.world.rank
+        for tag, (name, stages) in enumerate(self.owners.items(), 1):
+            ranks = sorted({self.placement[s] for s in stages})
+            for i, s in enumerate(stages):
+                source = self.placement[s]
+                for r in ranks:
+                    if r != source and me in (source, r):
+                        yield (source, r), (name, s), tag * len(self.placement) + i
 
     def tell_norms(self, mine: Mapping[str, float]) -> dict[str, float]:
         """The norm of each gradient, of all ranks, given those that this one has.
@@ -209,12 +243,23 @@ class Ranks:
         except RuntimeError as e:
             raise self._lost(peer, str(e)) from e
 
+    def _of_device(self, pair: Pair, do: Callable[..., Any], *given: Any) -> Any:
+        """What a link of this rank's device does, with the rank at its other end."""
+        try:
+            return do(pair, *given)
+        except RuntimeError as e:
+            raise self._lost(pair[pair[0] == self.world.rank], str(e)) from e
+
     def _wait(self, works: Sequence[tuple[int, Any]]) -> None:
         for peer, work in works:
             try:
-                work.wait(timedelta(seconds=self._deadline))
+                work.wait(self._patience)
             except RuntimeError as e:
                 raise self._lost(peer, str(e)) from e
+
+    @property
+    def _patience(self) -> timedelta:
+        return timedelta(seconds=self._deadline)
 
     def _lost(self, peer: int, why: str) -> DfcError:
         """Names the rank that was lost first, which need not be the one that was waited for."""

@@ -69,8 +69,8 @@ class ProcessTrainer(Trainer):
     `checkpoint` is a folder that is written every so many steps; then ranks that are lost are
     started again, `restarts` times in a call at most, and the batches since are repeated from
     copies. `modules` are imported in each rank first: those that declare operators. `links` are
-    `local` (sockets of this host) or `gloo`. Weights and gradients are in the ranks: see
-    `state_dict`, `load_into`, `clip`.
+    those of `RankTrainer`. Weights and gradients are in the ranks: see `state_dict`, `load_into`,
+    `clip`.
     Ensures: losses and weights are those of `Trainer` with the same options, to the bit; all
              processes end with the trainer, or with this process. A step that fails in the model
              has changed nothing, and the next may follow.

@@ -53,7 +53,8 @@ class RankTrainer(Trainer):
 
     `deadline` is how many seconds a message may take: five times the last step, and five seconds at
     least, where it is not given. `links` are `local` (sockets of this host and memory that both
-    ends see) or `gloo`; by default local where all ranks are on one host. `parameters`,
+    ends see) or `gloo`; by default local where all ranks are on one host, and nccl beside it
+    between ranks on two GPUs (`nccl` insists on that; `link_kind` tells). `parameters`,
     `optimizers` and `state_dict()` are those of this rank's stages; the states of all ranks
     together are the model's.
     Raises:  DfcError N057 for another number of processes than ranks, N055 for ranks with other
@@ -110,10 +111,23 @@ class RankTrainer(Trainer):
         return [total] * self.world.size
 
     def _start(self, threads: Sequence[int]) -> Way:
-        self._ranks = Ranks(self.world, self._name, self.model, self.programs.placement, self._run,
-                            self.deadline, self._links, self.devices[self.world.rank],
-                            self.clip is not None)  # fmt: skip
+        self._ranks = Ranks(
+            self.world,
+            self._name,
+            self.model,
+            self.programs.placement,
+            self._run,
+            self.deadline,
+            self._links,
+            self.devices,
+            self.clip is not None,
+        )
         return self._ranks
+
+    @property
+    def link_kind(self) -> str:
+        """What this rank sends over: local, gloo, or nccl beside either."""
+        return self._ranks.link_kind
 
     def _gather(self) -> None:
         owners = self._ranks.owners

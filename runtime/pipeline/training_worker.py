@@ -71,8 +71,8 @@ class SupervisedTrainer(RankTrainer):
     def _start(self, threads: Sequence[int]) -> Way:
         self._name = self._first_name
         self._ranks = _Supervised(self.world, self._name, self.model, self.programs.placement,
-                                  self._run, self.deadline, self._links,
-                                  self.devices[self.world.rank], self.clip is not None)  # fmt: skip
+                                  self._run, self.deadline, self._links, self.devices,
+                                  self.clip is not None)  # fmt: skip
         self._ranks.doing = self._doing
         return self._ranks
 
