@@ -97,6 +97,7 @@ class _Emitter:
         self.env: dict[Value, Any] = {}
         self.sizes: dict[Scalar, Any] = {}
         self.held: dict[int, tuple[str, torch.Tensor]] = {}  # what kernels brought along
+        self.passed_by: set[fx.Node] = set()  # what kernels read the operands of
         self.outer = outer
 
     def module(self) -> fx.GraphModule:
@@ -158,9 +159,11 @@ class _Emitter:
         self.env[p] = self.fx.get_attr(name)
 
     def drop_unread(self) -> None:
-        """Let go of parameters that kernels have in a form of their own, and of unread sizes."""
-        for node in reversed([n for n in self.fx.nodes if n.target is _SIZE_OF]):
-            if not node.users:
+        """Let go of parameters that kernels have in a form of their own, of what they pass by, and
+        of unread sizes.
+        """
+        for node in reversed(self.fx.nodes):
+            if not node.users and (node.target is _SIZE_OF or node in self.passed_by):
                 self.fx.erase_node(node)
         for node in [n for n in self.fx.nodes if n.op == "get_attr" and not n.users]:
             self.fx.erase_node(node)
@@ -280,15 +283,15 @@ class _Emitter:
         if node.op == "torch.scalar":
             self.env[node.result] = attributes["value"]
             return None
+        kernel = self.kernels.get(node.op)
+        call = self.supply.calls.get(node) or (kernel(node) if kernel else None)
+        if call is not None:
+            return self.kernel(node, call)
         if isinstance(info, AtenOp):
             args, kwargs = info.bind(operands, attributes, self.device)
             own = info.in_place if self.may_write(node) else None
             return self.fx.call_function(own or info.kernel, tuple(args), kwargs)
         assert isinstance(info, DeclaredOp)
-        kernel = self.kernels.get(node.op)
-        call = self.supply.calls.get(node) or (kernel(node) if kernel else None)
-        if call is not None:
-            return self.kernel(call)
         instance = info.instance(node.attributes)
         return self.fx.call_function(instance.reference, tuple(operands))
 
@@ -300,10 +303,14 @@ class _Emitter:
             and [r.type for r in node.results] == [first.type]
         )  # fmt: skip
 
-    def kernel(self, call: KernelCall) -> fx.Node:
+    def kernel(self, node: Node, call: KernelCall) -> fx.Node:
         operands = tuple(
             self.env[x] if isinstance(x, Value) else self.constant(x) for x in call.operands
         )
+        read = {x for x in call.operands if isinstance(x, Value)}
+        self.passed_by |= {
+            self.env[v] for v in node.operands if v not in read and v.node and v.node.pure
+        }
         return self.fx.call_function(call.function, operands)
 
     def constant(self, x: Any) -> Any:

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 class KernelCall:
     """A function, and what it is called with: values of the graph, tensors of its own, constants.
 
-    Needs:  one tensor as result, as the node has.
+    It may read what the node's operands are computed from; then nobody computes them.
+    Needs:  one tensor as result: the node's, or what all its readers cast it to.
     """
 
     function: Callable[..., Any]
-    operands: tuple[Value | Tensor | int | None, ...]
+    operands: tuple[Value | Tensor | float | None, ...]
 
 
 # None where the kernel does not take this node: it then means what its op means.

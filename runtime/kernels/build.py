@@ -21,8 +21,12 @@ FOLDER = Path(__file__).resolve().parent
 NAME = "libdfc_kernels.so"
 SOURCES = (
     "linear.cpp", "fixes.cpp", "portable.cpp", "avx2.cpp", "lanes.cpp", "avx512vnni.cpp", "amx.cpp",
+    "attention.cpp", "avx512bf16.cpp", "cpu.cpp", "threads.cpp",
 )  # fmt: skip
-HEADERS = ("kernels.h", "avx2.h", "avx512.h", "emulated.h", "emulated_tiles.h")
+HEADERS = (
+    "kernels.h", "avx2.h", "avx512.h", "emulated.h", "emulated_bf16.h", "emulated_tiles.h",
+    "attention.h", "cpu.h", "threads.h",
+)  # fmt: skip
 # No flag says which CPU: each file says for itself what its functions may use, and the library asks
 # the CPU when it runs. Products and sums are fused only where the source says so, as on all paths.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall")

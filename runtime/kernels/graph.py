@@ -26,7 +26,7 @@ def kernels(device: str, *, traced: bool = False) -> Kernels:
         return cuda_kernels(device)
     if device != "cpu":
         return {}
-    return {**UNPACKED, **(_integer_kernels(traced) if are_built() else {})}
+    return {**UNPACKED, **(_compiled_kernels(traced) if are_built() else {})}
 
 
 def unpacked_kernels(device: str) -> Kernels:
@@ -46,14 +46,18 @@ def are_built() -> bool:
     return library() is not None
 
 
-def _integer_kernels(traced: bool) -> Kernels:
+def _compiled_kernels(traced: bool) -> Kernels:
+    from dfc.runtime.kernels import attention_bf16
     from dfc.runtime.kernels.linear import register
 
     register()
-    return {
+    found = {
         "dfc.linear_w4": partial(_linear_w4, traced=traced),
         "dfc.linear_w8": partial(_linear_w8, traced=traced),
     }
+    if attention_bf16.can_run():
+        found[attention_bf16.NAME] = partial(attention_bf16.kernel, traced=traced)
+    return found
 
 
 def why_not(node: Node) -> str | None:

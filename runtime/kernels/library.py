@@ -32,6 +32,8 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         _I32,
         (_MEMORY, _I64, _MEMORY, _I64, _I64, _MEMORY, _MEMORY, _I64, _I32, _TEXT),
     ),
+    "dfc_attends": (_I32, ()),
+    "dfc_attention": (_I32, (_MEMORY, _I32)),
 }
 
 

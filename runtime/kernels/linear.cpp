@@ -1,59 +1,14 @@
-// The C interface: which path a CPU takes, packing, and work split over the threads at hand.
-#include <atomic>
-#include <cstdlib>
+// The C interface of linear layers: which path a CPU takes, packing, and work split over threads.
 #include <cstring>
-#include <new>
 
+#include "cpu.h"
 #include "kernels.h"
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-#if defined(DFC_AMX) && !defined(DFC_SIMDE)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "threads.h"
 
 namespace dfc {
 namespace {
 
 // ---- paths
-
-#if defined(__x86_64__)
-struct Features {
-  bool avx2 = false, avx512vnni = false, amx = false, amd = false;
-};
-
-// Asks the system for the registers of AMX, which a process has only then. It may refuse.
-bool may_use_tiles() {
-#if defined(DFC_AMX) && !defined(DFC_SIMDE)
-  constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // of arch_prctl
-  return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-#else
-  return false;
-#endif
-}
-
-// Asks the CPU, and the system whether it saves the wide registers.
-Features look() {
-  Features found;
-  unsigned a, b, c, d;
-  if (!__get_cpuid(0, &a, &b, &c, &d)) return found;
-  found.amd = c == 0x444d4163;  // the end of "AuthenticAMD"
-  if (!__get_cpuid(1, &a, &b, &c, &d)) return found;
-  const bool fma = c >> 12 & 1, osxsave = c >> 27 & 1, avx = c >> 28 & 1, f16c = c >> 29 & 1;
-  if (!(fma && osxsave && avx && f16c)) return found;
-  unsigned low, high;
-  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  if ((low & 6) != 6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
-  found.avx2 = b >> 5 & 1;
-  const bool f = b >> 16 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1, vnni = c >> 11 & 1;
-  found.avx512vnni = found.avx2 && f && bw && vl && vnni && (low & 0xe6) == 0xe6;
-  const bool tile = d >> 24 & 1, int8 = d >> 25 & 1, saved = (low & 0x60000) == 0x60000;
-  found.amx = found.avx512vnni && tile && int8 && saved && may_use_tiles();
-  return found;
-}
-#endif
 
 // The paths that this CPU can run, best first, then null.
 const Path* const* paths() {
@@ -65,7 +20,7 @@ const Path* const* paths() {
     found[count++] = &avx512vnni_path;
     found[count++] = &avx2_path;
 #elif defined(__x86_64__)
-    const Features cpu = look();
+    const Features& cpu = features();
 #if defined(DFC_AMX)
     if (cpu.amx) found[count++] = &amx_path;
 #endif
@@ -85,102 +40,7 @@ const Path* find(const char* name) {
   return nullptr;
 }
 
-// ---- threads
-
-using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-std::atomic<GompParallel> openmp{nullptr};
-
-using Task = void (*)(const void* what, int64_t index);
-
-// Tasks side by side that nobody has begun yet: the first in the upper half, their end in the lower.
-struct alignas(64) Share {  // on a line of its own, which its thread writes to all the time
-  std::atomic<uint64_t> left;
-
-  static uint64_t pair(int64_t begin, int64_t end) { return uint64_t(begin) << 32 | uint64_t(end); }
-
-  // Takes the first `count`, or the last half, but at least `count`. False where nothing is left.
-  bool take(int64_t count, bool first, int64_t* from, int64_t* to) {
-    uint64_t seen = left.load(std::memory_order_relaxed), rest;
-    do {
-      const int64_t begin = int64_t(seen >> 32), end = int64_t(seen & 0xffffffff);
-      if (begin >= end) return false;
-      const int64_t half = (end - begin) / 2;
-      const int64_t taken = least(first || half < count ? count : half, end - begin);
-      *from = first ? begin : end - taken;
-      *to = *from + taken;
-      rest = first ? pair(*to, end) : pair(begin, *from);
-    } while (!left.compare_exchange_weak(seen, rest, std::memory_order_relaxed));
-    return true;
-  }
-};
-
-struct Work {
-  Task task;
-  const void* what;
-  int64_t chunk;
-  Share* shares;
-  int32_t count;  // of shares
-  std::atomic<int32_t> threads;  // that have begun
-};
-
-// What each thread does: a share of its own from the front, then half of what another has left.
-// Why:  tasks side by side are read without a stop, and the last to finish is not waited for.
-void take(void* data) {
-  Work& work = *static_cast<Work*>(data);
-  const int32_t own = work.threads.fetch_add(1, std::memory_order_relaxed);
-  int64_t begin, end;
-  for (int32_t i = 0; i < work.count;) {
-    Share& share = work.shares[(own + i) % work.count];
-    if (!share.take(work.chunk, i == 0, &begin, &end)) {
-      ++i;
-    } else if (i == 0) {
-      for (; begin < end; ++begin) work.task(work.what, begin);
-    } else {  // others may take from it in turn
-      work.shares[own].left.store(Share::pair(begin, end), std::memory_order_relaxed);
-      i = 0;
-    }
-  }
-}
-
-// Memory that a thread keeps between calls: a call that allocates is a slow call.
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-  uint8_t* at_least(int64_t bytes) {
-    if (bytes <= bytes_) return data_;
-    std::free(data_);
-    bytes_ = 0;
-    void* found = nullptr;
-    if (posix_memalign(&found, 64, size_t(bytes))) found = nullptr;
-    data_ = static_cast<uint8_t*>(found);
-    if (data_) bytes_ = bytes;
-    return data_;
-  }
-
- private:
-  uint8_t* data_ = nullptr;
-  int64_t bytes_ = 0;
-};
 thread_local Scratch of_rows;
-
-thread_local Scratch of_shares;
-
-// Runs task(what, 0) ... task(what, count - 1), in any order, on up to `threads` threads.
-void spread(int32_t threads, int64_t count, int64_t chunk, Task task, const void* what) {
-  threads = int32_t(least(threads, (count + chunk - 1) / chunk));
-  const GompParallel run = openmp.load(std::memory_order_acquire);
-  uint8_t* memory = nullptr;
-  if (run && threads > 1) memory = of_shares.at_least(threads * int64_t(sizeof(Share)));
-  if (!memory) {
-    for (int64_t i = 0; i < count; ++i) task(what, i);
-    return;
-  }
-  Share* const shares = reinterpret_cast<Share*>(memory);
-  for (int64_t i = 0; i < threads; ++i)
-    new (shares + i) Share{{Share::pair(count * i / threads, count * (i + 1) / threads)}};
-  Work work{task, what, chunk, shares, threads, {0}};
-  run(take, &work, unsigned(threads), 0);
-}
 
 // ---- layout
 
@@ -382,8 +242,6 @@ void multiply(const Call& c, int32_t threads) {
 
 using namespace dfc;
 
-#define DFC_EXPORT extern "C" __attribute__((visibility("default")))
-
 DFC_EXPORT int32_t dfc_kernels_version(void) { return int32_t(VERSION); }
 
 DFC_EXPORT const char* dfc_kernels_path(int32_t i) {
@@ -391,10 +249,6 @@ DFC_EXPORT const char* dfc_kernels_path(int32_t i) {
   for (int32_t j = 0; j <= i; ++j)
     if (!p[j]) return nullptr;
   return i < 0 ? nullptr : p[i]->name;
-}
-
-DFC_EXPORT void dfc_kernels_use_openmp(void* gomp_parallel) {
-  openmp.store(reinterpret_cast<GompParallel>(gomp_parallel), std::memory_order_release);
 }
 
 DFC_EXPORT uint32_t dfc_lanes(int64_t n, int64_t k, const int8_t* codes, int64_t* fixes) {

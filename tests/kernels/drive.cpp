@@ -5,11 +5,13 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 
+#include "attention.h"
 #include "kernels.h"
 
 namespace {
@@ -127,6 +129,104 @@ void refuses() {
     ++failures;
 }
 
+// ---- attention
+
+float as_float(uint16_t bf16) {
+  const uint32_t bits = uint32_t(bf16) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+struct Heads {
+  int64_t batch, heads, shared, rows, keys, depth, width;
+};
+
+// Beside doubles: what rounding to bf16 allows, and zeros where a row sees nothing.
+void attends(Heads h, uint32_t flags, bool masked) {
+  const int64_t groups = h.heads / h.shared, d = h.depth, e = h.width;
+  const int64_t q_rows = h.batch * h.heads * h.rows, k_rows = h.batch * groups * h.keys;
+  const bool floats = flags & dfc::FLOATS, wide = flags & dfc::FLOATS_OUT;
+  auto filled = [&](Exact& x, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      uint16_t half;
+      const float value = number() / 8.0f;
+      std::memcpy(&half, reinterpret_cast<const uint8_t*>(&value) + 2, 2);  // exact as bf16
+      if (floats)
+        x.as<float>()[i] = as_float(half);
+      else
+        x.as<uint16_t>()[i] = half;
+    }
+  };
+  const int64_t size = floats ? 4 : 2;
+  Exact q(size_t(q_rows * d * size)), k(size_t(k_rows * d * size)), v(size_t(k_rows * e * size));
+  Exact y(size_t(q_rows * e * (wide ? 4 : 2)));
+  filled(q, q_rows * d), filled(k, k_rows * d), filled(v, k_rows * e);
+  Exact mask(masked ? size_t(h.rows * h.keys * (flags & dfc::ADDED ? 4 : 1)) : 0);
+  auto hides = [&](int64_t r, int64_t t) { return r == 1 || (r * 7 + t) % 5 == 0; };
+  for (int64_t i = 0; masked && i < h.rows * h.keys; ++i) {
+    const bool hidden = hides(i / h.keys, i % h.keys);
+    if (flags & dfc::ADDED)
+      mask.as<float>()[i] = hidden ? -INFINITY : float(i % 3);
+    else
+      mask.as<uint8_t>()[i] = uint8_t(!hidden);
+  }
+  DfcAttention a{};
+  a.q = q.as<void>(), a.k = k.as<void>(), a.v = v.as<void>(), a.y = y.as<void>();
+  a.mask = masked ? mask.as<void>() : nullptr;
+  a.batch = h.batch, a.heads = h.heads, a.shared = h.shared;
+  a.rows = h.rows, a.keys = h.keys, a.depth = d, a.width = e;
+  auto strides = [](int64_t (&to)[3], int64_t heads, int64_t rows, int64_t row) {
+    to[0] = heads * rows * row, to[1] = rows * row, to[2] = row;
+  };
+  strides(a.q_stride, h.heads, h.rows, d), strides(a.y_stride, h.heads, h.rows, e);
+  strides(a.k_stride, groups, h.keys, d), strides(a.v_stride, groups, h.keys, e);
+  a.mask_stride[2] = h.keys;
+  a.scale = 0.25f, a.flags = flags;
+  ++compared;
+  if (dfc_attention(&a, 1) != DFC_DONE) ++failures;
+  auto at = [&](Exact& x, int64_t i) {
+    return double(floats ? x.as<float>()[i] : as_float(x.as<uint16_t>()[i]));
+  };
+  for (int64_t r = 0; r < q_rows; ++r) {
+    const int64_t row = r % h.rows, head = r / h.rows;
+    const int64_t first = (head / h.heads * groups + head % h.heads / h.shared) * h.keys;
+    double sum = 0.0, want[dfc::LARGEST_HEAD] = {}, most = 0.0;
+    for (int64_t t = 0; t < h.keys; ++t) {
+      if ((masked && hides(row, t)) || (flags & dfc::CAUSAL && t > row)) continue;
+      double score = 0.0;
+      for (int64_t i = 0; i < d; ++i) score += at(q, r * d + i) * at(k, (first + t) * d + i) * 0.25;
+      if (masked && flags & dfc::ADDED) score += double((row * h.keys + t) % 3);
+      const double weight = std::exp(score);
+      sum += weight;
+      for (int64_t i = 0; i < e; ++i) want[i] += weight * at(v, (first + t) * e + i);
+    }
+    for (int64_t t = 0; t < h.keys * e; ++t) most = std::fmax(most, std::fabs(at(v, first * e + t)));
+    for (int64_t i = 0; i < e; ++i) {
+      const double got = double(wide ? y.as<float>()[r * e + i] : as_float(y.as<uint16_t>()[r * e + i]));
+      const double expected = sum == 0.0 ? 0.0 : want[i] / sum;
+      if (std::fabs(got - expected) <= (sum == 0.0 ? 0.0 : most / 128.0)) continue;
+      std::printf("attention differs: %g, not %g; rows %d, keys %d, depth %d, width %d, flags %u\n",
+                  got, expected, int(h.rows), int(h.keys), int(d), int(e), flags);
+      ++failures;
+      return;
+    }
+  }
+}
+
+void attention() {
+  const Heads all[] = {{1, 2, 1, 5, 7, 16, 16},  {2, 2, 2, 14, 33, 8, 24}, {1, 1, 1, 1, 1, 1, 1},
+                       {1, 2, 1, 3, 130, 40, 9}, {1, 1, 1, 25, 65, 64, 80}, {1, 1, 1, 135, 3, 4, 4},
+                       {1, 3, 3, 2, 5, 256, 256}};
+  for (const Heads& h : all)
+    for (uint32_t flags = 0; flags < 8; ++flags) attends(h, flags, false);
+  for (const Heads& h : all)
+    for (uint32_t flags : {0u, dfc::FLOATS | dfc::FLOATS_OUT, dfc::ADDED | dfc::FLOATS})
+      attends(h, flags, true);
+  for (const Heads& h : {Heads{0, 1, 1, 4, 4, 4, 4}, Heads{1, 1, 1, 0, 4, 4, 4}, Heads{1, 1, 1, 4, 0, 4, 4}})
+    attends(h, 0, false);
+}
+
 }  // namespace
 
 int main() {
@@ -146,6 +246,7 @@ int main() {
     for (uint32_t lanes : {dfc::LANES_OF_2, dfc::LANES_OF_4})
       for (Codes kind : {ANY, SMALL, LARGEST}) one(8, 0, lanes | (s.k & 1), s.n % 2, s, kind);
   refuses();
+  if (dfc_attends()) attention();
   std::printf("paths:");
   for (int32_t i = 0; const char* path = dfc_kernels_path(i); ++i) std::printf(" %s", path);
   std::printf("\ncompared: %d\nfailures: %d\n", compared, failures);
