@@ -11,7 +11,7 @@ from dfc.compress.batches import batches_of
 from dfc.compress.choice import counts, keep_best
 from dfc.compress.groups import Group, Groups, find_groups
 from dfc.compress.importance import by_activation, by_magnitude, by_taylor
-from dfc.compress.refit import prepare, refit
+from dfc.compress.refit import layers_of, refit
 from dfc.compress.shrink import shrink
 from dfc.compress.work import device_of, forecast, work_of
 from dfc.errors import DfcError
@@ -55,7 +55,7 @@ class Prune(Pass):
     align: int = 8  # counts that hardware likes; odd ones run slower
     what: Literal["auto", "channels", "heads", "head_dim", "ffn", "width", "layers"] = "auto"
     scope: Literal["layer", "global"] = "layer"  # the ratio of each group, or of all together
-    refit: bool = False  # least squares over the data for what reads the groups
+    refit: bool = False  # least squares over the data for what reads the groups, in turn
 
     def run(self, graph: Graph, ctx: Context) -> int:
         self._check_options()
@@ -177,19 +177,19 @@ class Prune(Pass):
         graph = groups.analysis.graph
         device = device_of(ctx.target)
         before = work_of(graph, ctx.examples, device)
-        refits = []
-        if self.refit:
-            refits = prepare(groups, list(kept), self.batches(graph, ctx), ctx)
+        layers = layers_of(graph, kept) if self.refit else []
+        whole = graph.copy()
         shrink(groups, kept)
         ctx.tell(f"prune: {forecast(before, work_of(graph, ctx.examples, device), device)}")
-        masks = {g.axis: mask for g, mask in kept.items()}
-
-        def stays(axis: Axis) -> list[bool]:
-            return masks.get(axis) or [True] * int(axis.size)  # type: ignore[arg-type]
-
         if self.refit:
-            done = refit(groups, refits, stays)
-            ctx.tell(f"prune: {done} layers that read what was pruned are refitted to the data")
+            masks = {g.axis: mask for g, mask in kept.items()}
+
+            def stays(axis: Axis) -> list[bool]:
+                return masks.get(axis) or [True] * int(axis.size)  # type: ignore[arg-type]
+
+            refit(groups, whole, layers, stays, self.batches(whole, ctx), ctx)
+            count = len(layers)
+            ctx.tell(f"prune: {count} layers that read what was pruned are refitted to the data")
 
     def _tell(
         self, chosen: list[Group], scores: dict[Group, Tensor], wanted: dict[Group, int],

@@ -158,9 +158,10 @@ def by_taylor(
     random = torch.Generator().manual_seed(0)
     total = getattr(batches, "count", None) or 0
     for done, batch in enumerate(batches, 1):
-        results = interpret(graph, batch, parameters=leaves, grad=True)[: len(graph.outputs)]
-        loss = sum(_signed(y, random) for y in results if y.requires_grad)
-        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)  # type: ignore[arg-type]
+        with torch.enable_grad():  # whatever the caller does with theirs
+            results = interpret(graph, batch, parameters=leaves, grad=True)[: len(graph.outputs)]
+            loss = sum(_signed(y, random) for y in results if y.requires_grad)
+            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)  # type: ignore[arg-type]
         change = {
             n: t.detach() * g
             for (n, t), g in zip(leaves.items(), grads, strict=True)
