@@ -72,7 +72,7 @@ part tests 240 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider -rs --durations
 part pipelines 110 "$PYTHON" benchmarks/gpu_pipelines.py
 part linear 60 "$PYTHON" benchmarks/gpu_linear.py
 part tiers 90 "$PYTHON" benchmarks/tiers.py --gpu
-part predictions 70 "$PYTHON" benchmarks/gpu_predictions.py --seconds 20
+part predictions 120 "$PYTHON" benchmarks/gpu_predictions.py --seconds 20
 part engines 240 "$PYTHON" benchmarks/gpu_engines.py --seconds 150
 part fusions 60 "$PYTHON" benchmarks/gpu_fusions.py 45
 exit "$failed"

@@ -39,7 +39,7 @@ class Gloo:
         self.made: list[int] = []
         self.aborted = 0
 
-    def group(self, store: Any, rank: int, seconds: float) -> Any:
+    def group(self, store: Any, rank: int, device: str, seconds: float) -> Any:
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices, options._threads = [gloo_device()], 1
         options._timeout = timedelta(seconds=seconds)

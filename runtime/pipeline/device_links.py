@@ -11,15 +11,16 @@ when it is made, in one order that all ranks share, before anything else runs on
 Each has one direction alone: no rank sends on one where it also receives.
 
 Source:  NCCL's user guide on communicators of several groups and on ncclCommAbort;
-         ProcessGroupNCCL of PyTorch: `wait` makes the current stream wait, `is_completed` asks.
+         ProcessGroupNCCL of PyTorch: `wait` makes the current stream wait, and raises what failed;
+         `is_completed` asks, `is_success` is not there.
 """
 
 from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -36,8 +37,8 @@ _NEVER = timedelta(days=30)  # PyTorch's own watchdog would end the process: our
 class Fabric(Protocol):
     """What moves tensors between two devices."""
 
-    def group(self, store: Any, rank: int, seconds: float) -> Any:
-        """A process group of two."""
+    def group(self, store: Any, rank: int, device: str, seconds: float) -> Any:
+        """A process group of two, this one on that device."""
         ...
 
     def ordered(self, work: Any, timeout: timedelta) -> None:
@@ -58,15 +59,20 @@ class Fabric(Protocol):
 class Nccl:
     """Between CUDA devices."""
 
-    def group(self, store: Any, rank: int, seconds: float) -> Any:
+    def group(self, store: Any, rank: int, device: str, seconds: float) -> Any:
+        import torch
         from torch.distributed import ProcessGroupNCCL
 
         # A peer that is killed must not end this process too: the host tells it to give up.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        # What is said of messages that wait for each other: of one direction they should.
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "0")
         store.set_timeout(timedelta(seconds=seconds))
         options = ProcessGroupNCCL.Options()
         options._timeout = _NEVER
-        return ProcessGroupNCCL(store, rank, 2, options)
+        made = ProcessGroupNCCL(store, rank, 2, options)
+        made.eager_connect_single_device(torch.device(device))  # one communicator, not one more
+        return made
 
     def ordered(self, work: Any, timeout: timedelta) -> None:
         work.wait()  # the stream does; with a time the host would
@@ -77,10 +83,7 @@ class Nccl:
             if time.monotonic() > until:
                 raise RuntimeError(f"not taken in {timeout.total_seconds():.3g} s")
             time.sleep(_LOOK)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # there is no other way to ask
-            if not work.is_success():
-                raise RuntimeError("nccl lost the link")
+        work.wait()  # raises what became of it: PyTorch's nccl has no other way to ask
 
     def abort(self, group: Any) -> None:
         group.abort()
@@ -103,11 +106,14 @@ class DeviceLinks:
         self.over = False
         self._received: list[Any] = []
         self.groups: dict[Pair, Any] = {}
-        for a, b in sorted(pairs):
-            if me in (a, b):
-                prefix = PrefixStore(f"{name}/device/{a}>{b}", store)
-                self.groups[a, b] = self.fabric.group(prefix, int(me == b), seconds)
-                self._warm((a, b), timedelta(seconds=seconds))
+        with ExitStack() as failing:
+            failing.callback(self.close)
+            for a, b in sorted(pairs):
+                if me in (a, b):
+                    prefix = PrefixStore(f"{name}/device/{a}>{b}", store)
+                    self.groups[a, b] = self.fabric.group(prefix, int(me == b), device, seconds)
+                    self._warm((a, b), timedelta(seconds=seconds))
+            failing.pop_all()
 
     def _warm(self, pair: Pair, timeout: timedelta) -> None:
         """One byte, there before the next link is made."""
