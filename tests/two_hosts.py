@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from tests.served_store import served_store
 
 ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 150  # after which ranks are ended; they say before where they are
 
 
 def run_ranks(
@@ -33,9 +35,12 @@ def run_ranks(
             )
             for r in range(2)
         ]  # fmt: skip
+        watch = threading.Timer(SECONDS, lambda: [rank.kill() for rank in ranks])
+        watch.start()
         try:
-            said = [rank.communicate(timeout=150)[0] for rank in ranks]
+            said = [rank.communicate()[0] for rank in ranks]
         finally:
+            watch.cancel()
             for rank in ranks:
                 rank.kill()
                 rank.wait()

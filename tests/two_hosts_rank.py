@@ -6,6 +6,7 @@ It does one job after another, for starting is what takes long, and writes what 
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from dfc.runtime.pipeline.training_ranks import RankTrainer
 from dfc.runtime.pipeline.world import World
 from tests import test_pipeline, test_pipeline_training
 from tests.test_pipeline_training import adamw, reference, staged
+from tests.two_hosts import SECONDS
 
 RANK = int(os.environ["RANK"])
 LINKS, DEVICES = sys.argv[2], sys.argv[3].split(",")
@@ -108,6 +110,7 @@ def lost_trainer(world: World, name: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    faulthandler.dump_traceback_later(SECONDS - 5)
     jobs = {"pipeline": pipeline, "training": training, "lost": lost, "lost_trainer": lost_trainer}
     found, launcher = {}, World.of_launcher()
     for job in sys.argv[4:]:
