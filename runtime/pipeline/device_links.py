@@ -176,7 +176,7 @@ class DeviceLinks:
         """Whatever waits in a link is told that it is over; from any thread."""
         if not self.over:
             self.over = True
-            for group in self.groups.values():
+            for group in list(self.groups.values()):  # who closes may be another thread
                 self.fabric.abort(group)
 
     def close(self) -> None:
