@@ -1,7 +1,6 @@
-"""Tensors that go from device to device: the protocol over gloo, the choice of links, and on GPUs.
+"""Tensors that go from device to device: the protocol over gloo, and the choice of links.
 
-Without GPUs the processor stands for both devices, and gloo for nccl: what is tested is everything
-but nccl itself.
+The processor stands for both devices, and gloo for nccl, which test_gpu_nccl.py has.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from dfc.runtime.pipeline.local_links import LocalLinks
 from dfc.runtime.pipeline.messages import bytes_of
 from dfc.runtime.pipeline.routes import Edge, routes
 
-GPUS = torch.cuda.device_count()
 PAIR = (0, 1)
 
 
@@ -182,29 +180,3 @@ def test_the_command_says_that_there_is_nothing_for_nccl(
     given = ["run", package, "--pipeline", "2", "--on", "processes", "--links", "nccl"]
     assert main(given) == 2
     assert "N059" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(not GPUS, reason="there is no GPU")
-@pytest.mark.parametrize("devices", [("cpu", "cuda:0"), ("cuda:0", "cpu"), ("cuda:0", "cuda:0")])
-def test_ranks_in_processes_compute_on_their_devices(devices: tuple[str, str]) -> None:
-    on_devices(devices, None)
-
-
-@pytest.mark.skipif(GPUS < 2, reason="there are no two GPUs")
-@pytest.mark.parametrize("links", ["nccl", "local", "gloo"])
-def test_two_gpus_give_what_one_processor_gives(links: str) -> None:
-    on_devices(("cuda:0", "cuda:1"), links)
-
-
-def on_devices(devices: tuple[str, str], links: str | None) -> None:
-    from dfc.runtime.pipeline.processes import Processes
-    from tests.test_pipeline import captured, leaves, stages
-
-    model, args, graph = captured("chain")
-    with Processes(
-        graph, stages(graph, 2), microbatches=3, devices=devices, links=links
-    ) as pipeline:
-        for _ in range(3):
-            for x, y in zip(leaves(pipeline(*args)), leaves(model(*args)), strict=True):
-                assert x.device.type == "cpu"
-                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
