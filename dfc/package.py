@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +80,8 @@ def write_package(compiled: Compiled, path: str | os.PathLike[str], *, force: bo
         (temp / "report.json").write_text(compiled.report.to_json(), encoding="utf-8")
         (temp / "lock.json").write_text(_json(_lock(compiled)), encoding="utf-8")
         most = max(_RESULTS, total // _SHARE)
-        write_probes(temp / "probes.safetensors", within_bytes(compiled.probes, most))
+        probes = lighter(compiled.probes, max(_RESULTS, total))
+        write_probes(temp / "probes.safetensors", within_bytes(probes, most))
         if compiled.plan is not None:
             from dfc.planning.planfile import to_text
 
@@ -223,6 +224,25 @@ def _lock(compiled: Compiled) -> dict[str, Any]:
     }
 
 
+def lighter(probes: Sequence[Probe], most: int) -> list[Probe]:
+    """The example, and the smallest of the other probes as long as their inputs fit.
+
+    Why:  the keys and values that a decoder looks up are inputs, and took four times as much as
+          its weights in eight bits.
+    """
+    held, left = {0}, most
+    for i in sorted(range(1, len(probes)), key=lambda i: _tensor_bytes(probes[i].inputs)):
+        left -= _tensor_bytes(probes[i].inputs)
+        held |= {i} if left >= 0 else set()
+    return [p for i, p in enumerate(probes) if i in held]
+
+
+def _tensor_bytes(values: Iterable[Any]) -> int:
+    import torch
+
+    return sum(x.nbytes for x in values if isinstance(x, torch.Tensor))
+
+
 def within_bytes(probes: Sequence[Probe], most: int) -> list[Probe]:
     """The probes with their results as long as those fit, the small ones first; the others have
     their inputs alone, and whoever asks computes results by the package's own graph.
@@ -230,11 +250,9 @@ def within_bytes(probes: Sequence[Probe], most: int) -> list[Probe]:
     Why:  what an encoder gives for a few seconds of sound, in float64 as well, took thirty times as
           much as its weights in eight bits.
     """
-    import torch
 
     def size(probe: Probe) -> int:
-        results = [*(probe.original or ()), *(probe.witness or ())]
-        return sum(x.nbytes for x in results if isinstance(x, torch.Tensor))
+        return _tensor_bytes([*(probe.original or ()), *(probe.witness or ())])
 
     held, left = set(), most
     for i, probe in sorted(enumerate(probes), key=lambda x: size(x[1])):

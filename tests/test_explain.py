@@ -19,6 +19,7 @@ from dfc.lang.source import Source
 from dfc.rewrite import rulesets
 from dfc.rewrite.pass_ import KEPT, Context, Decision, find_pass
 from dfc.rewrite.read_rules import rules_of
+from dfc.rewrite.story import grouped
 
 RULES = """\
 dfc 1
@@ -428,3 +429,11 @@ def test_what_was_reverted_is_not_among_the_passes_of_a_compiled_model() -> None
     recipe = "dfc 1\nrecipe r {\n  q: cse\n  canonicalize\n  revert q\n}\n"
     compiled = dfc.compile(Norm("").eval(), (torch.randn(2, 3, 16),), recipe=recipe, engine="eager")
     assert compiled.passes == ()
+
+
+def test_decisions_that_differ_in_a_share_alone_are_told_once() -> None:
+    reasons = ["int8: off by 0.9 %", "int8: off by 1.2 %", "int8: off by 0.88 %", "4 bits"]
+    told = grouped([Decision(f"%l{i}", "linear", "quantized", r) for i, r in enumerate(reasons)])
+    assert [(g.reason, len(g.sites)) for g in told] == [
+        ("int8: off by 0.88 to 1.2 %", 3), ("4 bits", 1),
+    ]  # fmt: skip

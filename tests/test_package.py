@@ -129,6 +129,27 @@ def test_results_of_probes_that_outweigh_the_weights_are_left_out(
     assert main(["verify", str(path)]) != 0
 
 
+def test_probes_whose_inputs_outweigh_the_weights_are_left_out_but_the_example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean(-1)
+
+    path, x = tmp_path / "mean.dfcpkg", torch.randn(20, 100)
+    monkeypatch.setattr(package, "_RESULTS", 1_000)
+    sizes = ({0: torch.export.Dim("B", min=1, max=64)},)
+    dfc.compile(Mean(), (x,), dynamic_shapes=sizes, engine="eager").save(path)
+    held = dfc.load(path).probes
+    assert [(len(p.inputs[0]), p.original is not None) for p in held] == [(20, True), (1, True)]
+    monkeypatch.setattr(package, "_RESULTS", 30)  # none fits, nor do results
+    dfc.load(path).save(path, force=True)
+    assert [(len(p.inputs[0]), p.original) for p in dfc.load(path).probes] == [(20, None)]
+    assert main(["verify", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert "largest error against the original unknown: the original's results are not" in told
+
+
 def test_saving_what_was_loaded_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.dfcpkg"
     dfc.load(saved).save(again)

@@ -99,11 +99,16 @@ def test_a_missed_requirement_is_status_5_and_writes_the_report_alone(run: Run, 
     argv = ("compile", MODEL, "-r", "small.dfc:hopeless", "--engine", "eager")
     done = run(*argv, "-o", "m.dfcpkg", "--onnx", "m.onnx", "--html", "m.html")
     assert done.status == 5
-    assert "NOT MET" in done.out and "size <= 1KiB" in done.out
+    assert "NOT MET" in done.out and "size <= 1KiB" in done.out and "next:" not in done.out
     assert "Q050" in done.err and "size is" in done.err and "1KiB" in done.err
     assert [p.name for p in here.glob("m.*")] == ["m.html"]
     data = run(*argv, "--json").data
     assert data["report"]["requirements"][0]["met"] is False and data["written"] == {}
+    assert " KiB" in data["report"]["requirements"][0]["numbers"]
+    decimal = (here / "small.dfc").read_text().replace("1KiB", "1KB")
+    (here / "decimal.dfc").write_text(decimal)
+    again = run("compile", MODEL, "-r", "decimal.dfc:hopeless", "--engine", "eager")
+    assert again.status == 5 and " KB" in again.err  # in the units that were asked in
 
 
 def test_outputs_are_refused_before_the_work(run: Run, here: Path) -> None:

@@ -142,6 +142,15 @@ def test_each_layer_alone_is_what_it_costs() -> None:
     assert found.layers[0].layer == "b" and found.where == "the example"
 
 
+def test_a_layer_whose_weights_alone_change_is_one() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
+    text = "dfc 1\nrecipe r {\n  autocast f16 with only_weights=yes\n}\n"
+    (found,) = dfc.sensitivity(model, (torch.randn(4, 32),), recipe=text, times=False)
+    assert sorted(layers(found)) == ["0", "2"]
+    assert all(e.bytes < 0 < e.relative for e in found.layers)
+
+
 def test_layers_are_timed_once_for_each_shape() -> None:
     model, args = net()
     (found,) = dfc.sensitivity(model, args, recipe=RECIPE)

@@ -156,7 +156,7 @@ def compile(
             write_text(html, compiled.report.to_html(), force)
             written["html"] = html
         say("looking for the largest error")
-        told = facts(model, compiled, written)
+        told = facts(model, compiled, written, missed is not None)
     if as_json:
         from dfc.cli.tables import print_json
 

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from dfc.report import Report
 
 
-def facts(model: str, compiled: Compiled, written: dict[str, str]) -> dict[str, Any]:
+def facts(
+    model: str, compiled: Compiled, written: dict[str, str], missed: bool = False
+) -> dict[str, Any]:
     from dfc.cli.prove import largest_error
     from dfc.cli.tables import size_of
 
@@ -24,7 +26,7 @@ def facts(model: str, compiled: Compiled, written: dict[str, str]) -> dict[str, 
         "largest_error": worst.to_data() if worst else None,
         "largest_error_text": str(worst) if worst else None,
         "written": {k: {"path": p, "bytes": size_of(p)} for k, p in written.items()},
-        "next": _next(model, written),
+        "next": None if missed else _next(model, written),
     }
 
 
@@ -67,7 +69,8 @@ def print_facts(model: str, compiled: Compiled, data: dict[str, Any]) -> None:
     for kind, file in data["written"].items():
         what = "by the recipe" if kind.startswith("emitted") else kind
         print_text(f"wrote {file['path']} ({what}, {bytes_text(file['bytes'])})")
-    print_text(f"next: {data['next']}")
+    if data["next"]:
+        print_text(f"next: {data['next']}")
 
 
 def _print_wishes(report: Report) -> None:

@@ -108,8 +108,14 @@ def _prove(package: str, engine: str, device: str, say: Any) -> dict[str, Any]:
         "agrees": verdict.agrees,
         "reason": str(verdict.difference) if verdict.difference else "",
         "largest_error": worst.to_data() if worst else None,
-        "largest_error_text": str(worst) if worst else "none: it has no numbers to compare",
+        "largest_error_text": str(worst) if worst else _why_none(compiled.probes),
     }
+
+
+def _why_none(probes: Any) -> str:
+    if any(p.original is None for p in probes):
+        return "unknown: the original's results are not in the package"
+    return "none: it has no numbers to compare"
 
 
 def _print(package: str, data: dict[str, Any]) -> None:

@@ -43,6 +43,8 @@ _WRITTEN = {
     "share": ("%",),
 }
 
+_DECIMAL = ("TB", "GB", "MB", "KB", "B")
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z/]*)")
 
 
@@ -61,9 +63,9 @@ class Amount:
         return f"{self.value / UNITS[unit][1]!r}{unit}"
 
 
-def amount_text(value: float, dimension: str) -> str:
-    """A value of base units as people write it: `12.0 GiB`, `3.4 ms`."""
-    units = _WRITTEN.get(dimension)
+def amount_text(value: float, dimension: str, decimal: bool = False) -> str:
+    """A value of base units as people write it: `12.0 GiB`, `3.4 ms`; with `decimal`, `12.9 GB`."""
+    units = _DECIMAL if decimal and dimension == "bytes" else _WRITTEN.get(dimension)
     if units is None:
         return f"{value:.4g}"
     unit = next((u for u in units if abs(value) >= UNITS[u][1]), units[-1])

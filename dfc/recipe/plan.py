@@ -82,7 +82,10 @@ class Test:
         """What the sides come to; an amount that stands there by itself is told by the test."""
         both = (self.left, self.right)
         sides = [t for t in both if not isinstance(t, Amount)] or both
-        found = [(term_text(t), amount_text(value_of(t, lookup), self.dimension)) for t in sides]
+        decimal = "iB" not in str(self)  # told as it was asked
+        found = [
+            (term_text(t), amount_text(value_of(t, lookup), self.dimension, decimal)) for t in sides
+        ]
         return ", ".join(f"{text} is {number}" for text, number in found)
 
     def quantities(self) -> Iterator[Quantity]:

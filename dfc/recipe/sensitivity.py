@@ -17,13 +17,13 @@ from dfc.compress.calibrate import batches_of
 from dfc.compress.distance import Distance, logits_of
 from dfc.compress.replay import Replay, differences
 from dfc.errors import DfcError
-from dfc.ir.graph import Graph, Node, Value
+from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.slice import slice_graph
 from dfc.lang.selectors import parse_selector
 from dfc.recipe.metrics import Measured, UserMetric
 from dfc.recipe.options import fields_of, part_field
 from dfc.recipe.quantities import read_bytes
-from dfc.rewrite.pass_ import Context, Data, Pass
+from dfc.rewrite.pass_ import Context, Data, Pass, named
 
 BATCHES = 4  # of data that are compared on, at most
 _MEMORY = 1 << 30  # bytes of values that are kept to begin from
@@ -291,11 +291,16 @@ class Finished:
 
 
 def changed_layers(graph: Graph, p: Pass, ctx: Context) -> list[str]:
-    """The modules in which a step changes something, in the graph's order."""
+    """The modules in which a step changes something, or what they read, in the graph's order."""
     decisions: list[Any] = []
     p.run(graph.copy(), replace(ctx, decisions=decisions, progress=lambda done, total: None))
-    names = {d.value.removeprefix("%") for d in decisions if d.changed and d.value[:1] == "%"}
-    places = [n.loc.module for n in graph.nodes if n.loc and names & {r.name for r in n.results}]
+    changed = {d.value for d in decisions if d.changed}
+
+    def touches(n: Node) -> bool:
+        read = (v for v in n.operands if isinstance(v, Parameter))
+        return not changed.isdisjoint(map(named, (*n.results, *read)))
+
+    places = [n.loc.module for n in graph.nodes if n.loc and touches(n)]
     return list(dict.fromkeys(places))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ from dfc.rewrite.explain import Site, graphs_of, is_near, nameless, tried
 from dfc.rewrite.match import Compiled, Refusal
 from dfc.rewrite.pass_ import KEPT, Context, Decision, Pass, named
 from dfc.rewrite.rule import Rule
+
+_SHARE = re.compile(r"\d[\d.e+-]*(?= %)")
 
 
 @dataclass
@@ -150,11 +153,19 @@ def site_of(d: Decision) -> Site:
 
 
 def grouped(decisions: Sequence[Decision]) -> list[Group]:
-    """Decisions by outcome and reason: what was done first, then what was left and why."""
+    """Decisions by outcome and reason: what was done first, then what was left and why.
+
+    Reasons that differ in a share alone are one, which tells the least and the largest.
+    """
     groups: dict[tuple[str, str], Group] = {}
     for d in decisions:
-        key = (d.outcome, nameless(d.reason))
+        key = (d.outcome, _SHARE.sub("", nameless(d.reason)))
         groups.setdefault(key, Group(d.outcome, d.reason, [])).decisions.append(d)
+    for g in groups.values():
+        shares = [x for d in g.decisions for x in _SHARE.findall(d.reason)]
+        if len(shares) == len(g.decisions) and len(set(shares)) > 1:
+            least, most = min(shares, key=float), max(shares, key=float)
+            g.reason = _SHARE.sub(f"{least} to {most}", g.reason)
     return sorted(groups.values(), key=lambda g: (g.outcome == KEPT, -len(g.decisions)))
 
 
