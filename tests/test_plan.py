@@ -114,11 +114,12 @@ def test_a_shared_table_is_counted_on_every_stage_that_reads_it(tower: Graph) ->
     assert size == 4 * 50 * 32 and readers[0] == 0 and readers[-1] == model.problem.n - 1
     found = plan(tower, machine(2), sizes={"B": 64})
     assert all(held >= size for held in found.costs.resident)
+    assert sum(s.weights for s in found.stages) == model.problem.weights.sum() + 2 * size
 
 
 def test_memory_decides_where_the_cut_lies(tower: Graph) -> None:
     wide = plan(tower, machine(2), sizes={"B": 2})
-    need = sum(s.weights for s in wide.stages) + 4 * 50 * 32
+    need = sum(s.weights for s in wide.stages) - 4 * 50 * 32
     live = (
         0.9 * 1e9
         - modelled(tower, machine(2), default_sizes(tower, {"B": 2})).problem.slots[0].memory

@@ -210,7 +210,7 @@ def _stages(
         found.append(Stage(
             s, device.name, len(nodes), _modules(nodes),
             float(seconds[s]),
-            float(sum(model.problem.weights[v] for v in mine)),
+            model.problem.weights_of(mine),
             simulation.peaks[rank] + live, device.memory, sent,
             _limit(model, device, mine, s, load, tiers),
             float(tiers[s].bytes_per_pass) if s in tiers else 0.0,

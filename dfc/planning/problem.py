@@ -6,7 +6,7 @@ one device. Stages are convex: a node's stage is never before that of what it re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -137,6 +137,11 @@ class Problem:
         """The bytes that each node holds on a device, without what comes in and what is tied."""
         held = self.weights + slot.in_flight * self.activations
         return held if self.kept is None else held + slot.keeping * self.kept
+
+    def weights_of(self, nodes: Collection[int]) -> float:
+        """The bytes of weights that nodes read, those that others read too once."""
+        tied = sum(size for size, readers in self.tied if not set(readers).isdisjoint(nodes))
+        return float(sum(self.weights[v] for v in nodes)) + tied
 
     def with_stages(self, slots: Sequence[Slot]) -> Problem:
         """With other slots: as many, or others that are devices of their own."""
