@@ -18,6 +18,7 @@ from dfc.lang.builder import Builder, TooDeep
 from dfc.lang.source import Source
 from dfc.lang.tables import Reduction, tables
 from dfc.lang.tokens import MAX_ERRORS, Token, statements, tokenize
+from dfc.lang.units import UNITS
 
 # The keywords: a word is one only where the tables take it.
 _KEYWORDS = {
@@ -273,6 +274,7 @@ class _Parser:
         before = {t.text for t in self.tokens[self._start(i) : i]}
         if token.text in _PHRASES and "with" in before:
             help = f"`{token.text}` and what it names stand before `with` and its options"
+        help = help or _parted(self.tokens[max(0, i - 2) : i + 1])
         help = help or _FORMS.get(self.tokens[self._start(i)].text if i < len(self.tokens) else "")
         at = (token.start, max(token.end, token.start + 1))
         self._problem("P002", f"unexpected {got}; expected {_wanted(takes, words)}", at, help)
@@ -327,6 +329,21 @@ def expected_at(source: Source, offset: int) -> set[str]:
     except TooDeep:  # nothing is offered in what cannot be read
         takes = set()
     return {_WORD_OF.get(k, _SIGN_OF.get(k, k)) for k in takes}
+
+
+def _parted(tokens: Sequence[Token]) -> str | None:
+    """What to write where a blank parts a number from its unit, by the token that is unexpected
+    and the two before it."""
+    types, texts = [t.type for t in tokens], [t.text for t in tokens]
+    number = ""
+    if types[-2:] == ["NUMERAL", "WORD"]:
+        unit = next((u for u in UNITS if u in (texts[-1], f"{texts[-1]}/s")), None)
+        number = texts[-2] + unit if unit else ""
+    elif types[:2] == ["NUMERAL", "REST"]:
+        number = texts[0] + "%"
+    elif types[-2:] == ["NUMERAL", "NUMERAL"] and len(texts[-1]) == 3 and texts[-1].isdecimal():
+        number = "".join(texts[-2:])
+    return f"write `{number}`: no blanks in a number with its unit" if number else None
 
 
 def _wanted(takes: set[str], words: Sequence[str]) -> str:

@@ -164,6 +164,8 @@ def statements(source: Source, tokens: Sequence[Token]) -> tuple[list[Token], li
                 kept[-1].type in _GOES_ON
                 or (kept[-1].type == "WORD" and kept[-1].text in _WORDS_THAT_GO_ON)
             )
+            if [t.type for t in kept[-2:]] == ["NUMERAL", "REST"]:
+                goes_on = False  # `10 %`, where 10% is meant: the parser says so
             if not inside and not goes_on and not _continues(ahead[i]):
                 end_line(t.start)
             continue
