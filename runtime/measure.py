@@ -21,6 +21,9 @@ MARGIN = 0.01  # a difference of less than 1 % is none
 _LOOKS = tuple(12 * 2**i for i in range(8))  # after how many pairs a decision may fall
 _QUIET_S = 0.03  # threads that wait busily give up sooner; PyTorch's take about 0.01 s
 _LONG_S = 0.1  # a run that is no different for threads asleep when it begins
+_SLOW_S = 1.0  # a run of which each counts, the second warm-up too
+_PATIENCE_S = 10.0  # for each runner: then so many runs do as still outvote one that was disturbed
+_FEWEST = 3
 _SAMPLE_S = 1e-3  # short runs are timed several at once, so that the clock does not matter
 
 
@@ -83,44 +86,28 @@ def measure(
 ) -> dict[str, Timing]:
     """Time runners on the same inputs, alternating, so that noise hits all of them alike.
 
-    `seconds` bounds the time for each runner; at least `least` runs are made. Each timed run begins
-    when the threads of the runner before it sleep, and after a run of its own that is not timed and
-    has ended, on the device too.
+    `seconds` bounds the time for each runner; at least `least` runs are made, three where so many
+    take long. Each timed run begins when the threads of the runner before it sleep, and after a run
+    of its own that is not timed and has ended, on the device too.
     """
-    times: dict[str, list[float]] = {name: [] for name in runners}
-    ready = {name: _first_runs(run, inputs) for name, run in runners.items()}
-    start = time.perf_counter()
-    budget = seconds * len(runners)
+    warm: dict[str, float] = {}
+    for name, run in runners.items():
+        _sample(run, inputs, 1, time.perf_counter)
+        warm[name] = _sample(run, inputs, 1, time.perf_counter)
+    times = {name: [t] if min(warm.values()) > _SLOW_S else [] for name, t in warm.items()}
+    start = time.perf_counter() - sum(map(sum, times.values()))
     while True:
         for name, run in runners.items():
             if len(runners) > 1:
-                ready[name]()
-            begin = time.perf_counter()
-            run(inputs)
-            _synchronize(inputs)
-            times[name].append((time.perf_counter() - begin) * 1e3)
-        done = len(next(iter(times.values())))
-        if done >= most or (done >= least and time.perf_counter() - start > budget):
-            break
-    return {name: timing(t) for name, t in times.items()}
-
-
-def _first_runs(run: Runner, inputs: Sequence[Any]) -> Callable[[], None]:
-    """Warm up; gives what makes the runner ready for a timed run after another one's."""
-    run(inputs)
-    _synchronize(inputs)
-    begin = time.perf_counter()
-    run(inputs)
-    _synchronize(inputs)
-    is_long = time.perf_counter() - begin > _LONG_S
-
-    def ready() -> None:
-        wait_until_quiet()
-        if not is_long:  # as in calls one after the other: threads awake, caches warm
-            run(inputs)
-            _synchronize(inputs)  # a device still at work would be charged to the timed run
-
-    return ready
+                wait_until_quiet()
+                if warm[name] <= _LONG_S:  # as in calls one after the other: threads awake
+                    _sample(run, inputs, 1, time.perf_counter)
+            times[name].append(_sample(run, inputs, 1, time.perf_counter))
+        done = min(map(len, times.values()))
+        spent = (time.perf_counter() - start) / len(runners)
+        enough = least if spent < _PATIENCE_S else min(least, _FEWEST)
+        if done >= most or (done >= enough and spent > seconds):
+            return {name: timing([1e3 * t for t in times[name]]) for name in runners}
 
 
 def wait_until_quiet() -> None:
@@ -155,19 +142,21 @@ def compare(
     answered, or after `seconds` (ten times that until there are pairs enough to say anything).
     """
     clock = clock or time.perf_counter
-    for run in (before, after, before, after):
-        run(inputs)
-    _synchronize(inputs)
-    count = _calls_per_sample(before, inputs, clock)
-    first: list[float] = []
-    second: list[float] = []
+    for run in (before, after):
+        _sample(run, inputs, 1, clock)
     start = clock()
+    warm = [_sample(run, inputs, 1, clock) for run in (before, after)]
+    is_slow = min(warm) > _SLOW_S
+    first, second = ([t] if is_slow else [] for t in warm)
+    count = 1 if is_slow else _calls_per_sample(before, inputs, clock)
+    start = start if is_slow else clock()
     while True:
         pair = [(before, first), (after, second)]
         for run, times in pair if len(first) % 2 == 0 else reversed(pair):
             if apart:
                 wait_until_quiet()
-                _sample(run, inputs, count, clock)
+                if not is_slow:
+                    _sample(run, inputs, count, clock)
             times.append(_sample(run, inputs, count, clock))
         spent = clock() - start
         late = spent > seconds * (1 if len(first) >= _LOOKS[0] else 10)

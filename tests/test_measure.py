@@ -120,6 +120,7 @@ def test_slow_runners_get_pairs_enough_within_ten_times_the_limit() -> None:
     clock = Clock()
     found = compare(clock.runner("a", [9.0]), clock.runner("b", [9.0]), [], seconds=2, clock=clock)
     assert found.verdict == "undecided" and found.runs == 2
+    assert "".join(clock.calls) == "ababba"  # no run but the first ones is for nothing
 
 
 def test_short_runs_are_timed_several_at_once() -> None:
@@ -151,6 +152,23 @@ def test_runners_take_turns() -> None:
     found = measure(runners, [], seconds=0.0, least=3)
     assert seen == ["a", "a", "b", "b"] * 4  # each timed run after one that is not
     assert all(t.runs == 3 for t in found.values())
+
+
+@pytest.mark.parametrize("took, timed", [(20.0, 3), (1.5, 5), (0.5, 5)])
+def test_slow_runners_are_not_run_more_often_than_a_median_needs(
+    took: float, timed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, calls = WorkClock(monkeypatch), 0
+
+    def run(inputs: Sequence[Any]) -> list[Any]:
+        nonlocal calls
+        calls += 1
+        clock.sleep(took)
+        return []
+
+    found = measure({"a": run, "b": run}, [], seconds=0.1)["a"]
+    assert found.runs == timed and found.p50_ms == pytest.approx(1e3 * took, rel=1e-3)
+    assert calls == 2 * (timed + (1 if took > 1 else 2))  # a long second run counts
 
 
 def test_runners_apart_begin_when_the_others_threads_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
