@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dfc.compress.axes import Axis
 from dfc.compress.batches import batches_of
-from dfc.compress.choice import counts, keep_best
+from dfc.compress.choice import counts, counts_by_time, keep_best
 from dfc.compress.groups import Group, Groups, find_groups
 from dfc.compress.importance import by_activation, by_magnitude, by_taylor
 from dfc.compress.refit import layers_of, refit
 from dfc.compress.shrink import shrink
-from dfc.compress.work import device_of, forecast, work_of
+from dfc.compress.work import device_of, forecast, parts_of, work_of
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.lang.selectors import Selector
@@ -51,10 +51,10 @@ class Prune(Pass):
     by: Literal["magnitude", "taylor", "activation"] = "magnitude"
     calib: Data | None = None  # what is measured on: the example without it
     exclude: Selector | None = None  # keep what these modules make
-    ratio: float = 0.3  # of the units go
+    ratio: float = 0.3  # of the units goes; of the time, as it is predicted, with `scope=time`
     align: int = 8  # counts that hardware likes; odd ones run slower
     what: Literal["auto", "channels", "heads", "head_dim", "ffn", "width", "layers"] = "auto"
-    scope: Literal["layer", "global"] = "layer"  # the ratio of each group, or of all together
+    scope: Literal["layer", "global", "time"] = "layer"  # of each group, of all, or of the time
     refit: bool = False  # least squares over the data for what reads the groups, in turn
 
     def run(self, graph: Graph, ctx: Context) -> int:
@@ -66,7 +66,7 @@ class Prune(Pass):
         groups = find_groups(graph)
         chosen = self._chosen(graph, groups, ctx)
         scores = self._scores(groups, chosen, ctx)
-        wanted = counts(scores, self.ratio, self.align, self.scope)
+        wanted = self._counts(groups, scores, ctx)
         shrinking = [g for g in chosen if wanted[g] < g.size]
         self._tell(chosen, scores, wanted, ctx)
         if not shrinking:
@@ -170,6 +170,17 @@ class Prune(Pass):
         batches = self.batches(groups.analysis.graph, ctx)
         rank = by_taylor if self.by == "taylor" else by_activation
         return rank(groups, chosen, batches, ctx)
+
+    def _counts(
+        self, groups: Groups, scores: dict[Group, Tensor], ctx: Context
+    ) -> dict[Group, int]:
+        """How many units of each group stay."""
+        if self.scope != "time":
+            return counts(scores, self.ratio, self.align, self.scope)
+        if self.by != "taylor":  # whose scores alone are of the outputs: a share of the group's
+            scores = {g: s / s.sum() if s.sum() > 0 else s for g, s in scores.items()}
+        parts = parts_of(groups.analysis, ctx.examples, device_of(ctx.target))
+        return counts_by_time(scores, self.ratio, self.align, parts)
 
     # Doing it
 

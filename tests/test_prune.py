@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import dfc
 from dfc.compress import refit as fitting
 from dfc.compress.blocks import find_blocks
-from dfc.compress.choice import aligned, counts
+from dfc.compress.choice import Part, aligned, counts, counts_by_time
 from dfc.compress.groups import Group, find_groups
 from dfc.compress.importance import by_magnitude, by_taylor, per_unit
 from dfc.compress.sequential import Prefix
@@ -122,6 +122,44 @@ def test_a_global_ratio_takes_more_where_units_matter_less() -> None:
     small = prune(dfc.trace(net, (X,)), ratio=56 / 256, scope="global")
     kept = [shape(small, f"layers.{i}.up.weight")[0] for i in range(4)]
     assert kept[2] == 8 and all(k >= 56 for i, k in enumerate(kept) if i != 2), kept
+
+
+def test_a_ratio_of_the_time_goes_where_little_is_lost_for_much_of_it() -> None:
+    from dfc.compress.axes import leaf
+
+    dear, cheap, heads = Group(leaf(64), "ffn"), Group(leaf(64), "ffn"), Group(leaf(8), "heads")
+    scores = {dear: torch.ones(64), cheap: torch.ones(64), heads: torch.full((8,), 1000.0)}
+    parts = [
+        Part(6.0, frozenset({dear.axis})),
+        Part(1.0, frozenset({cheap.axis, heads.axis})),
+        Part(3.0, frozenset()),  # what no group has a part in
+    ]
+    assert counts_by_time(scores, 0.3, 16, parts) == {dear: 32, cheap: 64, heads: 8}
+    scores[dear] = torch.arange(64.0)  # its first 16 cost 80 a second, those of `cheap` 64
+    assert counts_by_time(scores, 0.2, 16, parts) == {dear: 48, cheap: 16, heads: 8}
+    scores[dear] = torch.full((64,), 1e6)
+    assert counts_by_time(scores, 0.05, 16, parts) == {dear: 64, cheap: 32, heads: 8}
+    least = counts_by_time(scores, 0.95, 16, parts)
+    assert least == {dear: 16, cheap: 16, heads: 1}, "what is left when the ratio is out of reach"
+
+
+def test_time_is_saved_where_it_is_spent(net: Net) -> None:
+    """Layers on long rows take more of it than the same layers on short ones."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.long, self.short = Block(), Block()
+
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return self.long(x), self.short(y)
+
+    torch.manual_seed(0)
+    two = Two().eval()
+    two.short.load_state_dict(two.long.state_dict())
+    x, y = torch.randn(512, 16), torch.randn(2, 16)
+    small = prune(dfc.trace(two, (x, y)), ctx=Context(examples=[[x, y]]), ratio=0.2, scope="time")
+    assert shape(small, "long.up.weight")[0] < 64 == shape(small, "short.up.weight")[0]
 
 
 def test_counts_are_multiples_and_at_least_one_of_them() -> None:

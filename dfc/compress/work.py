@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dfc.compress.axes import leaves
+from dfc.compress.choice import Part
+from dfc.compress.dimensions import Analysis
 from dfc.errors import DfcError
 from dfc.ir.expr import Size, evaluate
 from dfc.ir.graph import Graph, Node
@@ -70,6 +73,24 @@ def work_of(
     if device is not None:
         seconds = sum(cost.work_of(n, sizes).seconds(device) for n in graph.nodes)
     return Work(int(found), int(weights), seconds)  # type: ignore[arg-type]
+
+
+def parts_of(
+    analysis: Analysis, examples: Sequence[Sequence[Any]], device: Device | None
+) -> list[Part]:
+    """What each node takes, and the axes that it grows with; multiply-adds without a device."""
+    sizes = _sizes(analysis.graph, examples)
+    found = []
+    for node in analysis.graph.nodes:
+        if device is not None:
+            taken = cost.work_of(node, sizes).seconds(device)
+        else:
+            taken = float(evaluate(macs_of(node), sizes))  # type: ignore[arg-type]
+        values = [*node.operands, *node.results]
+        axes = (x for v in values if v in analysis.dims for axis in analysis.dims[v]
+                for x in leaves(axis))  # fmt: skip
+        found.append(Part(taken, frozenset(axes)))
+    return found
 
 
 def _sizes(graph: Graph, examples: Sequence[Sequence[Any]]) -> Mapping[str, Any]:
