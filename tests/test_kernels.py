@@ -107,8 +107,8 @@ class Layer:
         assert self.group is not None
         return linear.pack_w4(self.codes, self.scale, self.zero, self.x.shape[1], self.group)
 
-    def run(self, path: str | None = None) -> Tensor:
-        return linear.linear(self.x, self.pack(), self.bias, self.n, path)
+    def run(self, path: str | None = None, before: int = 0) -> Tensor:
+        return linear.linear(self.x, self.pack(), self.bias, self.n, before, path)
 
     def meaning(self) -> Tensor:
         if self.bits == 8:
@@ -155,6 +155,42 @@ def test_every_path_gives_the_same_bits_on_any_number_of_threads() -> None:
                 assert torch.equal(layer.run(path), want), (path, threads)
     finally:
         torch.set_num_threads(before)
+
+
+def test_codes_are_rounded_as_after_a_division() -> None:
+    """Halves and their neighbours: what is off by one unit in the last place has another code."""
+    eye = linear.pack_w8(torch.eye(128).to(torch.int8), torch.ones(128))
+    random = torch.Generator().manual_seed(0)
+    largest = torch.rand(2000, 1, generator=random) * 10.0 ** torch.randint(
+        -36, 36, (2000, 1), generator=random
+    )
+    scale = largest / 127
+    x = (torch.randint(-126, 126, (2000, 128), generator=random) + 0.5) * scale
+    bits = x.view(torch.int32) + torch.randint(-2, 3, x.shape, generator=random, dtype=torch.int32)
+    x = bits.view(torch.float32)
+    x[:, :1] = largest
+    want = (x / scale).round() * scale
+    for path in paths():
+        assert torch.equal(linear.linear(x, eye, None, 128, 0, path), want), path
+
+
+@each_path()
+def test_gelu_before_a_layer_is_exact_to_a_millionth(path: str) -> None:
+    one = linear.pack_w8(torch.ones(1, 1, dtype=torch.int8), torch.ones(1))
+    x = torch.cat([torch.linspace(-12, 12, 20001), torch.tensor([-3e38, -1e4, 0.0, 1e4, 3e38])])
+    got = linear.linear(x[:, None], one, None, 1, linear.GELU, path)[:, 0].double()
+    want = torch.nn.functional.gelu(x.double())
+    assert ((got - want).abs() <= 2e-6 + 1e-6 * want.abs()).all()
+    assert not got[x < -6].any()
+
+
+def test_gelu_gives_the_same_bits_on_every_path_and_stays_near_its_meaning() -> None:
+    for layer in layers():
+        want = layer.run("portable", linear.GELU)
+        assert all(torch.equal(layer.run(path, linear.GELU), want) for path in paths())
+        layer.x = torch.nn.functional.gelu(layer.x)
+        error = (want - layer.meaning()).norm() / layer.meaning().norm()
+        assert error < 2e-3  # a code here and there is the next one
 
 
 @each_path()
@@ -225,7 +261,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"bias is not f32\[20\]"):
         linear.linear(layer.x, weight, torch.zeros(19), 20)
     with pytest.raises(RuntimeError, match="no such path"):
-        linear.linear(layer.x, weight, None, 20, "sse9")
+        linear.linear(layer.x, weight, None, 20, path="sse9")
     with pytest.raises(ValueError, match="no packed layout for 20 x 64 of 4 bits in groups of 24"):
         linear.pack_w4(layer.codes, layer.scale, None, 64, 24)
     with pytest.raises(ValueError, match="zero points"):
@@ -343,11 +379,11 @@ print(sorted(set(re.findall(r'lib(?:gomp|iomp5|omp)[-.\\w]*', maps))))
 
 def test_the_ops_keep_torchs_rules() -> None:
     layer = Layer(4, 32, (3, 20, 64), bias=True)
-    arguments = (layer.x, layer.pack(), layer.bias, 20, 32)
+    arguments: tuple[Any, ...] = (layer.x, layer.pack(), layer.bias, 20, 32)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.dfc.linear_w4.default, arguments, test_utils=checks)
     eight = Layer(8, None, (3, 20, 64))
-    arguments = (eight.x, eight.pack(), None, 20, 0)
+    arguments = (eight.x, eight.pack(), None, 20, 0, linear.GELU)
     torch.library.opcheck(torch.ops.dfc.linear_w8.default, arguments, test_utils=checks)
 
 
@@ -390,6 +426,27 @@ def test_a_compiled_graph_runs_on_the_kernels(bits: int, group: int | None) -> N
     compiled = dfc.compile(graph, (layer.x,), engine="eager")
     torch.testing.assert_close(compiled(layer.x), layer.meaning(), rtol=1e-5, atol=1e-5)
     assert compiled(layer.x[:1]).shape == (1, 20)
+
+
+def test_a_gelu_that_a_layer_alone_reads_is_left_to_it() -> None:
+    layer = Layer(8, None, (3, 20, 96), bias=True)
+    graph = graph_of(layer)
+    (node,) = graph.nodes
+    x = graph.add("aten.mul.Scalar", [graph.inputs[0]], {"other": 2.0}, before=node).result
+    gelu = graph.add("aten.gelu.default", [x], {"approximate": "none"}, before=node).result
+    graph.set_inputs_of(node, [gelu, *node.inputs[1:]])
+    (want,) = to_fx(graph, kernels={})(layer.x)
+    mul, target = called(module := to_fx(graph, kernels=kernels("cpu")))
+    assert mul is torch.ops.aten.mul.Scalar and target.__self__.before == linear.GELU
+    torch.testing.assert_close(module(layer.x)[0], want, rtol=1e-2, atol=1e-2)
+    (traced,) = to_fx(graph, kernels=kernels("cpu", traced=True))(layer.x)
+    assert torch.equal(traced, module(layer.x)[0])
+    graph.set_outputs([node.result, gelu])
+    assert len(called(to_fx(graph, kernels=kernels("cpu")))) == 3
+    graph.set_outputs([node.result])
+    assert len(called(to_fx(graph, kernels=kernels("cpu")))) == 2
+    graph.set_attributes(gelu.node, approximate="tanh")
+    assert len(called(to_fx(graph, kernels=kernels("cpu")))) == 3
 
 
 def test_layers_of_one_weight_share_what_is_packed() -> None:

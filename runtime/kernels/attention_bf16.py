@@ -107,7 +107,8 @@ def _empty(q: Tensor, v: Tensor, wide: bool) -> Tensor:
 def register() -> torch.library.Library:
     """Make `torch.ops.dfc.attention_bf16` known; the library keeps it alive."""
     ops: Any = torch.library.Library("dfc", "FRAGMENT")  # type: ignore[no-untyped-call]
-    ops.define("attention_bf16" + _SCHEMA)
+    # Any layout will do: where it is asked for, inductor copies the mask for each call.
+    ops.define("attention_bf16" + _SCHEMA, tags=torch.Tag.flexible_layout)
     ops.impl("attention_bf16", attention, "CPU")
     ops.impl("attention_bf16", _shape, "Meta")
     return ops  # type: ignore[no-any-return]

@@ -94,31 +94,65 @@ void multiply(const Product& p, int64_t rows, int64_t columns) {
 
 // ---- laying out
 
-// 16 elements as bf16, each in 32 bits; 0 for those that `mask` leaves out.
-inline __m512i wide(const float* x, Mask mask) {
-  return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, x)));
+// 16 elements as bf16; 0 for those that the mask leaves out.
+inline __m256i half(const float* x, Mask mask) {
+  return (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, x));
 }
 
-inline __m512i wide(const uint16_t* x, Mask mask) {
-  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x));
-}
+inline __m256i half(const uint16_t* x, Mask mask) { return _mm256_maskz_loadu_epi16(mask, x); }
 
-// A row as bf16, `size` of them; what fills it up to a multiple of 16 is 0.
+// A row of `size`; what fills it up to a multiple of 16 is 0.
 template <class T>
-inline void lay_row(const T* x, int64_t size, uint32_t* to) {
-  for (int64_t i = 0; i < size; i += LANES, to += LANES / 2) {
-    const __m256i row = _mm512_cvtepi32_epi16(wide(x + i, first_of(size - i)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), row);
+void lay_row(const T* x, int64_t size, uint32_t* to) {
+  for (int64_t i = 0; i < size; i += LANES, to += LANES / 2)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half(x + i, first_of(size - i)));
+}
+
+// 16 rows of 16 become columns.
+inline void turn(__m512i (&x)[16]) {
+  __m512i y[16];
+  UNROLL for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+  UNROLL for (int i = 0; i < 16; i += 4) UNROLL for (int j = 0; j < 2; ++j) {
+    x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + j + 2]);
+    x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + j + 2]);
+  }
+  UNROLL for (int i = 0; i < 16; i += 8) UNROLL for (int j = 0; j < 4; ++j) {
+    y[i + j] = _mm512_shuffle_i32x4(x[i + j], x[i + j + 4], 0x88);
+    y[i + j + 4] = _mm512_shuffle_i32x4(x[i + j], x[i + j + 4], 0xdd);
+  }
+  UNROLL for (int j = 0; j < 8; ++j) {
+    x[j] = _mm512_shuffle_i32x4(y[j], y[j + 8], 0x88);
+    x[j + 8] = _mm512_shuffle_i32x4(y[j], y[j + 8], 0xdd);
   }
 }
 
 template <class T>
 void lay_keys(const T* k, int64_t stride, int64_t count, int64_t depth, uint32_t* to) {
-  uint32_t row[LARGEST_HEAD / 2];
-  for (int64_t j = 0; j < count; ++j) {
-    lay_row(k + j * stride, depth, row);
-    for (int64_t p = 0; p < up(depth, LANES) / 2; ++p) to[p * BLOCK_KEYS + j] = row[p];
+  for (int64_t i = 0; i < depth; i += 2 * LANES, to += LANES * BLOCK_KEYS) {
+    const Mask low = first_of(depth - i), high = first_of(depth - i - LANES);
+    for (int64_t j = 0; j < count; j += LANES) {
+      __m512i rows[LANES];
+      UNROLL for (int64_t r = 0; r < LANES; ++r) {
+        const T* const row = k + (j + r) * stride + i;
+        const bool there = j + r < count;
+        const __m256i second = half(row + LANES, there ? high : Mask(0));
+        rows[r] = _mm512_castsi256_si512(half(row, there ? low : Mask(0)));
+        rows[r] = _mm512_inserti64x4(rows[r], second, 1);
+      }
+      turn(rows);
+      UNROLL for (int64_t p = 0; p < LANES; ++p)
+        _mm512_storeu_si512(to + p * BLOCK_KEYS + j, rows[p]);
+    }
   }
+}
+
+// 16 elements as bf16, each in 32 bits.
+template <class T>
+inline __m512i wide(const T* x, Mask mask) {
+  return _mm512_cvtepu16_epi32(half(x, mask));
 }
 
 template <class T>
@@ -204,12 +238,12 @@ void store(const DfcAttention& a, int64_t at, const float* total, float sum) {
   for (int64_t i = 0; i < a.width; i += LANES) {
     const Mask mask = first_of(a.width - i);
     const __m512 y = _mm512_mul_ps(_mm512_loadu_ps(total + i), by);
-    const __m256i half = (__m256i)_mm512_cvtneps_pbh(y);
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(y);
     if (a.flags & FLOATS_OUT) {
-      const __m512i whole = _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+      const __m512i whole = _mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
       _mm512_mask_storeu_ps(static_cast<float*>(a.y) + at + i, mask, _mm512_castsi512_ps(whole));
     } else {
-      _mm256_mask_storeu_epi16(static_cast<uint16_t*>(a.y) + at + i, mask, half);
+      _mm256_mask_storeu_epi16(static_cast<uint16_t*>(a.y) + at + i, mask, rounded);
     }
   }
 }

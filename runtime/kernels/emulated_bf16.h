@@ -35,14 +35,6 @@ static inline simde__m512i shorts_to_ints(simde__m256i from) {
   return simde_mm512_loadu_si512(to);
 }
 
-static inline simde__m256i ints_to_shorts(simde__m512i from) {
-  int32_t ints[16];
-  uint16_t to[16];
-  simde_mm512_storeu_si512(ints, from);
-  for (int i = 0; i < 16; ++i) to[i] = uint16_t(ints[i]);
-  return simde_mm256_loadu_si256(to);
-}
-
 template <class T>
 struct Some {  // elements that a mask picks; no others are touched
   T of[16] = {};
@@ -103,7 +95,6 @@ static inline float first_float(simde__m512 from) { return Sixteen(from).of[0]; 
 
 #undef _mm512_cvtneps_pbh
 #undef _mm512_cvtepu16_epi32
-#undef _mm512_cvtepi32_epi16
 #undef _mm512_maskz_loadu_ps
 #undef _mm256_maskz_loadu_epi16
 #undef _mm_maskz_loadu_epi8
@@ -115,7 +106,6 @@ static inline float first_float(simde__m512 from) { return Sixteen(from).of[0]; 
 #undef _mm512_cvtss_f32
 #define _mm512_cvtneps_pbh dfc::floats_to_bf16
 #define _mm512_cvtepu16_epi32 dfc::shorts_to_ints
-#define _mm512_cvtepi32_epi16 dfc::ints_to_shorts
 #define _mm512_maskz_loadu_ps dfc::some_floats
 #define _mm256_maskz_loadu_epi16 dfc::some_shorts
 #define _mm_maskz_loadu_epi8 dfc::some_bytes

@@ -137,16 +137,30 @@ def _tensor(value: object) -> Tensor:
 def _call(node: Node, bits: int, traced: bool) -> KernelCall | None:
     import torch
 
-    from dfc.runtime.kernels.linear import Bound
+    from dfc.runtime.kernels.linear import GELU, Bound
     from dfc.runtime.kernels.packed import packed_weight
 
     found = packing(node, bits)
     if found is None:
         return None
     made = packed_weight(*found)
-    bias = node.inputs[-1]
+    x, bias = _given(node)[0], node.inputs[-1]
     assert bias is None or isinstance(bias, Value)
+    source = _of_gelu(x)
+    before = 0 if source is None else GELU
+    x = source or x
     if not traced:
-        return KernelCall(Bound(made, found.n, found.k).run, (_given(node)[0], bias))
+        return KernelCall(Bound(made, found.n, found.k, before).run, (x, bias))
     function = getattr(torch.ops.dfc, f"linear_w{bits}").default
-    return KernelCall(function, (_given(node)[0], made, bias, found.n, found.group))
+    return KernelCall(function, (x, made, bias, found.n, found.group, before))
+
+
+def _of_gelu(x: Value) -> Value | None:
+    """What a value is the GELU of, where nothing else reads that: it is computed row by row, just
+    before the row is rounded, and never written to memory.
+    """
+    made = x.node
+    if made is None or made.op != "aten.gelu.default" or x.use_count > 1:
+        return None
+    (source,) = made.operands
+    return source if made.attributes["approximate"] == "none" and source.node is not None else None

@@ -146,6 +146,8 @@ struct Path {
   void (*turn)(const Job& job, int64_t row, int64_t rows, uint8_t* columns);
   // One row of k floats to int8: q, a scale and a sum for each group.
   void (*quantize)(const float* x, const Layout& w, int8_t* q, float* scale, int32_t* sum);
+  // x times the normal distribution's share below x, of k floats.
+  void (*gelu)(const float* x, int64_t k, float* y);
   // One panel for one row.
   void (*one_row)(const Job& job, int64_t panel);
   // Some panels, at most those of a tile, for some rows, at most TILE_ROWS.
@@ -162,8 +164,9 @@ extern const Path amx_path;
 #endif
 // One row of weights with groups, as Zen reads them best.
 void groups_zen(const Job& job, int64_t panel);
-// Quantizing a row, for both.
+// What is done to a row before it is multiplied, for all of them.
 void quantize_avx2(const float* x, const Layout& w, int8_t* q, float* scale, int32_t* sum);
+void gelu_avx2(const float* x, int64_t k, float* y);
 // lanes.cpp: what avx2_path does where rows came as columns too.
 void turn_avx2(const Job& job, int64_t row, int64_t rows, uint8_t* columns);
 void lanes_avx2(const Job& job, int64_t panel, int64_t row, int64_t rows, Tiling& scratch);
@@ -193,6 +196,14 @@ static inline const Fixes* fixes_of(const Job& job, int64_t panel) {
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// The share below x is 1/2 + x p(2 x^2 / 5.5^2 - 1) up to 5.5, where it is 1 to 2e-8; p's highest power
+// comes first. What comes of it is off by 4e-7, and by as much again that 32 bits round.
+constexpr float GELU_END = 5.5f, GELU_STRETCH = 2.0f / (5.5f * 5.5f);
+constexpr float GELU[] = {
+    -0.000911749317f, 0.00259226514f, -0.0025182066f, 0.00247533736f, -0.00629272079f,
+    0.0114252819f,    -0.0153732533f, 0.0200295448f,  -0.0259418972f, 0.0321135931f,
+    -0.038804695f,    0.0477356054f,  -0.0641719773f, 0.128551945f};
 
 // Bytes of a weight that are asked for before they are needed: by one row, which waits for memory
 // and has it brought to the second cache, and by many, to the first. Measured on AVX2; a path may
@@ -234,6 +245,7 @@ static inline Stretch stretch_of(const Layout& w, int64_t k, int64_t count) {
 // The C interface. Nothing throws; a status other than 0 says why nothing was done.
 extern "C" {
 
+enum { DFC_NOTHING = 0, DFC_GELU = 1 };
 enum { DFC_DONE = 0, DFC_MALFORMED = 1, DFC_NO_MEMORY = 2, DFC_NO_SUCH_PATH = 3 };
 
 // Changes when a caller must.
@@ -256,9 +268,11 @@ int64_t dfc_packed_bytes(int32_t bits, int64_t n, int64_t k, int64_t group, uint
 int32_t dfc_pack(int32_t bits, int64_t n, int64_t k, int64_t group, uint32_t flags, int64_t fixes,
                  const void* codes, const float* scale, const uint8_t* zeros, uint8_t* packed,
                  int64_t bytes, int32_t threads);
-// y[rows][n] = x[rows][k] times the weight, plus bias[n] if any. path: null for the best.
+// y[rows][n] = x[rows][k] times the weight, plus bias[n] if any. before: DFC_NOTHING, or DFC_GELU of
+// x. path: null for the best.
 int32_t dfc_linear(const uint8_t* packed, int64_t bytes, const float* x, int64_t rows, int64_t k,
-                   const float* bias, float* y, int64_t n, int32_t threads, const char* path);
+                   const float* bias, float* y, int64_t n, int32_t before, int32_t threads,
+                   const char* path);
 // Whether a buffer is a packed weight of this shape, with nothing in it that dfc_linear would follow
 // to a place outside.
 int32_t dfc_packed_check(const uint8_t* packed, int64_t bytes, int32_t bits, int64_t n, int64_t k,

@@ -30,7 +30,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     ),
     "dfc_linear": (
         _I32,
-        (_MEMORY, _I64, _MEMORY, _I64, _I64, _MEMORY, _MEMORY, _I64, _I32, _TEXT),
+        (_MEMORY, _I64, _MEMORY, _I64, _I64, _MEMORY, _MEMORY, _I64, _I32, _I32, _TEXT),
     ),
     "dfc_attends": (_I32, ()),
     "dfc_attention": (_I32, (_MEMORY, _I32)),

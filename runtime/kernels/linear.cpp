@@ -1,4 +1,5 @@
 // The C interface of linear layers: which path a CPU takes, packing, and work split over threads.
+#include <atomic>
 #include <cstring>
 
 #include "cpu.h"
@@ -40,7 +41,7 @@ const Path* find(const char* name) {
   return nullptr;
 }
 
-thread_local Scratch of_rows;
+thread_local Scratch of_rows, of_one_row;
 
 // ---- layout
 
@@ -171,6 +172,7 @@ struct Call {
   Job job;
   const Path* path;
   const float* x;
+  bool gelu;   // of x
   bool bytes;  // q is x + 128
   int8_t* q;
   int16_t* wide;
@@ -179,13 +181,21 @@ struct Call {
   int32_t* sum;
   int64_t tiles;  // of rows
   int64_t spans;  // of panels
+  std::atomic<bool>* failed;
 };
 
 void quantize_row(const Call& c, int64_t row) {
   const Layout& w = c.job.w;
   const int64_t count = w.padded_k;  // bytes may be anything, also a size that is read again
   int8_t* const q = c.q + row * c.job.x.stride;
-  c.path->quantize(c.x + row * w.k, w, q, c.scale + row * w.groups, c.sum + row * w.groups);
+  const float* x = c.x + row * w.k;
+  if (c.gelu) {
+    float* const y = reinterpret_cast<float*>(of_one_row.at_least(w.k * int64_t(sizeof(float))));
+    if (!y) return c.failed->store(true, std::memory_order_relaxed);
+    c.path->gelu(x, w.k, y);
+    x = y;
+  }
+  c.path->quantize(x, w, q, c.scale + row * w.groups, c.sum + row * w.groups);
   if (c.bytes)
     for (int64_t k = 0; k < count; ++k) q[k] = int8_t(q[k] ^ -128);
   if (!c.wide) return;
@@ -227,7 +237,7 @@ constexpr int64_t LEAST_CHUNK_BYTES = 64 * 1024;
 void multiply(const Call& c, int32_t threads) {
   const Layout& w = c.job.w;
   const int64_t rows = c.job.rows;
-  const int32_t few = rows * w.k < 65536 ? 1 : threads;
+  const int32_t few = rows * w.k < (c.gelu ? 16384 : 65536) ? 1 : threads;
   if (c.columns)
     spread(few, (rows + TURNED_ROWS - 1) / TURNED_ROWS, 1, quantize_rows, &c);
   else
@@ -298,8 +308,10 @@ DFC_EXPORT int32_t dfc_packed_check(const uint8_t* packed, int64_t bytes, int32_
 }
 
 DFC_EXPORT int32_t dfc_linear(const uint8_t* packed, int64_t bytes, const float* x, int64_t rows,
-                              int64_t k, const float* bias, float* y, int64_t n, int32_t threads,
-                              const char* path) {
+                              int64_t k, const float* bias, float* y, int64_t n, int32_t before,
+                              int32_t threads, const char* path) {
+  if (before != DFC_NOTHING && before != DFC_GELU) return DFC_MALFORMED;
+  std::atomic<bool> failed{false};
   Call c{};
   c.path = find(path);
   if (!c.path) return DFC_NO_SUCH_PATH;
@@ -323,6 +335,8 @@ DFC_EXPORT int32_t dfc_linear(const uint8_t* packed, int64_t bytes, const float*
   if (!memory) return DFC_NO_MEMORY;
   uint8_t* const last = memory + q_bytes + 2 * s_bytes;
   c.x = x;
+  c.gelu = before == DFC_GELU;
+  c.failed = &failed;
   c.bytes = lanes || (c.path->wants_bytes && w.bits == 8 && rows > 1);
   c.q = reinterpret_cast<int8_t*>(memory);
   c.scale = reinterpret_cast<float*>(memory + q_bytes);
@@ -335,5 +349,5 @@ DFC_EXPORT int32_t dfc_linear(const uint8_t* packed, int64_t bytes, const float*
   c.job.y = y;
   c.job.rows = rows;
   multiply(c, threads);
-  return DFC_DONE;
+  return failed ? DFC_NO_MEMORY : DFC_DONE;
 }

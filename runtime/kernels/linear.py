@@ -16,7 +16,8 @@ from torch import Tensor
 from dfc.runtime.kernels.library import HALF_SCALES, ZEROS, Library, library
 from dfc.runtime.kernels.memory import huge
 
-_SCHEMA = "(Tensor x, Tensor packed, Tensor? bias, int n, int group) -> Tensor"
+GELU = 1  # of x, before it is multiplied: kernels.h
+_SCHEMA = "(Tensor x, Tensor packed, Tensor? bias, int n, int group, int before=0) -> Tensor"
 _WHY = {1: "the packed weight does not fit", 2: "out of memory", 3: "no such path"}
 
 
@@ -87,28 +88,27 @@ def _is_half(scale: Tensor) -> bool:
 
 
 def linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, n: int, path: str | None = None
+    x: Tensor, packed: Tensor, bias: Tensor | None, n: int, before: int = 0, path: str | None = None
 ) -> Tensor:
-    """`x` times a packed weight of n outputs, plus `bias`.
+    """`x`, or its GELU, times a packed weight of n outputs, plus `bias`.
 
     Raises:  RuntimeError where dtypes, devices or sizes do not fit.
     """
     found = _library()
     k = x.shape[-1] if x.dim() else 0
-    rows = x.numel() // k if k else 0
-    _require(x.dtype == torch.float32 and x.device.type == "cpu", "x is not f32 on the CPU")
-    _require(packed.dtype == torch.uint8 and packed.is_contiguous(), "packed is not bytes")
-    _require(packed.device.type == "cpu", "packed is not on the CPU")
+    _require(x.dtype is torch.float32 and x.is_cpu, "x is not f32 on the CPU")
+    _require(packed.dtype is torch.uint8 and packed.is_contiguous(), "packed is not bytes")
+    _require(packed.is_cpu, "packed is not on the CPU")
     if bias is not None:
-        fits = bias.dtype == torch.float32 and bias.numel() == n and bias.device.type == "cpu"
-        _require(fits, f"bias is not f32[{n}] on the CPU")
+        if bias.dtype is not torch.float32 or bias.numel() != n or not bias.is_cpu:
+            _require(False, f"bias is not f32[{n}] on the CPU")
         bias = bias.contiguous()
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], n))
     status = found.c.dfc_linear(
-        packed.data_ptr(), packed.numel(), x.data_ptr(), rows, k,
-        None if bias is None else bias.data_ptr(), y.data_ptr(), n, torch.get_num_threads(),
-        (path or found.path).encode(),
+        packed.data_ptr(), packed.numel(), x.data_ptr(), x.numel() // k if k else 0, k,
+        None if bias is None else bias.data_ptr(), y.data_ptr(), n, before,
+        torch.get_num_threads(), (path or found.path).encode(),
     )  # fmt: skip
     _check(status)
     return y
@@ -120,10 +120,10 @@ class Bound:
     Why:  one row takes some 50 microseconds; torch's dispatcher and checks would be a third.
     """
 
-    def __init__(self, packed: Tensor, n: int, k: int) -> None:
+    def __init__(self, packed: Tensor, n: int, k: int, before: int = 0) -> None:
         found = _library()
         self.packed = packed  # keeps what the pointer leads to
-        self.n, self.k = n, k
+        self.n, self.k, self.before = n, k, before
         self._weight = packed.data_ptr(), packed.numel()
         self._path = found.path.encode()
         self._call = found.c.dfc_linear
@@ -138,7 +138,7 @@ class Bound:
         y = x.new_empty((*x.shape[:-1], self.n))  # takes less than torch.empty
         status = self._call(
             *self._weight, x.data_ptr(), x.numel() // self.k, self.k,
-            None if bias is None else bias.data_ptr(), y.data_ptr(), self.n,
+            None if bias is None else bias.data_ptr(), y.data_ptr(), self.n, self.before,
             torch.get_num_threads(), self._path,
         )  # fmt: skip
         if status:
@@ -173,9 +173,13 @@ def register() -> torch.library.Library:
     return ops  # type: ignore[no-any-return]
 
 
-def _run(x: Tensor, packed: Tensor, bias: Tensor | None, n: int, group: int) -> Tensor:
-    return linear(x, packed, bias, n)
+def _run(
+    x: Tensor, packed: Tensor, bias: Tensor | None, n: int, group: int, before: int = 0
+) -> Tensor:
+    return linear(x, packed, bias, n, before)
 
 
-def _shape(x: Tensor, packed: Tensor, bias: Tensor | None, n: int, group: int) -> Tensor:
+def _shape(
+    x: Tensor, packed: Tensor, bias: Tensor | None, n: int, group: int, before: int = 0
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], n))

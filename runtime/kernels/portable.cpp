@@ -63,6 +63,17 @@ void quantize(const float* x, const Layout& w, int8_t* q, float* scale, int32_t*
   }
 }
 
+void gelu(const float* x, int64_t k, float* y) {
+  for (int64_t i = 0; i < k; ++i) {
+    const float most = x[i] < GELU_END ? x[i] : GELU_END, near = most > -GELU_END ? most : -GELU_END;
+    const float u = std::fmaf(near * near, GELU_STRETCH, -1.0f);
+    float p = GELU[0];
+    for (size_t j = 1; j < sizeof GELU / sizeof *GELU; ++j) p = std::fmaf(p, u, GELU[j]);
+    const float share = x[i] > -GELU_END ? std::fmaf(near, p, 0.5f) : 0.0f;
+    y[i] = x[i] * share;
+  }
+}
+
 // The dot products of a group for the 16 outputs of a panel.
 void dots(const Job& job, const uint8_t* panel, const int8_t* q, int64_t g, int32_t xsum,
           int32_t* acc) {
@@ -114,6 +125,6 @@ void many_rows(const Job& job, int64_t panel, int64_t, int64_t row, int64_t rows
 }  // namespace
 
 extern const Path portable_path = {"portable", false, false, 1, 0, 0, nullptr, nullptr, quantize,
-                                   one_row, many_rows};
+                                   gelu, one_row, many_rows};
 
 }  // namespace dfc

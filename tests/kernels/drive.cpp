@@ -61,13 +61,13 @@ struct Shape {
 
 int failures = 0, compared = 0;
 
-void compare(Exact& p, Exact& x, Exact* bias, Shape s, const char* what) {
+void compare(Exact& p, Exact& x, Exact* bias, Shape s, int32_t before, const char* what) {
   const size_t bytes = size_t(s.rows * s.n) * 4;
   Exact want(bytes);
   auto run = [&](Exact& y, const char* path) {
     std::memset(y.as<uint8_t>(), 0xff, y.bytes());
     return dfc_linear(p.as<uint8_t>(), int64_t(p.bytes()), x.as<float>(), s.rows, s.k,
-                      bias ? bias->as<float>() : nullptr, y.as<float>(), s.n, 1, path);
+                      bias ? bias->as<float>() : nullptr, y.as<float>(), s.n, before, 1, path);
   };
   if (run(want, "portable") != DFC_DONE) ++failures;
   for (int32_t i = 0; const char* path = dfc_kernels_path(i); ++i) {
@@ -114,17 +114,18 @@ void one(int bits, int64_t group, uint32_t flags, bool with_bias, Shape s, Codes
   if (dfc_packed_check(packed.as<uint8_t>(), size, bits, s.n, s.k, group) != DFC_DONE) ++failures;
   char what[80];
   std::snprintf(what, sizeof what, "int%d, group %d, flags %u", bits, int(group), flags);
-  compare(packed, x, with_bias ? &bias : nullptr, s, what);
+  for (int32_t before : {DFC_NOTHING, DFC_GELU})
+    compare(packed, x, with_bias ? &bias : nullptr, s, before, what);
 }
 
 // What is not a packed weight is refused, and nothing behind it is read.
 void refuses() {
   Exact none(0), some(63), x(64), y(64);
   std::memset(some.as<uint8_t>(), 0, some.bytes());
-  if (dfc_linear(none.as<uint8_t>(), 0, x.as<float>(), 1, 16, nullptr, y.as<float>(), 16, 1,
+  if (dfc_linear(none.as<uint8_t>(), 0, x.as<float>(), 1, 16, nullptr, y.as<float>(), 16, 0, 1,
                  nullptr) != DFC_MALFORMED)
     ++failures;
-  if (dfc_linear(some.as<uint8_t>(), 63, x.as<float>(), 1, 16, nullptr, y.as<float>(), 16, 1,
+  if (dfc_linear(some.as<uint8_t>(), 63, x.as<float>(), 1, 16, nullptr, y.as<float>(), 16, 0, 1,
                  nullptr) != DFC_MALFORMED)
     ++failures;
 }
