@@ -13,7 +13,7 @@ from dfc.runtime.pipeline.training import Trainer
 from dfc.runtime.pipeline.training_processes import ProcessTrainer
 from tests import test_pipeline_training
 from tests.test_pipeline import captured, leaves, stages
-from tests.test_pipeline_training import adamw, staged
+from tests.test_pipeline_training import staged
 
 GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPUS, reason="no CUDA device")]
@@ -51,14 +51,14 @@ def test_processes_train_on_devices_as_threads_do_on_the_processor(
 ) -> None:
     _, args = test_pipeline_training.captured("tied")
     options: dict[str, Any] = {"microbatches": 4, "threads": 2}
-    with Trainer(staged("tied", 2), optimizer=adamw, **options) as threads:
+    made = partial(torch.optim.SGD, lr=1e-2, momentum=0.9)  # Adam makes steps of gradients' noise
+    with Trainer(staged("tied", 2), optimizer=made, **options) as threads:
         expected = [float(threads.step(*args)) for _ in range(5)]
         weights = threads.state_dict()["weights"]
-    made = partial(torch.optim.AdamW, lr=1e-2)
     with ProcessTrainer(
         staged("tied", 2), optimizer=made, devices=list(devices), **options
     ) as trainer:
         found = [float(trainer.step(*args)) for _ in range(5)]
         assert found == pytest.approx(expected, rel=1e-4)
         for name, x in trainer.state_dict()["weights"].items():
-            torch.testing.assert_close(x.cpu(), weights[name], rtol=1e-2, atol=1e-3)
+            torch.testing.assert_close(x.cpu(), weights[name], rtol=1e-3, atol=1e-4)

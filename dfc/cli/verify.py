@@ -101,7 +101,7 @@ def _prove(package: str, engine: str, device: str, say: Any) -> dict[str, Any]:
     say(f"proving on {engine}")
     compiled = dfc.load(package, engine=engine, device=device)
     standard, rtol = compiled.standard(), compiled.report.rtol
-    verdict = judge_engine(standard, compiled.graph, compiled.run_flat, rtol)
+    verdict = judge_engine(standard, compiled.graph, compiled.run_flat, rtol, compiled.device)
     worst = largest_error(compiled)
     return {
         "engine": compiled.engine.name,

@@ -14,6 +14,7 @@ from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.planning.engine import Engine, Runner
 from dfc.recipe.bench import Bench, Ready, find_engine, on_device, state_of
+from dfc.recipe.short_products import short_products
 from dfc.report import Decision, EngineReport
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def _fastest(
             after_ms = next(e.p50_ms for e in engines if e.verdict == "chosen") or after_ms
     return Choice(
         ready.graph, ready.engine, ready.runner, engines, before.p50_ms, after_ms, guard,
-        placement_notes(bench, ready),
+        [*placement_notes(bench, ready), *precision_notes(bench, ready)],
     )  # fmt: skip
 
 
@@ -210,6 +211,12 @@ def placement_notes(bench: Bench, ready: Ready) -> list[str]:
     state = on_device(state_of(ready.graph), bench.device)
     found = placement(with_state_inputs(ready.graph), [*bench.inputs(), *state], bench.device)
     return [] if found.is_whole else [f"onnxruntime: {found}"]
+
+
+def precision_notes(bench: Bench, ready: Ready) -> list[str]:
+    """What the device computes with fewer bits than float32 has, as PyTorch's settings say."""
+    short = short_products(ready.graph, bench.device)
+    return [f"float32 {what} have 10 bits of mantissa on {bench.device} (TF32)" for what in short]
 
 
 def _guard(bench: Bench, ready: Ready, original: Graph) -> Decision:
