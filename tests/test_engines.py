@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import dfc
+from dfc.ir.interpret import interpret
 from dfc.recipe.bench import Bench
 from dfc.rewrite.probe import Probes
 from dfc.runtime.engines import engine_names, find_engine
@@ -264,6 +265,44 @@ def test_openvino_cuts_no_integers_off():
 
     with pytest.raises(dfc.DfcError, match="cannot take `big`: it has numbers beyond 32 bits"):
         dfc.compile(Table(), (torch.tensor([1]),), engine="openvino", verify="none")
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_bits_that_a_shift_pushes_out_are_gone(engine):
+    class Shifts(torch.nn.Module):
+        def forward(self, x):
+            return x >> 3, x << 5, x[:, None] >> 0
+
+    x = torch.arange(256, dtype=torch.uint8)
+    compiled = dfc.compile(Shifts(), (x,), engine=engine, verify="none")
+    for got, want in zip(compiled(x), Shifts()(x), strict=True):
+        assert torch.equal(got, want)
+
+
+class _Tied(torch.nn.Module):
+    """A table that rows are looked up in, and that the output is multiplied by, and a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.up = torch.nn.Embedding(96, 64), torch.nn.Linear(64, 64)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(self.up(self.table(x)), self.table.weight)
+
+
+@pytest.mark.parametrize(
+    "step",
+    ["int8", "int8 with scheme=weights, group=32", "int4 with group=32", "fp8",
+     "int4 with group=32, symmetric=no", "int4 with group=32, scheme=weights"],
+)  # fmt: skip
+@pytest.mark.parametrize("engine", ["eager", "onnxruntime", "openvino"])
+def test_engines_compute_what_codes_say(engine, step):
+    torch.manual_seed(0)
+    model, x = _Tied().eval(), torch.randint(96, (2, 5))
+    text = f"dfc 1\nrecipe r {{\n  quantize {step}\n}}\n"
+    compiled = dfc.compile(model, (x,), recipe=text, engine=engine)
+    want = interpret(compiled.graph, [x], double=True)[0]
+    assert float((compiled(x) - want).norm() / want.norm()) < 0.01
 
 
 class _Grows(torch.nn.Module):

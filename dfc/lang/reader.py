@@ -274,6 +274,8 @@ class _Parser:
         before = {t.text for t in self.tokens[self._start(i) : i]}
         if token.text in _PHRASES and "with" in before:
             help = f"`{token.text}` and what it names stand before `with` and its options"
+        if token.type == "TEXT" and takes & {"ON", "_ON"}:
+            help = f"a part of the model is named so: `on {token.text}`"
         help = help or _parted(self.tokens[max(0, i - 2) : i + 1])
         help = help or _FORMS.get(self.tokens[self._start(i)].text if i < len(self.tokens) else "")
         at = (token.start, max(token.end, token.start + 1))

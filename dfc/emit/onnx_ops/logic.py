@@ -162,8 +162,20 @@ def shift(b: Builder, x: Any, other: Any, call: Call) -> Val:
 
 def _unsigned_shift(b: Builder, x: Any, by: int, call: Call) -> Val:
     left = "left" in call.op or "lshift" in call.op
-    amount = b.const(by, x.dtype)
-    return b.op("BitShift", x, amount, direction="LEFT" if left else "RIGHT", dtype=x.dtype)
+    return shifted(b, x, by, "LEFT" if left else "RIGHT")
+
+
+def shifted(b: Builder, x: Val, by: int, direction: str) -> Val:
+    """An unsigned tensor shifted by fewer bits than it has.
+
+    Why:  OpenVINO multiplies and divides by the power of two instead, rounds what is no whole
+          number, and saturates: nothing of that happens where the bits that go are 0.
+    """
+    assert x.dtype is not None
+    every = 2**x.dtype.bitwidth - 1
+    kept = every >> by if direction == "LEFT" else every ^ (2**by - 1)
+    masked = b.op("BitwiseAnd", x, b.const(kept, x.dtype))
+    return b.op("BitShift", masked, b.const(by, x.dtype), direction=direction, dtype=x.dtype)
 
 
 @translates(

@@ -8,6 +8,7 @@ import numpy as np
 
 from dfc.emit.onnx_builder import Builder, Call, NoTranslation, Val
 from dfc.emit.onnx_ops.blocked import BLOCKS, blocked_linear
+from dfc.emit.onnx_ops.logic import shifted
 from dfc.emit.onnx_ops.registry import translates
 from dfc.emit.onnx_types import ONNX_DTYPES, D
 from dfc.ops.codes import OFFSET, fit_pairs, groups_of
@@ -282,9 +283,8 @@ def embedding_w4(
     tied = b.root.contrib and _is_tied(call, "dfc.linear_w4")
     blocks = _blocks4(b, packed, group) if tied else None
     rows = b.op("Gather", packed if blocks is None else blocks, x, axis=0)
-    four = b.const(4, D.UINT8)
-    high = b.op("BitShift", rows, four, direction="RIGHT")
-    low = b.op("BitShift", b.op("BitShift", rows, four, direction="LEFT"), four, direction="RIGHT")
+    high = shifted(b, rows, 4, "RIGHT")
+    low = b.op("BitwiseAnd", rows, b.const(15, D.UINT8))
     pairs = b.op("Concat", b.unsqueeze(low, -1), b.unsqueeze(high, -1), axis=-1)
     codes = b.op("Sub", b.cast(pairs, target), b.const(float(OFFSET), target))
     return _scaled(b, codes, scale, x, group, 2 * bytes_, target, "int8" if blocks else "float")
