@@ -163,8 +163,7 @@ def test_casts_around_attention_are_left_to_the_kernel() -> None:
     assert len(casts) == 4
     module = to_fx(compiled.graph, kernels=kernels("cpu"))
     assert attention in called(module)
-    cast = torch.ops.aten._to_copy.default
-    assert called(module).count(cast) == 1  # of f32 to f32
+    assert torch.ops.aten._to_copy.default not in called(module)
     left_out = to_fx(compiled.graph, kernels={})
     (got,), (want,) = module(x), left_out(x)
     assert (got - want).norm() <= 5e-3 * want.norm()

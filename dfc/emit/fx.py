@@ -268,6 +268,8 @@ class _Emitter:
         return None if x is None else self.env[x]
 
     def node(self, node: Node) -> None:
+        if node.results and all(r in self.env for r in node.results):  # a kernel gave it already
+            return
         operands = [self.operand(x) for x in node.inputs]
         if node.graphs:
             result = self.control_flow(node, operands[0])
@@ -311,7 +313,9 @@ class _Emitter:
         self.passed_by |= {
             self.env[v] for v in node.operands if v not in read and v.node and v.node.pure
         }
-        return self.fx.call_function(call.function, operands)
+        made = self.fx.call_function(call.function, operands)
+        self.env |= dict.fromkeys(call.also, made)
+        return made
 
     def constant(self, x: Any) -> Any:
         """A tensor as a buffer of the module; one for all nodes that share it."""

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 class KernelCall:
     """A function, and what it is called with: values of the graph, tensors of its own, constants.
 
-    It may read what the node's operands are computed from; then nobody computes them.
-    Needs:  one tensor as result: the node's, or what all its readers cast it to.
+    It may read what the node's operands are computed from; then nobody computes them. Nor are those
+    values computed that its one result is besides the node's: `also`, of nodes behind it.
     """
 
     function: Callable[..., Any]
     operands: tuple[Value | Tensor | float | None, ...]
+    also: tuple[Value, ...] = ()
 
 
 # None where the kernel does not take this node: it then means what its op means.

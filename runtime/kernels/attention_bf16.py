@@ -6,9 +6,9 @@ f32, and reads f32 where a graph casts it first: rounded on the way, the numbers
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from functools import cache
+from struct import Struct
 from typing import Any
 
 import torch
@@ -29,19 +29,8 @@ _SCHEMA = (
 _BF16, _F32, _BOOL = DTYPES["bf16"], DTYPES["f32"], DTYPES["bool"]
 
 
-class _Call(ctypes.Structure):
-    """DfcAttention of attention.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "mask", "y")),
-        *(
-            (n, ctypes.c_int64)
-            for n in ("batch", "heads", "shared", "rows", "keys", "depth", "width")
-        ),
-        *((f"{n}_stride", ctypes.c_int64 * 3) for n in ("q", "k", "v", "mask", "y")),
-        ("scale", ctypes.c_float),
-        ("flags", ctypes.c_uint32),
-    )
+# DfcAttention of attention.h: pointers, sizes, strides, scale and flags.
+_CALL = Struct("@5P 7q 15q f I")
 
 
 def can_run() -> bool:
@@ -76,15 +65,15 @@ def attention(
             flags |= _ADDED
             mask = mask.to(torch.float32)
         mask = mask.expand(batch, heads, rows, keys)
-        if mask.stride(-1) != 1:
+        if mask.stride(-1) != 1 and keys > 1:
             mask = mask.contiguous()
-    strides = (x.stride() if x is not None else (0, 0, 0) for x in (q, k, v, mask, y))
-    call = _Call(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), None if mask is None else mask.data_ptr(),
-        y.data_ptr(), batch, heads, heads // k.shape[1], rows, keys, depth, width,
-        *(s[:3] for s in strides), scale, flags,
+    masks, at = ((0, 0, 0), 0) if mask is None else (mask.stride()[:3], mask.data_ptr())
+    call = _CALL.pack(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), at, y.data_ptr(), batch, heads,
+        heads // k.shape[1], rows, keys, depth, width, *q.stride()[:3], *k.stride()[:3],
+        *v.stride()[:3], *masks, *y.stride()[:3], scale, flags,
     )  # fmt: skip
-    status = found.c.dfc_attention(ctypes.byref(call), torch.get_num_threads())
+    status = found.c.dfc_attention(call, torch.get_num_threads())
     if status:
         raise RuntimeError(f"dfc attention: status {status}, 1 means that sizes do not fit")
     return y
@@ -122,8 +111,7 @@ def _shape(
 
 def kernel(node: Node, traced: bool) -> KernelCall | None:
     """The call in place of a node that attends in bf16; casts of f32 around it are left out."""
-    q, k, v, *rest = node.inputs
-    mask = rest[0] if rest else None
+    q, k, v, mask = (*node.inputs, None)[:4]
     given = [x for x in (q, k, v) if isinstance(x, Value)]
     if len(given) < 3 or not _fits(node, given, mask):
         return None
@@ -136,13 +124,10 @@ def kernel(node: Node, traced: bool) -> KernelCall | None:
     assert isinstance(depth, int) and (mask is None or isinstance(mask, Value))
     scale = node.attributes["scale"]
     function = torch.ops.dfc.attention_bf16.default if traced else attention
-    return KernelCall(
-        function,
-        (
-            *operands, mask, depth**-0.5 if scale is None else float(scale),
-            node.attributes["is_causal"], all(_is_cast(u, _F32) for u in node.result.users),
-        ),
-    )  # fmt: skip
+    wide = all(_is_cast(u, _F32) for u in node.result.users)
+    rest = (depth**-0.5 if scale is None else float(scale), node.attributes["is_causal"], wide)
+    also = tuple(u.result for u in node.result.users) if wide else ()
+    return KernelCall(function, (*operands, mask, *rest), also)
 
 
 def _fits(node: Node, given: Sequence[Value], mask: object) -> bool:

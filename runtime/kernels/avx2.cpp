@@ -12,6 +12,7 @@
 #define DFC_ZEN_CACHE DFC_CACHE
 #endif
 #include "avx2.h"
+#include "norm.h"
 
 #if defined(__x86_64__) || defined(DFC_SIMDE)
 
@@ -494,8 +495,10 @@ void gelu_avx2(const float* x, int64_t k, float* y) {
   }
 }
 
+void norm_avx2(const Norm& job, int64_t row) { norm_row(job, row); }
+
 extern const Path avx2_path = {"avx2", true, false, 1, 0, 0, nullptr, turn_avx2, quantize_avx2,
-                               gelu_avx2, one_row, many_rows};
+                               gelu_avx2, norm_avx2, one_row, many_rows};
 
 }  // namespace dfc
 

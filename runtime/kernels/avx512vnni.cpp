@@ -242,6 +242,9 @@ __attribute__((noinline)) void whole(Whole& w, int64_t r) {
   const uint8_t *const base = panel_of(job, w.t.panel), *ahead = w.ahead;
   const uint8_t* codes = base + job.w.codes_at;
   Side<int8_t, R> q(job.x.q + row * stride, stride);
+  for (int i = 0; i < R; ++i)  // asked for now, they are there to be written to in the end
+    for (int p = 0; p < P; ++p)
+      __builtin_prefetch(job.y + (row + i) * job.w.n + (w.t.panel + p) * PANEL, 1);
   __m512i dot[R][P], sum[P];
   UNROLL for (int p = 0; p < P; ++p) {
     sum[p] = _mm512_setzero_si512();
@@ -401,10 +404,10 @@ void many_rows(const Job& job, int64_t panel, int64_t panels, int64_t row, int64
 }  // namespace
 
 extern const Path avx512vnni_path = {"avx512vnni", false, true, TILE_PANELS, 0, 0, nullptr, nullptr,
-                                     quantize_avx2, gelu_avx2, one_row, many_rows};
+                                     quantize_avx2, gelu_avx2, norm_avx2, one_row, many_rows};
 
 extern const Path avx512vnni_zen_path = {"avx512vnni", false, true, TILE_PANELS, 0, 0, nullptr,
-                                         nullptr, quantize_avx2, gelu_avx2, one_row_zen, many_rows};
+                                         nullptr, quantize_avx2, gelu_avx2, norm_avx2, one_row_zen, many_rows};
 
 }  // namespace dfc
 

@@ -25,7 +25,7 @@ SOURCES = (
 )  # fmt: skip
 HEADERS = (
     "kernels.h", "avx2.h", "avx512.h", "emulated.h", "emulated_bf16.h", "emulated_tiles.h",
-    "attention.h", "cpu.h", "threads.h",
+    "attention.h", "cpu.h", "norm.h", "threads.h",
 )  # fmt: skip
 # No flag says which CPU: each file says for itself what its functions may use, and the library asks
 # the CPU when it runs. Products and sums are fused only where the source says so, as on all paths.

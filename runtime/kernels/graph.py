@@ -47,16 +47,18 @@ def are_built() -> bool:
 
 
 def _compiled_kernels(traced: bool) -> Kernels:
-    from dfc.runtime.kernels import attention_bf16
+    from dfc.runtime.kernels import attention_bf16, norm
     from dfc.runtime.kernels.linear import register
 
     register()
-    found = {
+    found: dict[str, Kernel] = {
         "dfc.linear_w4": partial(_linear_w4, traced=traced),
         "dfc.linear_w8": partial(_linear_w8, traced=traced),
     }
     if attention_bf16.can_run():
         found[attention_bf16.NAME] = partial(attention_bf16.kernel, traced=traced)
+    if not traced:  # what traces fuses more than that
+        found[norm.NAME] = norm.kernel
     return found
 
 

@@ -133,6 +133,14 @@ struct Stretch {
   bool first, last;       // of a group
 };
 
+// Rows of n: y is the layer norm of x + r.
+struct Norm {
+  const float *x, *r, *weight, *bias;
+  float* y;
+  int64_t n;
+  float eps;
+};
+
 // One way to compute, for a kind of CPU.
 struct Path {
   const char* name;
@@ -148,6 +156,7 @@ struct Path {
   void (*quantize)(const float* x, const Layout& w, int8_t* q, float* scale, int32_t* sum);
   // x times the normal distribution's share below x, of k floats.
   void (*gelu)(const float* x, int64_t k, float* y);
+  void (*norm)(const Norm& job, int64_t row);
   // One panel for one row.
   void (*one_row)(const Job& job, int64_t panel);
   // Some panels, at most those of a tile, for some rows, at most TILE_ROWS.
@@ -167,6 +176,7 @@ void groups_zen(const Job& job, int64_t panel);
 // What is done to a row before it is multiplied, for all of them.
 void quantize_avx2(const float* x, const Layout& w, int8_t* q, float* scale, int32_t* sum);
 void gelu_avx2(const float* x, int64_t k, float* y);
+void norm_avx2(const Norm& job, int64_t row);
 // lanes.cpp: what avx2_path does where rows came as columns too.
 void turn_avx2(const Job& job, int64_t row, int64_t rows, uint8_t* columns);
 void lanes_avx2(const Job& job, int64_t panel, int64_t row, int64_t rows, Tiling& scratch);
@@ -273,6 +283,9 @@ int32_t dfc_pack(int32_t bits, int64_t n, int64_t k, int64_t group, uint32_t fla
 int32_t dfc_linear(const uint8_t* packed, int64_t bytes, const float* x, int64_t rows, int64_t k,
                    const float* bias, float* y, int64_t n, int32_t before, int32_t threads,
                    const char* path);
+// y[rows][n], the layer norm of x + r, times weight[n], plus bias[n].
+int32_t dfc_add_norm(const float* x, const float* r, const float* weight, const float* bias, float* y,
+                     int64_t rows, int64_t n, float eps, int32_t threads, const char* path);
 // Whether a buffer is a packed weight of this shape, with nothing in it that dfc_linear would follow
 // to a place outside.
 int32_t dfc_packed_check(const uint8_t* packed, int64_t bytes, int32_t bits, int64_t n, int64_t k,

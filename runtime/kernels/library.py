@@ -32,8 +32,12 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         _I32,
         (_MEMORY, _I64, _MEMORY, _I64, _I64, _MEMORY, _MEMORY, _I64, _I32, _I32, _TEXT),
     ),
+    "dfc_add_norm": (
+        _I32,
+        (*[_MEMORY] * 5, _I64, _I64, ctypes.c_float, _I32, _TEXT),
+    ),
     "dfc_attends": (_I32, ()),
-    "dfc_attention": (_I32, (_MEMORY, _I32)),
+    "dfc_attention": (_I32, (_TEXT, _I32)),
 }
 
 

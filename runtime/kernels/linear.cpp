@@ -351,3 +351,27 @@ DFC_EXPORT int32_t dfc_linear(const uint8_t* packed, int64_t bytes, const float*
   multiply(c, threads);
   return failed ? DFC_NO_MEMORY : DFC_DONE;
 }
+
+namespace {
+
+struct Norms {
+  Norm job;
+  const Path* path;
+};
+
+void one_norm(const void* what, int64_t row) {
+  const Norms& all = *static_cast<const Norms*>(what);
+  all.path->norm(all.job, row);
+}
+
+}  // namespace
+
+DFC_EXPORT int32_t dfc_add_norm(const float* x, const float* r, const float* weight,
+                                const float* bias, float* y, int64_t rows, int64_t n, float eps,
+                                int32_t threads, const char* path) {
+  const Norms all = {{x, r, weight, bias, y, n, eps}, find(path)};
+  if (!all.path) return DFC_NO_SUCH_PATH;
+  if (rows < 0 || n < 1) return DFC_MALFORMED;
+  spread(rows * n < 16384 ? 1 : threads, rows, 4, one_norm, &all);
+  return DFC_DONE;
+}

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "norm.h"
 
 namespace dfc {
 namespace {
@@ -125,6 +126,6 @@ void many_rows(const Job& job, int64_t panel, int64_t, int64_t row, int64_t rows
 }  // namespace
 
 extern const Path portable_path = {"portable", false, false, 1, 0, 0, nullptr, nullptr, quantize,
-                                   gelu, one_row, many_rows};
+                                   gelu, norm_row, one_row, many_rows};
 
 }  // namespace dfc

@@ -130,6 +130,24 @@ void refuses() {
     ++failures;
 }
 
+void norms(int64_t rows, int64_t n) {
+  const size_t row = size_t(n) * 4, all = row * size_t(rows);
+  Exact x(all), r(all), weight(row), bias(row), want(all), y(all);
+  for (Exact* e : {&x, &r, &weight, &bias})
+    for (size_t i = 0; i < e->bytes() / 4; ++i) e->as<float>()[i] = number();
+  auto run = [&](Exact& to, const char* path) {
+    return dfc_add_norm(x.as<float>(), r.as<float>(), weight.as<float>(), bias.as<float>(),
+                        to.as<float>(), rows, n, 1e-5f, 1, path);
+  };
+  if (run(want, "portable") != DFC_DONE) ++failures;
+  for (int32_t i = 0; const char* path = dfc_kernels_path(i); ++i) {
+    ++compared;
+    if (run(y, path) == DFC_DONE && !std::memcmp(y.as<uint8_t>(), want.as<uint8_t>(), all)) continue;
+    ++failures;
+    std::printf("%s differs: norm of %d rows of %d\n", path, int(rows), int(n));
+  }
+}
+
 // ---- attention
 
 float as_float(uint16_t bf16) {
@@ -246,6 +264,8 @@ int main() {
   for (const Shape& s : many)
     for (uint32_t lanes : {dfc::LANES_OF_2, dfc::LANES_OF_4})
       for (Codes kind : {ANY, SMALL, LARGEST}) one(8, 0, lanes | (s.k & 1), s.n % 2, s, kind);
+  for (int64_t n : {1, 7, 8, 33, 64, 95})
+    for (int64_t rows : {0, 1, 5}) norms(rows, n);
   refuses();
   if (dfc_attends()) attention();
   std::printf("paths:");
