@@ -11,6 +11,7 @@ from dfc.compress.batches import batches_of
 from dfc.compress.choice import counts, counts_by_time, keep_best
 from dfc.compress.groups import Group, Groups, find_groups
 from dfc.compress.importance import by_activation, by_magnitude, by_taylor
+from dfc.compress.reconstruction import by_reconstruction
 from dfc.compress.refit import layers_of, refit
 from dfc.compress.shrink import shrink
 from dfc.compress.work import device_of, forecast, parts_of, work_of
@@ -33,7 +34,7 @@ class Prune(Pass):
     What belongs together is found on the graph: through residuals, concats, reshapes, grouped
     heads and tied weights. `what=auto` takes whole heads, hidden units and channels, which leave
     the rest as it was; `width`, over which a norm goes, and `head_dim` are taken when asked for.
-    Needs:    weights; data for `by taylor`, `by activation` and `refit`.
+    Needs:    weights; data for all measures but `magnitude`, and for `refit`.
     Ensures:  counts are multiples of `align` (heads are whole); weights keep their names.
     Keeps:    inputs and outputs; what is frozen, each with its reason.
     Raises:   DfcError Q070 for options, Q071 where nothing (that is selected) can be pruned, Q072
@@ -48,7 +49,7 @@ class Prune(Pass):
     auto = {"ratio": (0.1, 0.2, 0.3, 0.5)}  # noqa: RUF012
 
     select: Selector | None = None  # prune what these modules make
-    by: Literal["magnitude", "taylor", "activation"] = "magnitude"
+    by: Literal["magnitude", "taylor", "activation", "reconstruction"] = "magnitude"
     calib: Data | None = None  # what is measured on: the example without it
     exclude: Selector | None = None  # keep what these modules make
     ratio: float = 0.3  # of the units goes; of the time, as it is predicted, with `scope=time`
@@ -168,8 +169,8 @@ class Prune(Pass):
         if self.by == "magnitude":
             return by_magnitude(groups, chosen)
         batches = self.batches(groups.analysis.graph, ctx)
-        rank = by_taylor if self.by == "taylor" else by_activation
-        return rank(groups, chosen, batches, ctx)
+        ranks = {"taylor": by_taylor, "activation": by_activation}
+        return ranks.get(self.by, by_reconstruction)(groups, chosen, batches, ctx)
 
     def _counts(
         self, groups: Groups, scores: dict[Group, Tensor], ctx: Context
@@ -177,7 +178,10 @@ class Prune(Pass):
         """How many units of each group stay."""
         if self.scope != "time":
             return counts(scores, self.ratio, self.align, self.scope)
-        if self.by != "taylor":  # whose scores alone are of the outputs: a share of the group's
+        if self.by not in (
+            "taylor",
+            "reconstruction",
+        ):  # whose scores alone are of the outputs: a share of the group's
             scores = {g: s / s.sum() if s.sum() > 0 else s for g, s in scores.items()}
         parts = parts_of(groups.analysis, ctx.examples, device_of(ctx.target))
         return counts_by_time(scores, self.ratio, self.align, parts)

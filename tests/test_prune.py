@@ -16,6 +16,7 @@ from dfc.compress.blocks import find_blocks
 from dfc.compress.choice import Part, aligned, counts, counts_by_time
 from dfc.compress.groups import Group, find_groups
 from dfc.compress.importance import by_magnitude, by_taylor, per_unit
+from dfc.compress.reconstruction import by_reconstruction
 from dfc.compress.sequential import Prefix
 from dfc.compress.work import work_of
 from dfc.errors import DfcError
@@ -99,7 +100,7 @@ def test_the_units_that_matter_least_go() -> None:
         net.layers[0].down.weight[:, gone] = 0  # type: ignore[index,union-attr]
     graph = dfc.trace(net, (X,))
     data = Context(examples=[[X]])
-    for by in ("magnitude", "activation", "taylor"):
+    for by in ("magnitude", "activation", "taylor", "reconstruction"):
         small = prune(graph, '"layers.0.up"', data, ratio=4 / 64, align=4, by=by)
         assert shape(small, "layers.0.up.weight") == (60, 16)
         torch.testing.assert_close(interpret(small, [X])[0], net(X))
@@ -280,6 +281,55 @@ def test_a_layer_is_refitted_to_what_the_pruned_layers_before_it_give() -> None:
 
     assert alike(halved(graph, x)) < 1e-3
     assert alike(halved(graph, x, refit=False)) > 0.1
+
+
+def test_reconstruction_takes_units_that_others_can_stand_for() -> None:
+    """Two units that carry much, and the same; the rest carries little, each on its own."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    with torch.no_grad():
+        net[0].weight[:2] = 5 * net[0].weight[0]
+        net[0].bias[:2] = 1.0
+    x = torch.randn(400, 16)
+    graph = dfc.trace(net, (x,))
+    data = Context(examples=[[x]])
+
+    def error(by: str) -> float:
+        small = prune(graph, '"0"', data, ratio=1 / 8, align=1, by=by, refit=True)
+        assert shape(small, "0.weight") == (7, 16)
+        with torch.no_grad():
+            return float((interpret(small, [x])[0] - net(x)).norm() / net(x).norm())
+
+    assert error("reconstruction") < 1e-3 < 0.01 < error("activation")
+
+
+def test_reconstruction_costs_what_solving_again_costs() -> None:
+    """The order and the losses, against solving the least squares for every unit left out."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3)).eval()
+    x = torch.randn(300, 6)
+    graph = dfc.trace(net, (x,))
+    groups = find_groups(graph)
+    (g,) = [g for g in groups.groups if g.size == 9]
+    scores = by_reconstruction(groups, [g], [[x]], Context())[g] / 300
+    with torch.no_grad():
+        read = torch.cat([net[:2](x), torch.ones(300, 1)], 1).double()
+    h = read.T @ read / 300
+    h.diagonal().add_(10 / 300 * h.diagonal().mean())
+    w = torch.cat([net[2].weight, net[2].bias[:, None]], 1).detach().double()
+
+    def loss(units: list[int]) -> float:
+        left = [*units, 9]
+        gone = [i for i in range(9) if i not in units]
+        rest = h[gone][:, gone] - h[gone][:, left] @ h[left][:, left].inverse() @ h[left][:, gone]
+        return float((w[:, gone] @ rest * w[:, gone]).sum())  # gradients by the outputs are 1
+
+    left = list(range(9))
+    for unit in scores.argsort().tolist()[:-1]:
+        fewer = {u: loss([i for i in left if i != u]) - loss(left) for u in left}
+        assert unit == min(fewer, key=fewer.__getitem__)
+        assert float(scores[unit]) == pytest.approx(fewer[unit], rel=1e-5)
+        left.remove(unit)
 
 
 def test_refitting_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

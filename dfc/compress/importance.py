@@ -7,6 +7,8 @@
   taylor      expected square of how much the outputs change, to first order, when the unit is gone:
               (sum of w * dL/dw over the weights that read it)^2 with L = outputs * random signs;
               it needs data, but neither labels nor a loss
+  reconstruction  how much the outputs change when those that stay are solved for again: the module
+              of that name
 Source:  taylor: Molchanov et al. 2019 (arXiv 1906.10771), with the Gauss-Newton matrix in place of
          the loss: for a trained model the loss's own gradient is noise.
 """
@@ -160,7 +162,7 @@ def by_taylor(
     for done, batch in enumerate(batches, 1):
         with torch.enable_grad():  # whatever the caller does with theirs
             results = interpret(graph, batch, parameters=leaves, grad=True)[: len(graph.outputs)]
-            loss = sum(_signed(y, random) for y in results if y.requires_grad)
+            loss = sum(signed(y, random) for y in results if y.requires_grad)
             grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)  # type: ignore[arg-type]
         change = {
             n: t.detach() * g
@@ -175,7 +177,7 @@ def by_taylor(
     }
 
 
-def _signed(y: Tensor, random: Any) -> Tensor:
+def signed(y: Tensor, random: Any) -> Tensor:
     import torch
 
     signs = torch.randint(0, 2, y.shape, generator=random).to(y.dtype) * 2 - 1

@@ -30,7 +30,7 @@ _DAMPING = 1e-4  # of the mean of the diagonal
 _WIDEST = 8192  # a matrix of second moments of this width has 512 MiB
 
 
-@dataclass
+@dataclass(eq=False)
 class Layer:
     """A linear layer, or a convolution of single pixels, that can be refitted."""
 
@@ -56,6 +56,11 @@ class Layer:
         """Channels last, everything else in rows."""
         dim = y.dim() - 1 - self.kernel
         return y.movedim(dim, -1).reshape(-1, y.shape[dim])
+
+    @property
+    def width(self) -> int:
+        """Units that it reads."""
+        return int(self.weight.tensor_type.shape[1])  # type: ignore[arg-type]
 
     @property
     def kernel(self) -> int:
