@@ -235,6 +235,12 @@ struct Whole {
   int64_t lines;         // of it, for every 16 values of K that 12 rows are multiplied by
 };
 
+// A row of the last panel, which has fewer outputs.
+__attribute__((noinline)) void store_few(const Job& job, int64_t panel, int64_t row, __m512i dot,
+                                         __m512 scale) {
+  store(job, panel, row, add_group(dot, job.x.scale[row], scale, _mm512_setzero_ps()));
+}
+
 template <int R, int P, bool FIRST>
 __attribute__((noinline)) void whole(Whole& w, int64_t r) {
   const Job& job = w.t.job;
@@ -257,13 +263,28 @@ __attribute__((noinline)) void whole(Whole& w, int64_t r) {
   }
   w.ahead = ahead;
   UNROLL for (int p = 0; p < P; ++p) {
+    if (FIRST) {
+      w.start[p] = negative(sum[p]);
+      UNROLL for (int i = 0; i < R; ++i) dot[i][p] = _mm512_add_epi32(dot[i][p], w.start[p]);
+    }
     const uint8_t* const panel = base + p * apart;
     const __m512 scale = job.w.half_scales ? scales<true>(panel, 0) : scales<false>(panel, 0);
-    if (FIRST) w.start[p] = negative(sum[p]);
-    UNROLL for (int i = 0; i < R; ++i) {
-      const __m512i all = FIRST ? _mm512_add_epi32(dot[i][p], w.start[p]) : dot[i][p];
-      const __m512 y = add_group(all, job.x.scale[row + i], scale, _mm512_setzero_ps());
-      store(job, w.t.panel + p, row + i, y);
+    const int64_t first = (w.t.panel + p) * PANEL;
+    if (first + PANEL > job.w.n) {
+      UNROLL for (int i = 0; i < R; ++i) store_few(job, w.t.panel + p, row + i, dot[i][p], scale);
+      continue;
+    }
+    const float* const xs = job.x.scale + row;
+    float* const y = job.y + row * job.w.n + first;
+    const __m512 zero = _mm512_setzero_ps();
+    if (job.bias) {  // asked once: what follows has no branches
+      const __m512 bias = _mm512_loadu_ps(job.bias + first);
+      UNROLL for (int i = 0; i < R; ++i)
+        _mm512_storeu_ps(y + i * job.w.n,
+                         _mm512_add_ps(add_group(dot[i][p], xs[i], scale, zero), bias));
+    } else {
+      UNROLL for (int i = 0; i < R; ++i)
+        _mm512_storeu_ps(y + i * job.w.n, add_group(dot[i][p], xs[i], scale, zero));
     }
   }
 }
