@@ -214,7 +214,7 @@ void no_row(const Job&, int64_t) {}  // few rows are another path's
 }  // namespace
 
 extern const Path amx_path = {"amx", false, false, TILE_PANELS, LEAST_ROWS, LEAST_GROUP,
-                              &avx512vnni_path, nullptr, quantize_avx2, gelu_avx2, norm_avx2, no_row, many_rows};
+                              &avx512vnni_path, nullptr, quantize_avx512, gelu_avx512, norm_avx2, no_row, many_rows};
 
 }  // namespace dfc
 

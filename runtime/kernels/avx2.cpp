@@ -368,10 +368,7 @@ void groups_zen(const Job& job, int64_t panel) {
 
 namespace {
 
-// What divides by a number, to the same bits as a division, which takes twice as long. A quotient of
-// x times the inverse is off by 1.5 units in the last place, a correction makes it one of the two
-// next to x / s, and another, of a remainder that is exact then, the nearest.
-// Source: Markstein, Computation of elementary functions on the IBM RISC System/6000, 1990.
+// What divides by a number; quick ones as is_quick says.
 template <bool QUICK>
 struct Divide {
   __m256 s, minus, inverse;
@@ -395,12 +392,12 @@ struct Divide {
 
 // A group from `begin` to `end`, of which there are numbers up to `real`; gives the sum of its codes.
 template <bool QUICK>
-inline int32_t round_group(const float* x, int64_t begin, int64_t end, int64_t real, float s,
+inline int32_t round_group(const float* x, int64_t begin, int64_t end, int64_t real, float s, int add,
                            int8_t* q) {
   const Divide<QUICK> divided(s);
   const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   const __m256i least_q = _mm256_set1_epi8(-127), ones8 = _mm256_set1_epi8(1);
-  const __m256i ones16 = _mm256_set1_epi16(1);
+  const __m256i ones16 = _mm256_set1_epi16(1), flip = _mm256_set1_epi8(char(add));
   __m256i total = _mm256_setzero_si256();
   for (int64_t i = begin; i < end; i += 32) {  // groups are multiples of 16; the other half is dropped
     const int64_t here = least(32, end - i);
@@ -417,10 +414,11 @@ inline int32_t round_group(const float* x, int64_t begin, int64_t end, int64_t r
     __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(parts32[0], parts32[1]),
                                        _mm256_packs_epi32(parts32[2], parts32[3]));
     bytes = _mm256_max_epi8(_mm256_permutevar8x32_epi32(bytes, in_order), least_q);
+    const __m256i stored = _mm256_xor_si256(bytes, flip);
     if (here == 32) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), bytes);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), stored);
     } else {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), _mm256_castsi256_si128(bytes));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), _mm256_castsi256_si128(stored));
       bytes = _mm256_permute2x128_si256(bytes, bytes, 0x80);  // the upper half is not ours
     }
     total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(ones8, bytes), ones16));
@@ -428,12 +426,9 @@ inline int32_t round_group(const float* x, int64_t begin, int64_t end, int64_t r
   return sum_of(total);
 }
 
-// Where neither the inverse nor a remainder leaves the normal numbers.
-inline bool is_quick(float s) { return s > 1e-30f && s < 1e30f; }
-
 }  // namespace
 
-void quantize_avx2(const float* x, const Layout& w, int8_t* q, float* scale, int32_t* sum) {
+void quantize_avx2(const float* x, const Layout& w, int add, int8_t* q, float* scale, int32_t* sum) {
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
   for (int64_t g = 0; g < w.groups; ++g) {
     const int64_t begin = g * w.group, end = begin + w.group, real = least(end, w.k);
@@ -453,8 +448,8 @@ void quantize_avx2(const float* x, const Layout& w, int8_t* q, float* scale, int
     float s = absmax / 127.0f;
     if (s == 0.0f) s = 1.0f;
     scale[g] = s;
-    sum[g] = is_quick(s) ? round_group<true>(x, begin, end, real, s, q)
-                         : round_group<false>(x, begin, end, real, s, q);
+    sum[g] = is_quick(s) ? round_group<true>(x, begin, end, real, s, add, q)
+                         : round_group<false>(x, begin, end, real, s, add, q);
   }
 }
 
@@ -471,7 +466,7 @@ inline void gelu_of(const float* from, float* to) {
                            _mm256_set1_ps(-1.0f));
     p[i] = _mm256_set1_ps(GELU[0]);
   }
-  _Pragma("GCC unroll 16") for (size_t j = 1; j < sizeof GELU / sizeof *GELU; ++j)
+  _Pragma("GCC unroll 16") for (int j = 1; j < GELU_COUNT; ++j)
     ROWS p[i] = _mm256_fmadd_ps(p[i], u[i], _mm256_set1_ps(GELU[j]));
   ROWS {
     const __m256 x = _mm256_loadu_ps(from + 8 * i);

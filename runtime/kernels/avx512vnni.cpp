@@ -425,10 +425,10 @@ void many_rows(const Job& job, int64_t panel, int64_t panels, int64_t row, int64
 }  // namespace
 
 extern const Path avx512vnni_path = {"avx512vnni", false, true, TILE_PANELS, 0, 0, nullptr, nullptr,
-                                     quantize_avx2, gelu_avx2, norm_avx2, one_row, many_rows};
+                                     quantize_avx512, gelu_avx512, norm_avx2, one_row, many_rows};
 
 extern const Path avx512vnni_zen_path = {"avx512vnni", false, true, TILE_PANELS, 0, 0, nullptr,
-                                         nullptr, quantize_avx2, gelu_avx2, norm_avx2, one_row_zen, many_rows};
+                                         nullptr, quantize_avx512, gelu_avx512, norm_avx2, one_row_zen, many_rows};
 
 }  // namespace dfc
 

@@ -21,7 +21,7 @@ FOLDER = Path(__file__).resolve().parent
 NAME = "libdfc_kernels.so"
 SOURCES = (
     "linear.cpp", "fixes.cpp", "portable.cpp", "avx2.cpp", "lanes.cpp", "avx512vnni.cpp", "amx.cpp",
-    "attention.cpp", "avx512bf16.cpp", "cpu.cpp", "threads.cpp",
+    "avx512rows.cpp", "attention.cpp", "avx512bf16.cpp", "cpu.cpp", "threads.cpp",
 )  # fmt: skip
 HEADERS = (
     "kernels.h", "avx2.h", "avx512.h", "emulated.h", "emulated_bf16.h", "emulated_tiles.h",

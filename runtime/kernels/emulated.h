@@ -36,6 +36,17 @@ static inline simde__m512 ints_to_floats(simde__m512i from) {
   return simde_mm512_loadu_ps(to);
 }
 
+static inline simde__m512i floats_to_ints(simde__m512 from) {
+  float floats[16];
+  int32_t to[16];
+  simde_mm512_storeu_ps(floats, from);
+  for (int i = 0; i < 16; ++i) {
+    const float whole = std::nearbyintf(floats[i]);
+    to[i] = whole >= -0x1p31f && whole < 0x1p31f ? int32_t(whole) : INT32_MIN;
+  }
+  return simde_mm512_loadu_si512(to);
+}
+
 static inline simde__m512i shifted_right(simde__m512i from, int by) {
   int32_t ints[16];
   simde_mm512_storeu_si512(ints, from);
@@ -67,12 +78,14 @@ static inline simde__m256 fused256(simde__m256 a, simde__m256 b, simde__m256 c) 
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtepu8_epi32
 #undef _mm512_cvtepi32_ps
+#undef _mm512_cvtps_epi32
 #undef _mm512_srai_epi32
 #undef _mm512_fmadd_ps
 #undef _mm256_fmadd_ps
 #define _mm512_cvtph_ps dfc::halves_to_floats
 #define _mm512_cvtepu8_epi32 dfc::bytes_to_ints
 #define _mm512_cvtepi32_ps dfc::ints_to_floats
+#define _mm512_cvtps_epi32 dfc::floats_to_ints
 #define _mm512_srai_epi32 dfc::shifted_right
 #define _mm512_fmadd_ps dfc::fused512
 #define _mm256_fmadd_ps dfc::fused256

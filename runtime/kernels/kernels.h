@@ -152,8 +152,9 @@ struct Path {
   const Path* other;
   // Writes columns of at most TURNED_ROWS rows; null where the path has no use for lanes.
   void (*turn)(const Job& job, int64_t row, int64_t rows, uint8_t* columns);
-  // One row of k floats to int8: q, a scale and a sum for each group.
-  void (*quantize)(const float* x, const Layout& w, int8_t* q, float* scale, int32_t* sum);
+  // One row of k floats to int8: q, a scale and a sum for each group. `add` is 128 where q is to be
+  // x + 128, else 0.
+  void (*quantize)(const float* x, const Layout& w, int add, int8_t* q, float* scale, int32_t* sum);
   // x times the normal distribution's share below x, of k floats.
   void (*gelu)(const float* x, int64_t k, float* y);
   void (*norm)(const Norm& job, int64_t row);
@@ -174,8 +175,10 @@ extern const Path amx_path;
 // One row of weights with groups, as Zen reads them best.
 void groups_zen(const Job& job, int64_t panel);
 // What is done to a row before it is multiplied, for all of them.
-void quantize_avx2(const float* x, const Layout& w, int8_t* q, float* scale, int32_t* sum);
+void quantize_avx2(const float* x, const Layout& w, int add, int8_t* q, float* scale, int32_t* sum);
 void gelu_avx2(const float* x, int64_t k, float* y);
+void quantize_avx512(const float* x, const Layout& w, int add, int8_t* q, float* scale, int32_t* sum);
+void gelu_avx512(const float* x, int64_t k, float* y);
 void norm_avx2(const Norm& job, int64_t row);
 // lanes.cpp: what avx2_path does where rows came as columns too.
 void turn_avx2(const Job& job, int64_t row, int64_t rows, uint8_t* columns);
@@ -207,10 +210,18 @@ static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
+// Where a scale's inverse and remainders of divisions by it are normal numbers. There a quotient takes
+// half the time of a division, to the same bits: x times the inverse is off by 1.5 units in the last
+// place, a correction makes it one of the two next to x / s, and another, of a remainder that is
+// exact then, the nearest.
+// Source: Markstein, Computation of elementary functions on the IBM RISC System/6000, 1990.
+static inline bool is_quick(float s) { return s > 1e-30f && s < 1e30f; }
+
 // The share below x is 1/2 + x p(2 x^2 / 5.5^2 - 1) up to 5.5, where it is 1 to 2e-8; p's highest power
 // comes first. What comes of it is off by 4e-7, and by as much again that 32 bits round.
 constexpr float GELU_END = 5.5f, GELU_STRETCH = 2.0f / (5.5f * 5.5f);
-constexpr float GELU[] = {
+constexpr int GELU_COUNT = 14;
+constexpr float GELU[GELU_COUNT] = {
     -0.000911749317f, 0.00259226514f, -0.0025182066f, 0.00247533736f, -0.00629272079f,
     0.0114252819f,    -0.0153732533f, 0.0200295448f,  -0.0259418972f, 0.0321135931f,
     -0.038804695f,    0.0477356054f,  -0.0641719773f, 0.128551945f};

@@ -195,9 +195,8 @@ void quantize_row(const Call& c, int64_t row) {
     c.path->gelu(x, w.k, y);
     x = y;
   }
-  c.path->quantize(x, w, q, c.scale + row * w.groups, c.sum + row * w.groups);
-  if (c.bytes)
-    for (int64_t k = 0; k < count; ++k) q[k] = int8_t(q[k] ^ -128);
+  const int add = c.bytes ? 128 : 0;
+  c.path->quantize(x, w, add, q, c.scale + row * w.groups, c.sum + row * w.groups);
   if (!c.wide) return;
   int16_t* const to = c.wide + row * c.job.x.stride;
   for (int64_t k = 0; k < count; ++k) to[k] = q[k];

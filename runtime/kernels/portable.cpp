@@ -37,7 +37,7 @@ float scale_at(const Job& job, const uint8_t* panel, int64_t group, int64_t o) {
   return s;
 }
 
-void quantize(const float* x, const Layout& w, int8_t* q, float* scale, int32_t* sum) {
+void quantize(const float* x, const Layout& w, int add, int8_t* q, float* scale, int32_t* sum) {
   for (int64_t g = 0; g < w.groups; ++g) {
     const int64_t begin = g * w.group, end = begin + w.group, real = least(end, w.k);
     uint32_t largest = 0;  // as bits: they order like numbers, and a NaN is above all
@@ -55,10 +55,11 @@ void quantize(const float* x, const Layout& w, int8_t* q, float* scale, int32_t*
     for (int64_t i = begin; i < real; ++i) {
       const float r = std::nearbyintf(x[i] / s);
       // What is not a number becomes -127, as on the other paths; its scale is none either.
-      q[i] = r >= 127.0f ? 127 : r > -127.0f ? int8_t(r) : -127;
-      total += q[i];
+      const int code = r >= 127.0f ? 127 : r > -127.0f ? int(r) : -127;
+      q[i] = int8_t(code ^ add);
+      total += code;
     }
-    for (int64_t i = real; i < end; ++i) q[i] = 0;
+    for (int64_t i = real; i < end; ++i) q[i] = int8_t(add);
     scale[g] = s;
     sum[g] = total;
   }
@@ -69,7 +70,7 @@ void gelu(const float* x, int64_t k, float* y) {
     const float most = x[i] < GELU_END ? x[i] : GELU_END, near = most > -GELU_END ? most : -GELU_END;
     const float u = std::fmaf(near * near, GELU_STRETCH, -1.0f);
     float p = GELU[0];
-    for (size_t j = 1; j < sizeof GELU / sizeof *GELU; ++j) p = std::fmaf(p, u, GELU[j]);
+    for (int j = 1; j < GELU_COUNT; ++j) p = std::fmaf(p, u, GELU[j]);
     const float share = x[i] > -GELU_END ? std::fmaf(near, p, 0.5f) : 0.0f;
     y[i] = x[i] * share;
   }
