@@ -621,6 +621,18 @@ def test_a_variable_turns_kernels_off_or_chooses_a_path(value: str, path: str | 
     assert done.stdout.startswith(f"{path} "), done.stderr
 
 
+def test_a_report_says_that_layers_ran_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def notes() -> list[str]:
+        model, x = torch.nn.Linear(32, 32).eval(), torch.randn(2, 32)
+        recipe = "dfc 1\nrecipe r {\n  quantize int8\n}\n"
+        return dfc.compile(model, (x,), recipe=recipe, engine="eager").report.notes
+
+    assert not any("kernels" in note for note in notes())
+    monkeypatch.setattr(library, "_load", lambda: (None, "not built"))
+    monkeypatch.setattr(library, "compiler", lambda: ["c++"])
+    assert any("not built: the engines' own are used; python -m" in note for note in notes())
+
+
 def test_the_doctor_tells_of_them(capsys: pytest.CaptureFixture[str]) -> None:
     from dfc.cli import doctor
 

@@ -95,6 +95,13 @@ def test_a_recipe_is_carried_out_and_its_files_are_written(run: Run, here: Path)
     assert again.data["report"]["requirements"][0]["met"]
 
 
+def test_what_is_not_passed_is_told_before_a_model_is_loaded(run: Run, here: Path) -> None:
+    (here / "slow.py").write_text("def build():\n    raise AssertionError('it was loaded')\n")
+    done = run("compile", "slow.py:build", "-r", "small.dfc:small")
+    assert done.status == 2 and "data `val` is not passed" in done.err
+    assert "metric `accuracy` is not passed" in done.err and "it was loaded" not in done.err
+
+
 def test_a_missed_requirement_is_status_5_and_writes_the_report_alone(run: Run, here: Path) -> None:
     argv = ("compile", MODEL, "-r", "small.dfc:hopeless", "--engine", "eager")
     done = run(*argv, "-o", "m.dfcpkg", "--onnx", "m.onnx", "--html", "m.html")
@@ -109,6 +116,9 @@ def test_a_missed_requirement_is_status_5_and_writes_the_report_alone(run: Run, 
     (here / "decimal.dfc").write_text(decimal)
     again = run("compile", MODEL, "-r", "decimal.dfc:hopeless", "--engine", "eager")
     assert again.status == 5 and " KB" in again.err  # in the units that were asked in
+
+
+JUDGED = ("-r", "small.dfc:small", "--metric", "accuracy=net.py:accuracy")
 
 
 def test_outputs_are_refused_before_the_work(run: Run, here: Path) -> None:
@@ -131,9 +141,9 @@ def test_outputs_are_refused_before_the_work(run: Run, here: Path) -> None:
         (("-O1", "--set", "csee.limit=1"), 2, "did you mean `cse`"),
         (("-O1", "--budget", "soon"), 2, "`soon` is no budget"),
         (("-r", "small.dfc:small"), 2, "--data val=FILE.py:FUNCTION"),
-        (("-r", "small.dfc:small", "--data", "val=net.py:vall"), 2, "did you mean `val`"),
-        (("-r", "small.dfc:small", "--data", "val=net.py:empty"), 8, "raised FileNotFoundError"),
-        (("-r", "small.dfc:small", "--data", "val"), 2, "NAME=FILE.py:FUNCTION"),
+        ((*JUDGED, "--data", "val=net.py:vall"), 2, "did you mean `val`"),
+        ((*JUDGED, "--data", "val=net.py:empty"), 8, "raised FileNotFoundError"),
+        ((*JUDGED, "--data", "val"), 2, "NAME=FILE.py:FUNCTION"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_with_their_remedy(

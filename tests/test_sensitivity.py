@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import dfc
 from dfc.cli import main
+from dfc.cli.sensitivity import tell
 from dfc.compress.distance import Distance, logits_of
 from dfc.compress.replay import Replay, differences
 from dfc.errors import DfcError
@@ -23,7 +24,7 @@ from dfc.ir.interpret import interpret
 from dfc.lang.selectors import parse_selector
 from dfc.lang.source import Source
 from dfc.recipe.resolve import check_source, resolve
-from dfc.recipe.sensitivity import Measuring
+from dfc.recipe.sensitivity import Effect, Measuring, Sensitivity
 from dfc.rewrite.journal import Journal
 from dfc.rewrite.pass_ import Context, find_pass
 
@@ -380,6 +381,15 @@ def test_the_command_shows_a_table_a_plot_and_data(
     assert "-r int8.dfc --sensitivity" in capsys.readouterr().err
     assert run([*call, "--step", "p"]) == 2
     assert "the recipe has no step `p`" in capsys.readouterr().err
+
+
+def test_names_of_layers_stay_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    long = "model.decoder.layers.11.cross_attention.output.projection.linear"
+    ops = ("aten.linear.default", "dfc.linear_w4")
+    effect = Effect(long, ops, -1000, 0.5, 0.9, 0.1, 1.0, 2.0, metric=0.5, drop=0.25, bound=0.5)
+    tell([Sensitivity("quantize", "the drop of top1", [effect], effect, "val", 0.75)], every=True)
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if long in line]
+    assert "linear, linear_w4" in row and "0.2500" in row and "2 ms" in row
 
 
 def run(argv: list[str]) -> int:

@@ -188,7 +188,7 @@ class _Job:
         say = self.say
         import dfc
         from dfc.cli.engines import check_engine
-        from dfc.cli.recipes import named_data, named_functions, named_metrics, refuse_unread
+        from dfc.cli.recipes import check_given, named_data, named_functions, named_metrics
         from dfc.cli.sources import open_source
         from dfc.planning.torch_device import check_device
         from dfc.recipe.searching import Budget
@@ -201,7 +201,7 @@ class _Job:
         check_device(self.device)
         Budget.of(self.budget)
         _check_print_after(print_after, [step.name for step in self.chosen.plan.passes()])
-        refuse_unread(self.chosen.plan, self.data, self.metrics, self.functions)
+        check_given(self.chosen.plan, self.data, self.metrics, self.functions)
         say(f"loading {model}")
         source = open_source(model)
         metrics, data = named_metrics(self.metrics), named_data(self.data)

@@ -111,14 +111,17 @@ def named_data(given: Sequence[str] | None) -> dict[str, Any]:
     return made
 
 
-def refuse_unread(
+def check_given(
     plan: Plan, data: Sequence[str] | None, metrics: Sequence[str] | None,
     functions: Sequence[str] | None,
 ) -> None:  # fmt: skip
-    """Refuse what no line of the recipe names: most of it is misspelled.
+    """Refuse what no line of the recipe names, since most of it is misspelled, and what is missing,
+    before a model is loaded.
 
     Raises:  DfcError Q051.
     """
+    from dfc.recipe.metrics import missing
+
     read = {v for step in plan.passes() for v in step.options.values() if isinstance(v, str)}
     known = {
         "data": [*plan.data, *read], "metric": [m.name for m in plan.metrics],
@@ -130,6 +133,10 @@ def refuse_unread(
             if name and name not in known[kind]:
                 help = did_you_mean(name, known[kind]) or f"leave out --{kind} {name}"
                 raise DfcError("Q051", f"the recipe names no {kind} `{name}`", help=help)
+    names = [[text.partition("=")[0].strip() for text in x or ()] for x in (metrics, data)]
+    problems = list(missing(plan, *names))
+    if problems:
+        raise DfcError.of(problems)
 
 
 def named_metrics(given: Sequence[str] | None) -> dict[str, Callable[..., Any]]:

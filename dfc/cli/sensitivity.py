@@ -58,11 +58,16 @@ def write_plot(found: Sequence[Sensitivity], output: str, force: bool) -> None:
 
 
 def _print(out: Console, s: Sensitivity, every: bool) -> None:
+    from rich.measure import Measurement
+
     shown = s.layers if every else s.layers[:SHOWN]
     out.print(f"{s.label or s.step}: {s.step}", style="bold", markup=False)
     base = f", without the step {s.baseline:.4g}" if s.baseline is not None else ""
     out.print(f"each layer alone, the worst by {s.by} first, on {s.where}{base}", markup=False)
-    out.print(_table(s, shown))
+    table = _table(s, shown)
+    whole = Measurement.get(out, out.options.update(max_width=1000), table).maximum
+    out.width = max(out.width, whole)  # names of layers are looked for, and copied
+    out.print(table)
     if len(shown) < len(s.layers):
         out.print(f"... and {len(s.layers) - len(shown)} more layers: --all shows them")
     out.print(_all_at_once(s), markup=False)

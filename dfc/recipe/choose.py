@@ -24,6 +24,7 @@ GUARD_MARGIN = 0.02  # two builds of one graph differ by this much, by where the
 GUARD_SECONDS = 1.0
 NEAR = 1.5  # times the fastest: engines on which the captured graph may still win
 CAPTURED = "as captured"
+KERNELS = ("dfc.linear_w4", "dfc.linear_w8")  # layers for which PyTorch has no quick ones
 
 
 @dataclass
@@ -134,7 +135,10 @@ def _fastest(
             after_ms = next(e.p50_ms for e in engines if e.verdict == "chosen") or after_ms
     return Choice(
         ready.graph, ready.engine, ready.runner, engines, before.p50_ms, after_ms, guard,
-        [*placement_notes(bench, ready), *precision_notes(bench, ready)],
+        [
+            *placement_notes(bench, ready), *precision_notes(bench, ready),
+            *kernel_notes(bench, ready),
+        ],
     )  # fmt: skip
 
 
@@ -217,6 +221,19 @@ def precision_notes(bench: Bench, ready: Ready) -> list[str]:
     """What the device computes with fewer bits than float32 has, as PyTorch's settings say."""
     short = short_products(ready.graph, bench.device)
     return [f"float32 {what} have 10 bits of mantissa on {bench.device} (TF32)" for what in short]
+
+
+def kernel_notes(bench: Bench, ready: Ready) -> list[str]:
+    """What made PyTorch's engines slower: kernels of dfc's own that are not there."""
+    if bench.device != "cpu" or not any(n.op in KERNELS for n in ready.graph.walk()):
+        return []
+    from dfc.runtime.kernels.library import state
+
+    found = state()
+    if found.built:
+        return []
+    words = f"kernels for int4 and int8 linear layers: {found.reason}"
+    return [f"{words}; {found.advice}" if found.advice else words]
 
 
 def _guard(bench: Bench, ready: Ready, original: Graph) -> Decision:

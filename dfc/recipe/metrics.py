@@ -21,7 +21,7 @@ K040  the user's code raised       K041  what it returned is no number
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -215,34 +215,38 @@ def _in_steps(steps: Any) -> Iterator[Quantity]:
             yield from _in_steps(step.otherwise)
 
 
+def missing(plan: Plan, functions: Collection[str], held: Collection[str]) -> Iterator[Diagnostic]:
+    """What a plan needs and is not among the names of what is passed."""
+    wanted = _wanted_data(plan)
+    yield from (_missing("data", n, held) for n in plan.data if n in wanted and n not in held)
+    metrics = (m.name for m in used_metrics(plan))
+    yield from (_missing("metric", name, functions) for name in metrics if name not in functions)
+
+
 def _problems(
     plan: Plan, functions: Mapping[str, Any], held: Mapping[str, Any]
 ) -> Iterator[Diagnostic]:
-    wanted = {m.data for m in used_metrics(plan) if m.data} | _data_of_steps(plan)
-    for name in plan.data:
-        if name in wanted and name not in held:
-            yield _missing("data", name, held)
+    yield from missing(plan, functions, held)
+    wanted = _wanted_data(plan)
     for name, value in held.items():
         if name in wanted and isinstance(value, Iterator):
             message = f"data `{name}` can be read only once: it is a {type(value).__name__}"
             help = "pass a list, a DataLoader, or anything else that can be iterated again"
             yield Diagnostic("Q051", message, None, help)
     for m in used_metrics(plan):
-        if m.name not in functions:
-            yield _missing("metric", m.name, functions)
-        else:
-            problem = _signature(m, functions[m.name])
-            if problem:
-                yield problem
+        problem = _signature(m, functions[m.name]) if m.name in functions else None
+        if problem:
+            yield problem
 
 
-def _data_of_steps(plan: Plan) -> set[str]:
-    """Data that passes read."""
+def _wanted_data(plan: Plan) -> set[str]:
+    """Data that metrics and passes read."""
     values = [v for step in plan.passes() for v in step.options.values()]
-    return {n for n in plan.data if n in values}
+    of_metrics = {m.data for m in used_metrics(plan) if m.data}
+    return {n for n in plan.data if n in values or n in of_metrics}
 
 
-def _missing(kind: str, name: str, given: Mapping[str, Any]) -> Diagnostic:
+def _missing(kind: str, name: str, given: Collection[str]) -> Diagnostic:
     many = {"metric": "metrics", "data": "data"}[kind]
     how = (
         f'pass {many}={{"{name}": ...}} to dfc.compile, '
