@@ -7,9 +7,12 @@ found stays in a folder, so that a run can be stopped and go on, or be split: ru
 write nothing but that. The variants in SHORT see the first 1000 or 2000 images only.
 
 A linear probe for CIFAR-10 is fitted on the float features of 3000 training images, 200 others
-calibrate. Every variant runs in ONNX Runtime: dfc's as its recipe makes them, and ONNX Runtime's
-own `quantize_static` on the same images. Accuracy is compared image by image; times are of batch 1,
-the variants alternating in one process with as many threads as torch has.
+calibrate. Pruned variants lose channels that take a share of the predicted time, and what reads
+them is refitted on 1000 images without labels: nothing is trained. Every variant runs in ONNX
+Runtime: dfc's as its recipe makes them, and ONNX Runtime's own `quantize_static` on the same images
+as dfc. Accuracy is compared image by image. Times are of batch 1, one call after the other as in
+use, in turns of 20 calls of each variant: with one thread, and with all as ONNX Runtime does by
+default.
 Needs:  python -m tests.assets lite0 cifar10
 """
 
@@ -20,6 +23,7 @@ import os
 import platform
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,16 +37,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests
 import dfc
 from dfc.compress.processor import this_processor
 from dfc.compress.statistics import paired
-from dfc.runtime.measure import measure
+from dfc.runtime.measure import wait_until_quiet
 from tests.assets import path
 from tests.lite0 import SIDE, Lite0, batches, cifar10, lite0, probe
 
 RESULTS = Path(__file__).parent / "results" / "lite0-int8.txt"
 CALIBRATION = slice(3000, 3200)  # training images behind those of the probe
+PRUNING = slice(3000, 4000)
 SHAPES = ({0: torch.export.Dim("B", min=1, max=256)},)
+PRUNED = (
+    "fold_batch_norm\n  dce\n  prune using pictures by reconstruction with what=channels, "
+    "scope=time, ratio={}, align=16, refit=yes"
+)
 RECIPES = {
     "fp32": "fold_batch_norm",
+    "fp32, pruned by a fifth": PRUNED.format(0.2),
     "dfc": "quantize int8 using calib",
+    "dfc, pruned by a tenth": PRUNED.format(0.1) + "\n  quantize int8 using calib",
+    "dfc, pruned by a fifth": PRUNED.format(0.2) + "\n  quantize int8 using calib",
     "dfc, per tensor, equalized": "fold_batch_norm\n  equalize using calib\n"
     "  quantize int8 using calib with per=tensor",
 }
@@ -54,7 +66,9 @@ ABLATIONS = {
 }
 PEERS = {"onnxruntime": False, "onnxruntime, 7-bit weights": True}  # per channel; reduce_range
 SHORT = {**dict.fromkeys(ABLATIONS, 1000), **dict.fromkeys(PEERS, 2000)}
-SHORT["dfc, per tensor, equalized"] = 2000
+SHORT |= dict.fromkeys(("fp32, pruned by a fifth", "dfc, per tensor, equalized"), 2000)
+GOALS = {"pp": 0.5, "MB": 3.9, "times": 2.4}
+TURNS, WARM, CALLS = 30, 3, 20  # of each variant; calls that are not timed, and calls that are
 
 
 class Calibration:
@@ -70,13 +84,19 @@ class Calibration:
         return batches(self.pictures, 20)
 
 
-def compiled(net: torch.nn.Module, steps: str, data: Calibration, target: Path) -> None:
-    recipe = f"dfc 1\ndata calib\nrecipe r {{\n  {steps}\n}}\n"
+def compiled(
+    net: torch.nn.Module, steps: str, data: dict[str, Calibration], target: Path
+) -> list[str]:
+    """What the steps said."""
+    read = [name for name in data if f"using {name}" in steps]
+    declared = f"data {', '.join(read)}\n" if read else ""
+    recipe = f"dfc 1\n{declared}recipe r {{\n  {steps}\n}}\n"
     made = dfc.compile(
         net, (torch.randn(2, 3, SIDE, SIDE),), dynamic_shapes=SHAPES, recipe=recipe,
-        data={"calib": data}, engine="eager", verify="none",
+        data={name: data[name] for name in read}, engine="eager", verify="none",
     )  # fmt: skip
     made.export(target, force=True)
+    return [note for note in made.report.notes if note.startswith("prune:")]
 
 
 def peer(fp32: Path, data: Calibration, target: Path, reduce_range: bool) -> None:
@@ -108,11 +128,10 @@ def peer(fp32: Path, data: Calibration, target: Path, reduce_range: bool) -> Non
 
 
 class Session:
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, threads: int) -> None:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session = onnxruntime.InferenceSession(model, options)
         self.name = self.session.get_inputs()[0].name
 
@@ -138,7 +157,9 @@ class Variants:
         self.folder = folder
         self.pictures, self.labels = cifar10(path("cifar10"), "test")
         self.images = images
-        self.data = Calibration(cifar10(path("cifar10"), "train")[0][CALIBRATION])
+        train = cifar10(path("cifar10"), "train")[0]
+        self.data = {"calib": Calibration(train[CALIBRATION])}
+        self.data["pictures"] = Calibration(train[PRUNING])
 
     def file(self, name: str) -> Path:
         return self.folder / f"{name.replace(' ', '-').replace(',', '')}.onnx"
@@ -150,9 +171,10 @@ class Variants:
         print(f"making {name}", file=sys.stderr, flush=True)
         temp = file.with_suffix(f".{os.getpid()}.tmp.onnx")
         if name in PEERS:
-            peer(self.made("fp32"), self.data, temp, PEERS[name])
+            peer(self.made("fp32"), self.data["calib"], temp, PEERS[name])
         else:
-            compiled(self.net(), (RECIPES | ABLATIONS)[name], self.data, temp)
+            said = compiled(self.net(), (RECIPES | ABLATIONS)[name], self.data, temp)
+            file.with_suffix(".txt").write_text("".join(f"{x}\n" for x in said))
         temp.rename(file)
         return file
 
@@ -177,41 +199,83 @@ class Variants:
         if whole.exists():
             return np.load(whole, allow_pickle=False)
         if not stored.exists():
-            run = Session(self.made(name))
+            run = Session(self.made(name), torch.get_num_threads())
             print(f"running {name}", file=sys.stderr, flush=True)
             np.save(stored, classes(run, self.pictures[:count]))
         return np.load(stored, allow_pickle=False)
 
 
-def row(v: Variants, name: str, ms: float, before_ms: float) -> str:
-    found, base = v.found(name), v.found("fp32")
-    n = len(found)
-    labels, base = v.labels[:n].numpy(), base[:n]
-    size = v.made(name).stat().st_size / 1e6
-    text = f"{name:28} {n:6} {100 * (found == labels).mean():6.2f} {size:6.2f} {ms:7.2f}"
-    text += f" {before_ms / ms:6.2f}x"
+def times(v: Variants, names: list[str], threads: int) -> dict[str, float]:
+    """Milliseconds of a call, the median, among calls of the same variant."""
+    runs = {n: Session(v.made(n), threads) for n in names}
+    inputs = [next(iter(batches(v.pictures[:1])))]
+    taken: dict[str, list[float]] = {n: [] for n in names}
+    for _ in range(TURNS):
+        for name, run in runs.items():
+            wait_until_quiet()  # the threads of the variant before it
+            for call in range(WARM + CALLS):
+                begin = time.perf_counter()
+                run(inputs)
+                if call >= WARM:
+                    taken[name].append((time.perf_counter() - begin) * 1e3)
+    return {n: float(np.median(t)) for n, t in taken.items()}
+
+
+def lost(v: Variants, name: str) -> tuple[Any, float]:
+    """The paired difference to fp32, and the share of images with the same class."""
+    found = v.found(name)
+    labels, base = v.labels[: len(found)].numpy(), v.found("fp32")[: len(found)]
+    d = paired((base == labels).astype(int), (found == labels).astype(int))
+    return d, float((found == base).mean())
+
+
+def row(v: Variants, name: str, ms: list[dict[str, float]]) -> str:
+    found, size = v.found(name), v.made(name).stat().st_size / 1e6
+    right = (found == v.labels[: len(found)].numpy()).mean()
+    text = f"{name:28} {len(found):6} {100 * right:6.2f} {size:6.2f}"
+    text += "".join(f" {t[name]:8.2f} {t['fp32'] / t[name]:5.2f}x" for t in ms)
     if name == "fp32":
         return text
-    d = paired((base == labels).astype(int), (found == labels).astype(int))
-    agree = 100 * (found == base).mean()
-    return f"{text} {100 * d.drop:7.2f} {100 * d.upper:7.2f} {agree:7.1f}"
+    d, agree = lost(v, name)
+    return f"{text} {100 * d.drop:7.2f} {100 * d.upper:6.2f} {100 * agree:7.1f}"
+
+
+def verdict(v: Variants, name: str, ms: list[dict[str, float]], threads: list[int]) -> str:
+    drop, size = 100 * lost(v, name)[0].drop, v.made(name).stat().st_size / 1e6
+    faster = [t["fp32"] / t[name] for t in ms]
+
+    def word(met: bool) -> str:
+        return "met" if met else "not met"
+
+    parts = [
+        f"{GOALS['pp']} pp {word(drop <= GOALS['pp'])}",
+        f"{GOALS['MB']} MB {word(size <= GOALS['MB'])}",
+        *(f"{GOALS['times']} times float32 with {n} thread{'s' * (n > 1)} "
+          f"{word(x >= GOALS['times'])}" for n, x in zip(threads, faster, strict=True)),
+    ]  # fmt: skip
+    return f"goals, {name}: {'; '.join(parts)}"
 
 
 def table(v: Variants, names: list[str]) -> str:
-    runs = {n: Session(v.made(n)) for n in names}
-    times = measure(runs, [next(iter(batches(v.pictures[:1])))], seconds=4.0, most=400)
+    threads = sorted({1, torch.get_num_threads()})
+    ms = [times(v, names, n) for n in threads]
     load = os.getloadavg()[0]
     busy = load > torch.get_num_threads() + 1
     dots = this_processor().computes("i8")
-    head = f"{'':28} {'images':>6} {'top1 %':>6} {'MB':>6} {'ms b1':>7} {'speed':>7} {'drop pp':>7}"
+    head = f"{'':28} {'images':>6} {'top1 %':>6} {'MB':>6}"
+    head += "".join(f" {f'ms, {n} th':>8} {'speed':>6}" for n in threads)
+    notes = [f"{n}: {x}" for n in names if (f := v.file(n).with_suffix(".txt")).exists()
+             for x in f.read_text().splitlines()]  # fmt: skip
     return "\n".join([
         "EfficientNet-Lite0 at 128 px, linear probe on CIFAR-10, in ONNX Runtime",
         "bound: of the drop, 95 %, one-sided, paired; agree: same class as fp32",
+        f"ms: of batch 1, with {' and '.join(map(str, threads))} threads, call after call",
         f"{machine()}, dot products of int8: {'yes' if dots else 'no'}",
         f"onnxruntime {onnxruntime.__version__}, torch {torch.__version__}, load {load:.1f}"
         + (" (other work was on the machine)" if busy else ""),
-        "", f"{head} {'bound':>7} {'agree %':>7}",
-        *(row(v, n, times[n].p50_ms, times["fp32"].p50_ms) for n in names),
+        "", f"{head} {'drop pp':>7} {'bound':>6} {'agree %':>7}",
+        *(row(v, n, ms) for n in names), "", *notes,
+        *(verdict(v, n, ms, threads) for n in names if n in RECIPES and n.startswith("dfc")),
     ])  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfc.compress.calibrate import observe
 from dfc.compress.groups import Group, Groups
-from dfc.compress.importance import by_activation, signed
+from dfc.compress.importance import by_taylor, signed
 from dfc.compress.refit import Layer, layers_of
 from dfc.ir.graph import Graph, Node
 from dfc.ir.interpret import interpret
@@ -59,7 +59,7 @@ class Covariance:
 def by_reconstruction(
     groups: Groups, chosen: Sequence[Group], batches: Any, ctx: Context
 ) -> dict[Group, Tensor]:
-    """Scores that rise in the order in which units go; by activation where nothing is refitted."""
+    """Scores that rise in the order in which units go; Taylor's where nothing is refitted."""
     graph = groups.analysis.graph
     layers = {g: [x for x in layers_of(graph, [g]) if x.width == g.size] for g in chosen}
     every = list(dict.fromkeys(x for mine in layers.values() for x in mine))
@@ -72,7 +72,7 @@ def by_reconstruction(
             known = [(x, seen[x.x], weight[x.node]) for x in layers[g] if x.node in weight]
             scores[g] = _taken_out(g, known)
     rest = [g for g in chosen if g not in scores]
-    return {**scores, **(by_activation(groups, rest, batches, ctx) if rest else {})}
+    return {**scores, **(by_taylor(groups, rest, batches, ctx) if rest else {})}
 
 
 def _sensitivities(graph: Graph, layers: Sequence[Layer], batches: Any) -> dict[Node, Tensor]:
