@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,9 @@ class Recover(Pass):
     Needs:    weights; `functions={"distil": train}` in `dfc.compile`, or `--function`.
     Ensures:  the weights are those that the function left; ops and shapes are as before.
     Keeps:    the graph, when the function raises or leaves numbers that are not finite.
-    Raises:   DfcError Q074 for a function that was not passed, D084 for data; K040 (status 8) when
-              the function raises, or leaves weights that are not finite or of another shape.
+    Raises:   DfcError Q074 for a function that was not passed or takes other arguments, D084 for
+              data; K040 (status 8) when the function raises, returns another module, or leaves
+              weights that are not finite or of another shape.
     """
 
     name = "recover"
@@ -53,11 +55,16 @@ class Recover(Pass):
             p = graph.parameters[name]
             ctx.decided(p, "trained", f"by `{self.function}`")
             p.data = TensorData(name, tensor)
+        if not changed:
+            ctx.tell(
+                f"recover: `{self.function}` changed no weight of the module that it was given"
+            )
         return len(changed)
 
     def _function(self, ctx: Context) -> Any:
         found = ctx.functions.get(self.function)
         if callable(found):
+            self._check_arguments(found)
             return found
         help = did_you_mean(self.function, [*ctx.functions]) or (
             f'pass functions={{"{self.function}": train}} to dfc.compile, '
@@ -65,6 +72,19 @@ class Recover(Pass):
         )
         what = "is not passed" if found is None else f"is a {type(found).__name__}, not a function"
         raise DfcError("Q074", f"function `{self.function}` {what}", help=help)
+
+    def _check_arguments(self, function: Any) -> None:
+        given = ("module",) if self.calib is None else ("module", self.calib)
+        try:
+            inspect.signature(function).bind(*given)
+        except TypeError as e:
+            message = f"function `{self.function}` cannot be called as it is: {e}"
+            help = f"it is called as {self.function}({', '.join(given)})"
+            if self.calib is None:
+                help += "; `using NAME` passes data too"
+            raise DfcError("Q074", message, help=help) from None
+        except ValueError:  # a builtin says nothing of its arguments
+            pass
 
     def _data(self, ctx: Context) -> Any:
         """The data as it was passed: what a batch is, is between the user and their function."""
@@ -80,12 +100,16 @@ class Recover(Pass):
         code = getattr(function, "__code__", None)
         try:
             with torch.enable_grad():
-                function(module, *given)
+                returned = function(module, *given)
         except DfcError:
             raise
         except (Exception, SystemExit) as e:
             own = code.co_filename if code else ""
             raise failure_of(e, f"function `{self.function}`", own) from e
+        if isinstance(returned, torch.nn.Module) and returned is not module:
+            message = f"function `{self.function}` returned another module, which is not taken"
+            help = "train the module that it is given, in place; what it returns is left aside"
+            raise DfcError("K040", message, help=help, status=8)
 
     def _changed(self, graph: Graph, module: TrainableGraph) -> dict[str, Tensor]:
         """The weights that are not what they were, all of them checked before any is taken."""
@@ -96,16 +120,16 @@ class Recover(Pass):
             data = graph.parameters[name].data
             assert data is not None
             old, new = data.tensor(), trained.detach().to(data.tensor())
-            problem = ""
+            problem, help = "", "a smaller learning rate, or gradient clipping"
             if new.shape != old.shape:
                 problem = f"gave it the shape {list(new.shape)}, it was {list(old.shape)}"
+                help = "train its numbers: shapes are changed by `prune`"
             elif not bool(torch.isfinite(new).all()):
                 count = int((~torch.isfinite(new)).sum())
                 problem = f"left {count} of {new.numel()} numbers that are not finite in it"
             if problem:
                 message = f"function `{self.function}` trained `{name}` and {problem}"
-                help = "a smaller learning rate, or gradient clipping; the graph is as it was"
-                raise DfcError("K040", message, help=help, status=8)
+                raise DfcError("K040", message, help=f"{help}; the graph is as it was", status=8)
             if not torch.equal(old, new):
                 found[name] = new.clone()
         return found

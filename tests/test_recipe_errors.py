@@ -99,6 +99,7 @@ def test_a_string_that_is_not_closed() -> None:
         ("recipe r { require latency <= 20 }", "write its unit: ns, us, ms, s, min, h"),
         ("recipe r { require size <= 3GIB }", "did you mean `GiB`"),
         ("recipe r { when size < 1 MB { dce } }", "write `1MB`"),
+        ("recipe r { recover with distil }", "or is `by distil` meant?"),
         ('recipe r { quantize int4 "layers.**" }', 'so: `on "layers.**"`'),
         ("recipe r { require throughput >= 5 items/s }", "write `5items/s`"),
         ("recipe r {\nrequire size <= 10 %\ndce\n}", "write `10%`"),

@@ -114,6 +114,31 @@ def test_a_function_that_fails_leaves_the_graph_as_it_was(train: Any, said: str)
         compiled("recover by distil using texts", train)
 
 
+def test_what_a_function_must_not_do_is_told_with_what_to_do() -> None:
+    def another(module: Any, data: Any) -> Any:
+        return nn.Linear(2, 2)
+
+    def narrower(module: Any, data: Any) -> None:
+        weight = next(module.parameters())
+        weight.data = weight.data[:1].clone()
+
+    def three(module: Any, data: Any, teacher: Any) -> None:
+        raise AssertionError("it is not called")
+
+    def told(train: Any) -> str:
+        with pytest.raises(DfcError) as error:
+            compiled("recover by distil using texts", train)
+        return str(error.value)
+
+    assert "returned another module" in told(another) and "in place" in told(another)
+    assert "gave it the shape [1," in told(narrower) and "learning rate" not in told(narrower)
+    assert "'teacher'" in told(three) and "called as distil(module, texts)" in told(three)
+    idle = compiled("recover by distil using texts", lambda module, data: 0.25)
+    assert (
+        "recover: `distil` changed no weight of the module that it was given" in idle.report.notes
+    )
+
+
 def test_a_function_or_data_that_was_not_passed_is_named() -> None:
     with pytest.raises(DfcError, match="function `distil` is not passed") as error:
         compiled("recover by distil using texts")

@@ -120,7 +120,7 @@ def check_given(
 
     Raises:  DfcError Q051.
     """
-    from dfc.recipe.metrics import missing
+    from dfc.recipe.metrics import missing, missing_functions
 
     read = {v for step in plan.passes() for v in step.options.values() if isinstance(v, str)}
     known = {
@@ -133,8 +133,11 @@ def check_given(
             if name and name not in known[kind]:
                 help = did_you_mean(name, known[kind]) or f"leave out --{kind} {name}"
                 raise DfcError("Q051", f"the recipe names no {kind} `{name}`", help=help)
-    names = [[text.partition("=")[0].strip() for text in x or ()] for x in (metrics, data)]
-    problems = list(missing(plan, *names))
+    of_metrics, of_data, of_functions = (
+        [text.partition("=")[0].strip() for text in given or ()]
+        for given in (metrics, data, functions)
+    )
+    problems = [*missing(plan, of_metrics, of_data), *missing_functions(plan, of_functions)]
     if problems:
         raise DfcError.of(problems)
 

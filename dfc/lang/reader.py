@@ -276,6 +276,9 @@ class _Parser:
             help = f"`{token.text}` and what it names stand before `with` and its options"
         if token.type == "TEXT" and takes & {"ON", "_ON"}:
             help = f"a part of the model is named so: `on {token.text}`"
+        if takes == {"EQUAL"} and self.tokens[max(0, i - 2)].text == "with":
+            given = self.tokens[i - 1].text
+            help = f"`with` gives options, `with {given}=...`; or is `by {given}` meant?"
         help = help or _parted(self.tokens[max(0, i - 2) : i + 1])
         help = help or _FORMS.get(self.tokens[self._start(i)].text if i < len(self.tokens) else "")
         at = (token.start, max(token.end, token.start + 1))

@@ -223,6 +223,14 @@ def missing(plan: Plan, functions: Collection[str], held: Collection[str]) -> It
     yield from (_missing("metric", name, functions) for name in metrics if name not in functions)
 
 
+def missing_functions(plan: Plan, given: Collection[str]) -> Iterator[Diagnostic]:
+    """The functions that steps call and that are not among the names of what is passed."""
+    called = dict.fromkeys(
+        str(s.options["function"]) for s in plan.passes() if "function" in s.options
+    )
+    yield from (_missing("function", name, given) for name in called if name not in given)
+
+
 def _problems(
     plan: Plan, functions: Mapping[str, Any], held: Mapping[str, Any]
 ) -> Iterator[Diagnostic]:
@@ -247,7 +255,7 @@ def _wanted_data(plan: Plan) -> set[str]:
 
 
 def _missing(kind: str, name: str, given: Collection[str]) -> Diagnostic:
-    many = {"metric": "metrics", "data": "data"}[kind]
+    many = {"metric": "metrics", "function": "functions", "data": "data"}[kind]
     how = (
         f'pass {many}={{"{name}": ...}} to dfc.compile, '
         f"or --{kind} {name}=FILE.py:FUNCTION to `dfc compile`"
