@@ -48,7 +48,7 @@ def run_ranks(
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """What two ranks found, that are started once."""
     jobs = ("planned mlp", "gradients:local tied", "gradients:gloo tied", "between_devices tied",
-            "refused mlp")  # fmt: skip
+            "refused mlp", "cut_elsewhere mlp")  # fmt: skip
     return run_ranks(tmp_path_factory.mktemp("ranks"), 2, *jobs)
 
 
@@ -85,6 +85,14 @@ def test_ranks_follow_a_plan_with_several_stages_each(found: dict[str, list[Any]
     planned = found["planned mlp"]
     assert all(f["same"] and f["stages"] == 4 for f in planned)
     assert sorted(n for f in planned for n in f["mine"]) == planned[0]["all"]
+
+
+def test_the_first_rank_says_where_a_graph_is_cut(found: dict[str, list[Any]]) -> None:
+    first, second = found["cut_elsewhere mlp"]
+    assert first["stages"] == second["stages"] and len(first["stages"]) == 2
+    assert sorted([*first["mine"], *second["mine"]]) == first["all"]
+    for told in (first, second):  # weights that nobody seeded
+        assert told["code"] == "N055" and "torch.manual_seed" in told["help"]
 
 
 def test_ranks_that_differ_or_fail_are_told_and_none_waits(found: dict[str, list[Any]]) -> None:

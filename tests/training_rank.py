@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 import torch
 from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined]
 
+import dfc
 from dfc.errors import DfcError
 from dfc.planning.machine import Wire
 from dfc.planning.model import Wish
@@ -25,7 +27,7 @@ from dfc.planning.pipeline import plan
 from dfc.runtime.pipeline.training_ranks import RankTrainer
 from dfc.runtime.pipeline.world import World
 from tests.test_looped_plans import machine
-from tests.test_pipeline_training import adamw, captured, close, reference, staged, traced
+from tests.test_pipeline_training import adamw, captured, close, evenly, reference, staged, traced
 
 STAGES = {"1f1b": 2, "zb1p": 2, "auto": 2, "gpipe": 2, "interleaved": 4, "interleaved_zb": 4,
           "breadth_first": 4, "zb_v": 4, "dualpipe_v": 4}  # fmt: skip
@@ -135,6 +137,30 @@ def planned(world: World, name: str) -> dict[str, Any]:
                 "stages": len(report.in_flight), "all": sorted(expected)}  # fmt: skip
 
 
+def cut_elsewhere(world: World, name: str) -> dict[str, Any]:
+    """Each rank measured another cut; then each made another model."""
+    model, args, graph = traced(name)
+    loss, expected = reference(deepcopy(model), args, 4)
+    nodes = list(graph.nodes)
+    options: dict[str, Any] = {"world": world, "microbatches": 4, "optimizer": adamw, "threads": 1}
+    cut = {n: int(i > len(nodes) // 2 + world.rank) for i, n in enumerate(nodes)}
+    with RankTrainer(graph, cut, **options) as trainer:
+        torch.testing.assert_close(trainer.backward(*args), loss)
+        own = {n: p.grad for n, p in trainer.parameters.items() if p.grad is not None}
+        close(own, {n: expected[n] for n in own})
+        stages = [len(p.stage.graph) for p in trainer.model.parts]
+    torch.manual_seed(world.rank)
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    other = dfc.trace(model, args)
+    try:
+        RankTrainer(other, evenly(other, 2), **options)
+    except DfcError as e:
+        return {"mine": sorted(own), "all": sorted(expected), "stages": stages,
+                "code": e.code, "help": e.diagnostics[0].help}  # fmt: skip
+    return {}
+
+
 def refused(world: World, name: str) -> dict[str, Any]:
     """Ranks that differ, and a rank that fails while the other waits."""
     (_, args), found = captured(name), {}
@@ -188,6 +214,7 @@ def done(world: World, job: str) -> dict[str, Any]:
         "several": lambda: several(world, name),
         "planned": lambda: planned(world, name),
         "refused": lambda: refused(world, name),
+        "cut_elsewhere": lambda: cut_elsewhere(world, name),
         "steps": lambda: steps(world, name, how),
         "lost": lambda: lost(world, name),
     }

@@ -57,6 +57,7 @@ class RankTrainer(Trainer):
     between ranks on two GPUs (`nccl` insists on that; `link_kind` tells). `parameters`,
     `optimizers` and `state_dict()` are those of this rank's stages; the states of all ranks
     together are the model's.
+    Stages that are given as a mapping are those of rank 0 everywhere: `balanced` measures.
     Raises:  DfcError N057 for another number of processes than ranks, N055 for ranks with other
              models or plans, N059 for links that there are not, K058 for a rank that is lost, else
              as `Trainer`.
@@ -76,7 +77,21 @@ class RankTrainer(Trainer):
         self.deadline, self._links = deadline, links
         self._name = f"trainer{next(_numbers)}"  # its part of the store
         self._saves, self._measures = count(), count()
+        if isinstance(stage_of, Mapping) and isinstance(graph, Graph):
+            stage_of = self._of_first(graph, stage_of)
         super().__init__(graph, stage_of, **options)
+
+    def _of_first(self, graph: Graph, stage_of: Mapping[Node, int]) -> Mapping[Node, int]:
+        """Rank 0's stages of the same graph, for all.
+
+        Why:  where to cut is measured, by each process anew, and does not come out alike.
+        """
+        nodes = list(graph.nodes)
+        mine = [graph.fingerprint(), [stage_of.get(n) for n in nodes]]
+        of_graph, stages = self.world.share(f"{self._name}/stages", mine)[0]
+        if of_graph != mine[0]:
+            return stage_of  # what differs is told when all is compared
+        return {n: s for n, s in zip(nodes, stages, strict=True) if s is not None}
 
     _moves = False  # ranks have the weights of their own stages alone
 
@@ -97,8 +112,9 @@ class RankTrainer(Trainer):
         import torch
 
         parts = [f"{p.stage.graph.fingerprint()} {p.flow}" for p in self.model.parts]
-        has = {"torch": torch.__version__, "schedule": self.programs.schedule,
-               "microbatches": self.microbatches, "seed": self.seed,
+        has = {"torch": torch.__version__, "model": self.model.graph.fingerprint(),
+               "schedule": self.programs.schedule, "microbatches": self.microbatches,
+               "seed": self.seed,
                "ranks": self.programs.placement, "clip": self.clip,
                "recompute": [self.programs.recompute, self.programs.room],
                "stages": sha256("".join(parts).encode()).hexdigest()}  # fmt: skip

@@ -13,6 +13,10 @@ from typing import Any
 from dfc.errors import DfcError
 from dfc.runtime.pipeline.links import gloo_device
 
+_REMEDIES = {
+    "model": "every process makes the same model with the same weights: call torch.manual_seed "
+    "before it is made, or load one file"
+}
 MEETING = 120.0  # seconds for all ranks to come
 
 
@@ -128,7 +132,9 @@ class World:
                         "N055",
                         f"rank {rank} has {name} {_short(found.get(name))}, "
                         f"rank {self.rank} has {_short(mine)}",
-                        help="all ranks need the same model, plan and versions",
+                        help=_REMEDIES.get(
+                            name, "all ranks need the same model, plan and versions"
+                        ),
                     )
 
 
