@@ -32,13 +32,14 @@ import dfc  # noqa: E402
 
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 RESULTS = ROOT / "benchmarks" / "results" / "engines-int8.txt"
+HALF = "\n autocast bf16" if has_bf16() else ""  # attention, beside what is quantized
 # By a part of the model's name: what is quantized, and the engine.
 RECIPES = {
     "bert": [
-        # The kernels of this are dfc's own, which inductor calls; `dfc tune` would measure it.
-        ("quantize int8 using calib with scheme=dynamic, method=gptq", "inductor"),
-        ("quantize int8 using calib with scheme=static\n autocast bf16", "auto")
-        if has_bf16()
+        # The kernels of this are dfc's own, which eager calls.
+        ("quantize int8 using calib with scheme=dynamic, method=gptq" + HALF, "auto"),
+        ("quantize int8 using calib with scheme=static" + HALF, "auto")
+        if HALF
         else ("quantize int8 with codes=pairs", "auto"),  # ONNX Runtime is a third faster then
     ],
     "resnet": [("quantize int8 using calib with scheme=static", "auto")],

@@ -270,12 +270,12 @@ struct Block {
       const Row one = {a, at(a.mask_stride, head, r) + key, visible};
       const float keep = weights_of(one, m.scores + i * BLOCK_KEYS, m.weights + i * BLOCK_KEYS / 2,
                                     m.most[first + i], m.sum[first + i]);
-      for (int64_t j = 0; j < width && keep != 1.0f; j += LANES) {
+      for (int64_t j = 0; j < width && key && keep != 1.0f; j += LANES) {
         float* const y = total + i * width + j;
         _mm512_storeu_ps(y, _mm512_mul_ps(_mm512_loadu_ps(y), _mm512_set1_ps(keep)));
       }
     }
-    multiply({m.weights, m.v, BLOCK_KEYS / 2, width, (count + 1) / 2, total, width, true}, rows,
+    multiply({m.weights, m.v, BLOCK_KEYS / 2, width, (count + 1) / 2, total, width, key > 0}, rows,
              width);
   }
 
@@ -289,8 +289,8 @@ struct Block {
       m.most[i] = NOTHING;
       m.sum[i] = 0.0f;
     }
-    std::memset(m.total, 0, size_t(rows * width) * sizeof(float));
     const int64_t keys = a.flags & CAUSAL ? least(a.keys, row + rows) : a.keys;
+    if (keys == 0) std::memset(m.total, 0, size_t(rows * width) * sizeof(float));
     for (int64_t key = 0; key < keys; key += BLOCK_KEYS) {
       const int64_t count = least(BLOCK_KEYS, keys - key);
       lay_keys(k + key * a.k_stride[2], a.k_stride[2], count, a.depth, m.k);
