@@ -8,17 +8,18 @@ write nothing but that. The variants in SHORT see the first 1000 or 2000 images 
 
 A linear probe for CIFAR-10 is fitted on the float features of 3000 training images, 200 others
 calibrate. Pruned variants lose channels that take a share of the predicted time, and what reads
-them is refitted on 1000 images without labels: nothing is trained. Every variant runs in ONNX
-Runtime: dfc's as its recipe makes them, and ONNX Runtime's own `quantize_static` on the same images
-as dfc. Accuracy is compared image by image. Times are of batch 1, one call after the other as in
-use, in turns of 20 calls of each variant: with one thread, and with all as ONNX Runtime does by
-default.
+them is refitted on 1000 images without labels; `distilled` ones are trained on the float network's
+logits too, for two looks at the 3000 images. Every variant runs in ONNX Runtime: dfc's as its
+recipe makes them, and ONNX Runtime's own `quantize_static` on the same images as dfc. Accuracy is
+compared image by image. Times are of batch 1, one call after the other as in use, in turns of 20
+calls of each variant: with one thread, and with all as ONNX Runtime does by default.
 Needs:  python -m tests.assets lite0 cifar10
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import sys
@@ -31,6 +32,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests
 
@@ -39,7 +41,7 @@ from dfc.compress.processor import this_processor
 from dfc.compress.statistics import paired
 from dfc.runtime.measure import wait_until_quiet
 from tests.assets import path
-from tests.lite0 import SIDE, Lite0, batches, cifar10, lite0, probe
+from tests.lite0 import PROBED, SIDE, Lite0, batches, cifar10, enlarged, lite0, probe
 
 RESULTS = Path(__file__).parent / "results" / "lite0-int8.txt"
 CALIBRATION = slice(3000, 3200)  # training images behind those of the probe
@@ -55,6 +57,8 @@ RECIPES = {
     "dfc": "quantize int8 using calib",
     "dfc, pruned by a tenth": PRUNED.format(0.1) + "\n  quantize int8 using calib",
     "dfc, pruned by a fifth": PRUNED.format(0.2) + "\n  quantize int8 using calib",
+    "dfc, pruned by a fifth, distilled": PRUNED.format(0.2)
+    + "\n  recover by distil using probed\n  quantize int8 using calib",
     "dfc, per tensor, equalized": "fold_batch_norm\n  equalize using calib\n"
     "  quantize int8 using calib with per=tensor",
 }
@@ -67,6 +71,7 @@ ABLATIONS = {
 PEERS = {"onnxruntime": False, "onnxruntime, 7-bit weights": True}  # per channel; reduce_range
 SHORT = {**dict.fromkeys(ABLATIONS, 1000), **dict.fromkeys(PEERS, 2000)}
 SHORT |= dict.fromkeys(("fp32, pruned by a fifth", "dfc, per tensor, equalized"), 2000)
+RATE = 2e-4  # of a weight's own size, at most, a step of distilling
 GOALS = {"pp": 0.5, "MB": 3.9, "times": 2.4}
 TURNS, WARM, CALLS = 30, 3, 20  # of each variant; calls that are not timed, and calls that are
 
@@ -84,6 +89,32 @@ class Calibration:
         return batches(self.pictures, 20)
 
 
+def distil(net: torch.nn.Module) -> Any:
+    """What brings a pruned network's logits near those of the whole one, in two looks."""
+
+    def train(module: torch.nn.Module, data: Calibration) -> None:
+        with torch.no_grad():
+            wanted = torch.cat([net(x) for x in data])
+        random = torch.Generator().manual_seed(0)
+        steps = [
+            x for _ in range(2) for x in torch.randperm(len(wanted), generator=random).split(32)
+        ]
+        sized = [(p, float(p.detach().square().mean().sqrt())) for p in module.parameters()]
+        groups = [{"params": [p], "lr": RATE * size} for p, size in sized if size > 0]
+        optimizer = torch.optim.Adam(groups)
+        rates = [min(1, i / 20) * (1 + math.cos(math.pi * i / len(steps))) / 2
+                 for i in range(1, len(steps) + 1)]  # fmt: skip
+        plan = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rates[min(i, len(rates) - 1)])
+        for at in steps:
+            loss = F.mse_loss(module(enlarged(data.pictures[at])), wanted[at])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            plan.step()
+
+    return train
+
+
 def compiled(
     net: torch.nn.Module, steps: str, data: dict[str, Calibration], target: Path
 ) -> list[str]:
@@ -93,7 +124,8 @@ def compiled(
     recipe = f"dfc 1\n{declared}recipe r {{\n  {steps}\n}}\n"
     made = dfc.compile(
         net, (torch.randn(2, 3, SIDE, SIDE),), dynamic_shapes=SHAPES, recipe=recipe,
-        data={name: data[name] for name in read}, engine="eager", verify="none",
+        data={name: data[name] for name in read}, functions={"distil": distil(net)},
+        engine="eager", verify="none",
     )  # fmt: skip
     made.export(target, force=True)
     return [note for note in made.report.notes if note.startswith("prune:")]
@@ -159,6 +191,7 @@ class Variants:
         self.images = images
         train = cifar10(path("cifar10"), "train")[0]
         self.data = {"calib": Calibration(train[CALIBRATION])}
+        self.data["probed"] = Calibration(train[:PROBED])
         self.data["pictures"] = Calibration(train[PRUNING])
 
     def file(self, name: str) -> Path:
