@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -233,15 +234,16 @@ class Compiled:
         export_stages(
             self.graph, path, stage_of=placed, batch=batch_of(self.graph),
             program=None if placed or self.plan is None else forward_of(self.plan.program),
-            beside=self._write_probes, **options,
+            beside=self._write_example, **options,
         )  # fmt: skip
 
-    def _write_probes(self, folder: Path) -> None:
+    def _write_example(self, folder: Path) -> None:
+        """What the stages are run and measured on; their proof is done."""
         from dfc.emit.onnx_stages import PROBES
         from dfc.package import write_probes
 
-        if self.probes:
-            write_probes(folder / PROBES, self.probes)
+        for probe in self.probes[:1]:
+            write_probes(folder / PROBES, [replace(probe, original=None, witness=None)])
 
     def _stages(self, wanted: str | int | Mapping[Node, int]) -> Mapping[Node, int] | None:
         """The stage of each node; None where the nodes know it themselves."""

@@ -95,6 +95,14 @@ def test_a_recipe_is_carried_out_and_its_files_are_written(run: Run, here: Path)
     assert again.data["report"]["requirements"][0]["met"]
 
 
+def test_what_cannot_be_written_is_told_behind_what_was(run: Run, here: Path) -> None:
+    (here / "apart.dfc").write_text("dfc 1\nrecipe r {\n  emit onnx with stages=separate\n}\n")
+    done = run("compile", MODEL, "-r", "apart.dfc", "--engine", "eager", "-o", "m.dfcpkg")
+    assert done.status == 2 and "X005" in done.err and "write `partition` before" in done.err
+    assert "wrote m.dfcpkg" in done.out and "latency" in done.out and "next:" not in done.out
+    assert [p.name for p in here.glob("m.*")] == ["m.dfcpkg"]
+
+
 def test_what_is_not_passed_is_told_before_a_model_is_loaded(run: Run, here: Path) -> None:
     (here / "slow.py").write_text("def build():\n    raise AssertionError('it was loaded')\n")
     done = run("compile", "slow.py:build", "-r", "small.dfc:small")

@@ -19,7 +19,7 @@ from dfc.cli import main
 from dfc.emit.onnx_stages import export_stages
 from dfc.errors import DfcError
 from dfc.manifest import write_manifest
-from dfc.package import read_package
+from dfc.package import read_package, read_probes
 from dfc.planning.stages import HOST
 from dfc.runtime.pipeline.bundle import read_bundle
 from tests.test_pipeline import B, captured, leaves, stages
@@ -190,6 +190,8 @@ def test_a_recipe_emits_a_folder_that_the_command_runs(
     with np.load(out) as found:
         for name, e in zip(("logits", "parts.0", "parts.1", "best"), expected, strict=True):
             np.testing.assert_allclose(found[name], e, rtol=1e-4, atol=1e-5)
+    (example,) = read_probes(made / "probes.safetensors")  # and no results, which are large
+    assert len(example.inputs) == 3 and not example.original and not example.witness
     assert main(["run", str(made)]) == 0  # on the example that it keeps
     assert "the step of 4 microbatches took" in capsys.readouterr().out
     assert main(["run", str(made), "--pipeline", "2"]) == 2
@@ -268,7 +270,7 @@ def test_a_folder_is_published_whole_or_not_at_all(
         assert (folder / "stage_02.onnx").exists()
         raise DfcError("D013", "the disk is full", status=7)
 
-    monkeypatch.setattr(compiled, "_write_probes", fails)
+    monkeypatch.setattr(compiled, "_write_example", fails)
     with pytest.raises(DfcError, match="the disk is full"):
         compiled.export(path, stages=3, force=True)
     assert {f.name: f.read_bytes() for f in path.iterdir()} == before

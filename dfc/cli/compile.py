@@ -149,7 +149,10 @@ def compile(
         compiled, missed = job.run(model, print_after)
         written: dict[str, str] = {}
         if missed is None:
-            written = _write(compiled, output, onnx, contrib, parts, force, say)
+            try:
+                _write(compiled, output, onnx, contrib, parts, force, say, written)
+            except DfcError as e:  # told behind the report, which says what was written
+                missed = e
         if html:
             from dfc.cli.outputs import write_text
 
@@ -244,11 +247,11 @@ def _write(
     stages: str | int | None,
     force: bool,
     say: Progress,
-) -> dict[str, str]:
+    written: dict[str, str],
+) -> None:
     """The package, what the recipe emits beside it, and the ONNX file of the command line."""
     from dfc.cli.recipes import stem_of
 
-    written: dict[str, str] = {}
     if output:
         say(f"writing {output}")
         compiled.save(output, force=force)
@@ -268,7 +271,6 @@ def _write(
         if count != stages:
             fewer = f"{count} stages, not {stages}: no more of its nodes take time"
             compiled.report.notes.append(fewer)
-    return written
 
 
 def _stages(text: str | None, onnx: str | None) -> str | int | None:
