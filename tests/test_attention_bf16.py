@@ -109,11 +109,12 @@ def test_what_is_not_finite_stays_in_its_row_and_large_scores_do_not_overflow() 
 
 
 def test_what_does_not_fit_is_refused() -> None:
+    attention_bf16.register()
     q, k, v = heads(1, 2, 2, 4, 4, 16, 16)
     for given in ((q, k.bfloat16(), v), (q.double(), k.double(), v.double()), (q[0], k, v),
                   (q, k[:, :, :2], v), (q[..., :8], k, v), (q, k[:, :1], v)):  # fmt: skip
         with pytest.raises(RuntimeError, match="dfc attention"):
-            attention(*given, None, 1.0, False, False)
+            torch.ops.dfc.attention_bf16(*given, None, 1.0, False, False)
     with pytest.raises(RuntimeError, match="dfc attention"):
         attention(*heads(1, 1, 1, 2, 2, 257, 16), None, 1.0, False, False)
 

@@ -49,15 +49,16 @@ def attention(
 ) -> Tensor:
     """[B, H, S, D], [B, G, T, D], [B, G, T, E] to [B, H, S, E], whose heads lie side by side.
 
-    q, k and v are all f32 or all bf16; `wide`: the result is f32, all the same rounded to bf16.
-    Raises:  RuntimeError where types, devices or sizes do not fit.
+    `wide`: the result is f32, all the same rounded to bf16.
+    Needs:   q, k and v all f32 or all bf16, on the CPU, with sizes that agree (`_agree`).
+    Raises:  RuntimeError for heads that are too large.
     """
     found = library()
-    if found is None or not _agree(q, k, v):
-        raise RuntimeError("dfc attention: types, devices or sizes do not fit")
+    assert found is not None
     batch, heads, rows, depth = q.shape
     keys, width = v.shape[-2:]
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     y = _empty(q, v, wide)
     flags = _FLOATS * (q.dtype is torch.float32) | _FLOATS_OUT * wide | _CAUSAL * causal
     if mask is not None:
@@ -98,9 +99,17 @@ def register() -> torch.library.Library:
     ops: Any = torch.library.Library("dfc", "FRAGMENT")  # type: ignore[no-untyped-call]
     # Any layout will do: where it is asked for, inductor copies the mask for each call.
     ops.define("attention_bf16" + _SCHEMA, tags=torch.Tag.flexible_layout)
-    ops.impl("attention_bf16", attention, "CPU")
+    ops.impl("attention_bf16", _checked, "CPU")
     ops.impl("attention_bf16", _shape, "Meta")
     return ops  # type: ignore[no-any-return]
+
+
+def _checked(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, wide: bool
+) -> Tensor:
+    if not _agree(q, k, v):
+        raise RuntimeError("dfc attention: types, devices or sizes do not fit")
+    return attention(q, k, v, mask, scale, causal, wide)
 
 
 def _shape(
