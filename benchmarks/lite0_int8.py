@@ -22,6 +22,7 @@ import argparse
 import math
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 import torch.nn.functional as F
@@ -265,12 +267,24 @@ def lost(v: Variants, name: str) -> tuple[Any, float]:
 def row(v: Variants, name: str, ms: list[dict[str, float]]) -> str:
     found, size = v.found(name), v.made(name).stat().st_size / 1e6
     right = (found == v.labels[: len(found)].numpy()).mean()
-    text = f"{name:28} {len(found):6} {100 * right:6.2f} {size:6.2f}"
+    text = f"{name:34} {len(found):6} {100 * right:6.2f} {size:6.2f}"
     text += "".join(f" {t[name]:8.2f} {t['fp32'] / t[name]:5.2f}x" for t in ms)
     if name == "fp32":
         return text
     d, agree = lost(v, name)
     return f"{text} {100 * d.drop:7.2f} {100 * d.upper:6.2f} {100 * agree:7.1f}"
+
+
+def taken(v: Variants, name: str) -> str:
+    """What pruning took, in words."""
+
+    def channels(variant: str) -> int:
+        held = onnx.load(v.made(variant)).graph.initializer
+        return sum(i.dims[0] for i in held if len(i.dims) == 4)
+
+    said = v.file(name).with_suffix(".txt").read_text()
+    (fewer,) = re.findall(r"[\d.]+% fewer multiply-adds, [\d.]+% fewer bytes", said)
+    return f"{name}: {channels(name)} of {channels('fp32')} channels stay, {fewer}"
 
 
 def verdict(v: Variants, name: str, ms: list[dict[str, float]], threads: list[int]) -> str:
@@ -295,19 +309,18 @@ def table(v: Variants, names: list[str]) -> str:
     load = os.getloadavg()[0]
     busy = load > torch.get_num_threads() + 1
     dots = this_processor().computes("i8")
-    head = f"{'':28} {'images':>6} {'top1 %':>6} {'MB':>6}"
+    head = f"{'':34} {'images':>6} {'top1 %':>6} {'MB':>6}"
     head += "".join(f" {f'ms, {n} th':>8} {'speed':>6}" for n in threads)
-    notes = [f"{n}: {x}" for n in names if (f := v.file(n).with_suffix(".txt")).exists()
-             for x in f.read_text().splitlines()]  # fmt: skip
     return "\n".join([
         "EfficientNet-Lite0 at 128 px, linear probe on CIFAR-10, in ONNX Runtime",
         "bound: of the drop, 95 %, one-sided, paired; agree: same class as fp32",
-        f"ms: of batch 1, with {' and '.join(map(str, threads))} threads, call after call",
+        f"ms: of batch 1, call after call, with so many threads: {' and '.join(map(str, threads))}",
         f"{machine()}, dot products of int8: {'yes' if dots else 'no'}",
         f"onnxruntime {onnxruntime.__version__}, torch {torch.__version__}, load {load:.1f}"
         + (" (other work was on the machine)" if busy else ""),
         "", f"{head} {'drop pp':>7} {'bound':>6} {'agree %':>7}",
-        *(row(v, n, ms) for n in names), "", *notes,
+        *(row(v, n, ms) for n in names), "",
+        *(taken(v, n) for n in names if n.startswith("dfc, pruned")),
         *(verdict(v, n, ms, threads) for n in names if n in RECIPES and n.startswith("dfc")),
     ])  # fmt: skip
 
