@@ -303,6 +303,18 @@ def test_reconstruction_takes_units_that_others_can_stand_for() -> None:
     assert error("reconstruction") < 1e-3 < 0.01 < error("activation")
 
 
+def test_what_cannot_be_refitted_has_the_scores_of_taylor() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3)).eval()
+    x = torch.randn(8, 3, 8, 8)
+    graph = dfc.trace(net, (x,))
+    data = Context(examples=[[x]])
+    options = {"ratio": 0.5, "refit": True}
+    small, other = (prune(graph, ctx=data, by=by, **options) for by in ("reconstruction", "taylor"))
+    assert shape(small, "0.weight") == (8, 3, 3, 3)
+    assert torch.equal(numbers(small, "2.weight"), numbers(other, "2.weight"))
+
+
 def test_reconstruction_costs_what_solving_again_costs() -> None:
     """The order and the losses, against solving the least squares for every unit left out."""
     torch.manual_seed(0)

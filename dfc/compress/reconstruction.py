@@ -68,8 +68,8 @@ def by_reconstruction(
     weight = _sensitivities(graph, every, batches)
     scores = {}
     for g in chosen:
-        if layers[g]:
-            known = [(x, seen[x.x], weight[x.node]) for x in layers[g] if x.node in weight]
+        known = [(x, seen[x.x], weight[x.node]) for x in layers[g] if x.node in weight]
+        if known:
             scores[g] = _taken_out(g, known)
     rest = [g for g in chosen if g not in scores]
     return {**scores, **(by_taylor(groups, rest, batches, ctx) if rest else {})}
@@ -79,6 +79,8 @@ def _sensitivities(graph: Graph, layers: Sequence[Layer], batches: Any) -> dict[
     """Of each layer's channels: squared gradients of the outputs, under random signs, summed."""
     import torch
 
+    if not layers:
+        return {}
     random = torch.Generator().manual_seed(0)
     total: dict[Node, Tensor] = {}
     for batch in batches:
