@@ -102,6 +102,7 @@ def test_version_and_no_arguments(run: Run) -> None:
     ("argv", "hint"),
     [
         (["compil", "x"], "did you mean `compile`"),
+        (["export", "x"], "`dfc compile MODEL --onnx FILE` writes ONNX"),
         (["compile"], "dfc compile --help"),
         (["compile", "x", "--fast"], "dfc compile --help"),
         (["bench", "x", "--seconds", "soon"], "dfc bench --help"),

@@ -65,6 +65,14 @@ def _bug(error: Exception, argv: Sequence[str]) -> int:
     return INTERNAL
 
 
+_OTHER_WORDS = {  # of Python, or of other tools, for what a verb or a step does
+    "export": "`dfc compile MODEL --onnx FILE` writes ONNX",
+    "trace": "`dfc show MODEL` traces it and prints the graph",
+    "quantize": "it is a step: `dfc compile MODEL -p quantize`, or of a recipe, -r FILE.dfc",
+    "prune": "it is a step: `dfc compile MODEL -p prune`, or of a recipe, -r FILE.dfc",
+}
+
+
 def usage(error: Any, verbs: Sequence[str]) -> DfcError:
     """A wrong command line in our words."""
     message = str(error.format_message())
@@ -73,7 +81,8 @@ def usage(error: Any, verbs: Sequence[str]) -> DfcError:
     hint = f"see `{path} --help`"
     if message.startswith("No such command"):
         message = message.partition(". ")[0]  # it guesses too, and once is enough
-        hint = did_you_mean(message.split("'")[1], verbs) or hint
+        word = message.split("'")[1]
+        hint = _OTHER_WORDS.get(word) or did_you_mean(word, verbs) or hint
     if message.startswith("No such option"):
         message, option = error.message, error.option_name
         near = did_you_mean(option, error.possibilities or ())
