@@ -133,7 +133,7 @@ struct Stretch {
   bool first, last;       // of a group
 };
 
-// Rows of n: y is the layer norm of x + r.
+// Rows of n: y is the layer norm of x + r, or of x where r is null.
 struct Norm {
   const float *x, *r, *weight, *bias;
   float* y;
@@ -294,7 +294,7 @@ int32_t dfc_pack(int32_t bits, int64_t n, int64_t k, int64_t group, uint32_t fla
 int32_t dfc_linear(const uint8_t* packed, int64_t bytes, const float* x, int64_t rows, int64_t k,
                    const float* bias, float* y, int64_t n, int32_t before, int32_t threads,
                    const char* path);
-// y[rows][n], the layer norm of x + r, times weight[n], plus bias[n].
+// y[rows][n], the layer norm of x + r, or of x where r is null, times weight[n], plus bias[n].
 int32_t dfc_add_norm(const float* x, const float* r, const float* weight, const float* bias, float* y,
                      int64_t rows, int64_t n, float eps, int32_t threads, const char* path);
 // Whether a buffer is a packed weight of this shape, with nothing in it that dfc_linear would follow

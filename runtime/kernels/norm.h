@@ -1,4 +1,4 @@
-// Layer norm of rows that are added up: the same arithmetic, to the bit, as wide as a file is compiled.
+// Layer norm of rows, added up where there are two: the same arithmetic, to the bit, as wide as a file is compiled.
 #pragma once
 
 #include <cmath>
@@ -37,13 +37,17 @@ inline float sum_of_row(int64_t n, F f, G last) {
 
 inline void norm_row(const Norm& job, int64_t row) {
   const int64_t n = job.n;
-  const float *x = job.x + row * n, *r = job.r + row * n;
-  float* const y = job.y + row * n;  // the sums first
-  const float mean = sum_of_row(n, [&](int64_t i) {
+  const float *const x = job.x + row * n, *const r = job.r ? job.r + row * n : nullptr;
+  float* const y = job.y + row * n;  // what is normed first
+  const float all = r ? sum_of_row(n, [&](int64_t i) {
     const Eight s = eight(x + i) + eight(r + i);
     put(y + i, s);
     return s;
-  }, [&](int64_t i) { return y[i] = x[i] + r[i]; }) / float(n);
+  }, [&](int64_t i) { return y[i] = x[i] + r[i]; }) : sum_of_row(n, [&](int64_t i) {
+    put(y + i, eight(x + i));
+    return eight(x + i);
+  }, [&](int64_t i) { return y[i] = x[i]; });
+  const float mean = all / float(n);
   const float variance = sum_of_row(n, [&](int64_t i) {
     const Eight d = eight(y + i) - mean;
     return d * d;
