@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DAMPING = 1e-4  # of the mean of the diagonal
+_FEW = 12  # rows for each unit: with fewer, noise is fitted too,
+_DAMPED = 0.1  # and so much of the diagonal keeps weights near what they were
 _WIDEST = 8192  # a matrix of second moments of this width has 512 MiB
 
 
@@ -142,14 +144,16 @@ def _solve(
         assert layer.bias.data is not None
         start = torch.cat([start, layer.bias.data.tensor().double()[:, None]], 1)
     within = start.new_zeros(start.shape[1], start.shape[1])
-    across = torch.zeros_like(start)
+    across, count = torch.zeros_like(start), 0
     for x, y in data:
         seen, wanted = layer.rows(x).float(), layer.columns(y).float()[:, stay]
         if layer.bias is not None:
             seen = torch.cat([seen, seen.new_ones(len(seen), 1)], 1)
         within += seen.T @ seen
         across += wanted.T @ seen
-    damping = _DAMPING * within.diagonal().mean()
+        count += len(seen)
+    damping = _DAMPED if count < _FEW * len(within) else _DAMPING
+    damping *= float(within.diagonal().mean())
     within.diagonal().add_(damping)
     found = torch.linalg.solve(within, (across + damping * start).T).T.to(weight.dtype)
     solved = {}
