@@ -196,10 +196,18 @@ def test_a_stage_that_fits_streams_nothing_and_keeps_its_engine(graph: Graph) ->
         Pipeline(graph, placed, memory=[small, "1GiB"], engine=["inductor", "eager"])
 
 
-def test_quantized_weights_are_streamed_as_the_kernels_have_them(tmp_path: Path) -> None:
-    if not are_built():
-        pytest.skip("the kernels are not built")
-    package = saved(tmp_path / "small.dfcpkg", 4, 256, recipe="dfc 1\nrecipe q { quantize int8 }")
+@pytest.mark.skipif(not are_built(), reason="the kernels are not built")
+@pytest.mark.parametrize("in_files", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_weights_are_streamed_as_the_kernels_have_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, in_files: bool
+) -> None:
+    """GELU among them, which has other bits where it stands alone."""
+    if in_files:
+        monkeypatch.setattr("dfc.runtime.kernels.packed.LEAST_BYTES", 1)
+        monkeypatch.setattr("dfc.runtime.kernels.packed.cache_folder", lambda name: tmp_path)
+    recipe = f"dfc 1\nrecipe q {{ quantize int{bits} }}"
+    package = saved(tmp_path / "small.dfcpkg", 4, 256, recipe=recipe)
     graph = opened(package, build=False).graph
     placed = stages(graph, 2)
     with Pipeline(graph, placed, microbatches=2) as pipeline:

@@ -47,14 +47,24 @@ def are_built() -> bool:
 
 
 def _compiled_kernels(traced: bool) -> Kernels:
-    from dfc.runtime.kernels import attention_bf16, norm
     from dfc.runtime.kernels.linear import register
 
     register()
-    found: dict[str, Kernel] = {
+    return {
         "dfc.linear_w4": partial(_linear_w4, traced=traced),
         "dfc.linear_w8": partial(_linear_w8, traced=traced),
+        **kernels_between(traced),
     }
+
+
+def kernels_between(traced: bool = False) -> Kernels:
+    """Those of the processor for what stands between layers of codes.
+
+    Needs:   `are_built()`.
+    """
+    from dfc.runtime.kernels import attention_bf16, norm
+
+    found: dict[str, Kernel] = {}
     if attention_bf16.can_run():
         found[attention_bf16.NAME] = partial(attention_bf16.kernel, traced=traced)
     if not traced:  # what traces fuses more than that
@@ -139,22 +149,29 @@ def _tensor(value: object) -> Tensor:
 def _call(node: Node, bits: int, traced: bool) -> KernelCall | None:
     import torch
 
-    from dfc.runtime.kernels.linear import GELU, Bound
+    from dfc.runtime.kernels.linear import Bound
     from dfc.runtime.kernels.packed import packed_weight
 
     found = packing(node, bits)
     if found is None:
         return None
     made = packed_weight(*found)
-    x, bias = _given(node)[0], node.inputs[-1]
+    x, before = rounded_by(node)
+    bias = node.inputs[-1]
     assert bias is None or isinstance(bias, Value)
-    source = _of_gelu(x)
-    before = 0 if source is None else GELU
-    x = source or x
     if not traced:
         return KernelCall(Bound(made, found.n, found.k, before).run, (x, bias))
     function = getattr(torch.ops.dfc, f"linear_w{bits}").default
     return KernelCall(function, (x, made, bias, found.n, found.group, before))
+
+
+def rounded_by(node: Node) -> tuple[Value, int]:
+    """What a layer of codes reads, and what it computes of that before rounding: 0 or GELU."""
+    from dfc.runtime.kernels.linear import GELU
+
+    x = _given(node)[0]
+    source = _of_gelu(x)
+    return (x, 0) if source is None else (source, GELU)
 
 
 def _of_gelu(x: Value) -> Value | None:
