@@ -64,6 +64,7 @@ def seconds(
         None,
         y.data_ptr(),
         n,
+        0,  # of x as it is
         threads,
     )
     name = None if path is None else path.encode()
