@@ -59,7 +59,8 @@ def test_engines_are_held_to_what_eager_mode_gives_there(monkeypatch: pytest.Mon
             with Short(7):
                 return runner(inputs)
 
-        verdict = bench.judge_engine(there.probes, graph, shorter, 0.0)
+        standard = bench.standard_on("cpu", there.probes, graph)
+        verdict = bench.judge_engine(standard, graph, shorter, 0.0)
         assert "too far" in str(verdict.difference)  # with 7 bits
 
 

@@ -96,12 +96,12 @@ def _prove(package: str, engine: str, device: str, say: Any) -> dict[str, Any]:
     """Run the probes on one engine and judge them as `compile` did."""
     import dfc
     from dfc.cli.prove import largest_error
-    from dfc.recipe.bench import judge_engine
+    from dfc.recipe.bench import judge_engine, standard_on
 
     say(f"proving on {engine}")
     compiled = dfc.load(package, engine=engine, device=device)
-    standard, rtol = compiled.standard(), compiled.report.rtol
-    verdict = judge_engine(standard, compiled.graph, compiled.run_flat, rtol, compiled.device)
+    standard = standard_on(compiled.device, compiled.standard(), compiled.graph)
+    verdict = judge_engine(standard, compiled.graph, compiled.run_flat, compiled.report.rtol)
     worst = largest_error(compiled)
     return {
         "engine": compiled.engine.name,

@@ -155,9 +155,14 @@ class Probes:
     def as_run_by(self, run: Any, rtol: float) -> Probes:
         """The same, with what another run gives as the originals': results are held to twice its
         error then. A run that is itself farther than `rtol` from the witness is no standard."""
-        if not self.judge(run, rtol=rtol).agrees:
-            return self
-        found = [replace(p, original=run(clone(p.inputs))) for p in self.ready()]
+        found = []
+        for probe in self.ready():
+            torch.manual_seed(self.seed)
+            assert probe.original is not None and probe.witness is not None
+            results = run(clone(probe.inputs))
+            if not judge(results, probe.original, probe.witness, rtol=rtol).agrees:
+                return self
+            found.append(replace(probe, original=results))
         return Probes(self.graph, found, self.seed)
 
     def ready(self, count: int | None = None) -> Iterator[Probe]:
