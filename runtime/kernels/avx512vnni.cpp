@@ -108,88 +108,7 @@ void one_row_zen(const Job& job, int64_t panel) {
   job.w.bits == 8 && job.w.groups == 1 ? one_row(job, panel) : groups_zen(job, panel);
 }
 
-// ---- many rows of int4: codes are multiplied as one row's are, from registers, 6 rows at a time
-//
-// To unpack them for all rows of a tile takes as long with 128 rows, and 2.5 times as long with two.
-
-constexpr int64_t INT4_ROWS = 6;
-
-template <int R, bool HALF, bool ZEROS>
-__attribute__((noinline)) void int4_rows(const Job& job, int64_t panel, int64_t row) {
-  Layout w = job.w;
-  w.half_scales = HALF;
-  const int64_t stride = job.x.stride;
-  const uint8_t* const base = panel_of(job, panel);
-  const uint8_t *codes = base + w.codes_at, *group_ahead = ahead_of(base, w, AHEAD);
-  const int8_t* q = job.x.q + row * stride;
-  const float* xs = job.x.scale + row * w.groups;
-  const int32_t* xsum = job.x.sum + row * w.groups;
-  __m512 total[R];
-  UNROLL for (int i = 0; i < R; ++i) total[i] = _mm512_setzero_ps();
-  for (int64_t g = 0; g < w.groups; ++g, ++xs, ++xsum) {
-    __m512i low[R], high[R];
-    UNROLL for (int i = 0; i < R; ++i) low[i] = high[i] = _mm512_setzero_si512();
-    const uint8_t* ahead = group_ahead;
-    group_ahead += w.stride_bytes;
-    for (int64_t k = 0; k < w.group; k += 16)
-      UNROLL for (int step = 0; step < 2; ++step, codes += 64, ahead += 64, q += 8) {
-        fetch(ahead);
-        const __m512i two = load(codes);
-        const __m512i first = _mm512_and_si512(two, _mm512_set1_epi8(15));
-        const __m512i second = _mm512_and_si512(two, _mm512_set1_epi8(-16));
-        UNROLL for (int i = 0; i < R; ++i) {
-          low[i] = _mm512_dpbusd_epi32(low[i], first, four(q + i * stride));
-          high[i] = _mm512_dpbusd_epi32(high[i], second, four(q + i * stride + 4));
-        }
-      }
-    fetch(ahead);
-    const __m512 ws = scales<HALF>(base, g);
-    UNROLL for (int i = 0; i < R; ++i) {
-      const __m512i sum = _mm512_add_epi32(low[i], _mm512_srai_epi32(high[i], 4));
-      const __m512i added = offset<4, ZEROS>(w, base, g, xsum + i * w.groups);
-      total[i] = add_group(_mm512_sub_epi32(sum, added), xs[i * w.groups], ws, total[i]);
-    }
-  }
-  UNROLL for (int i = 0; i < R; ++i) store(job, panel, row + i, total[i]);
-}
-
-template <int R>
-void int4_rows(const Job& job, int64_t panel, int64_t row) {
-  if (job.w.has_zeros)
-    return job.w.half_scales ? int4_rows<R, true, true>(job, panel, row)
-                             : int4_rows<R, false, true>(job, panel, row);
-  job.w.half_scales ? int4_rows<R, true, false>(job, panel, row)
-                    : int4_rows<R, false, false>(job, panel, row);
-}
-
-void int4_panel(const Job& job, int64_t panel, int64_t row, int64_t rows) {
-  for (; rows >= INT4_ROWS; row += INT4_ROWS, rows -= INT4_ROWS)
-    int4_rows<INT4_ROWS>(job, panel, row);
-  switch (rows) {
-    case 1: return int4_rows<1>(job, panel, row);
-    case 2: return int4_rows<2>(job, panel, row);
-    case 3: return int4_rows<3>(job, panel, row);
-    case 4: return int4_rows<4>(job, panel, row);
-    case 5: return int4_rows<5>(job, panel, row);
-  }
-}
-
-// ---- many rows of int8
-//
-// What sums begin with takes the 128 of x + 128 away: -128 times the sum of the codes. The first
-// rows of a tile (FIRST) find it beside their own sums; a pass of its own would wait for memory.
-
-// Adds four products a lane. Why not the compiler's own: it would move sums between registers, and
-// keep some in memory, in loops that leave few free.
-inline void add_products(__m512i& dot, __m512i x, __m512i weight) {
-#if defined(DFC_SIMDE)
-  dot = _mm512_dpbusd_epi32(dot, x, weight);
-#else
-  __asm__("vpdpbusd %2, %1, %0" : "+v"(dot) : "v"(x), "v"(weight));
-#endif
-}
-
-inline __m512i negative(__m512i x) { return _mm512_sub_epi32(_mm512_setzero_si512(), x); }
+// ---- many rows
 
 // R rows that lie side by side. Why: a pointer for every four (or three) reaches them with what an
 // address adds up by itself; the compiler would take a register for each row, and there are not so
@@ -211,6 +130,120 @@ struct Side {
   const T* at(int i) const { return of[i / EACH] + i % EACH * stride; }
   void advance(int64_t by) { UNROLL for (int i = 0; i < COUNT; ++i) of[i] += by; }
 };
+
+// ---- int4: codes are multiplied as one row's are, from registers, 12 rows at a time
+//
+// To unpack them for all rows of a tile takes as long with 128 rows, and 2.5 times as long with two.
+// Low codes are shifted to where high ones are: one sum takes both, and is 16 times what it stands
+// for, whose scales are a sixteenth then.
+
+constexpr int64_t INT4_ROWS = 12;
+
+// Adds four products a lane: of codes and of 4 values of x. Why not the compiler's own: see below.
+inline void add_products(__m512i& dot, __m512i codes, const int8_t* q) {
+#if defined(DFC_SIMDE)
+  dot = _mm512_dpbusd_epi32(dot, codes, four(q));
+#else
+  __asm__("vpdpbusd %2%{1to16%}, %1, %0"
+          : "+v"(dot)
+          : "v"(codes), "m"(*reinterpret_cast<const int8_t(*)[4]>(q)));
+#endif
+}
+
+// What a sum begins with: 16 times what the offset of the codes adds to it is taken away.
+template <bool ZEROS>
+inline __m512i beginning(__m512i zeros, int32_t xsum) {
+  const __m512i sum = _mm512_set1_epi32(xsum);
+  const __m512i added =
+      ZEROS ? _mm512_slli_epi32(_mm512_mullo_epi32(zeros, sum), 4) : _mm512_slli_epi32(sum, 7);
+  return _mm512_sub_epi32(_mm512_setzero_si512(), added);
+}
+
+template <int R, bool HALF, bool ZEROS>
+__attribute__((noinline)) void int4_rows(const Job& job, int64_t panel, int64_t row) {
+  constexpr bool TURNS = R < 8;  // of two sums: each waits four cycles for the one before
+  const Layout& w = job.w;
+  const int64_t stride = job.x.stride;
+  const uint8_t* const base = panel_of(job, panel);
+  const uint8_t *codes = base + w.codes_at, *group_ahead = ahead_of(base, w, AHEAD);
+  Side<int8_t, R> q(job.x.q + row * stride, stride);
+  Side<float, R> xs(job.x.scale + row * w.groups, w.groups);
+  Side<int32_t, R> xsum(job.x.sum + row * w.groups, w.groups);
+  const __m512i high = _mm512_set1_epi8(-16);
+  for (int i = 0; i < R; ++i)  // asked for now, they are there to be written to in the end
+    __builtin_prefetch(job.y + (row + i) * w.n + panel * PANEL, 1);
+  __m512 total[R];
+  UNROLL for (int i = 0; i < R; ++i) total[i] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < w.groups; ++g, xs.advance(1), xsum.advance(1)) {
+    __m512i dot[R], other[R];
+    const __m512i offsets = ZEROS ? zeros(w, base, g) : high;
+    UNROLL for (int i = 0; i < R; ++i) {
+      dot[i] = beginning<ZEROS>(offsets, *xsum.at(i));
+      other[i] = _mm512_setzero_si512();
+    }
+    const uint8_t* ahead = group_ahead;
+    group_ahead += w.stride_bytes;
+    for (const uint8_t* const end = codes + w.group_bytes; codes < end; codes += 128) {
+      UNROLL for (int step = 0; step < 2; ++step, ahead += 64) {
+        fetch(ahead);
+        const __m512i two = load(codes + step * 64);
+        const __m512i first = _mm512_and_si512(_mm512_slli_epi16(two, 4), high);
+        const __m512i second = _mm512_and_si512(two, high);
+        UNROLL for (int i = 0; i < R; ++i) add_products(dot[i], first, q.at(i) + step * 8);
+        UNROLL for (int i = 0; i < R; ++i)
+          add_products(TURNS ? other[i] : dot[i], second, q.at(i) + step * 8 + 4);
+      }
+      q.advance(16);
+    }
+    fetch(ahead);
+    const __m512 ws = _mm512_mul_ps(scales<HALF>(base, g), _mm512_set1_ps(0.0625f));
+    UNROLL for (int i = 0; i < R; ++i) {
+      if (TURNS) dot[i] = _mm512_add_epi32(dot[i], other[i]);
+      total[i] = add_group(dot[i], *xs.at(i), ws, total[i]);
+    }
+  }
+  UNROLL for (int i = 0; i < R; ++i) store(job, panel, row + i, total[i]);
+}
+
+template <int R>
+int64_t int4_rows(const Job& job, int64_t panel, int64_t panels, int64_t row) {
+  const auto rows = job.w.has_zeros
+                        ? job.w.half_scales ? int4_rows<R, true, true> : int4_rows<R, false, true>
+                    : job.w.half_scales ? int4_rows<R, true, false>
+                                        : int4_rows<R, false, false>;
+  for (int64_t p = panel; p < panel + panels; ++p) rows(job, p, row);
+  return R;
+}
+
+void int4_tile(const Job& job, int64_t panel, int64_t panels, int64_t row, int64_t rows) {
+  for (const int64_t end = row + rows; row < end;) switch (end - row) {
+      case 1: row += int4_rows<1>(job, panel, panels, row); break;
+      case 2: row += int4_rows<2>(job, panel, panels, row); break;
+      case 3: row += int4_rows<3>(job, panel, panels, row); break;
+      case 4: row += int4_rows<4>(job, panel, panels, row); break;
+      case 5: row += int4_rows<5>(job, panel, panels, row); break;
+      case 6: case 7: row += int4_rows<6>(job, panel, panels, row); break;
+      case 8: case 9: case 10: case 11: row += int4_rows<8>(job, panel, panels, row); break;
+      default: row += int4_rows<INT4_ROWS>(job, panel, panels, row);
+    }
+}
+
+// ---- many rows of int8
+//
+// What sums begin with takes the 128 of x + 128 away: -128 times the sum of the codes. The first
+// rows of a tile (FIRST) find it beside their own sums; a pass of its own would wait for memory.
+
+// Adds four products a lane. Why not the compiler's own: it would move sums between registers, and
+// keep some in memory, in loops that leave few free.
+inline void add_products(__m512i& dot, __m512i x, __m512i weight) {
+#if defined(DFC_SIMDE)
+  dot = _mm512_dpbusd_epi32(dot, x, weight);
+#else
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(dot) : "v"(x), "v"(weight));
+#endif
+}
+
+inline __m512i negative(__m512i x) { return _mm512_sub_epi32(_mm512_setzero_si512(), x); }
 
 // Adds the products of 4 values of K, of R rows and P panels, to `dot`, and those of 128 to `sum`.
 template <bool FIRST, int R, int P>
@@ -411,8 +444,7 @@ void all_groups(const Tile& t) {
 void many_rows(const Job& job, int64_t panel, int64_t panels, int64_t row, int64_t rows,
                Tiling& scratch) {
   if (job.w.bits == 4) {
-    for (int64_t p = panel; p < panel + panels; ++p) int4_panel(job, p, row, rows);
-    return;
+    return int4_tile(job, panel, panels, row, rows);
   }
   const Tile t = {job, panel, panels, row, rows, scratch};
   if (job.w.groups > 1) return all_groups(t);
