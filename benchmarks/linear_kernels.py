@@ -59,6 +59,7 @@ def seconds(
         weight.data_ptr(),
         weight.numel(),
         x.data_ptr(),
+        k,
         rows,
         k,
         None,

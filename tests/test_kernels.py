@@ -233,11 +233,20 @@ def test_rows_of_any_layout_are_taken() -> None:
     weight = layer.pack()
     across = layer.x.T.contiguous().T
     assert torch.equal(linear.linear(across, weight, None, 20), want)
+    wide = torch.cat([layer.x, -layer.x], dim=1)  # parts of it are read where they lie
+    assert torch.equal(linear.linear(wide[:, :40], weight, None, 20), want)
+    parts = wide.reshape(2, 3, 80)[..., :40]
+    assert torch.equal(linear.linear(parts, weight, None, 20), want.reshape(2, 3, 20))
+    parts = wide.reshape(3, 2, 80)[:, 1, :40]
+    assert torch.equal(linear.linear(parts, weight, None, 20), want[1::2])
+    same = layer.x[:1].expand(3, 40)
+    assert torch.equal(linear.linear(same, weight, None, 20), want[:1].expand(3, 20))
     cube = layer.x.reshape(2, 3, 40)
     assert torch.equal(linear.linear(cube, weight, None, 20), want.reshape(2, 3, 20))
-    bound, wide = linear.Bound(weight, 20, 40), torch.arange(40.0)[::2]
+    bound, bias = linear.Bound(weight, 20, 40), torch.arange(40.0)[::2]
     assert torch.equal(bound.run(across, None), want)
-    assert torch.equal(bound.run(cube, wide), want.reshape(2, 3, 20) + wide)
+    assert torch.equal(bound.run(wide[:, :40], None), want)
+    assert torch.equal(bound.run(cube, bias), want.reshape(2, 3, 20) + bias)
     with pytest.raises(RuntimeError, match=r"x is not f32\[.., 40\] on the CPU"):
         bound.run(layer.x[:, :39], None)
     assert linear.linear(layer.x[:0], weight, None, 20).shape == (0, 20)

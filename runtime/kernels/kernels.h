@@ -38,7 +38,7 @@ namespace dfc {
 constexpr int64_t PANEL = 16;
 constexpr int64_t FLUSH = 32;  // so many products of int4 and int8 fit int16: 16 * 15 * 127 < 2^15
 constexpr uint32_t MAGIC = 0x4c636664;  // "dfcL"
-constexpr uint32_t VERSION = 3;
+constexpr uint32_t VERSION = 4;
 
 // All ints are little-endian, as everywhere that these kernels run.
 struct Header {
@@ -289,11 +289,11 @@ int64_t dfc_packed_bytes(int32_t bits, int64_t n, int64_t k, int64_t group, uint
 int32_t dfc_pack(int32_t bits, int64_t n, int64_t k, int64_t group, uint32_t flags, int64_t fixes,
                  const void* codes, const float* scale, const uint8_t* zeros, uint8_t* packed,
                  int64_t bytes, int32_t threads);
-// y[rows][n] = x[rows][k] times the weight, plus bias[n] if any. before: DFC_NOTHING, or DFC_GELU of
-// x. path: null for the best.
-int32_t dfc_linear(const uint8_t* packed, int64_t bytes, const float* x, int64_t rows, int64_t k,
-                   const float* bias, float* y, int64_t n, int32_t before, int32_t threads,
-                   const char* path);
+// y[rows][n] = x[rows][k] times the weight, plus bias[n] if any. apart: floats from row to row of x,
+// at least k. before: DFC_NOTHING, or DFC_GELU of x. path: null for the best.
+int32_t dfc_linear(const uint8_t* packed, int64_t bytes, const float* x, int64_t apart, int64_t rows,
+                   int64_t k, const float* bias, float* y, int64_t n, int32_t before,
+                   int32_t threads, const char* path);
 // y[rows][n], the layer norm of x + r, or of x where r is null, times weight[n], plus bias[n].
 int32_t dfc_add_norm(const float* x, const float* r, const float* weight, const float* bias, float* y,
                      int64_t rows, int64_t n, float eps, int32_t threads, const char* path);

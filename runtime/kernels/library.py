@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dfc.runtime.kernels.build import FOLDER, NAME, compiler
 
-VERSION = 3  # of the interface and of the layout of packed weights: kernels.h
+VERSION = 4  # of the interface and of the layout of packed weights: kernels.h
 HEADER = 64  # bytes before the panels
 HALF_SCALES, ZEROS, LANES_OF_2, LANES_OF_4 = 1, 2, 4, 8
 OFF = "DFC_KERNELS"  # the variable: "off", or the name of a path, for tests and to compare
@@ -30,7 +30,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     ),
     "dfc_linear": (
         _I32,
-        (_MEMORY, _I64, _MEMORY, _I64, _I64, _MEMORY, _MEMORY, _I64, _I32, _I32, _TEXT),
+        (_MEMORY, _I64, _MEMORY, *[_I64] * 3, _MEMORY, _MEMORY, _I64, _I32, _I32, _TEXT),
     ),
     "dfc_add_norm": (
         _I32,

@@ -172,7 +172,8 @@ struct Call {
   Job job;
   const Path* path;
   const float* x;
-  bool gelu;   // of x
+  int64_t apart;  // from row to row of x
+  bool gelu;      // of x
   bool bytes;  // q is x + 128
   int8_t* q;
   int16_t* wide;
@@ -188,7 +189,7 @@ void quantize_row(const Call& c, int64_t row) {
   const Layout& w = c.job.w;
   const int64_t count = w.padded_k;  // bytes may be anything, also a size that is read again
   int8_t* const q = c.q + row * c.job.x.stride;
-  const float* x = c.x + row * w.k;
+  const float* x = c.x + row * c.apart;
   if (c.gelu) {
     float* const y = reinterpret_cast<float*>(of_one_row.at_least(w.k * int64_t(sizeof(float))));
     if (!y) return c.failed->store(true, std::memory_order_relaxed);
@@ -306,10 +307,11 @@ DFC_EXPORT int32_t dfc_packed_check(const uint8_t* packed, int64_t bytes, int32_
   return DFC_DONE;
 }
 
-DFC_EXPORT int32_t dfc_linear(const uint8_t* packed, int64_t bytes, const float* x, int64_t rows,
-                              int64_t k, const float* bias, float* y, int64_t n, int32_t before,
-                              int32_t threads, const char* path) {
+DFC_EXPORT int32_t dfc_linear(const uint8_t* packed, int64_t bytes, const float* x, int64_t apart,
+                              int64_t rows, int64_t k, const float* bias, float* y, int64_t n,
+                              int32_t before, int32_t threads, const char* path) {
   if (before != DFC_NOTHING && before != DFC_GELU) return DFC_MALFORMED;
+  if (rows > 1 && apart < k) return DFC_MALFORMED;
   std::atomic<bool> failed{false};
   Call c{};
   c.path = find(path);
@@ -334,6 +336,7 @@ DFC_EXPORT int32_t dfc_linear(const uint8_t* packed, int64_t bytes, const float*
   if (!memory) return DFC_NO_MEMORY;
   uint8_t* const last = memory + q_bytes + 2 * s_bytes;
   c.x = x;
+  c.apart = apart;
   c.gelu = before == DFC_GELU;
   c.failed = &failed;
   c.bytes = lanes || (c.path->wants_bytes && w.bits == 8 && rows > 1);

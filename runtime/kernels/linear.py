@@ -103,15 +103,25 @@ def linear(
         if bias.dtype is not torch.float32 or bias.numel() != n or not bias.is_cpu:
             _require(False, f"bias is not f32[{n}] on the CPU")
         bias = bias.contiguous()
-    x = x.contiguous()
+    x, apart = _rows(x)
     y = x.new_empty((*x.shape[:-1], n))
     status = found.c.dfc_linear(
-        packed.data_ptr(), packed.numel(), x.data_ptr(), x.numel() // k if k else 0, k,
+        packed.data_ptr(), packed.numel(), x.data_ptr(), apart, x.numel() // k if k else 0, k,
         None if bias is None else bias.data_ptr(), y.data_ptr(), n, before,
         torch.get_num_threads(), (path or found.path).encode(),
     )  # fmt: skip
     _check(status)
     return y
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """`x`, and how far apart its rows are: a part of a wider one is read where it lies."""
+    k = x.shape[-1] if x.dim() else 0
+    if not x.is_contiguous() and x.dim() > 1 and x.stride(-1) == 1 and x.stride(-2) >= k:
+        outer = range(x.dim() - 2)
+        if all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in outer):
+            return x, x.stride(-2)
+    return x.contiguous(), k
 
 
 class Bound:
@@ -131,13 +141,12 @@ class Bound:
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.dtype is not torch.float32 or not x.is_cpu or x.shape[-1] != self.k:
             raise RuntimeError(f"dfc linear: x is not f32[.., {self.k}] on the CPU")
-        if not x.is_contiguous():
-            x = x.contiguous()
+        x, apart = (x, self.k) if x.is_contiguous() else _rows(x)
         if bias is not None and not bias.is_contiguous():
             bias = bias.contiguous()
         y = x.new_empty((*x.shape[:-1], self.n))  # takes less than torch.empty
         status = self._call(
-            *self._weight, x.data_ptr(), x.numel() // self.k, self.k,
+            *self._weight, x.data_ptr(), apart, x.numel() // self.k, self.k,
             None if bias is None else bias.data_ptr(), y.data_ptr(), self.n, self.before,
             torch.get_num_threads(), self._path,
         )  # fmt: skip

@@ -57,6 +57,8 @@ class Exact {
 
 struct Shape {
   int64_t rows, n, k;
+
+  int64_t apart() const { return k + 3; }  // the rows of x, which is a part of something wider
 };
 
 int failures = 0, compared = 0;
@@ -66,7 +68,7 @@ void compare(Exact& p, Exact& x, Exact* bias, Shape s, int32_t before, const cha
   Exact want(bytes);
   auto run = [&](Exact& y, const char* path) {
     std::memset(y.as<uint8_t>(), 0xff, y.bytes());
-    return dfc_linear(p.as<uint8_t>(), int64_t(p.bytes()), x.as<float>(), s.rows, s.k,
+    return dfc_linear(p.as<uint8_t>(), int64_t(p.bytes()), x.as<float>(), s.apart(), s.rows, s.k,
                       bias ? bias->as<float>() : nullptr, y.as<float>(), s.n, before, 1, path);
   };
   if (run(want, "portable") != DFC_DONE) ++failures;
@@ -101,7 +103,7 @@ void one(int bits, int64_t group, uint32_t flags, bool with_bias, Shape s, Codes
   const int64_t fixes = lane ? dfc::count_fixes(codes.as<int8_t>(), s.n, s.k, lane).most : 0;
   const int64_t size = dfc_packed_bytes(bits, s.n, s.k, group, flags, fixes);
   Exact zeros(flags & 2 ? size_t(s.n * ((groups + 1) / 2)) : 0), packed{size_t(size)};
-  Exact x(size_t(s.rows * s.k) * 4), bias(with_bias ? size_t(s.n) * 4 : 0);
+  Exact x(size_t(s.rows ? (s.rows - 1) * s.apart() + s.k : 0) * 4), bias(with_bias ? size_t(s.n) * 4 : 0);
   for (size_t i = 0; i < zeros.bytes(); ++i) zeros.as<uint8_t>()[i] = uint8_t(next());
   for (size_t i = 0; i < scale.bytes() / 4; ++i)  // 11 bits: exact as f16
     scale.as<float>()[i] = float(next() % 2048) / 1024.0f;
@@ -122,10 +124,10 @@ void one(int bits, int64_t group, uint32_t flags, bool with_bias, Shape s, Codes
 void refuses() {
   Exact none(0), some(63), x(64), y(64);
   std::memset(some.as<uint8_t>(), 0, some.bytes());
-  if (dfc_linear(none.as<uint8_t>(), 0, x.as<float>(), 1, 16, nullptr, y.as<float>(), 16, 0, 1,
+  if (dfc_linear(none.as<uint8_t>(), 0, x.as<float>(), 16, 1, 16, nullptr, y.as<float>(), 16, 0, 1,
                  nullptr) != DFC_MALFORMED)
     ++failures;
-  if (dfc_linear(some.as<uint8_t>(), 63, x.as<float>(), 1, 16, nullptr, y.as<float>(), 16, 0, 1,
+  if (dfc_linear(some.as<uint8_t>(), 63, x.as<float>(), 16, 1, 16, nullptr, y.as<float>(), 16, 0, 1,
                  nullptr) != DFC_MALFORMED)
     ++failures;
 }
