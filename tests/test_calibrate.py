@@ -287,9 +287,11 @@ class Interrupted(list):
 
 
 def test_an_interrupted_run_goes_on(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        observed(tmp_path, Interrupted(data()))
     said = []
+    with pytest.raises(KeyboardInterrupt):
+        observed(tmp_path, Interrupted(data()), said=said)
+    assert said == ["calibration: 5 batches are kept: it will go on from there"]
+    said.clear()
     _, found = observed(tmp_path, data(), said=said)
     assert found.updates == 7
     assert said == ["calibration: 5 batches were seen in an earlier run: not run again"]

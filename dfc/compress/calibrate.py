@@ -59,12 +59,17 @@ def observe(
     if skipped:
         ctx.log(f"calibration: {skipped} batches were seen in an earlier run: not run again")
     done = 0
-    for done, batch in enumerate(batches, 1):
-        if done > skipped:
-            run.batch(batch)
-            if entry:
-                entry.seen(batch, done)
-        ctx.progress(done, total)
+    try:
+        for done, batch in enumerate(batches, 1):
+            if done > skipped:
+                run.batch(batch)
+                if entry:
+                    entry.seen(batch, done)
+            ctx.progress(done, total)
+    except KeyboardInterrupt:
+        if entry and entry.kept:
+            ctx.log(f"calibration: {entry.kept} batches are kept: it will go on from there")
+        raise
     if entry and done > skipped:
         entry.save(finished=True)
     return done
@@ -182,6 +187,7 @@ class _Entry:
         self.key = key
         self.observers = observers
         self.batches = 0
+        self.kept = 0  # of the batches, those that the journal has
         self.chain = ""
 
     def resume(self, batches: Iterable[Sequence[Any]]) -> int:
@@ -202,7 +208,8 @@ class _Entry:
             prefix = f"{name}/"
             own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
             observer.load(own)
-        self.batches, self.chain = wanted, chain
+        self.batches = self.kept = wanted
+        self.chain = chain
         return wanted
 
     def seen(self, batch: Sequence[Any], number: int) -> None:
@@ -216,6 +223,7 @@ class _Entry:
         }
         words = {"batches": str(self.batches), "chain": self.chain, "finished": str(finished)}
         self.journal.write(self.key, words, tensors)
+        self.kept = self.batches
 
 
 def _chained(chain: str, batch: Sequence[Any]) -> str:
