@@ -133,13 +133,14 @@ struct Side {
 
 // ---- int4: codes are multiplied as one row's are, from registers, 12 rows at a time
 //
-// To unpack them for all rows of a tile takes as long with 128 rows, and 2.5 times as long with two.
+// To unpack them for all rows of a tile takes 2.5 times as long with two rows, and no less with 128.
 // Low codes are shifted to where high ones are: one sum takes both, and is 16 times what it stands
 // for, whose scales are a sixteenth then.
 
 constexpr int64_t INT4_ROWS = 12;
 
-// Adds four products a lane: of codes and of 4 values of x. Why not the compiler's own: see below.
+// Adds four products a lane: of codes and of 4 values of x. Why not the compiler's own: it would move
+// sums between registers, and keep some in memory, in loops that leave few free.
 inline void add_products(__m512i& dot, __m512i codes, const int8_t* q) {
 #if defined(DFC_SIMDE)
   dot = _mm512_dpbusd_epi32(dot, codes, four(q));
@@ -233,8 +234,7 @@ void int4_tile(const Job& job, int64_t panel, int64_t panels, int64_t row, int64
 // What sums begin with takes the 128 of x + 128 away: -128 times the sum of the codes. The first
 // rows of a tile (FIRST) find it beside their own sums; a pass of its own would wait for memory.
 
-// Adds four products a lane. Why not the compiler's own: it would move sums between registers, and
-// keep some in memory, in loops that leave few free.
+// The same where both are in registers already.
 inline void add_products(__m512i& dot, __m512i x, __m512i weight) {
 #if defined(DFC_SIMDE)
   dot = _mm512_dpbusd_epi32(dot, x, weight);
