@@ -53,6 +53,23 @@ def test_dot_products_are_those_of_whole_numbers() -> None:
         assert torch.equal(y.long(), x.long() @ weight.long().T)
 
 
+def test_sums_of_codes_pass_what_16_bit_floats_hold() -> None:
+    """A sum of 64 products of codes is a million, and f16 ends at 65504."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(3, 64, generator=generator)
+    w8 = torch.randint(-128, 128, (5, 64), generator=generator, dtype=torch.int8).abs_()
+    w4, w8_scale = torch.full((5, 32), 0xEE, dtype=torch.uint8), torch.full((5,), 0.01)
+    for dtype in (torch.float16, torch.bfloat16):
+        for layer, codes, scale in (
+            (LinearW8(activations="int8"), w8, w8_scale),
+            (LinearW8(32, activations="int8"), w8, w8_scale.repeat(2, 1).T),
+            (LinearW4(64, activations="int8"), w4, w8_scale[:, None]),
+        ):
+            narrow, s = x.to(dtype), scale.to(dtype)
+            want = layer.reference(narrow.double(), codes, s.double()).to(dtype)
+            torch.testing.assert_close(layer.reference(narrow, codes, s), want)
+
+
 def test_zero_rows_have_the_scale_one() -> None:
     x = torch.zeros(2, 32)
     weight = torch.ones(3, 32, dtype=torch.int8)

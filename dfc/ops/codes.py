@@ -138,20 +138,22 @@ def _cut(x: Tensor, width: int) -> tuple[Tensor, ...]:
 def dot_rows(x: Tensor, weight: Tensor, scale: Tensor, group: int | None) -> Tensor:
     """`x @ (weight * scale).T` with x rounded to int8: whole numbers are summed without error.
 
+    16-bit floats are computed with as float32: sums of codes pass what f16 holds.
     Needs:  weight of whole numbers -128..127 and [N, K]; scale [N, G], or [N] without a group.
     """
     import torch
 
-    codes, x_scale = round_rows(x, group)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    codes, x_scale = round_rows(x.to(wide), group)
     width = x.shape[-1] if group is None else group
     exact = torch.float32 if width <= EXACT_IN_F32 else torch.float64
-    w_scale = scale.to(x.dtype).reshape(weight.shape[0], -1)
-    total = x.new_zeros((*x.shape[:-1], weight.shape[0]))
+    w_scale = scale.to(wide).reshape(weight.shape[0], -1)
+    total = codes.new_zeros((*x.shape[:-1], weight.shape[0]))
     pairs = zip(_cut(codes, width), _cut(weight, width), strict=True)
     for g, (a, b) in enumerate(pairs):
-        dots = (a.to(exact) @ b.to(exact).T).to(x.dtype)
+        dots = (a.to(exact) @ b.to(exact).T).to(wide)
         total = total + dots * x_scale[..., g : g + 1] * w_scale[:, g]
-    return total
+    return total.to(x.dtype)
 
 
 # Decomposition
