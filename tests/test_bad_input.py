@@ -544,6 +544,18 @@ def test_an_index_beyond_a_table_is_an_error_of_the_run() -> None:
         compiled(ids + 8)
 
 
+def test_data_with_an_index_beyond_a_table_is_an_error_of_the_data() -> None:
+    """It has the right shape, and a step that could not run it was left out."""
+    model = torch.nn.Sequential(torch.nn.Embedding(8, 16), torch.nn.Linear(16, 16)).eval()
+    recipe = "dfc 1\ndata calib\nrecipe r {\n  quantize int8 using calib with scheme=static\n}\n"
+    with pytest.raises(dfc.DfcError, match="a batch of data `calib` cannot be run") as e:
+        dfc.compile(
+            model, (torch.arange(4)[None],), recipe=recipe, engine="eager",
+            data={"calib": [(torch.full((1, 4), 8),)]},
+        )  # fmt: skip
+    assert e.value.code == "D081" and e.value.status == 2 and "aten.embedding" in e.value.message
+
+
 def test_data_that_a_step_names_and_does_not_read_is_told() -> None:
     recipe = "dfc 1\ndata calib\nrecipe q {\n  quantize int8 using calib\n}\n"
     compiled = dfc.compile(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from dataclasses import fields
 from typing import Any
 
 from dfc.errors import DfcError
@@ -61,11 +62,21 @@ def _run(p: Pass, graph: Graph, ctx: Context) -> int:
     except Exception as e:
         if isinstance(e, DfcError) and (e.code[0] in _USERS or e.code == "K040"):
             raise
+        name = _data_of(p, ctx)
+        if isinstance(e, DfcError) and e.code == "K020" and name:
+            message = f"a batch of data `{name}` cannot be run: {e.message}"
+            raise DfcError("D081", message, notes=e.diagnostics[0].notes) from e
         said = e.message if isinstance(e, DfcError) else str(e).splitlines()[0] if str(e) else ""
         reason = said if isinstance(e, DfcError) else f"{type(e).__name__}: {said}".rstrip(": ")
         frames = traceback.extract_tb(e.__traceback__)
         place = f"raised at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
         raise DfcError("V034", f"pass `{p.name}` failed: {reason}", notes=(place,), status=1) from e
+
+
+def _data_of(p: Pass, ctx: Context) -> str | None:
+    """The data that a pass reads: nodes fail on it for numbers that no check of shapes finds."""
+    values = (getattr(p, f.name) for f in fields(p))  # type: ignore[arg-type]
+    return next((v for v in values if isinstance(v, str) and v in ctx.data), None)
 
 
 Snapshot = dict[Node, tuple[object, ...]]
