@@ -312,6 +312,35 @@ def test_worst_combines_with_what_is_named() -> None:
     assert len(stays(compiled('autocast bf16 on "a", "c" except worst(1)'))) == 3
 
 
+class Tied(nn.Module):
+    """An output layer that shares the table of the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mid = nn.Embedding(64, 32), nn.Linear(32, 32)
+        self.head = nn.Linear(32, 64, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.mid(self.embed(ids)))
+
+
+def test_a_shared_table_is_a_layer_of_the_part_that_the_step_names() -> None:
+    """The embedding reads what changes, and a step on linear layers finds nothing in it."""
+    torch.manual_seed(0)
+    args = (torch.arange(12).reshape(3, 4),)
+    step = "quantize int8 using calib with smallest=1"
+    text = f"dfc 1\ndata calib\nrecipe r {{\n  {step.replace(' using', ' on op(linear) using')}"
+    data = {"calib": [args]}
+    (found,) = dfc.sensitivity(Tied().eval(), args, recipe=f"{text}\n}}\n", data=data, times=False)
+    assert sorted(layers(found)) == ["head", "mid"]
+    worst = text.replace(" with", " except worst(1) with")
+    c = dfc.compile(Tied().eval(), args, recipe=f"{worst}\n}}\n", data=data, engine="eager")
+    assert sum(n.op.startswith("dfc.") for n in c.graph.nodes) in (1, 2)
+    told = [n for n in c.report.notes if "was not read" in n]
+    assert len(told) == 1, "a step that is tried layer by layer tells once what it tells"
+
+
 def test_worst_is_text_until_it_is_measured() -> None:
     text = "dfc 1\nrecipe r {\n  autocast bf16 except worst(3)\n}\n"
     g, _ = graph()

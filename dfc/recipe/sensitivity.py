@@ -209,7 +209,7 @@ class Measuring:
     ) -> Effect:  # fmt: skip
         decisions: list[Any] = []
         variant = self.graph.copy()
-        ctx = replace(self.ctx, decisions=decisions, progress=lambda done, total: None)
+        ctx = _quiet(self.ctx, decisions)
         alone(self.step, layer).run(variant, ctx)
         distance = Distance(logits)
         for r in replays:
@@ -291,17 +291,30 @@ class Finished:
 
 
 def changed_layers(graph: Graph, p: Pass, ctx: Context) -> list[str]:
-    """The modules in which a step changes something, or what they read, in the graph's order."""
+    """The modules in which a step changes something, or what they read, in the graph's order.
+
+    Of those that share a weight, the ones in the step's own part: elsewhere it finds nothing.
+    """
     decisions: list[Any] = []
-    p.run(graph.copy(), replace(ctx, decisions=decisions, progress=lambda done, total: None))
+    p.run(graph.copy(), _quiet(ctx, decisions))
     changed = {d.value for d in decisions if d.changed}
 
     def touches(n: Node) -> bool:
         read = (v for v in n.operands if isinstance(v, Parameter))
         return not changed.isdisjoint(map(named, (*n.results, *read)))
 
-    places = [n.loc.module for n in graph.nodes if n.loc and touches(n)]
+    own = getattr(p, part_field(type(p)) or "", None)
+    part = set(graph.nodes if own is None else own.nodes_left(graph))
+    places = [n.loc.module for n in graph.nodes if n in part and n.loc and touches(n)]
     return list(dict.fromkeys(places))
+
+
+def _quiet(ctx: Context, decisions: list[Any]) -> Context:
+    """Where a step is only tried: what it tells is told when it is run."""
+    return replace(
+        ctx, decisions=decisions, progress=lambda done, total: None, say=lambda what: None,
+        products={**ctx.products, "notes": []},
+    )  # fmt: skip
 
 
 def alone(p: Pass, layer: str | None) -> Pass:
