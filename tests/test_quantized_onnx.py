@@ -202,6 +202,21 @@ def test_layers_in_half_precision_find_their_kernel_too(contrib: bool, tmp_path:
     export_onnx(graph, tmp_path / "layer.onnx", probes=[probe], opset=21, contrib=contrib)
 
 
+@pytest.mark.parametrize("bits, zero", [(8, None), (4, None), (4, (6, 1))])
+def test_tables_of_bf16_are_computed_in_f32(bits: int, zero: Any, tmp_path: Path) -> None:
+    """ONNX Runtime multiplies no bf16, and a decoder in bf16 begins with such a table."""
+    kind, columns = (torch.int8, 32) if bits == 8 else (torch.uint8, 16)
+    table = torch.arange(6 * columns).reshape(6, columns).to(kind)
+    scale = torch.rand(6, 1).bfloat16()
+    points = None if zero is None else torch.full(zero, 0x37, dtype=torch.uint8)
+    x = torch.tensor([[0, 5], [3, 1]])
+    tensors = [table, scale] if bits == 8 else [table, scale, points]
+    g = layer(f"dfc.embedding_w{bits}", x, tensors, group=32, dtype="bf16")
+    assert str(g.outputs[0].type) == "bf16[2, 2, 32]"
+    probe = ([x], interpret(g, [x]))
+    export_onnx(g, tmp_path / "m.onnx", probes=[probe])
+
+
 def test_what_a_translation_gave_up_is_not_written() -> None:
     """Neither nodes that nothing reads nor a second form of the weights."""
     x, w, scale = operands(201, 32, 0, 15, 7)

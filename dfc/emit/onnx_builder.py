@@ -65,7 +65,7 @@ class Call:
                 return DTYPES[table.get(x.name, x.name)]
             if isinstance(x, TensorType):
                 return x.with_dtype(wide(x.dtype))
-            return x
+            return table.get(x, x) if isinstance(x, str) else x  # ours name their dtype
 
         return replace(
             self,
