@@ -192,7 +192,7 @@ class Quantize(Pass):
             return self.scheme
         if self.to == "fp8":
             return "dynamic" if device.computes(ROWS) else "weights"
-        has_convs = any(w.is_conv for w in found)
+        has_convs = any(w.is_conv and not _not_calibrated(w) for w in found)
         if self.to == "int8" and self.data is not None and has_convs:
             return "static"
         return "weights" if device.kind == "cuda" else "dynamic"
@@ -230,8 +230,8 @@ class Quantize(Pass):
         chosen = []
         for w in found:
             reason = self._why_not(w, only, unwanted, smallest)
-            if reason is None and scheme != "static":
-                reason = self._no_gain(w)
+            if reason is None:
+                reason = _not_calibrated(w) if scheme == "static" else self._no_gain(w)
             if reason is None:
                 chosen.append(w)
             else:
@@ -344,3 +344,11 @@ class Quantize(Pass):
             f"{found.grid} by {self.method}: {before} -> {stored.nbytes} bytes{tied}, "
             f"off by {100 * error:.2g} %"
         )
+
+
+def _not_calibrated(w: Weighted) -> str | None:
+    """Why a layer has no calibrated form, if it has none; tables are rounded by weights alone."""
+    dtype = w.weight.tensor_type.dtype.name
+    if dtype == "f32" or any(u.kind == "embedding" for u in w.uses):
+        return None
+    return f"it computes with {dtype}, calibrated layers with f32: `scheme=dynamic` takes it"

@@ -443,3 +443,18 @@ def test_a_recipe_quantizes_with_its_data(tmp_path):
 def test_data_is_needed():
     with pytest.raises(DfcError, match="needs calibration data"):
         find_pass("quantize", {"scheme": "static"}).run(tiny().copy(), Context())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_layers_of_other_floats_are_refused_by_name(dtype):
+    """Their scales are f32: the step failed, and was left out as wrong."""
+    x = torch.randn(4, 64, dtype=dtype)
+    net = nn.Sequential(nn.Linear(64, 64), nn.Conv1d(4, 8, 3, padding=1)).eval().to(dtype)
+    text = "dfc 1\ndata calib\nrecipe r {\n  quantize int8 using calib with smallest=1"
+    with pytest.raises(DfcError, match="D096") as e:
+        dfc.compile(
+            net, (x,), recipe=f"{text}, scheme=static\n}}\n", data={"calib": [x]}, engine="eager"
+        )
+    assert "layer %linear of `0`: it computes with f" in str(e.value)
+    made = dfc.compile(net, (x,), recipe=f"{text}\n}}\n", data={"calib": [x]}, engine="eager")
+    assert any(n.op == "dfc.linear_w8" for n in made.graph.nodes)
