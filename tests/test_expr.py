@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import dfc
 from dfc.errors import DfcError
-from dfc.ir.expr import FUNCTIONS, call, evaluate, free, symbol, symbols
+from dfc.ir.expr import FUNCTIONS, affine, call, evaluate, free, symbol, symbols
 from dfc.ir.types import DTYPES, TensorType
 
 # The same examples each time, on a machine as slow as it likes.
@@ -176,6 +176,19 @@ def test_a_division_by_zero_is_an_error_when_it_happens() -> None:
     ratio = call("floordiv", B, S)
     with pytest.raises(ZeroDivisionError):
         evaluate(ratio, {"B": 1, "S": 0})
+
+
+@pytest.mark.parametrize(
+    "size, parts",
+    [(2 * B + 3, ("B", 2, 3)), (B, ("B", 1, 0)), (-B - 1, ("B", -1, -1)), (B * B, None),
+     (B + S, None), (B + B // 2, None), ((B + 1) // 2, None), (2 * (B // (B // 2)), None),
+     (7, None)],
+)  # fmt: skip
+def test_a_size_that_fixes_its_symbol_is_a_line(
+    size: Any, parts: tuple[str, int, int] | None
+) -> None:
+    """`(B + 1) // 2` is 1 for two batches, and `B // (B // 2)` is no number at 0."""
+    assert affine(size) == parts
 
 
 def test_unknown_functions_are_refused() -> None:

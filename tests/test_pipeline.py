@@ -136,6 +136,31 @@ def test_a_size_that_a_stage_needs_reaches_it() -> None:
             assert torch.equal(f, x)
 
 
+def test_a_size_that_is_no_line_of_the_batch_reaches_a_stage() -> None:
+    """Pairs that are taken apart again: `B // (B // 2)`, which is no number for a batch of 0."""
+
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            pairs = self.inner(x).reshape(-1, 2, 2).transpose(0, 1)
+            taken = pairs.reshape(2, -1, 4).transpose(0, 1).reshape(-1, 4)
+            y: torch.Tensor = self.outer(taken)
+            return y
+
+    model, x = Pairs().eval(), torch.randn(8, 4)
+    graph = dfc.trace(model, (x,), dynamic_shapes=({0: torch.export.Dim("B", min=2, max=64)},))
+    _, last = (n for n in graph.nodes if n.op == "aten.linear.default")
+    stage_of = {n: int(n is last) for n in graph.nodes}
+    (taken, *_) = split(graph, stage_of)[1].graph.inputs
+    assert "//" in str(taken.type)
+    for engine in ("eager", "onnxruntime"):
+        with Pipeline(graph, stage_of, microbatches=1, engine=engine) as pipeline:
+            torch.testing.assert_close(pipeline(x), model(x).detach())
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "bool", "complex64"])
 def test_parts_of_outputs_are_put_together_as_they_were(dtype: str) -> None:
     pieces = [torch.randn(n, 3, 4, 5).to(getattr(torch, dtype)) for n in (2, 1)]

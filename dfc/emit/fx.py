@@ -18,7 +18,7 @@ from torch import fx
 from dfc.emit.kernels import KernelCall, Kernels
 from dfc.emit.supply import Supply, Visit
 from dfc.errors import DfcError
-from dfc.ir.expr import FUNCTIONS, Call, Expr, Scalar
+from dfc.ir.expr import FUNCTIONS, Call, Expr, Scalar, affine
 from dfc.ir.graph import Graph, Input, Loc, Node, Parameter, Value
 from dfc.ir.op import DeclaredOp
 from dfc.ir.types import DType, ScalarType, TensorType
@@ -192,20 +192,14 @@ class _Emitter:
 
     def solve(self, size: Expr, v: Value, dim: int) -> None:
         """Bind the symbol of `a*x + b` from an actual size."""
-        from dfc.ir.expr import evaluate
-
-        if len(size.symbols) != 1:
+        known = affine(size)
+        if known is None or _symbol(known[0]) in self.sizes:
             return
-        (name,) = size.symbols
-        if _symbol(name) in self.sizes:
-            return
-        zero, one = evaluate(size, {name: 0}), evaluate(size, {name: 1})
-        if not isinstance(zero, int) or not isinstance(one, int) or zero == one:
-            return
+        name, factor, rest = known
         actual: Any = self.size_of(v, dim)
-        if zero:
-            actual = self.fx.call_function(operator.sub, (actual, zero))
-        self.sizes[_symbol(name)] = self.fx.call_function(operator.floordiv, (actual, one - zero))
+        if rest:
+            actual = self.fx.call_function(operator.sub, (actual, rest))
+        self.sizes[_symbol(name)] = self.fx.call_function(operator.floordiv, (actual, factor))
 
     def scalar(self, x: Any) -> Any:
         """The fx node or number that holds a size expression's value."""

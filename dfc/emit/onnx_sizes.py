@@ -10,7 +10,7 @@ from onnxscript import ir
 
 from dfc.errors import DfcError
 from dfc.ir.expr import Call as SizeCall
-from dfc.ir.expr import Expr, evaluate, symbol
+from dfc.ir.expr import Expr, affine, evaluate, symbol
 
 if TYPE_CHECKING:
     from dfc.emit.onnx_builder import Builder, Val
@@ -44,22 +44,13 @@ class Sizes:
 
     def bind_dim(self, size: Any, tensor: Val, axis: int) -> None:
         """A tensor's axis has this size; remember the symbol that it fixes."""
-        if not isinstance(size, Expr) or len(size.symbols) != 1:
+        line = affine(size)
+        if line is None:
             return
-        (name,) = size.symbols
-        zero, one, two = (evaluate(size, {name: k}) for k in range(3))
-        if not isinstance(zero, int) or not isinstance(one, int) or not isinstance(two, int):
-            return
-        scale = one - zero
-        if (
-            scale == 0
-            or two - one != scale
-            or any(not isinstance(a, str) for m, _ in size.terms for a, _ in m)
-        ):
-            return
+        name, scale, offset = line
         known = self._sources.get(name)
-        if known is None or ((known[2], known[3]) != (1, 0) and (scale, zero) == (1, 0)):
-            self._sources[name] = (tensor, axis, scale, zero)
+        if known is None or ((known[2], known[3]) != (1, 0) and (scale, offset) == (1, 0)):
+            self._sources[name] = (tensor, axis, scale, offset)
 
     def knows(self, name: str) -> bool:
         return (

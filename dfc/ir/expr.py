@@ -273,6 +273,17 @@ def symbol(name: str) -> Expr:
     return Expr(((((name, 1),), 1),))
 
 
+def affine(x: object) -> tuple[str, int, int] | None:
+    """The symbol x, a and b of the size `a*x + b`; else None."""
+    if not isinstance(x, Expr) or len(x.symbols) != 1:
+        return None
+    terms = dict(x.terms)
+    rest = terms.pop((), 0)
+    (name,) = x.symbols
+    factor = terms.pop(((name, 1),), 0)
+    return (name, factor, rest) if factor and not terms else None
+
+
 def symbols(x: object) -> frozenset[str]:
     """The symbols of a scalar; none for a number."""
     return x.symbols if isinstance(x, Expr) else frozenset()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dfc.errors import DfcError
-from dfc.ir.expr import Expr, evaluate
+from dfc.ir.expr import Expr, affine, evaluate
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.types import DTYPES, DType, ScalarType, TensorType
 
@@ -270,14 +270,12 @@ def bound(value: Any, bindings: Mapping[str, Any]) -> Any:
 
 def solve(size: Any, actual: int) -> tuple[str, int] | None:
     """The symbol that a size fixes when it is `a*x + b`, and its value; else None."""
-    if not isinstance(size, Expr) or len(size.symbols) != 1:
+    known = affine(size)
+    if known is None:
         return None
-    (name,) = size.symbols
-    zero, one = evaluate(size, {name: 0}), evaluate(size, {name: 1})
-    if not isinstance(zero, int) or not isinstance(one, int) or one == zero:
-        return None
-    x, rest = divmod(actual - zero, one - zero)
-    return (name, x) if not rest and evaluate(size, {name: x}) == actual else None
+    name, factor, constant = known
+    x, rest = divmod(actual - constant, factor)
+    return None if rest else (name, x)
 
 
 def bind_inputs(graph: Graph, inputs: Iterable[Any]) -> dict[str, Any]:
