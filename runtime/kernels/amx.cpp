@@ -19,8 +19,64 @@ constexpr int64_t TILE = 16;  // rows of a tile
 // where groups of 128 took 0.6 of the time without, groups of 32 1.8 times as long.
 constexpr int64_t LEAST_ROWS = 8, LEAST_GROUP = 128;
 constexpr int64_t UNIT = 128;  // values of K between two times that memory is asked for
+constexpr int64_t WIDE = PANEL * TILE_PANELS;  // from row to row of totals and dot products
 constexpr int64_t BUFFER = 2 * TILE * WIDE;  // sums of a group
 static_assert(sizeof(Tiling::dots) >= 2 * BUFFER * sizeof(int32_t), "two groups fit");
+
+struct Tile {
+  const Job& job;
+  int64_t panel, panels, row, rows;
+  Tiling& s;
+};
+
+// Codes s8 [K / 4][16][4] without offsets; those of a second panel are `apart` bytes further on.
+struct Codes {
+  const uint8_t* at;
+  int64_t apart;
+};
+
+// int4 codes of a stretch, to s8.
+inline void unpack4(const Layout& w, const uint8_t* panel, const Stretch& s, uint8_t* to) {
+  const __m512i low4 = _mm512_set1_epi8(15), each_byte = _mm512_set1_epi32(0x01010101);
+  const uint8_t* codes = panel + w.codes_at + s.begin * PANEL / 2;
+  for (int64_t g = 0; g < s.groups; ++g) {
+    __m512i zero = _mm512_set1_epi8(8);
+    if (w.has_zeros) zero = _mm512_mullo_epi32(zeros(w, panel, s.group + g), each_byte);
+    for (int64_t k = 0; k < s.count; k += 8, codes += 64, to += 128) {
+      __builtin_prefetch(codes + NEAR_AHEAD);
+      const __m512i two = load(codes);
+      const __m512i high = _mm512_and_si512(_mm512_srli_epi16(two, 4), low4);
+      _mm512_store_si512(to, _mm512_sub_epi8(_mm512_and_si512(two, low4), zero));
+      _mm512_store_si512(to + 64, _mm512_sub_epi8(high, zero));
+    }
+  }
+}
+
+// The codes of a stretch: int8 is what it should be where it lies.
+inline Codes codes_of(const Tile& t, const Stretch& s) {
+  const Layout& w = t.job.w;
+  if (w.bits == 8) return {panel_of(t.job, t.panel) + w.codes_at + s.begin * PANEL, w.panel_bytes};
+  constexpr int64_t apart = TILE_K * PANEL;
+  for (int64_t p = 0; p < t.panels; ++p)
+    unpack4(w, panel_of(t.job, t.panel + p), s, t.s.codes + p * apart);
+  return {t.s.codes, apart};
+}
+
+// The scales of a stretch: f32 [groups][2][16].
+inline void take_scales(const Tile& t, const Stretch& s) {
+  for (int64_t p = 0; p < t.panels; ++p) {
+    const uint8_t* panel = panel_of(t.job, t.panel + p);
+    float* to = t.s.scales + p * PANEL;
+    for (int64_t g = s.group; g < s.group + s.groups; ++g, to += WIDE)
+      _mm512_store_ps(to, t.job.w.half_scales ? scales<true>(panel, g) : scales<false>(panel, g));
+  }
+}
+
+inline void store_totals(const Tile& t) {
+  for (int64_t r = 0; r < t.rows; ++r)
+    for (int64_t p = 0; p < t.panels; ++p)
+      store(t.job, t.panel + p, t.row + r, _mm512_load_ps(t.s.total + r * WIDE + p * PANEL));
+}
 
 // Before tiles read `what`: to the compiler, their instructions do not say all that they read.
 inline void settle(const void* what) { __asm__ volatile("" ::"r"(what) : "memory"); }
@@ -213,7 +269,7 @@ void no_row(const Job&, int64_t) {}  // few rows are another path's
 
 }  // namespace
 
-extern const Path amx_path = {"amx", false, false, TILE_PANELS, LEAST_ROWS, LEAST_GROUP,
+extern const Path amx_path = {"amx", false, 0, TILE_PANELS, LEAST_ROWS, LEAST_GROUP,
                               &avx512vnni_path, nullptr, quantize_avx512, gelu_avx512, norm_avx2, no_row, many_rows};
 
 }  // namespace dfc

@@ -492,7 +492,7 @@ void gelu_avx2(const float* x, int64_t k, float* y) {
 
 void norm_avx2(const Norm& job, int64_t row) { norm_row(job, row); }
 
-extern const Path avx2_path = {"avx2", true, false, 1, 0, 0, nullptr, turn_avx2, quantize_avx2,
+extern const Path avx2_path = {"avx2", true, 0, 1, 0, 0, nullptr, turn_avx2, quantize_avx2,
                                gelu_avx2, norm_avx2, one_row, many_rows};
 
 }  // namespace dfc

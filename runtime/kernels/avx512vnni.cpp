@@ -1,9 +1,9 @@
 // The path of CPUs with AVX-512 (F, BW, VL) and VNNI.
 //
-// dpbusd multiplies u8 by s8, adds four products into int32 and never saturates. Of one row, and of
-// int4, codes are the u8: int4 as they are, int8 with 128 added, and what that adds is taken away by
-// the sum of the group's x. Of many rows of int8, x + 128 is the u8: what that adds is the same for
-// all rows, and sums begin with it.
+// dpbusd multiplies u8 by s8, adds four products into int32 and never saturates. Codes are the u8: int4
+// as they are, int8 with 128 added, and what that adds is taken away by the sum of the group's x. Of
+// many rows of int8 with one scale an output, x + 128 is the u8: what that adds is the same for all
+// rows, and sums begin with it.
 #if !defined(DFC_AHEAD)  // measured on Zen 4: nearer than on AVX2, and to the first cache
 #define DFC_AHEAD 4096
 #define DFC_CACHE 3
@@ -110,6 +110,27 @@ void one_row_zen(const Job& job, int64_t panel) {
 
 // ---- many rows
 
+// Adds four products a lane, of bytes without a sign and with one. Why not the compiler's own: it would
+// move sums between registers, and keep some in memory, in loops that leave few free.
+inline void add_products(__m512i& dot, __m512i without, __m512i with) {
+#if defined(DFC_SIMDE)
+  dot = _mm512_dpbusd_epi32(dot, without, with);
+#else
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(dot) : "v"(without), "v"(with));
+#endif
+}
+
+// The same of 4 values of x for all lanes, which are read on the way.
+inline void add_products(__m512i& dot, __m512i without, const int8_t* q) {
+#if defined(DFC_SIMDE)
+  dot = _mm512_dpbusd_epi32(dot, without, four(q));
+#else
+  __asm__("vpdpbusd %2%{1to16%}, %1, %0"
+          : "+v"(dot)
+          : "v"(without), "m"(*reinterpret_cast<const int8_t(*)[4]>(q)));
+#endif
+}
+
 // R rows that lie side by side. Why: a pointer for every four (or three) reaches them with what an
 // address adds up by itself; the compiler would take a register for each row, and there are not so
 // many.
@@ -131,27 +152,29 @@ struct Side {
   void advance(int64_t by) { UNROLL for (int i = 0; i < COUNT; ++i) of[i] += by; }
 };
 
-// ---- int4: codes are multiplied as one row's are, from registers, 12 rows at a time
+// ---- 12 rows at a time, codes without a sign, as one row is multiplied
 //
-// To unpack them for all rows of a tile takes 2.5 times as long with two rows, and no less with 128.
-// Low codes are shifted to where high ones are: one sum takes both, and is 16 times what it stands
-// for, whose scales are a sixteenth then.
+// To unpack int4 for all rows of a tile takes 2.5 times as long with two rows, and no less with 128.
+// Its low codes are shifted to where high ones are: one sum takes both, and is 16 times what it stands
+// for, whose scales are a sixteenth then. So is 128 what the offset of both kinds adds for each x.
 
-constexpr int64_t INT4_ROWS = 12;
+constexpr int64_t ROWS = 12;
 
-// Adds four products a lane: of codes and of 4 values of x. Why not the compiler's own: it would move
-// sums between registers, and keep some in memory, in loops that leave few free.
-inline void add_products(__m512i& dot, __m512i codes, const int8_t* q) {
-#if defined(DFC_SIMDE)
-  dot = _mm512_dpbusd_epi32(dot, codes, four(q));
-#else
-  __asm__("vpdpbusd %2%{1to16%}, %1, %0"
-          : "+v"(dot)
-          : "v"(codes), "m"(*reinterpret_cast<const int8_t(*)[4]>(q)));
-#endif
+// Codes of 4 values of K for 16 outputs, and of the next 4.
+template <int BITS>
+inline void without_sign(const uint8_t* codes, __m512i& first, __m512i& second) {
+  if (BITS == 4) {
+    const __m512i two = load(codes), high = _mm512_set1_epi8(-16);
+    first = _mm512_and_si512(_mm512_slli_epi16(two, 4), high);
+    second = _mm512_and_si512(two, high);
+  } else {
+    const __m512i flip = _mm512_set1_epi8(-128);
+    first = _mm512_xor_si512(load(codes), flip);
+    second = _mm512_xor_si512(load(codes + 64), flip);
+  }
 }
 
-// What a sum begins with: 16 times what the offset of the codes adds to it is taken away.
+// What a sum begins with: what the offset of the codes adds is taken away.
 template <bool ZEROS>
 inline __m512i beginning(__m512i zeros, int32_t xsum) {
   const __m512i sum = _mm512_set1_epi32(xsum);
@@ -160,9 +183,10 @@ inline __m512i beginning(__m512i zeros, int32_t xsum) {
   return _mm512_sub_epi32(_mm512_setzero_si512(), added);
 }
 
-template <int R, bool HALF, bool ZEROS>
-__attribute__((noinline)) void int4_rows(const Job& job, int64_t panel, int64_t row) {
-  constexpr bool TURNS = R < 8;  // of two sums: each waits four cycles for the one before
+template <int BITS, int R, bool HALF, bool ZEROS>
+__attribute__((noinline)) void some_rows(const Job& job, int64_t panel, int64_t row) {
+  constexpr int64_t STEP = BITS * 16;  // bytes for 8 values of K
+  constexpr bool TURNS = R < 8;        // of two sums: each waits four cycles for the one before
   const Layout& w = job.w;
   const int64_t stride = job.x.stride;
   const uint8_t* const base = panel_of(job, panel);
@@ -170,26 +194,24 @@ __attribute__((noinline)) void int4_rows(const Job& job, int64_t panel, int64_t 
   Side<int8_t, R> q(job.x.q + row * stride, stride);
   Side<float, R> xs(job.x.scale + row * w.groups, w.groups);
   Side<int32_t, R> xsum(job.x.sum + row * w.groups, w.groups);
-  const __m512i high = _mm512_set1_epi8(-16);
   for (int i = 0; i < R; ++i)  // asked for now, they are there to be written to in the end
     __builtin_prefetch(job.y + (row + i) * w.n + panel * PANEL, 1);
   __m512 total[R];
   UNROLL for (int i = 0; i < R; ++i) total[i] = _mm512_setzero_ps();
   for (int64_t g = 0; g < w.groups; ++g, xs.advance(1), xsum.advance(1)) {
     __m512i dot[R], other[R];
-    const __m512i offsets = ZEROS ? zeros(w, base, g) : high;
+    const __m512i offsets = ZEROS ? zeros(w, base, g) : _mm512_setzero_si512();
     UNROLL for (int i = 0; i < R; ++i) {
       dot[i] = beginning<ZEROS>(offsets, *xsum.at(i));
       other[i] = _mm512_setzero_si512();
     }
     const uint8_t* ahead = group_ahead;
     group_ahead += w.stride_bytes;
-    for (const uint8_t* const end = codes + w.group_bytes; codes < end; codes += 128) {
-      UNROLL for (int step = 0; step < 2; ++step, ahead += 64) {
-        fetch(ahead);
-        const __m512i two = load(codes + step * 64);
-        const __m512i first = _mm512_and_si512(_mm512_slli_epi16(two, 4), high);
-        const __m512i second = _mm512_and_si512(two, high);
+    for (const uint8_t* const end = codes + w.group_bytes; codes < end; codes += 2 * STEP) {
+      UNROLL for (int step = 0; step < 2; ++step) {
+        UNROLL for (int64_t line = 0; line < STEP; line += 64, ahead += 64) fetch(ahead);
+        __m512i first, second;
+        without_sign<BITS>(codes + step * STEP, first, second);
         UNROLL for (int i = 0; i < R; ++i) add_products(dot[i], first, q.at(i) + step * 8);
         UNROLL for (int i = 0; i < R; ++i)
           add_products(TURNS ? other[i] : dot[i], second, q.at(i) + step * 8 + 4);
@@ -197,7 +219,8 @@ __attribute__((noinline)) void int4_rows(const Job& job, int64_t panel, int64_t 
       q.advance(16);
     }
     fetch(ahead);
-    const __m512 ws = _mm512_mul_ps(scales<HALF>(base, g), _mm512_set1_ps(0.0625f));
+    __m512 ws = scales<HALF>(base, g);
+    if (BITS == 4) ws = _mm512_mul_ps(ws, _mm512_set1_ps(0.0625f));
     UNROLL for (int i = 0; i < R; ++i) {
       if (TURNS) dot[i] = _mm512_add_epi32(dot[i], other[i]);
       total[i] = add_group(dot[i], *xs.at(i), ws, total[i]);
@@ -206,42 +229,37 @@ __attribute__((noinline)) void int4_rows(const Job& job, int64_t panel, int64_t 
   UNROLL for (int i = 0; i < R; ++i) store(job, panel, row + i, total[i]);
 }
 
-template <int R>
-int64_t int4_rows(const Job& job, int64_t panel, int64_t panels, int64_t row) {
-  const auto rows = job.w.has_zeros
-                        ? job.w.half_scales ? int4_rows<R, true, true> : int4_rows<R, false, true>
-                    : job.w.half_scales ? int4_rows<R, true, false>
-                                        : int4_rows<R, false, false>;
-  for (int64_t p = panel; p < panel + panels; ++p) rows(job, p, row);
+template <int BITS, int R>
+int64_t some_rows(const Job& job, int64_t panel, int64_t panels, int64_t row) {
+  constexpr bool ZEROS = BITS == 4;
+  const bool half = job.w.half_scales;
+  auto* const rows = half ? some_rows<BITS, R, true, false> : some_rows<BITS, R, false, false>;
+  auto* const offset = half ? some_rows<BITS, R, true, ZEROS> : some_rows<BITS, R, false, ZEROS>;
+  for (int64_t p = panel; p < panel + panels; ++p) (job.w.has_zeros ? offset : rows)(job, p, row);
   return R;
 }
 
-void int4_tile(const Job& job, int64_t panel, int64_t panels, int64_t row, int64_t rows) {
+template <int BITS>
+void all_rows(const Job& job, int64_t panel, int64_t panels, int64_t row, int64_t rows) {
   for (const int64_t end = row + rows; row < end;) switch (end - row) {
-      case 1: row += int4_rows<1>(job, panel, panels, row); break;
-      case 2: row += int4_rows<2>(job, panel, panels, row); break;
-      case 3: row += int4_rows<3>(job, panel, panels, row); break;
-      case 4: row += int4_rows<4>(job, panel, panels, row); break;
-      case 5: row += int4_rows<5>(job, panel, panels, row); break;
-      case 6: case 7: row += int4_rows<6>(job, panel, panels, row); break;
-      case 8: case 9: case 10: case 11: row += int4_rows<8>(job, panel, panels, row); break;
-      default: row += int4_rows<INT4_ROWS>(job, panel, panels, row);
+      case 1: row += some_rows<BITS, 1>(job, panel, panels, row); break;
+      case 2: row += some_rows<BITS, 2>(job, panel, panels, row); break;
+      case 3: row += some_rows<BITS, 3>(job, panel, panels, row); break;
+      case 4: row += some_rows<BITS, 4>(job, panel, panels, row); break;
+      case 5: row += some_rows<BITS, 5>(job, panel, panels, row); break;
+      case 6: case 7: row += some_rows<BITS, 6>(job, panel, panels, row); break;
+      case 8: case 9: case 10: case 11: row += some_rows<BITS, 8>(job, panel, panels, row); break;
+      default: row += some_rows<BITS, ROWS>(job, panel, panels, row);
     }
 }
 
-// ---- many rows of int8
+// ---- int8 with one scale an output and rows enough: the sums of 12 rows for two panels
 //
-// What sums begin with takes the 128 of x + 128 away: -128 times the sum of the codes. The first
-// rows of a tile (FIRST) find it beside their own sums; a pass of its own would wait for memory.
+// Here x + 128 is without a sign. What sums begin with takes the 128 away: -128 times the sum of the
+// codes. The first rows of a tile (FIRST) find it beside their own sums; a pass of its own would wait
+// for memory.
 
-// The same where both are in registers already.
-inline void add_products(__m512i& dot, __m512i x, __m512i weight) {
-#if defined(DFC_SIMDE)
-  dot = _mm512_dpbusd_epi32(dot, x, weight);
-#else
-  __asm__("vpdpbusd %2, %1, %0" : "+v"(dot) : "v"(x), "v"(weight));
-#endif
-}
+constexpr int64_t LEAST_WHOLE_ROWS = 24;  // with fewer, the others are 1.1 to 1.7 times as fast
 
 inline __m512i negative(__m512i x) { return _mm512_sub_epi32(_mm512_setzero_si512(), x); }
 
@@ -259,10 +277,9 @@ inline void step(const Side<int8_t, R>& q, int k, const uint8_t* codes, int64_t 
   }
 }
 
-// ---- int8 with one scale an output: the sums of 12 rows stay in registers from end to end
-
 struct Whole {
-  const Tile& t;
+  const Job& job;
+  int64_t panel, row, rows;
   __m512i start[TILE_PANELS];
   const uint8_t* ahead;  // what is asked for next: the panels that follow
   int64_t lines;         // of it, for every 16 values of K that 12 rows are multiplied by
@@ -276,14 +293,14 @@ __attribute__((noinline)) void store_few(const Job& job, int64_t panel, int64_t 
 
 template <int R, int P, bool FIRST>
 __attribute__((noinline)) void whole(Whole& w, int64_t r) {
-  const Job& job = w.t.job;
-  const int64_t stride = job.x.stride, row = w.t.row + r, apart = job.w.panel_bytes;
-  const uint8_t *const base = panel_of(job, w.t.panel), *ahead = w.ahead;
+  const Job& job = w.job;
+  const int64_t stride = job.x.stride, row = w.row + r, apart = job.w.panel_bytes;
+  const uint8_t *const base = panel_of(job, w.panel), *ahead = w.ahead;
   const uint8_t* codes = base + job.w.codes_at;
   Side<int8_t, R> q(job.x.q + row * stride, stride);
   for (int i = 0; i < R; ++i)  // asked for now, they are there to be written to in the end
     for (int p = 0; p < P; ++p)
-      __builtin_prefetch(job.y + (row + i) * job.w.n + (w.t.panel + p) * PANEL, 1);
+      __builtin_prefetch(job.y + (row + i) * job.w.n + (w.panel + p) * PANEL, 1);
   __m512i dot[R][P], sum[P];
   UNROLL for (int p = 0; p < P; ++p) {
     sum[p] = _mm512_setzero_si512();
@@ -302,9 +319,9 @@ __attribute__((noinline)) void whole(Whole& w, int64_t r) {
     }
     const uint8_t* const panel = base + p * apart;
     const __m512 scale = job.w.half_scales ? scales<true>(panel, 0) : scales<false>(panel, 0);
-    const int64_t first = (w.t.panel + p) * PANEL;
+    const int64_t first = (w.panel + p) * PANEL;
     if (first + PANEL > job.w.n) {
-      UNROLL for (int i = 0; i < R; ++i) store_few(job, w.t.panel + p, row + i, dot[i][p], scale);
+      UNROLL for (int i = 0; i < R; ++i) store_few(job, w.panel + p, row + i, dot[i][p], scale);
       continue;
     }
     const float* const xs = job.x.scale + row;
@@ -322,85 +339,16 @@ __attribute__((noinline)) void whole(Whole& w, int64_t r) {
   }
 }
 
-// ---- groups: the sums and totals of 6 rows stay in registers for a stretch
-
-struct Groups {
-  const Tile& t;
-  const Stretch& s;
-  Codes codes;
-  const uint8_t *ahead, *ahead_end;  // what is asked for next, of each panel: what follows
-};
-
-template <int R, int P, bool FIRST>
-__attribute__((noinline)) void groups(Groups& w, int64_t r) {
-  const Tile& t = w.t;
-  const Stretch s = w.s;
-  const int64_t stride = t.job.x.stride, each = t.job.w.groups, apart = w.codes.apart;
-  const int64_t next = t.job.w.panel_bytes;
-  Side<int8_t, R> q(t.job.x.q + (t.row + r) * stride + s.begin, stride);
-  Side<float, R> xs(t.job.x.scale + (t.row + r) * each + s.group, each);
-  const float* ws = t.s.scales;
-  int32_t* start = t.s.zeros;
-  float* const totals = t.s.total + r * WIDE;
-  int32_t* const unfinished = t.s.unfinished + r * WIDE;
-  const uint8_t *codes = w.codes.at, *ahead = w.ahead;
-  __m512 total[R][P];
-  UNROLL for (int i = 0; i < R; ++i) UNROLL for (int p = 0; p < P; ++p)
-    total[i][p] = s.begin ? _mm512_load_ps(totals + i * WIDE + p * PANEL) : _mm512_setzero_ps();
-  for (int64_t g = 0; g < s.groups; ++g, ws += WIDE, start += WIDE, xs.advance(1)) {
-    __m512i dot[R][P], sum[P];
-    UNROLL for (int p = 0; p < P; ++p) {
-      sum[p] = _mm512_setzero_si512();
-      const __m512i first = FIRST ? sum[p] : load(start + p * PANEL);
-      UNROLL for (int i = 0; i < R; ++i) dot[i][p] = first;
-    }
-    for (const uint8_t* const end = codes + s.count * PANEL; codes < end; codes += 256) {
-      if (ahead < w.ahead_end) {
-        UNROLL for (int p = 0; p < P; ++p) fetch(ahead + p * next);
-        ahead += 64;
-      }
-      UNROLL for (int k = 0; k < 16; k += 4) step<FIRST>(q, k, codes, apart, dot, sum);
-      q.advance(16);
-    }
-    if (FIRST)
-      UNROLL for (int p = 0; p < P; ++p) {
-        const __m512i begin = negative(sum[p]);
-        _mm512_store_si512(start + p * PANEL, begin);
-        UNROLL for (int i = 0; i < R; ++i) dot[i][p] = _mm512_add_epi32(dot[i][p], begin);
-      }
-    if (!s.first)
-      UNROLL for (int i = 0; i < R; ++i) UNROLL for (int p = 0; p < P; ++p)
-        dot[i][p] = _mm512_add_epi32(dot[i][p], load(unfinished + i * WIDE + p * PANEL));
-    if (s.last)
-      UNROLL for (int i = 0; i < R; ++i) UNROLL for (int p = 0; p < P; ++p)
-        total[i][p] = add_group(dot[i][p], *xs.at(i), _mm512_load_ps(ws + p * PANEL), total[i][p]);
-    else
-      UNROLL for (int i = 0; i < R; ++i) UNROLL for (int p = 0; p < P; ++p)
-        _mm512_store_si512(unfinished + i * WIDE + p * PANEL, dot[i][p]);
-  }
-  w.ahead = ahead;
-  UNROLL for (int i = 0; i < R; ++i) UNROLL for (int p = 0; p < P; ++p)
-    _mm512_store_ps(totals + i * WIDE + p * PANEL, total[i][p]);
-}
-
-// ---- tiles
-
 template <int R, int P>
 int64_t rows_of(Whole& w, int64_t r) {
   r == 0 ? whole<R, P, true>(w, r) : whole<R, P, false>(w, r);
   return R;
 }
 
-template <int R, int P>
-int64_t rows_of(Groups& w, int64_t r) {
-  r == 0 ? groups<R, P, true>(w, r) : groups<R, P, false>(w, r);
-  return R;
-}
-
 template <int P>
 void all_rows(Whole w) {
-  for (int64_t r = 0; r < w.t.rows;) {
-    const int64_t left = w.t.rows - r;
+  for (int64_t r = 0; r < w.rows;) {
+    const int64_t left = w.rows - r;
     r += left >= 12  ? rows_of<12, P>(w, r)
          : left >= 8 ? rows_of<8, P>(w, r)
          : left >= 4 ? rows_of<4, P>(w, r)
@@ -409,58 +357,24 @@ void all_rows(Whole w) {
   }
 }
 
-template <int P>
-void all_rows(Groups w) {
-  for (int64_t r = 0; r < w.t.rows;) {
-    const int64_t left = w.t.rows - r;
-    r += left == 6 || left > 8 ? rows_of<6, P>(w, r)
-         : left >= 4           ? rows_of<4, P>(w, r)
-         : left >= 2           ? rows_of<2, P>(w, r)
-                               : rows_of<1, P>(w, r);
-  }
-}
-
-// What is read after the values of K before `k`, of the first panel.
-const uint8_t* following(const Tile& t, int64_t k) {
-  const Layout& w = t.job.w;
-  if (k == w.padded_k) return panel_of(t.job, t.panel + t.panels);
-  return panel_of(t.job, t.panel) + w.codes_at + k * PANEL;
-}
-
-void all_groups(const Tile& t) {
-  const Layout& w = t.job.w;
-  for (int64_t k = 0; k < w.padded_k;) {
-    const int64_t count = next_block(w, k);
-    const Stretch s = stretch_of(w, k, count);
-    take_scales(t, s);
-    const uint8_t* const ahead = following(t, k + count);
-    const Groups all = {t, s, codes_of(t, s), ahead, ahead + count * PANEL};
-    t.panels == 1 ? all_rows<1>(all) : all_rows<2>(all);
-    k += count;
-  }
-  store_totals(t);
-}
-
-void many_rows(const Job& job, int64_t panel, int64_t panels, int64_t row, int64_t rows,
-               Tiling& scratch) {
-  if (job.w.bits == 4) {
-    return int4_tile(job, panel, panels, row, rows);
-  }
-  const Tile t = {job, panel, panels, row, rows, scratch};
-  if (job.w.groups > 1) return all_groups(t);
-  const int64_t blocks = (rows + 11) / 12;
-  const int64_t lines = rows < 24 ? 1 : (4 * panels + blocks - 1) / blocks;
-  const Whole all = {t, {}, panel_of(job, panel + panels), lines};
+void many_rows(const Job& job, int64_t panel, int64_t panels, int64_t row, int64_t rows, Tiling&) {
+  if (job.w.bits == 4) return all_rows<4>(job, panel, panels, row, rows);
+  if (job.w.groups > 1 || job.rows < LEAST_WHOLE_ROWS)
+    return all_rows<8>(job, panel, panels, row, rows);
+  const int64_t blocks = (rows + ROWS - 1) / ROWS;
+  const int64_t lines = (4 * panels + blocks - 1) / blocks;
+  const Whole all = {job, panel, row, rows, {}, panel_of(job, panel + panels), lines};
   panels == 1 ? all_rows<1>(all) : all_rows<2>(all);
 }
 
 }  // namespace
 
-extern const Path avx512vnni_path = {"avx512vnni", false, true, TILE_PANELS, 0, 0, nullptr, nullptr,
-                                     quantize_avx512, gelu_avx512, norm_avx2, one_row, many_rows};
+extern const Path avx512vnni_path = {"avx512vnni", false, LEAST_WHOLE_ROWS, TILE_PANELS, 0, 0, nullptr,
+                                     nullptr, quantize_avx512, gelu_avx512, norm_avx2, one_row, many_rows};
 
-extern const Path avx512vnni_zen_path = {"avx512vnni", false, true, TILE_PANELS, 0, 0, nullptr,
-                                         nullptr, quantize_avx512, gelu_avx512, norm_avx2, one_row_zen, many_rows};
+extern const Path avx512vnni_zen_path = {"avx512vnni", false, LEAST_WHOLE_ROWS, TILE_PANELS, 0, 0,
+                                         nullptr, nullptr, quantize_avx512, gelu_avx512, norm_avx2,
+                                         one_row_zen, many_rows};
 
 }  // namespace dfc
 

@@ -145,7 +145,8 @@ struct Norm {
 struct Path {
   const char* name;
   bool wants_wide;   // for many rows of int8 weights
-  bool wants_bytes;  // x + 128 as u8, for many rows of int8 weights
+  // From how many rows on of int8 with one scale an output x + 128 is wanted, as u8; or 0.
+  int64_t byte_rows;
   int64_t panels;    // of a tile
   // Fewer rows and shorter groups are left to another path, if there is one.
   int64_t least_rows, least_group;

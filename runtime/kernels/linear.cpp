@@ -339,7 +339,8 @@ DFC_EXPORT int32_t dfc_linear(const uint8_t* packed, int64_t bytes, const float*
   c.apart = apart;
   c.gelu = before == DFC_GELU;
   c.failed = &failed;
-  c.bytes = lanes || (c.path->wants_bytes && w.bits == 8 && rows > 1);
+  const int64_t byte_rows = w.bits == 8 && w.groups == 1 ? c.path->byte_rows : 0;
+  c.bytes = lanes || (byte_rows && rows >= byte_rows);
   c.q = reinterpret_cast<int8_t*>(memory);
   c.scale = reinterpret_cast<float*>(memory + q_bytes);
   c.sum = reinterpret_cast<int32_t*>(memory + q_bytes + s_bytes);

@@ -126,7 +126,7 @@ void many_rows(const Job& job, int64_t panel, int64_t, int64_t row, int64_t rows
 
 }  // namespace
 
-extern const Path portable_path = {"portable", false, false, 1, 0, 0, nullptr, nullptr, quantize,
+extern const Path portable_path = {"portable", false, 0, 1, 0, 0, nullptr, nullptr, quantize,
                                    gelu, norm_row, one_row, many_rows};
 
 }  // namespace dfc
