@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,7 +17,7 @@ from dfc.compress.weighted import (
 )
 from dfc.compress.weights import Stored, find, forget, read_codes, store
 from dfc.errors import DfcError
-from dfc.ir.graph import Graph, Node
+from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.lang.selectors import Selector
 from dfc.ops.linear_f8 import ROWS
 from dfc.rewrite.pass_ import CHANGES, KEPT, Context, Data, Pass, Quota
@@ -36,6 +36,7 @@ _READS = {  # what would read it
     "int4": "`method=gptq` and `method=awq` by data",
     "fp8": "as fp8 always does",
 }
+_TOLD = 0.25  # of the weights' bytes that stay floats: a file shrinks by less than one expects
 _DEFAULT_GROUP = 32  # of four bits: with one scale a row they lose too much
 
 
@@ -116,6 +117,7 @@ class Quantize(Pass):
                 return 0
             raise self._nothing(kept)
         check_numbers(chosen)
+        self._tell_what_stays(graph, chosen, kept, ctx)
         quota = Quota(self.limit, self.skip)
         wanted = [w for w in chosen if quota.allows(w.node)]
         if scheme == "static":
@@ -266,6 +268,21 @@ class Quantize(Pass):
             return f"its rows are {k} wide: with a scale for each, codes take as many bytes"
         return None
 
+    def _tell_what_stays(
+        self, graph: Graph, chosen: list[Weighted], kept: Mapping[Node, str], ctx: Context
+    ) -> None:
+        """Name the largest layer that stays for another reason than the user's own words."""
+        part = set(self.select.nodes_left(graph) if self.select else graph.nodes)
+        part -= set(self.exclude.nodes_left(graph) if self.exclude else ())
+        bytes_ = {n: _float_bytes(n.operands) for n in kept if n in part}
+        stays = sum(bytes_.values())
+        share = stays / max(1, stays + _float_bytes(w.weight for w in chosen))
+        if share >= _TOLD:
+            first = max(bytes_, key=lambda n: bytes_[n])
+            others = f"; and {len(bytes_) - 1} more" if len(bytes_) > 1 else ""
+            words = f"{described(first)}: {kept[first]}{others}"
+            ctx.tell(f"quantize: {share:.0%} of the weights' bytes stay floats: {words}")
+
     def _is_done(self, graph: Graph) -> bool:
         """Whether the graph reads codes already: a second run finds nothing to do."""
         return any(n.op.startswith(_READERS) for n in graph.nodes)
@@ -352,3 +369,10 @@ def _not_calibrated(w: Weighted) -> str | None:
     if dtype == "f32" or any(u.kind == "embedding" for u in w.uses):
         return None
     return f"it computes with {dtype}, calibrated layers with f32: `scheme=dynamic` takes it"
+
+
+def _float_bytes(values: Iterable[Value]) -> int:
+    """What those of them take that are weights, each once."""
+    weights = {v for v in values if isinstance(v, Parameter)}
+    types = (v.tensor_type for v in weights)
+    return sum(int(t.nbytes) for t in types if t.rank > 1 and t.dtype.is_float)  # type: ignore[arg-type,misc]

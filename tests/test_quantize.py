@@ -119,6 +119,34 @@ def test_kept_layers_have_a_reason() -> None:
     )
 
 
+def test_what_stays_large_is_told_with_its_reason() -> None:
+    """A file that hardly shrinks says why, and nothing is told of what the user left out."""
+
+    class Others(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag = nn.EmbeddingBag(64, 64)
+            self.up = nn.ConvTranspose1d(64, 64, 2)
+            self.rnn = nn.LSTM(64, 96, batch_first=True)
+            self.both, self.out = nn.Bilinear(8, 8, 64), nn.Linear(96, 32)
+
+        def forward(self, ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            y = self.up(self.bag(ids)[..., None]).mT + self.both(x, x)[:, None]
+            return self.out(self.rnn(y)[0])
+
+    torch.manual_seed(0)
+    args = (torch.arange(8).reshape(2, 4), torch.randn(2, 8))
+    g = dfc.trace(Others().eval(), args)
+    _, ctx, changes = quantized(g)
+    kept = {d.loc.module: d.reason for d in ctx.decisions or () if not d.changed and d.loc}
+    assert changes == 1 and {*kept} == {"bag", "up", "rnn", "both"}
+    (told,) = ctx.products["notes"]
+    assert "stay floats: layer %lstm of `rnn`: recurrent layers" in told and "and 3 more" in told
+    assert int(told.split("%")[0].split()[-1]) > 90
+    _, ctx, _ = quantized(g, exclude=parse_selector('"rnn" | "up" | "bag" | "both"'))
+    assert "notes" not in ctx.products
+
+
 def test_rows_that_do_not_fill_their_last_group() -> None:
     """The codes that fill it up are not read."""
 

@@ -22,10 +22,19 @@ _PRODUCTS = frozenset({"aten.matmul.default", "aten.mm.default"})
 _TRANSPOSED = frozenset({"aten.t.default", "aten.numpy_T.default"})
 # Ops that read weights, other than those that can be quantized; for telling why they are kept.
 _OTHERS = {
-    "aten.lstm.input": "recurrent layers take float weights",
-    "aten.gru.input": "recurrent layers take float weights",
+    **dict.fromkeys(
+        (f"aten.{n}.input" for n in ("lstm", "gru", "rnn_tanh", "rnn_relu")),
+        "recurrent layers take float weights",
+    ),
+    **dict.fromkeys(
+        (f"aten.conv_transpose{n}" for n in ("1d.default", "2d.input", "3d.input")),
+        "it is a transposed convolution",
+    ),
     "aten.bmm.default": "its weights are a batch of matrices",
+    "aten.bilinear.default": "its weights are a batch of matrices",
     "aten.convolution.default": "it is a transposed or general convolution",
+    "aten.embedding_bag.default": "it adds rows up as it looks them up, as floats",
+    "aten.embedding_bag.padding_idx": "it adds rows up as it looks them up, as floats",
 }
 
 
