@@ -182,6 +182,27 @@ def test_the_last_microbatch_may_be_smaller(size: int) -> None:
         assert len(pipeline.cut([x])) <= 4
 
 
+@pytest.mark.parametrize("size, parts", [(2, [2]), (5, [3, 2]), (8, [2, 2, 2, 2])])
+def test_a_microbatch_is_no_smaller_than_the_batch_may_be(size: int, parts: list[int]) -> None:
+    """`squeeze` would take the dimension of one item away, which the graph knows nothing of."""
+
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weigh, self.map = nn.Linear(4, 1), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.map(x) * self.weigh(x).squeeze().unsqueeze(-1)
+            return y
+
+    model, x = Weighted().eval(), torch.randn(size, 4)
+    batch = torch.export.Dim("B", min=2, max=64)
+    graph = dfc.trace(model, (torch.randn(8, 4),), dynamic_shapes=({0: batch},))
+    with Pipeline(graph, stages(graph, 2), microbatches=8) as pipeline, torch.no_grad():
+        assert [len(v) for part in pipeline.cut([x]) for v in part.values()] == parts
+        torch.testing.assert_close(pipeline(x), model(x))
+
+
 def test_skips_go_straight_to_their_stage() -> None:
     _, _, graph = captured("unet")
     parts = split(graph, stages(graph, 4))

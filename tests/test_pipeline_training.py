@@ -225,6 +225,22 @@ def test_the_last_microbatch_may_be_smaller_and_the_batch_too() -> None:
             trainer.zero_grad()
 
 
+def test_a_microbatch_is_no_smaller_than_the_batch_may_be() -> None:
+    """Batch norm has no statistics of one item: four of `min=2` are two microbatches, not four."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    x, y = torch.randn(4, 4), torch.randint(3, (4,))
+    batch = torch.export.Dim("B", min=2, max=64)
+    graph = dfc.trace(model, (x,), dynamic_shapes=({0: batch},))
+    losses = []
+    for count in (2, 4):
+        with Trainer(graph, dict.fromkeys(graph.nodes, 0), loss=_cross_entropy, targets=["i64[B]"],
+                     schedule="1f1b", microbatches=count, optimizer=adamw) as trainer:  # fmt: skip
+            losses.append(trainer.step(x, y))
+            assert trainer.report().program.microbatches == 2
+    assert torch.equal(*losses)
+
+
 class Dropped(nn.Module):
     def __init__(self) -> None:
         super().__init__()

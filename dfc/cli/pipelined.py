@@ -147,16 +147,17 @@ def _placed_within(
 ) -> tuple[Mapping[Node, int], dict[str, Any]]:
     """Stages of equal time, with what their ranks have to stream for each microbatch."""
     from dfc.planning.balanced import balanced_within
-    from dfc.planning.microbatches import batch_dim, batch_of, cut
+    from dfc.planning.microbatches import batch_dim, batch_of, cut, least_of
     from dfc.planning.tier_plan import DISK
     from dfc.runtime.pipeline.local import MICROBATCHES
     from dfc.runtime.tiers.stages import rank_memories
 
     graph = compiled.graph
     memories = rank_memories(rank_budgets(memory)[0], stages)
-    dims = {v: batch_dim(v, batch_of(graph)) for v in graph.inputs}
+    batch = batch_of(graph)
+    dims = {v: batch_dim(v, batch) for v in graph.inputs}
     given = dict(zip(graph.inputs, inputs, strict=True))
-    first = cut(given, dims, microbatches or MICROBATCHES)[0]
+    first = cut(given, dims, microbatches or MICROBATCHES, least_of(graph, batch))[0]
     placed, ranks = balanced_within(graph, memories, [first[v] for v in graph.inputs], DISK)
     return placed, {"placement": ranks}
 

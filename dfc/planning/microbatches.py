@@ -46,16 +46,23 @@ def batch_dim(value: Value, batch: str | None) -> int | None:
     return None
 
 
-def cut(inputs: Mapping[K, Any], dims: Mapping[K, int | None], count: int) -> list[dict[K, Any]]:
+def least_of(graph: Graph, batch: str | None) -> int:
+    """How many items a microbatch has at least: the graph is true for sizes in their range only."""
+    return max(1, graph.ranges[batch][0]) if batch in graph.ranges else 1
+
+
+def cut(
+    inputs: Mapping[K, Any], dims: Mapping[K, int | None], count: int, least: int = 1
+) -> list[dict[K, Any]]:
     """At most `count` microbatches, whose sizes differ by one item at most, the larger first.
 
-    What has no batch goes to each of them whole.
+    Each has `least` items, so they may be fewer. What has no batch goes to each of them whole.
     """
     sizes = {inputs[k].shape[d] for k, d in dims.items() if d is not None}
     if not sizes:
         return [dict(inputs)]
     size = max(sizes)
-    parts = max(1, min(count, size))
+    parts = max(1, min(count, size // least))
     found, start = [], 0
     for i in range(parts):
         stop = start + size // parts + (i < size % parts)

@@ -34,7 +34,7 @@ from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.interpret import bind_inputs
 from dfc.ir.types import TensorType
 from dfc.planning.actions import SELECTIVE, Action, Kind, Program
-from dfc.planning.microbatches import batch_dim, batch_of, cut
+from dfc.planning.microbatches import batch_dim, batch_of, cut, least_of
 from dfc.planning.recompute import recomputing
 from dfc.planning.simulate import Costs
 from dfc.planning.stages import HOST
@@ -323,7 +323,8 @@ class Trainer:
         if self.parameters and all(p.grad is None for p in self.parameters.values()):
             self._added = 0  # by the optimizers' own `zero_grad`
         inputs = dict(zip(self.model.graph.inputs, flat, strict=True))
-        parts = cut(inputs, self._dims, self.microbatches)
+        least = least_of(self.model.graph, self.batch)
+        parts = cut(inputs, self._dims, self.microbatches, least)
         shares = self._shares(parts)
         given = self._given(parts, [share / of for share in shares])
         try:
