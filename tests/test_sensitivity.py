@@ -334,6 +334,10 @@ def test_a_shared_table_is_a_layer_of_the_part_that_the_step_names() -> None:
     data = {"calib": [args]}
     (found,) = dfc.sensitivity(Tied().eval(), args, recipe=f"{text}\n}}\n", data=data, times=False)
     assert sorted(layers(found)) == ["head", "mid"]
+    both = text.replace(" on op(linear)", "")
+    (found,) = dfc.sensitivity(Tied().eval(), args, recipe=f"{both}\n}}\n", data=data, times=False)
+    assert sorted(layers(found)) == ["embed", "mid"], "two that share a table are one layer"
+    assert sum(e.bytes for e in found.layers) == found.whole.bytes
     worst = text.replace(" with", " except worst(1) with")
     c = dfc.compile(Tied().eval(), args, recipe=f"{worst}\n}}\n", data=data, engine="eager")
     assert sum(n.op.startswith("dfc.") for n in c.graph.nodes) in (1, 2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from typing import Any
 
@@ -54,6 +54,7 @@ class Effect:
     bound: float | None = None
     agreement: float | None = None
     whole: bool = False
+    changed: tuple[str, ...] = ()  # the values that the step changed
 
     @property
     def score(self) -> float:
@@ -83,7 +84,7 @@ class Sensitivity:
         data = asdict(self)
         for told, effect in zip(data["layers"], self.layers, strict=True):
             told["score"] = effect.score
-            del told["whole"]
+            del told["whole"], told["changed"]
         return data
 
 
@@ -146,7 +147,8 @@ class Measuring:
                 done.keep(layer, effect)
             effects.append(effect)
         whole = effects.pop()
-        effects = [e for e in effects if e.nodes]  # what follows its surroundings changes nothing
+        # What follows its surroundings changes nothing; what shares a weight is one layer.
+        effects = list({e.changed: e for e in reversed(effects) if e.changed}.values())
         effects.sort(key=lambda e: e.order, reverse=True)
         by = self._by(effects)
         return Sensitivity(
@@ -192,6 +194,7 @@ class Measuring:
         if self.ctx.journal is None:
             return Finished(None, "")
         words = [self.graph.fingerprint(), str(self.step), self.engine, dfc.__version__]
+        words += [f.name for f in fields(Effect)]  # what a record has
         words += [torch.__version__, self.metric.declared.name if self.metric else ""]
         if baseline is not None:  # another metric of the name, or other data, says another number
             items = baseline.items.tobytes() if baseline.items is not None else b""
@@ -214,12 +217,13 @@ class Measuring:
         distance = Distance(logits)
         for r in replays:
             distance.add(r.run(variant), r.outputs)
-        nodes = tuple(dict.fromkeys(d.op for d in decisions if d.changed))
+        done = [d for d in decisions if d.changed]
+        nodes = tuple(dict.fromkeys(d.op for d in done))
         before_ms, after_ms = self._timed(variant, replays[0]) if layer is not None else (None,) * 2
         found = Effect(
             layer or "", nodes, read_bytes(variant) - read_bytes(self.graph),
             distance.relative, distance.cosine, distance.kl, before_ms, after_ms,
-            whole=layer is None,
+            whole=layer is None, changed=tuple(dict.fromkeys(d.value for d in done)),
         )  # fmt: skip
         return self._with_metric(found, variant, baseline)
 
@@ -283,7 +287,8 @@ class Finished:
         record = self.known.get(layer)
         if record is None:
             return None
-        return Effect(**{**record, "nodes": tuple(record["nodes"])})
+        lists = {k: tuple(record[k]) for k in ("nodes", "changed")}
+        return Effect(**{**record, **lists})
 
     def keep(self, layer: str | None, effect: Effect) -> None:
         if self.journal is not None:
