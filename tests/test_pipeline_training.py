@@ -551,6 +551,8 @@ def test_what_cannot_be_trained_is_refused_before_it_runs() -> None:
         ({"microbatches": "4"}, "N073"),
         ({"optimizer": "adamw"}, "N073"),
         ({"optimizer": adamw([nn.Parameter(torch.ones(1))])}, "N073"),
+        ({"optimizer": lambda parameters: None}, "N073"),
+        ({"optimizer": torch.optim.LBFGS}, "N073"),
         ({"schedule": parse_program("0: F(0,0) B(0,0)")}, "N073"),
     ):
         with pytest.raises(DfcError) as e:
@@ -567,6 +569,8 @@ def test_what_cannot_be_trained_is_refused_before_it_runs() -> None:
         StagedModel(plain, evenly(plain, 1), loss=lambda y: y)
     with pytest.raises(DfcError, match="a target is given by its type, not by `Tensor`"):
         StagedModel(plain, evenly(plain, 1), loss=F.mse_loss, targets=(torch.ones(2, 4),))  # type: ignore[arg-type]
+    with pytest.raises(DfcError, match="no input of the model has a size `Q`"):
+        StagedModel(plain, evenly(plain, 1), loss=F.mse_loss, targets=("f32[Q, 4]",))
     with pytest.raises(DfcError, match="does not depend on any weight"):
         StagedModel(plain, evenly(plain, 1), loss=lambda y: y.detach().mean())
 

@@ -29,7 +29,14 @@ def with_loss(graph: Graph, loss: Callable[..., Any], targets: Sequence[TensorTy
              for targets that are no types.
     """
     copy = graph.copy()
-    extra = [copy.add_input(copy.fresh_name("target"), _type(t)) for t in targets]
+    types = [_type(t) for t in targets]
+    own = {name for v in graph.inputs for name in v.type.symbols}
+    for t in types:
+        if other := sorted(t.symbols - own):
+            known = f"its inputs have {', '.join(sorted(own))}" if own else "its sizes are numbers"
+            message = f"a target is {t}, and no input of the model has a size `{other[0]}`"
+            raise DfcError("N074", message, help=known, status=2)
+    extra = [copy.add_input(copy.fresh_name("target"), t) for t in types]
     copy.arguments = (*copy.arguments, *(Argument(v.name, LEAF) for v in extra))
     outputs = list(copy.outputs)
     table = SymbolTable(copy.ranges)

@@ -57,6 +57,7 @@ from dfc.runtime.pipeline.training_choices import (
     check_devices,
     check_numbers,
     check_optimizer,
+    made_optimizer,
     staged_model,
     stages_of_plan,
     what_recomputes,
@@ -178,7 +179,7 @@ class Trainer:
         self._each = each = self._threads(threads or torch.get_num_threads())
         self.trained = self._trained(mine, engine, each)
         self._by_stage = {t.stage.number: t for t in self.trained}
-        self.optimizers = [optimizer(owned) for owned in self._owned() if owned]
+        self.optimizers = [made_optimizer(optimizer, owned) for owned in self._owned() if owned]
         self._way: Way = Sequential(model.edges, self._run) if sequential else self._start(each)
         self._placed = self.programs.placement
         self.steps = 0

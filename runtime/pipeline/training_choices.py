@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from inspect import Parameter, signature
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from dfc.runtime.pipeline.programs import AUTO
 from dfc.runtime.pipeline.staged_model import StagedModel
 
 if TYPE_CHECKING:
+    import torch
+
     from dfc.planning.pipeline import Plan
 
 
@@ -93,6 +96,27 @@ def check_optimizer(optimizer: object) -> None:
         got = repr(optimizer) if is_text else f"one of type {type(optimizer).__name__}"
         message = f"`optimizer` is what makes one for each stage's parameters, got {got}"
         raise DfcError("N073", message, help=help, status=2)
+
+
+def made_optimizer(
+    optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+    parameters: list[torch.nn.Parameter],
+) -> torch.optim.Optimizer:
+    """What `optimizer` makes of a stage's parameters.
+
+    Raises:  DfcError N073 where that is no optimizer, or one whose step computes losses itself.
+    """
+    import torch
+
+    made = optimizer(parameters)
+    if not isinstance(made, torch.optim.Optimizer):
+        message = f"`optimizer` made one of type {type(made).__name__}, which is no optimizer"
+        raise DfcError("N073", message, status=2)
+    closure = signature(type(made).step).parameters.get("closure")
+    if closure is not None and closure.default is Parameter.empty:
+        message = f"a step of {type(made).__name__} computes losses itself, a stage cannot"
+        raise DfcError("N073", message, help="take one like torch.optim.AdamW", status=2)
+    return made
 
 
 def check_devices(devices: Sequence[str], sequential: bool) -> None:
