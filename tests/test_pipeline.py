@@ -298,6 +298,16 @@ def test_the_command_runs_a_pipeline_and_says_what_it_took(
     assert "N053" in capsys.readouterr().err
     assert main(["run", str(package), "--size", "B=12", "--pipeline", "50"]) == 0
     assert "stages, not 50" in capsys.readouterr().out
+    assert main(["run", str(package), "--size", "B=1", "--pipeline", "2", "-m", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "the step of 1 microbatch took" in out
+    assert "1 microbatch, not 3: each has 1 or more of the batch `B`" in out
+    fixed = tmp_path / "fixed.dfcpkg"
+    dfc.compile(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval(), (torch.randn(6, 8),),
+                engine="eager").save(fixed)  # fmt: skip
+    assert main(["run", str(fixed), "--random", "--pipeline", "2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["pipeline"]["fewer_microbatches"]
+    assert told.startswith("1 microbatch, not 8: the model has no batch of a size that varies")
 
 
 PAIR = "cpu(cores=1, mem=1GB, bw=1GB/s, peak=1GFLOPS)"

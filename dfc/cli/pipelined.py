@@ -103,7 +103,9 @@ def run_pipelined(
     data["on"], data["devices"] = where.on, devices
     data["link_kind"] = getattr(pipeline, "link_kind", None)  # threads have none
     if stages is not None and count < stages:
-        data["fewer"] = f"{count} stages, not {stages}: no more of its nodes take time"
+        data["fewer"] = (
+            f"{count} stage{'s' * (count > 1)}, not {stages}: no more of its nodes take time"
+        )
     data["incidents"] = list(getattr(pipeline, "incidents", ()))
     if memory is not None:
         return results, {**data, **host_data(data["stages"], host)}
@@ -262,6 +264,7 @@ def step(
         **({"streamed_bytes": list(report.streamed), "read_bytes": list(report.read)}
            if pipeline.tiers else {}),
         "microbatches": report.program.microbatches,
+        **_fewer_microbatches(pipeline, report.program.microbatches),
         "step_seconds": report.seconds,
         "predicted_seconds": report.predicted,
         "bubble": report.bubble,
@@ -270,6 +273,24 @@ def step(
             for (source, target), size in report.bytes.items()
         ],
     }  # fmt: skip
+
+
+def _fewer_microbatches(pipeline: Pipeline, made: int) -> dict[str, str]:
+    """Why a batch is not cut into as many as were asked for."""
+    from dfc.planning.microbatches import least_of
+
+    if made >= pipeline.microbatches:
+        return {}
+    if pipeline.batch is None:
+        why = "the model has no batch of a size that varies, trace it with one"
+    else:
+        least = least_of(pipeline.graph, pipeline.batch)
+        why = f"each has {least} or more of the batch `{pipeline.batch}`"
+    return {"fewer_microbatches": f"{_counted(made)}, not {pipeline.microbatches}: {why}"}
+
+
+def _counted(microbatches: int) -> str:
+    return "1 microbatch" if microbatches == 1 else f"{microbatches} microbatches"
 
 
 def _seconds(run: Callable[[], Any]) -> float:
@@ -300,7 +321,7 @@ def show(data: dict[str, Any]) -> None:
     )  # fmt: skip
     took, predicted = data["step_seconds"], data["predicted_seconds"]
     print_text(
-        f"the step of {data['microbatches']} microbatches took {seconds(took)}, "
+        f"the step of {_counted(data['microbatches'])} took {seconds(took)}, "
         f"{seconds(predicted)} were predicted from the stages' times; the busiest rank waited "
         f"{data['bubble']:.0%} of it"
     )
@@ -314,8 +335,9 @@ def show(data: dict[str, Any]) -> None:
         print_text(f"stage {link['from']} gave {size} to stage {link['to']}{over}")
     if "unsplit_seconds" in data:
         print_text(verdict(took, data["unsplit_seconds"], data["unsplit_threads"]))
-    if "fewer" in data:
-        print_text(data["fewer"])
+    for fewer in ("fewer", "fewer_microbatches"):
+        if fewer in data:
+            print_text(data[fewer])
 
 
 def verdict(took: float, unsplit: float, threads: int) -> str:
