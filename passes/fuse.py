@@ -85,7 +85,10 @@ class Fuse(Pass):
         proved = proved_rules(self.rules)
         journal.left_out |= {name: found[0].message for name, found in proved.left_out.items()}
         matcher = Matcher(proved.rules)
-        return _Run(self, matcher, journal, self._allowed(graph)).graph(graph)
+        unread = {p for p in graph.parameters.values() if not p.use_count}
+        done = _Run(self, matcher, journal, self._allowed(graph)).graph(graph)
+        _drop_unread(graph, unread)
+        return done
 
     def without(self, rule: str) -> Fuse | None:
         """The pass without a rule, told by its full name; None when there is no other."""
@@ -220,6 +223,14 @@ class _Run:
             if len(found) > 512:
                 break
         return list(found)
+
+
+def _drop_unread(graph: Graph, before: set[Parameter]) -> None:
+    """Weights that were merged into others would be stored beside them, as floats for ever."""
+    kept = before | {m.target for m in graph.mutations}
+    for p in list(graph.parameters.values()):
+        if not p.use_count and p not in kept:
+            graph.drop_parameter(p.name)
 
 
 def _endless(recent: Sequence[str]) -> DfcError:

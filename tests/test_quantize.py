@@ -274,6 +274,23 @@ def test_files_shrink(tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
+def test_merged_layers_leave_nothing_of_what_they_were() -> None:
+    """What merging read last was stored beside it, in floats that no later step could quantize."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(64, 64, bias=False) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.q(x) * self.k(x) + self.v(x)
+
+    recipe = "dfc 1\nrecipe r {\n  fuse merging\n  quantize int8\n}\n"
+    made = dfc.compile(Heads().eval(), (torch.randn(3, 64),), recipe=recipe, engine="eager").graph
+    assert ops(made) == ["dfc.linear_w8"] and all(p.use_count for p in made.parameters.values())
+    assert sum(int(p.tensor_type.nbytes) for p in made.parameters.values()) == 192 * (64 + 2)
+
+
 def test_a_layer_that_codes_would_make_larger_stays(tmp_path: Path) -> None:
     """Rows of one weight: a code and a scale take more bytes than it."""
     torch.manual_seed(0)
