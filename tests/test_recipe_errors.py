@@ -56,6 +56,12 @@ def test_every_error_of_a_file_is_told_at_its_place(path: Path) -> None:
         assert d.render().startswith(start) and "^" in d.render()
 
 
+def test_on_where_the_part_stands_behind_the_name_is_told_so() -> None:
+    (problem,) = problems('recipe r {\n  prune on "up" | op(linear) with ratio=0.3\n}\n')
+    assert problem.code == "Q002" and problem.help is not None
+    assert problem.help.endswith('`prune "up" | op(linear)`')
+
+
 def test_a_metric_without_a_direction_is_told_its_form() -> None:
     (problem,) = problems("metric top1 on val\n")
     assert problem.help == "`metric top1 on val, higher is better`"

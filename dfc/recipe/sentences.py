@@ -92,6 +92,9 @@ def _given(
             can = ", ".join(f"`{w}`" for w in cls.phrases if w)
             what = f"`{word}`" if word else f"operand `{expression_text(operands[0])}`"
             help = f"it takes {can}" if can else "options stand behind `with`"
+            if word == "on" and "" in cls.phrases:
+                shown = ", ".join(map(expression_text, operands))
+                help = f"what it works on stands behind its name: `{cls.name} {shown}`"
             names.problems.say(source, "Q002", f"`{cls.name}` takes no {what}", at, help)
         elif name in given:
             names.problems.say(source, "Q002", f"a second `{word or 'operand'}`", at)
