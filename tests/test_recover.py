@@ -54,6 +54,24 @@ def error(found: dfc.Compiled) -> float:
     return float((found(X)["y"] - Net().eval()(X)["y"]).detach().norm())
 
 
+def test_results_that_are_no_numbers_any_more_are_told() -> None:
+    """The largest error is that of numbers, and says nothing of them."""
+
+    def grow(module: nn.Module) -> None:
+        with torch.no_grad():
+            for p in module.parameters():
+                p.fill_(3e4)
+
+    recipe = "dfc 1\nrecipe r {\n  recover by grow\n}\n"
+    layer, x = nn.Linear(8, 4).half().eval(), torch.ones(2, 8).half()
+    made = dfc.compile(layer, (x,), recipe=recipe, engine="eager", functions={"grow": grow})
+    (note,) = [n for n in made.report.notes if "NaN or infinite" in n]
+    assert made(x).isinf().all() and not note.startswith("0 of")
+    recipe = recipe.replace("recover by grow", "quantize int8 with smallest=1")
+    made = dfc.compile(layer, (x,), recipe=recipe, engine="eager")
+    assert not [n for n in made.report.notes if "NaN or infinite" in n]
+
+
 def test_training_brings_back_what_pruning_took() -> None:
     pruned = compiled(
         f"{PRUNE}recover by noop using texts".replace("noop", "distil"), lambda m, d: None

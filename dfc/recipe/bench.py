@@ -132,6 +132,23 @@ class Bench:
             self._standards[id(graph)] = weakref.ref(graph), found
         return found
 
+    def not_finite(self, graph: Graph) -> tuple[int, int]:
+        """Numbers that a version gives as NaN or infinite and the original does not; of how many.
+
+        Needs:  probes.
+        """
+        import torch
+
+        standard, bad, whole = self._standard(graph), 0, 0
+        if standard is self.probes:
+            return 0, 0
+        for own, given in zip(standard.ready(), self.probes.probes, strict=True):
+            for x, o in zip(own.original or (), given.original or (), strict=False):
+                if isinstance(x, torch.Tensor) and isinstance(o, torch.Tensor):
+                    bad += int((~x.isfinite().cpu() & o.isfinite().cpu()).sum())
+                    whole += x.numel()
+        return bad, whole
+
     def _judge(self, graph: Graph, runner: Runner) -> Any:
         if self.probes is None:
             return None

@@ -137,7 +137,7 @@ def _fastest(
         ready.graph, ready.engine, ready.runner, engines, before.p50_ms, after_ms, guard,
         [
             *placement_notes(bench, ready), *precision_notes(bench, ready),
-            *kernel_notes(bench, ready),
+            *kernel_notes(bench, ready), *finite_notes(bench, ready),
         ],
     )  # fmt: skip
 
@@ -234,6 +234,15 @@ def kernel_notes(bench: Bench, ready: Ready) -> list[str]:
         return []
     words = f"kernels for int4 and int8 linear layers: {found.reason}"
     return [f"{words}; {found.advice}" if found.advice else words]
+
+
+def finite_notes(bench: Bench, ready: Ready) -> list[str]:
+    """Where steps that change results on purpose left no numbers: no distance counts those."""
+    bad, whole = bench.not_finite(ready.graph)
+    if not bad:
+        return []
+    what = "are NaN or infinite where the original's are numbers"
+    return [f"{bad} of {whole} results on probe inputs {what}: `dfc bisect` finds the step"]
 
 
 def _guard(bench: Bench, ready: Ready, original: Graph) -> Decision:
