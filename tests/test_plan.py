@@ -168,6 +168,20 @@ def test_a_link_that_is_missing_is_told_and_relays_are_found(tower: Graph) -> No
     assert relay.bandwidth == pytest.approx(0.5e9) and relay.latency == pytest.approx(2e-6)
 
 
+def test_what_does_not_fit_for_want_of_a_way_back_says_so(tower: Graph) -> None:
+    """Gradients go against the arrow: without a link back one device has to hold all stages."""
+    wish = Wish(trains=True)
+    alone = plan(tower, machine(1), wish=wish).peak
+    two = machine(2, memory=0.9 * alone)
+    assert {s.device for s in plan(tower, two, wish=wish).stages} == {"gpu0", "gpu1"}
+    one_way = replace(two, wires={k: w for k, w in two.wires.items() if k != (1, 0)})
+    with pytest.raises(
+        DfcError, match=r"(?s)N060.*no way from `gpu1` to `gpu0`.*help: write a"
+    ) as e:
+        plan(tower, one_way, wish=wish)
+    assert e.value.status == 6
+
+
 def test_training_keeps_activations_and_chooses_a_schedule(tower: Graph) -> None:
     wish = Wish(microbatches=8, trains=True)
     found = plan(tower, machine(3), sizes={"B": 16}, wish=wish)

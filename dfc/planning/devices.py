@@ -221,7 +221,7 @@ class _Search:
 
     def result(self, complete: bool) -> Chosen:
         if self.best is None and self.tight is not None:
-            raise refusal(*self.tight, self.wish)
+            raise refusal(*self.tight, self.wish, self.machine)
         if self.best is None:
             assert self.failed is not None
             raise self.failed

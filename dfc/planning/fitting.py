@@ -17,9 +17,12 @@ _MOST = 64  # devices that are tried
 _BITS = (("int8", 1 / 4), ("int4", 1 / 8))  # of float32
 
 
-def refusal(model: Modelled, machine: Machine, wish: Wish) -> DfcError:
+def refusal(
+    model: Modelled, machine: Machine, wish: Wish, whole: Machine | None = None
+) -> DfcError:
     """Why a problem that has no partition has none: N060 (status 6) for too little memory, with
-    what would do; N063 when pins and what the devices can run leave nothing."""
+    what would do; N063 when pins and what the devices can run leave nothing. `machine` may be one
+    row of the devices of the `whole`."""
     problem = replace(model.problem, objective="memory", idle=True)
     roomy = problem.with_stages([replace(s, memory=INFINITE) for s in problem.slots])
     try:
@@ -40,6 +43,11 @@ def refusal(model: Modelled, machine: Machine, wish: Wish) -> DfcError:
         f"{_bytes(need)} on `{device.name}`, which has {_bytes(room)} free beside "
         f"{_bytes(model.live)} of activations and a reserve: {_bytes(need - room)} too much"
     )
+    lacking = (whole or machine).no_way_back() if wish.trains else None
+    if lacking is not None:
+        message += f"; gradients have no way from `{lacking[0]}` to `{lacking[1]}`"
+        help = f"write a link from `{lacking[0]}` to `{lacking[1]}`, or `<->` in place of `->`"
+        return DfcError("N060", message, help=help, status=6)
     ways = [_larger(need, model.live, device), _more(roomy, model, device, len(machine.devices))]
     if wish.trains:
         ways.append(_smaller(wish))

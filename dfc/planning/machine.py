@@ -139,6 +139,14 @@ class Machine:
         if len(parts) > 1:
             raise self._no_way(parts[0][0], parts[1][0])
 
+    def no_way_back(self) -> tuple[str, str] | None:
+        """Two devices of which the first has no way to the second, which has one to it."""
+        for i, a in enumerate(self.devices):
+            for j, b in enumerate(self.devices):
+                if i != j and self.way(i, j) is None and self.way(j, i) is not None:
+                    return a.name, b.name
+        return None
+
     def _no_way(self, source: int, target: int) -> DfcError:
         a, b = self.devices[source].name, self.devices[target].name
         help = f"write `link {a} <-> {b} : pcie(bw=25GB/s, latency=10us)` in the target"

@@ -77,6 +77,7 @@ def made_target(t: s.Target, source: Source, problems: Problems) -> p.Target:
     """A target as declared, its facts checked."""
     devices: dict[str, p.Device] = {}
     links: list[p.Link] = []
+    linked: set[tuple[str, str]] = set()
     for part in t.parts:
         kind, facts = _made(part, source, problems)
         if isinstance(part, s.Device):
@@ -91,6 +92,12 @@ def made_target(t: s.Target, source: Source, problems: Problems) -> p.Target:
                 help = did_you_mean(end.name, [*devices])
                 message = f"no device before this is called `{end.name}`"
                 problems.say(source, "Q013", message, end.at, help)
+        ends = (part.source.name, part.sink.name)
+        ways = {ends, ends[::-1]} if part.both else {ends}
+        if ways & linked:
+            message = f"a second link from `{ends[0]}` to `{ends[1]}`"
+            problems.say(source, "Q014", message, part.source.at)
+        linked |= ways
         links.append(p.Link(part.source.name, part.sink.name, part.both, kind, facts))
     return p.Target(t.name.name, tuple(devices.values()), tuple(links))
 
