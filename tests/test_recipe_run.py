@@ -255,6 +255,14 @@ def test_requirements_come_before_goals(net: Model, val: Any) -> None:
     assert compiled.report.tried[1].missed == ["error >= 0.05"]
 
 
+def test_where_no_choice_meets_a_requirement_the_nearest_is_taken(net: Model) -> None:
+    """They are all of one size: the goal chose the first, which is furthest off."""
+    body = "minimize size\nrequire error <= 1e-9\nround_weights with step=tune(0.5, 0.125, 0.25)"
+    with pytest.raises(dfc.RequirementMissed) as e:
+        make(net, body)
+    assert [t.chosen for t in e.value.report.tried] == [False, True, False]
+
+
 def test_several_goals_mark_the_front(net: Model, val: Any) -> None:
     body = (
         "minimize size\nminimize loss\nf: fold_batch_norm with limit=tune(0, none)\ndce\n"

@@ -78,6 +78,12 @@ class Test:
     def evaluate(self, lookup: Lookup) -> bool:
         return bool(_COMPARE[self.op](value_of(self.left, lookup), value_of(self.right, lookup)))
 
+    def gap(self, lookup: Lookup) -> float:
+        """How far the sides lie apart, as a part of the right one."""
+        left, right = value_of(self.left, lookup), value_of(self.right, lookup)
+        found = abs(left - right) / (abs(right) or 1.0)
+        return math.inf if math.isnan(found) else found
+
     def explain(self, lookup: Lookup) -> str:
         """What the sides come to; an amount that stands there by itself is told by the test."""
         both = (self.left, self.right)

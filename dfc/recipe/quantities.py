@@ -48,6 +48,7 @@ class Answer:
     text: str
     comparison: Comparison | None = None
     undecided: bool = False
+    gap: float = 0.0  # how far the sides are apart, as a part of the right one, where it is known
 
 
 @dataclass
@@ -156,7 +157,8 @@ class Meter:
             graphs = [versions(q.version) for q in timed]
             timings = self.bench.times([(g, self.on(g)) for g in graphs])
             values |= {q: self.from_timing(q, t) for q, t in zip(timed, timings, strict=True)}
-        plain = Answer(test.evaluate(values.__getitem__), test.explain(values.__getitem__))
+        known = values.__getitem__
+        plain = Answer(test.evaluate(known), test.explain(known), gap=test.gap(known))
         return self._paired(test, versions, plain)
 
     def _paired(self, test: Test, versions: Versions, plain: Answer) -> Answer:
@@ -173,7 +175,7 @@ class Meter:
         if found is None:
             return plain
         text, undecided = f"{plain.text}: {found.words}", found.verdict == "undecided"
-        return Answer(found.verdict == "accept", text, undecided=undecided)
+        return Answer(found.verdict == "accept", text, undecided=undecided, gap=plain.gap)
 
     def _beyond_noise(
         self,

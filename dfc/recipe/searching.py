@@ -72,6 +72,7 @@ class Trial:
     chosen: Chosen
     values: dict[str, float] = field(default_factory=dict)  # by the goal's text
     missed: tuple[str, ...] = ()
+    gap: float = 0.0  # by how much it misses them
     failed: str = ""
 
     @property
@@ -92,8 +93,8 @@ class Search:
 def search(executor: Executor, plan: Plan, budget: Budget) -> Search:
     """Carry out the plan; where it has holes and goals, with the best of their choices.
 
-    A combination that meets every `require` beats those that do not; then the goals count in
-    their order, and of equals the earlier one stays.
+    A combination that meets every `require` beats those that do not, and where none does the
+    nearest is best; then the goals count in their order, and of equals the earlier one stays.
     Raises:  DfcError when no combination can be carried out.
     """
     if not plan.holes:
@@ -154,9 +155,9 @@ class _Searching:
             for goal in self.plan.goals:
                 q = goal.quantity
                 trial.values[str(q)] = self.x.meter.value(q, versions(q.version))
-            trial.missed = tuple(
-                str(r) for r in self.plan.requirements if not self.x.meter.answer(r, versions).holds
-            )
+            answers = {str(r): self.x.meter.answer(r, versions) for r in self.plan.requirements}
+            trial.missed = tuple(r for r, a in answers.items() if not a.holds)
+            trial.gap = sum(answers[r].gap for r in trial.missed)
         except DfcError as e:
             if e.code in ("K040", "K041") or e.code[0] not in "KXVR":
                 raise  # the user's code or text is wrong, whatever the choices
@@ -191,9 +192,11 @@ def version_lookup(executor: Executor, outcome: Outcome) -> Callable[[str], Any]
 
 
 def better(a: Trial, b: Trial, goals: Sequence[Goal]) -> bool:
-    """Whether a trial is to be preferred: fewer requirements missed, then goal by goal."""
+    """Whether a trial is to be preferred: fewer requirements missed, or by less; then the goals."""
     if len(a.missed) != len(b.missed):
         return len(a.missed) < len(b.missed)
+    if a.gap != b.gap:
+        return a.gap < b.gap
     for goal in goals:
         x, y = (_cost(goal, t.values) for t in (a, b))
         if not _equal(goal, x, y):
