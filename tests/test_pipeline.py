@@ -258,6 +258,11 @@ def test_what_cannot_be_a_pipeline_says_why() -> None:
         split(graph, {n: len(nodes) - 1 - i for i, n in enumerate(nodes)})
     with pytest.raises(DfcError, match=r"N050.*has no stage"):
         split(graph, {})
+    with pytest.raises(DfcError, match=r"(?s)N050.*one of type Plan.*stage_of\(plan\)"):
+        split(graph, dfc.plan(graph, Machine("one", (Device("a", "cpu", 1e9, 1e9, {"f32": 1e9}),))))  # type: ignore[arg-type]
+    for count in (0, 1.5, "3"):
+        with pytest.raises(DfcError, match=r"N053.*`microbatches` is a number of at least 1"):
+            Pipeline(graph, stages(graph, 2), microbatches=count)  # type: ignore[arg-type]
 
     class Mean(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -51,6 +51,10 @@ def split(graph: Graph, stage_of: Mapping[Node, int]) -> list[StageGraph]:
 
 
 def _checked(nodes: Sequence[Node], stage_of: Mapping[Node, int]) -> int:
+    if not isinstance(stage_of, Mapping):
+        message = f"`stage_of` gives each node its stage, got one of type {type(stage_of).__name__}"
+        help = "of a plan that is `dfc.planning.pipeline.stage_of(plan)`"
+        raise DfcError("N050", message, help=help, status=2)
     for n in nodes:
         if n not in stage_of:
             raise DfcError("N050", f"the node {n!r} has no stage")

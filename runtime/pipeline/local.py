@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, Protocol
 
 from dfc.calling import build_outputs, flat_inputs, own_outputs
@@ -40,6 +41,12 @@ from dfc.runtime.tiers.stages import (
 
 MICROBATCHES = 8  # by default
 _MANY = 8  # threads, of which two for a device are few
+
+
+def _check_count(microbatches: object) -> None:
+    if not isinstance(microbatches, Integral) or int(microbatches) < 1:
+        message = f"`microbatches` is a number of at least 1, not {microbatches!r}"
+        raise DfcError("N053", message, status=2)
 
 
 def thread_shares(total: int, loads: Sequence[float]) -> list[int]:
@@ -103,6 +110,7 @@ class Pipeline:
         example: Sequence[Any] | None = None,
     ) -> None:
         keep_pages()  # of what is put together here, whatever runs the stages
+        _check_count(microbatches)
         self.graph = graph
         self.stages: list[StageGraph] = split(graph, stage_of)
         self.placement = _checked(placement, len(self.stages))
