@@ -263,6 +263,13 @@ def test_what_cannot_be_a_pipeline_says_why() -> None:
     for count in (0, 1.5, "3"):
         with pytest.raises(DfcError, match=r"N053.*`microbatches` is a number of at least 1"):
             Pipeline(graph, stages(graph, 2), microbatches=count)  # type: ignore[arg-type]
+    with pytest.raises(DfcError, match=r"N051.*no input has the batch `N`: they have B"):
+        Pipeline(graph, stages(graph, 2), batch="N")
+    with pytest.raises(DfcError, match=r"N053.*0 are no threads"):
+        Pipeline(graph, stages(graph, 2), threads=0)
+    with pytest.raises(DfcError, match=r"K004.*torch sees|K004.*is not there") as e:
+        Pipeline(graph, stages(graph, 2), devices=["cpu", "cuda:99"])
+    assert e.value.status == 7
 
     class Mean(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,27 @@ def batch_of(graph: Graph) -> str | None:
     return first.pop() if len(first) == 1 else None
 
 
+def checked_batch(graph: Graph, given: str | None) -> str | None:
+    """The batch that is given, else the one that is found.
+
+    Raises:  DfcError N051 for a symbol that no input has.
+    """
+    if given is None:
+        return batch_of(graph)
+    known = sorted({s for v in graph.inputs for s in symbols_of(v)})
+    if given not in known:
+        have = f"they have {', '.join(known)}" if known else "all of their sizes are fixed"
+        raise DfcError("N051", f"no input has the batch `{given}`: {have}", status=2)
+    return given
+
+
+def symbols_of(value: Value) -> set[str]:
+    """The symbols of which a tensor's sizes are made."""
+    if not isinstance(value.type, TensorType):
+        return set()
+    return {s for size in value.type.shape if isinstance(size, Expr) for s in size.symbols}
+
+
 def batch_dim(value: Value, batch: str | None) -> int | None:
     """Which dimension of a value is the batch, None for a value that every item shares.
 

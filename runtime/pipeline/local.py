@@ -16,10 +16,11 @@ from dfc.lang.units import byte_count
 from dfc.planning.actions import Action, Program
 from dfc.planning.cost import default_sizes
 from dfc.planning.engine import Engine, Runner
-from dfc.planning.microbatches import batch_dim, batch_of, cut, joined, least_of
+from dfc.planning.microbatches import batch_dim, checked_batch, cut, joined, least_of
 from dfc.planning.schedules import forward_program
 from dfc.planning.stages import StageGraph, split
 from dfc.planning.tiers import Tiers
+from dfc.planning.torch_device import check_device
 from dfc.runtime.allocation import keep_pages
 from dfc.runtime.engines import find_engine
 from dfc.runtime.pipeline.lanes import Lanes, Run, Step, Values
@@ -116,10 +117,12 @@ class Pipeline:
         self.placement = _checked(placement, len(self.stages))
         ranks = 1 + max(self.placement)
         self.devices = device_names(one_each(devices, ranks, "devices", "ranks"))
+        for device in self._devices_here():
+            check_device(device)
         self.threads = _threads(threads, self.placement, self.devices)
         self.engines = one_each(engine, len(self.stages), "engines", "stages")
         self.microbatches = microbatches
-        self.batch = batch or batch_of(graph)
+        self.batch = checked_batch(graph, batch)
         self._dims = {v: batch_dim(v, self.batch) for v in graph.inputs}
         self._program = program or (lambda m: forward_program(self.placement, m))
         self._programs: dict[int, Program] = {}
@@ -158,6 +161,10 @@ class Pipeline:
         if self.tiers and name == STREAMS:
             return build_stage(stage.graph, self.tiers[index], device)
         return on_stream(name, find_engine(name).build(stage.graph, device, threads), device)
+
+    def _devices_here(self) -> Sequence[str]:
+        """The devices of this machine that are asked for."""
+        return self.devices
 
     def _start(self) -> Runs:
         """What runs programs: here threads of this process."""
@@ -329,8 +336,12 @@ def _threads(
     import torch
 
     ranks = 1 + max(placement)
-    if given is None or isinstance(given, int):
-        return rank_threads(given or torch.get_num_threads(), placement, devices)
+    if given is None:
+        given = torch.get_num_threads()
+    if isinstance(given, int):
+        if given < 1:
+            raise DfcError("N053", f"{given} are no threads: at least 1 is needed", status=2)
+        return rank_threads(given, placement, devices)
     if len(given) != ranks or min(given) < 1:
         raise DfcError("N053", f"{list(given)} are not the threads of {ranks} ranks")
     return list(given)

@@ -74,6 +74,9 @@ class Launched(Pipeline):
         self._kind = links
         super().__init__(graph, stage_of, **options)
 
+    def _devices_here(self) -> Sequence[str]:
+        return self.devices[self.world.rank : self.world.rank + 1]
+
     def _start(self) -> Runs:
         self.world.expect(len(self.threads))
         made, numbers = assembly(

@@ -34,7 +34,7 @@ from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.interpret import bind_inputs
 from dfc.ir.types import TensorType
 from dfc.planning.actions import SELECTIVE, Action, Kind, Program
-from dfc.planning.microbatches import batch_dim, batch_of, cut, least_of
+from dfc.planning.microbatches import batch_dim, checked_batch, cut, least_of
 from dfc.planning.recompute import recomputing
 from dfc.planning.simulate import Costs
 from dfc.planning.stages import HOST
@@ -166,7 +166,7 @@ class Trainer:
         alike = isinstance(devices, str) or len(set(devices)) == 1
         self.programs = Programs(schedule, len(model.parts), microbatches, chunks, some, room,
                                  ranks, alike and self._moves and not sequential)  # fmt: skip
-        self.batch = batch or batch_of(model.graph)
+        self.batch = checked_batch(model.graph, batch)
         self._dims = {v: batch_dim(v, self.batch) for v in model.graph.inputs}
         count = 1 + max(self.programs.placement)
         self.devices = device_names(one_each(devices, count, "devices", "ranks"))
