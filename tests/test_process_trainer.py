@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -335,3 +336,17 @@ def test_options_of_several_groups_go_by_their_place() -> None:
     assert e.value.code == "N073"
     apply_options([one, there], [{"lr": 0.1}, {"lr": 0.1}])
     assert [g["lr"] for o in (one, there) for g in o.param_groups] == [0.1] * 3
+
+
+def test_no_folder_is_left_in_the_end(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither this process's nor the one in which its ranks have their sockets."""
+    here = tmp_path_factory.mktemp("t")
+    monkeypatch.setattr(tempfile, "tempdir", str(here))
+    monkeypatch.setenv("TMPDIR", str(here))
+    _, graph, options = traced()
+    with ProcessTrainer(graph, halves(graph), optimizer=ADAMW, **options) as trainer:
+        trainer.step(*batch(10))
+        assert list(here.glob("dfc-*"))
+    assert not list(here.glob("dfc-*"))

@@ -83,7 +83,7 @@ class WorldMeeting:
         self._at = ""
         if self.kind == "local":
             if world.rank == 0:
-                self._folder = private_folder()
+                self._folder = private_folder(world.folder)
                 world.put(f"{key}/sockets", self._folder.name)
             self._at = world.get(f"{key}/sockets", MEETING)
             if self._at is None:

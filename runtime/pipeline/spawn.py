@@ -87,6 +87,8 @@ class Spawner:
         return {**os.environ, **own}
 
 
-def private_folder() -> tempfile.TemporaryDirectory[str]:
+def private_folder(within: Path | None = None) -> tempfile.TemporaryDirectory[str]:
     """Where ranks find their stages: readable by this user alone, gone with the pipeline."""
-    return tempfile.TemporaryDirectory(prefix="dfc-ranks-", ignore_cleanup_errors=True)
+    return tempfile.TemporaryDirectory(
+        prefix="dfc-ranks-" if within is None else "l-", dir=within, ignore_cleanup_errors=True
+    )

@@ -146,7 +146,7 @@ class TrainingWorker(Worker):
                 return own
 
         self.trainer = SupervisedTrainer(
-            model, world=World(self.rank, ranks, store), deadline=FOREVER,
+            model, world=World(self.rank, ranks, store, folder=self.folder), deadline=FOREVER,
             schedule=schedule, optimizer=made, threads=job["threads"][self.rank],
             doing=self.doing, name=f"birth{birth}", **job["options"],
         )  # fmt: skip

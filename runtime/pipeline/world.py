@@ -8,6 +8,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from dfc.errors import DfcError
@@ -24,12 +25,19 @@ class World:
     """`rank` of `size`; without a store they meet at the address that the launcher gave.
 
     `hosts` says on which host each rank is; where all are on one they listen on loopback alone.
+    In `folder` they may leave what somebody else takes away, whatever becomes of them.
     """
 
     def __init__(
-        self, rank: int, size: int, store: Any = None, *, hosts: Sequence[int] | None = None
+        self,
+        rank: int,
+        size: int,
+        store: Any = None,
+        *,
+        hosts: Sequence[int] | None = None,
+        folder: Path | None = None,
     ) -> None:
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.folder = rank, size, folder
         self.hosts = list(hosts or [0] * size)
         self.one_host = len(set(self.hosts)) == 1
         self._first = store
