@@ -287,7 +287,10 @@ def test_a_rank_that_hangs_is_noticed_in_five_seconds(
             equal(pipeline, args)
         watcher.join(timeout=60)
     assert gone_in_two([stuck])
-    assert "rank 1 lost while rank 0 waits in SEND(e1, mb" in pipeline.incidents[known]
+    told = pipeline.incidents[known]
+    assert told.startswith("rank 1 lost")
+    if "last in idle" not in told:  # else it was stopped between two steps, and nobody waits yet
+        assert "rank 1 lost while rank 0 waits in SEND(e1, mb" in told
     assert noticed[0] < 5
 
 
