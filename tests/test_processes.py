@@ -267,7 +267,18 @@ def test_large_values_survive_a_killed_rank() -> None:
 def test_a_rank_that_hangs_is_noticed_in_five_seconds(
     heavies: tuple[Processes, tuple[torch.Tensor]],
 ) -> None:
-    pipeline, args = heavies
+    """A rank that was stopped before it began with the step, on a machine that stood still, keeps
+    nobody waiting: then the next one is stopped.
+    """
+    told = "last in idle"
+    for _ in range(3):
+        if "last in idle" in told:
+            told = stopped(*heavies)
+    assert "rank 1 lost while rank 0 waits in SEND(e1, mb" in told
+
+
+def stopped(pipeline: Processes, args: tuple[torch.Tensor]) -> str:
+    """What is told of rank 1, which is stopped in a step: in five seconds, and it ends."""
     stuck, known = pipeline.pids[1], len(pipeline.incidents)
     with FairClock() as clock:
         thread, sent = during(pipeline, 1, signal.SIGSTOP, clock)
@@ -287,11 +298,8 @@ def test_a_rank_that_hangs_is_noticed_in_five_seconds(
             equal(pipeline, args)
         watcher.join(timeout=60)
     assert gone_in_two([stuck])
-    told = pipeline.incidents[known]
-    assert told.startswith("rank 1 lost")
-    if "last in idle" not in told:  # else it was stopped between two steps, and nobody waits yet
-        assert "rank 1 lost while rank 0 waits in SEND(e1, mb" in told
     assert noticed[0] < 5
+    return pipeline.incidents[known]
 
 
 def test_without_restarts_the_loss_is_raised_in_two_seconds(
