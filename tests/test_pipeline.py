@@ -22,6 +22,7 @@ from dfc.planning.pipeline import plan, stage_of
 from dfc.planning.stages import split
 from dfc.runtime.pipeline.lanes import Values
 from dfc.runtime.pipeline.local import Pipeline
+from dfc.runtime.pipeline.processes import Processes
 
 B = torch.export.Dim("B", min=1, max=64)
 
@@ -270,6 +271,8 @@ def test_what_cannot_be_a_pipeline_says_why() -> None:
     with pytest.raises(DfcError, match=r"K004.*torch sees|K004.*is not there") as e:
         Pipeline(graph, stages(graph, 2), devices=["cpu", "cuda:99"])
     assert e.value.status == 7
+    with pytest.raises(DfcError, match=r"K004.*torch sees|K004.*is not there"):
+        Processes(graph, stages(graph, 2), devices=["cpu", "cuda:99"])
 
     class Mean(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -33,18 +33,11 @@ def checked_batch(graph: Graph, given: str | None) -> str | None:
     """
     if given is None:
         return batch_of(graph)
-    known = sorted({s for v in graph.inputs for s in symbols_of(v)})
+    known = sorted({s for v in graph.inputs for s in v.type.symbols})
     if given not in known:
         have = f"they have {', '.join(known)}" if known else "all of their sizes are fixed"
         raise DfcError("N051", f"no input has the batch `{given}`: {have}", status=2)
     return given
-
-
-def symbols_of(value: Value) -> set[str]:
-    """The symbols of which a tensor's sizes are made."""
-    if not isinstance(value.type, TensorType):
-        return set()
-    return {s for size in value.type.shape if isinstance(size, Expr) for s in size.symbols}
 
 
 def batch_dim(value: Value, batch: str | None) -> int | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from dfc.ir.graph import Graph
 from dfc.planning.actions import Kind
+from dfc.planning.torch_device import check_device
 from dfc.runtime.pipeline.crew import Crew, Launcher
 from dfc.runtime.pipeline.folder import assembly, write_assembly
 from dfc.runtime.pipeline.host import FRUITLESS, ProcessLanes
@@ -57,6 +58,9 @@ class Processes(Pipeline):
         self._expected = {(Kind.F, s): t for s, t in enumerate(expected)}
         super().__init__(graph, stage_of, **options)
 
+    def _devices_here(self) -> Sequence[str]:
+        return ()  # the launcher knows whether they are
+
     def _start(self) -> Runs:
         self._folder = private_folder()
         folder = Path(self._folder.name)
@@ -66,6 +70,8 @@ class Processes(Pipeline):
         )  # fmt: skip
         write_assembly(folder, made, self.stages)
         launcher = self._launcher(folder, self.threads, self.devices)
+        for device in self.devices if launcher.shares_devices else ():
+            check_device(device)
         wiring = Wiring(self.graph, made, numbers)
         places = [(0, d) for d in self.devices]
         fast = device_pairs(
