@@ -106,6 +106,18 @@ def test_the_engine_is_exact_on_the_processor_it_runs_on() -> None:
     assert torch.equal(found, interpret(graph, [x])[0])
 
 
+def test_eight_bit_floats_that_lie_transposed_stay_in_memory() -> None:
+    """The session reads a weight where it lies: a copy in order must live as long."""
+    codes = torch.arange(96 * 64).reshape(96, 64).remainder(80).to(torch.uint8)
+    codes = codes.view(torch.float8_e4m3fn)  # up to 7.5: sums are exact
+    x = torch.arange(3 * 96).reshape(3, 96).remainder(7).float() - 3
+    graph = layer("dfc.linear_f8", x, [codes.T, torch.ones(64), None])
+    engine = find_engine("onnxruntime").build(graph)
+    others = [torch.full((96, 64), 0x7F, dtype=torch.uint8) for _ in range(9)]
+    assert torch.equal(engine([x])[0], interpret(graph, [x])[0])
+    del others
+
+
 def test_layers_that_read_one_value_round_it_once(tmp_path: Path) -> None:
     x, weight, scale = operands(64, None, -127, 127)
     graph = Graph("two")
@@ -161,6 +173,28 @@ def test_groups_in_standard_onnx_become_the_same_kernel(
     assert types["w0.columns"] == (onnx.TensorProto.INT8 if bits == 8 else four)
     found, kernels = run(graph, x, tmp_path)
     assert kernels["MatMulNBits"] == 1 and not {"DequantizeLinear", "MatMul"} & set(kernels)
+    assert torch.equal(found, interpret(graph, [x])[0])
+
+
+@pytest.mark.parametrize("clip, bounds", [("relu", {}), ("clamp", {"min": 0, "max": 1000})])
+@pytest.mark.parametrize("rank, biased", [(2, False), (2, True), (3, False)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_layers_that_are_clipped_become_the_same_kernel(
+    bits: int, rank: int, biased: bool, clip: str, bounds: dict[str, Any], tmp_path: Path
+) -> None:
+    """ONNX Runtime makes no kernel of a product whose Relu or Clip is read by another node."""
+    x, weight, scale = operands(64, 32, *((-128, 127) if bits == 8 else (-8, 7)))
+    x = x.reshape(*[1] * (rank - 2), 5, 64)
+    graph = Graph("clipped")
+    b, given = Builder(graph), graph.add_input("x", TensorType.of(x))
+    codes = weight if bits == 8 else pack4((weight + 8).to(torch.uint8))
+    tensors = [codes, scale, *([None] if bits == 4 else [])]
+    tensors.append(torch.arange(6).float() if biased else None)
+    held = [None if t is None else graph.add_constant("w", t) for t in tensors]
+    y = b(f"dfc.linear_w{bits}", given, *held, group=32, activations="int8")
+    graph.set_outputs([b("aten.neg.default", b(f"aten.{clip}.default", y, **bounds))])
+    found, kernels = run(graph, x, tmp_path)
+    assert kernels["MatMulNBits"] == 1 and kernels["DequantizeLinear"] == 0
     assert torch.equal(found, interpret(graph, [x])[0])
 
 

@@ -105,16 +105,15 @@ class Session:
     def _wrapped(self, tensor: torch.Tensor) -> Any:
         import onnxruntime as ort
 
+        tensor = tensor.contiguous()
         made = ort_value(tensor)
         self._kept.append((tensor, made))
         return ort.OrtValue(made, tensor)
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """The outputs' leaves, then the mutations' values."""
-        feeds = {
-            n: ort_value(as_tensor(x, t))
-            for n, x, t in zip(self._inputs, inputs, self._input_types, strict=True)
-        }
+        given = [as_tensor(x, t) for x, t in zip(inputs, self._input_types, strict=True)]
+        feeds = {n: ort_value(x) for n, x in zip(self._inputs, given, strict=True)}
         try:
             found = self._core.run_with_ort_values(feeds, self._outputs, None)
         except Exception as e:  # ORT raises classes of its own for each status code
@@ -157,7 +156,7 @@ def as_tensor(x: Any, type: Type) -> torch.Tensor:
     if not isinstance(type, TensorType):
         dtype = {INT: torch.int64, FLOAT: torch.float64, BOOL: torch.bool}[type]  # type: ignore[index]
         return torch.tensor(x, dtype=dtype)
-    tensor = x.detach()
+    tensor = x.detach().contiguous()
     assert isinstance(tensor, torch.Tensor)
     wanted = type.dtype.to_torch()
     if tensor.dtype != wanted:
@@ -166,7 +165,10 @@ def as_tensor(x: Any, type: Type) -> torch.Tensor:
 
 
 def ort_value(tensor: torch.Tensor) -> Any:
-    """The tensor as ONNX Runtime's value; they share memory."""
+    """The tensor as ONNX Runtime's value; they share memory.
+
+    Needs:  one of float8 is contiguous, and lives as long as the value, which does not keep it.
+    """
     import torch.utils.dlpack
     from onnxruntime.capi import onnxruntime_pybind11_state as core
 

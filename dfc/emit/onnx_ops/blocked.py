@@ -8,6 +8,7 @@ multiplies floats is nearer to the weights' own results.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 BLOCKS = (16, 32, 64, 128, 256)  # block sizes that ONNX Runtime's kernels take
 FIRST_OPSET = 21
+_CLIPS = ("aten.relu", "aten.clamp", "aten.hardtanh")  # as are written as Relu and Clip
 
 
 def blocked_linear(
@@ -43,7 +45,19 @@ def blocked_linear(
         raise NoTranslation("")
     wide = b.op("DequantizeLinear", weight, turned, points, dtype=D.FLOAT, axis=0, block_size=group)
     y = b.op("MatMul", x, wide)
-    return y if bias is None else b.op("Add", y, bias)
+    y = y if bias is None else b.op("Add", y, bias)
+    return b.op("Max", y, b.const(-math.inf, D.FLOAT)) if _is_clipped(call) else y
+
+
+def _is_clipped(call: Call) -> bool:
+    """Whether a Relu or Clip alone reads the result.
+
+    Why:  ONNX Runtime takes a product and such a reader for one node that is to be rounded behind
+          it, and makes no kernel; a maximum that changes nothing keeps them apart.
+    """
+    node = call.graph_node
+    users = [] if node is None else [u.op for u in node.results[0].users]
+    return len(users) == 1 and users[0].startswith(_CLIPS)
 
 
 def _is_read_as_table(call: Call) -> bool:
