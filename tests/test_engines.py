@@ -249,6 +249,29 @@ def test_openvino_is_refused_where_its_compiler_dies_and_that_is_remembered(tmp_
     assert {e.name: e.verdict for e in auto.report.engines}["openvino"] == "refused"
 
 
+class _BothWays(torch.nn.Module):
+    """A square weight that is read as it is and turned around, and a kernel likewise."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.randn(32, 32) / 6)
+        self.k = torch.nn.Parameter(torch.randn(32, 32, 1, 1) / 6)
+
+    def forward(self, x, y):
+        y = torch.nn.functional.conv2d(y, self.k).tanh()
+        return torch.relu(x @ self.w) @ self.w.T, torch.nn.functional.conv_transpose2d(y, self.k)
+
+
+@pytest.mark.parametrize("step", ["", "autocast f16"])
+def test_openvino_takes_a_weight_that_is_read_in_two_ways(step):
+    torch.manual_seed(0)
+    model, args = _BothWays().eval(), (torch.randn(4, 32), torch.randn(1, 32, 3, 3))
+    recipe = f"dfc 1\nrecipe r {{\n  {step}\n}}\n"
+    compiled = dfc.compile(model, args, engine="openvino", recipe=recipe)
+    for got, want in zip(compiled(*args), model(*args), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-3 if step else 1e-5)
+
+
 def test_openvino_cuts_no_integers_off():
     compiled = dfc.compile(_Adds(), (torch.tensor([1, 2]),), engine="openvino")
     assert compiled(torch.tensor([3, -(2**31)])).tolist() == [4, 1 - 2**31]

@@ -64,7 +64,7 @@ class OpenVino(Engine):
         if device != "cpu":
             raise DfcError("K003", f"engine `openvino` cannot run on {device}: it is for the cpu")
         _refuse(self, graph)
-        lifted, messages = lift_checks(graph)
+        lifted, messages = lift_checks(_apart(graph))
         count = threads or torch.get_num_threads()
         session = Session(build_onnx(lifted), lifted, count, precision)
         run = checked(session.run, len(graph.outputs), messages)
@@ -147,6 +147,36 @@ def _refuse(engine: Engine, graph: Graph) -> None:
             reason = "it has numbers beyond 32 bits"
         if reason:
             raise DfcError("K003", f"engine `openvino` cannot take `{v.name}`: {reason}")
+
+
+def _apart(graph: Graph) -> Graph:
+    """The graph with a weight of its own for each way that a square one is read in.
+
+    Why:  of a weight with as many rows as columns that is read in two ways, as in `x @ w` and
+          `y @ w.T`, OpenVINO 2026.4 takes what it packed for the first for the second, too.
+    """
+    wanted = [p for p in graph.parameters.values() if len(_ways(p)) > 1]
+    if not wanted:
+        return graph
+    copy = graph.copy()
+    for p in (copy.parameters[p.name] for p in wanted):
+        for n, nodes in enumerate([*_ways(p).values()][1:]):
+            name = f"{p.name}.way{n}"
+            assert isinstance(p.type, TensorType)
+            one = copy.add_parameter(name, p.type, "constant", p.data)
+            copy.replace_uses(p, one, set(nodes).__contains__)
+    return copy
+
+
+def _ways(p: Parameter) -> dict[str, list[Node]]:
+    """Who reads a weight that is square, by the op that reads it; a table's rows are not packed."""
+    found: dict[str, list[Node]] = {}
+    shape = p.type.shape if isinstance(p.type, TensorType) else ()
+    if len(shape) > 1 and shape[0] == shape[1] and p.kind != "buffer":
+        for node in p.users:
+            if "embedding" not in node.op:
+                found.setdefault(node.op, []).append(node)
+    return found
 
 
 def _is_wide(p: Parameter) -> bool:
