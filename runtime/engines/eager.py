@@ -67,34 +67,16 @@ class Eager(Engine):
 
     def module(self, graph: Graph, device: str, donated: Collection[Value] = ()) -> fx.GraphModule:
         from dfc.emit.fx import to_fx
+        from dfc.runtime.direct import call_directly
 
         module = to_fx(graph, device, self.kernels(device), donated=donated)
-        _call_directly(module)
+        call_directly(module)
         return module
 
     def kernels(self, device: str) -> Kernels:
         from dfc.runtime.kernels.graph import kernels
 
         return kernels(device)
-
-
-def _call_directly(module: fx.GraphModule) -> None:
-    """Views by PyTorch's own functions, which take half the time of its operators' objects.
-
-    Why:  a model's views cost nothing but the call, and there are as many as other operators.
-    """
-    import torch
-
-    aten = torch.ops.aten
-    direct = {
-        aten.reshape.default: torch.reshape,
-        aten.transpose.int: torch.transpose,
-        aten.split_with_sizes.default: torch.split_with_sizes,
-    }
-    for node in module.graph.nodes:
-        if node.op == "call_function" and node.target in direct:
-            node.target = direct[node.target]
-    module.recompile()
 
 
 class Floats(Eager):
@@ -137,6 +119,7 @@ class ChannelsLast(Eager):
 
         from dfc.emit.fx import to_fx
         from dfc.errors import DfcError
+        from dfc.runtime.direct import call_directly
 
         for node in graph.walk():
             reason = self.supports(node)
@@ -146,6 +129,7 @@ class ChannelsLast(Eager):
         for part in module.modules():
             if isinstance(part, torch.fx.GraphModule):
                 _turn(part)
+        call_directly(module)
         return module
 
 
@@ -165,7 +149,6 @@ def _turn(module: fx.GraphModule) -> None:
             if tensor.dim() == 4:
                 turned = tensor.contiguous(memory_format=torch.channels_last)
                 setattr(module, weight.target, turned)
-    module.recompile()
 
 
 ENGINE = Eager()
