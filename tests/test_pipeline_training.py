@@ -241,6 +241,32 @@ def test_a_microbatch_is_no_smaller_than_the_batch_may_be() -> None:
     assert torch.equal(*losses)
 
 
+class Recurrent(nn.Module):
+    """Two kinds of recurrent layers, the first of which reads what has no gradient."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.a = nn.LSTM(4, 6, num_layers=2, batch_first=True, dropout=dropout)
+        self.b = nn.GRU(6, 5, batch_first=True)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.b(self.a(x)[0])[0][:, -1], y)
+
+
+def test_recurrent_layers_draw_nothing_without_dropout_between_them() -> None:
+    torch.manual_seed(0)
+    args = (torch.randn(6, 3, 4), torch.randint(5, (6,)))
+    model = Recurrent()
+    graph = dfc.trace(model, args, dynamic_shapes=({0: B}, {0: B}))
+    loss, expected = reference(model, args, 3)
+    with Trainer(graph, evenly(graph, 2), microbatches=3, optimizer=adamw, threads=1) as trainer:
+        torch.testing.assert_close(trainer.backward(*args), loss)
+        close({n: p.grad for n, p in trainer.parameters.items()}, expected)
+    dropped = dfc.trace(Recurrent(dropout=0.5), args)
+    with pytest.raises(DfcError, match=r"N071.*`aten\.lstm\.input`.*draws random numbers"):
+        StagedModel(dropped, evenly(dropped, 2))
+
+
 class Dropped(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -96,7 +96,7 @@ class Derivatives:
         wanted += [name in set(weights) for name in self._names]
         self._mode, self._leaves = _fakes(lifted, SymbolTable(lifted.ranges), wanted)
         # in the mode what the graph makes itself (aten.arange) is without numbers as well
-        with self._mode, torch.enable_grad(), _refused():
+        with self._mode, torch.enable_grad(), _refused(), _differentiable():
             self._results = to_fx(lifted)(*self._leaves)
         self.outputs = [isinstance(x, torch.Tensor) and x.requires_grad for x in self._results]
 
@@ -129,7 +129,23 @@ def _refused() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, NotImplementedError) as e:
-        raise DfcError("N070", f"PyTorch cannot differentiate the graph: {e}") from e
+        why = str(e).partition("\n")[0]  # PyTorch's own stack may follow
+        raise DfcError("N070", f"PyTorch cannot differentiate the graph: {why}") from e
+
+
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    """Recurrent layers by PyTorch's own decompositions in Python, which know sizes that vary, and
+    have derivatives only where oneDNN's kernel does not stand for a layer."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)  # `torch.backends.mkldnn.flags` warns of TF32
+    try:
+        with enable_python_dispatcher():
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 def refuse_random(graph: Graph) -> None:
@@ -200,7 +216,8 @@ def _traced(module: fx.GraphModule, fakes: list[Any], outputs: list[bool]) -> fx
         kept = [x if o else x.detach() for x, o in zip(results, outputs, strict=True)]
         return [torch.ops.dfc.boundary(x) for x in kept]
 
-    with _refused(), torch.enable_grad(), fx.traceback.preserve_node_meta():
+    meta = fx.traceback.preserve_node_meta()
+    with _refused(), torch.enable_grad(), _differentiable(), meta:
         traced = aot_export_joint_simple(forward, tuple(fakes), trace_joint=True)
     assert isinstance(traced, fx.GraphModule)
     return traced

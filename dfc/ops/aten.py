@@ -39,15 +39,21 @@ ASSERTIONS = frozenset(
 )
 # Strides are not part of a value, so what needs them is run by its stride-free twin.
 _STRIDE_FREE = {"aten.view.default": "reshape", "aten._unsafe_view.default": "reshape"}
-# The schema says random, but without dropout nothing is drawn.
-_RANDOM_ONLY_WITH = {
-    "scaled_dot_product_attention": ("dropout_p", 0.0),
-    "dropout": ("train", False),
-    "alpha_dropout": ("train", False),
-    "feature_dropout": ("train", False),
-    "feature_alpha_dropout": ("train", False),
-    "native_dropout": ("train", False),
-    "rrelu": ("training", False),
+_NO_TRAINING = {"train": False}
+_NO_DROPOUT_BETWEEN = {"train": False, "dropout": 0.0, "num_layers": 1}
+# The schema says random, but where one of these is so nothing is drawn.
+_DRAWS_NOTHING_WITH: Mapping[str, Mapping[str, Any]] = {
+    "scaled_dot_product_attention": {"dropout_p": 0.0},
+    "dropout": _NO_TRAINING,
+    "alpha_dropout": _NO_TRAINING,
+    "feature_dropout": _NO_TRAINING,
+    "feature_alpha_dropout": _NO_TRAINING,
+    "native_dropout": _NO_TRAINING,
+    "rrelu": {"training": False},
+    "lstm": _NO_DROPOUT_BETWEEN,
+    "gru": _NO_DROPOUT_BETWEEN,
+    "rnn_tanh": _NO_DROPOUT_BETWEEN,
+    "rnn_relu": _NO_DROPOUT_BETWEEN,
 }
 # Memory that nobody has written: two runs differ, so it is never folded or compared.
 _UNDEFINED = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"})
@@ -102,8 +108,8 @@ class AtenOp:
     def _draws(self, attributes: Mapping[str, Any]) -> bool:
         if not self._random:
             return False
-        switch = _RANDOM_ONLY_WITH.get(self._base)
-        return switch is None or bool(attributes.get(switch[0]) != switch[1])
+        switches = _DRAWS_NOTHING_WITH.get(self._base, {})
+        return all(attributes.get(name) != off for name, off in switches.items())
 
     def is_pure(self, attributes: Mapping[str, Any]) -> bool:
         return not (
