@@ -17,14 +17,16 @@ if TYPE_CHECKING:
 # Overloads whose arguments the function of their name takes as they are, and calls just them with.
 _OVERLOADS = {
     "default": """
-        abs addmm amax avg_pool2d baddbmm bmm cat chunk clamp clone conv1d conv2d conv3d cos
-        cumsum dropout embedding erf exp expand gather gelu group_norm hardsigmoid hardswish
-        hardtanh layer_norm linear log matmul max_pool2d maximum minimum mm neg permute relu
-        reshape rms_norm rsqrt scaled_dot_product_attention sigmoid silu sin
-        split_with_sizes sqrt stack t tanh unsqueeze view
+        _log_softmax _log_softmax_backward_data _softmax _softmax_backward_data abs addmm
+        addmm_ amax avg_pool2d baddbmm bmm cat chunk clamp clone conv1d conv2d conv3d
+        convolution cos cumsum detach dropout embedding erf exp expand gather gelu
+        group_norm hardsigmoid hardswish hardtanh layer_norm linear log matmul max_pool2d
+        maximum minimum mm native_layer_norm neg permute relu reshape rms_norm rsqrt
+        scaled_dot_product_attention sigmoid silu sin split_with_sizes sqrt stack t tanh
+        unsqueeze view
         """,
     "Scalar": "masked_fill",
-    "Tensor": "add div eq gt le lt mul sub",
+    "Tensor": "add add_ div eq gt le lt mul sub",
     "Tensor_Scalar": "pow",
     "dim": "mean squeeze",
     "dim_IntList": "sum",
