@@ -4,8 +4,10 @@ nothing left behind."""
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,49 @@ def test_ctrl_c_while_the_command_is_imported_is_one_line(tmp_path: Path) -> Non
     )
     assert done.returncode == 130
     assert done.stderr == "dfc: interrupted; nothing was left half-written\n"
+
+
+def test_after_ctrl_c_nothing_is_waited_for(tmp_path: Path) -> None:
+    """A thread of some library would go on for a minute; what is done at an exit is done."""
+    (tmp_path / "typer.py").write_text(
+        "import atexit, os, signal, sys, threading, time\n"
+        "atexit.register(lambda: print('left', file=sys.stderr))\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        f"sys.path.insert(0, {str(tmp_path)!r});"
+        "from dfc.cli import main; sys.exit(main())"
+    )
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, "doctor"], capture_output=True, text=True, timeout=60
+    )
+    assert time.monotonic() - began < 50
+    assert done.returncode == 130
+    assert done.stderr == "dfc: interrupted; nothing was left half-written\nleft\n"
+
+
+def test_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:
+    """As a launcher sends it to a rank that holds a folder."""
+    (tmp_path / "net.py").write_text(
+        "import os, signal, tempfile\n\n\ndef build():\n"
+        "    with tempfile.TemporaryDirectory():\n"
+        "        try:\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        finally:\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)  # again, while it ends\n"
+    )
+    own = tmp_path / "temporary"
+    own.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "dfc.cli", "compile", f"{tmp_path}/net.py:build", "-o", "x"],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "TMPDIR": str(own)},
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGTERM
+    assert "Traceback" not in done.stderr and "error" not in done.stderr
+    assert os.listdir(own) == []
 
 
 def test_ctrl_c_that_a_library_turned_into_an_error_is_no_bug(

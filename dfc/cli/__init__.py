@@ -12,6 +12,7 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import NoReturn
 
 INTERRUPTED = 130
 
@@ -19,19 +20,46 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. The console script passes it to `sys.exit`."""
     try:
+        import signal
+
         from dfc.cli.streams import make_usable
 
         if argv is None:
             make_usable()
         from dfc.cli.command import dispatch
         from dfc.cli.failures import guarded
+        from dfc.publish.ending import ending
 
-        given = [*(sys.argv[1:] if argv is None else argv)]
-        return guarded(lambda: dispatch(given), given)
+        if argv is not None:
+            return guarded(lambda: dispatch(argv), argv)
+        given = sys.argv[1:]
+        with ending():  # SIGTERM leaves no more behind than Ctrl-C does
+            status = guarded(lambda: dispatch(given), given)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is written: libraries wind down
+        return status
     except KeyboardInterrupt:
         import signal
 
-        if argv is None:  # the last thing that this process does
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # again, while libraries wind down
+        if argv is None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # again, before this process has ended
         print("dfc: interrupted; nothing was left half-written", file=sys.stderr, flush=True)
+        if argv is None:
+            _end()
         return INTERRUPTED
+
+
+def _end() -> NoReturn:
+    """End the process at once.
+
+    Why:  taking all modules apart takes PyTorch up to two seconds, and threads that wait in a
+          library might never end.
+    """
+    import atexit
+    import os
+    from contextlib import suppress
+
+    atexit._run_exitfuncs()
+    with suppress(OSError, ValueError):  # it is closed, or nobody reads it
+        sys.stdout.flush()
+    os._exit(INTERRUPTED)

@@ -14,6 +14,7 @@ from typing import Any
 
 from dfc.cli.streams import give_up_stdout
 from dfc.errors import DfcError, did_you_mean
+from dfc.publish.ending import Ended
 
 INTERNAL, DIFFERENT = 1, 9
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -32,12 +33,12 @@ def guarded(action: Callable[[], int], argv: Sequence[str]) -> int:
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind it: a compiled module's import turns that into an ImportError."""
+    """Whether a signal is behind it: a compiled module's import turns that into an ImportError."""
     seen = []
     while error is not None and error not in seen:  # `raise e from e` is its own cause
         seen.append(error)
         error = error.__cause__ or error.__context__
-    return any(isinstance(e, KeyboardInterrupt) for e in seen)
+    return any(isinstance(e, (KeyboardInterrupt, Ended)) for e in seen)
 
 
 def _told(error: Exception, argv: Sequence[str]) -> int:

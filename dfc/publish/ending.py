@@ -32,7 +32,7 @@ def ending() -> Iterator[Ending]:
 
     def unwind(number: int, frame: FrameType | None) -> None:
         caught.append(number)
-        if not state.cleaning:
+        if not state.cleaning and len(caught) == 1:
             raise Ended(number)
 
     signals = (signal.SIGTERM, signal.SIGHUP)
