@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -29,6 +31,8 @@ from dfc.runtime.pipeline.folder import assembly, read_assembly, write_assembly
 from dfc.runtime.pipeline.messages import Layout
 from dfc.runtime.pipeline.processes import Processes
 from dfc.runtime.pipeline.routes import stage_edges
+from dfc.runtime.pipeline.spawn import owner_is_gone, private_folder
+from dfc.runtime.pipeline.world import World
 from tests.fair_clock import FairClock
 from tests.kept_graph import keep
 from tests.test_pipeline import captured, leaves, one_by_one, stages
@@ -365,6 +369,71 @@ def test_an_interrupt_and_the_hosts_death_end_everything(how: int, tmp_path: Pat
     finally:
         host.kill()
         host.communicate(timeout=10)
+
+
+_KILLED = """
+import os, signal
+from dfc.runtime.pipeline.spawn import private_folder
+made = private_folder()
+print(made.name, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def left_by_a_killed_one(within: Path) -> Path:
+    """The folder of a process that was killed before it had any rank."""
+    host = subprocess.run(
+        [sys.executable, "-c", _KILLED], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "TMPDIR": str(within), "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    folder = Path(host.stdout.strip())
+    assert host.returncode == -signal.SIGKILL and folder.is_dir() and owner_is_gone(folder)
+    return folder
+
+
+def test_folders_of_those_that_were_killed_are_taken_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed = left_by_a_killed_one(tmp_path)
+    others = [tmp_path / "dfc-ranks-empty", tmp_path / "dfc-ranks-of-another-machine"]
+    for folder in others:
+        folder.mkdir()
+    (others[1] / "owner").write_text("1 2 00000000")
+    with private_folder() as first, private_folder() as second:
+        assert not killed.exists()
+        assert all(f.exists() for f in (Path(first), Path(second), *others))
+
+
+def test_a_rank_that_finds_no_host_takes_its_folder_away(tmp_path: Path) -> None:
+    folder = left_by_a_killed_one(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        closed = other.getsockname()[1]
+    rank = subprocess.run(
+        [sys.executable, "-m", "dfc.runtime.pipeline.worker", str(folder), "0", "1", "127.0.0.1",
+         str(closed)], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "DFC_RANK_KEY": "00"},
+    )  # fmt: skip
+    assert (rank.returncode, rank.stderr) == (3, "")
+    assert not folder.exists()
+
+
+def test_ctrl_c_is_seen_while_a_message_is_waited_for() -> None:
+    """PyTorch's store does not see it: torchrun would kill such a rank half a minute later."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    world, main = World(0, 1, store), threading.main_thread().ident
+    assert main is not None
+    timer = threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT))
+    timer.start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        world.get("never", 30)
+    timer.join()
+    assert time.monotonic() - began < 25
+    world.put("now", 1)
+    assert world.get("now", 30) == 1  # the thread that still waits is in nobody's way
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -224,22 +225,24 @@ def test_a_lost_rank_is_named_by_those_that_wait(tmp_path: Path) -> None:
     """Without torchrun, which would end the others: the ranks themselves notice."""
     graph, _ = heavy()
     keep(tmp_path, graph, stages(graph, 2))
-    with served_store() as store:
-        _lose_a_rank(tmp_path, store)
+    with served_store() as store, tempfile.TemporaryDirectory() as own:  # names must be short
+        _lose_a_rank(tmp_path, store, own)
 
 
-def _lose_a_rank(folder: Path, store: dict[str, str]) -> None:
+def _lose_a_rank(folder: Path, store: dict[str, str], own: str) -> None:
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", _SCRIPT, str(folder)], cwd=ROOT, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True,
-            env=environment(RANK=str(r), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", **store),
+            env=environment(RANK=str(r), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", TMPDIR=own,
+                            **store),
         )
         for r in range(2)
     ]  # fmt: skip
     try:
         assert ranks[0].stdout is not None
         assert ranks[0].stdout.readline() == "equal\n"
+        assert not list(Path(own).glob("dfc-*"))  # of sockets: who is killed leaves nothing
         time.sleep(0.3)
         ranks[1].send_signal(signal.SIGKILL)
         _, err = ranks[0].communicate(timeout=300)

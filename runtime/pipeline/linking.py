@@ -100,11 +100,12 @@ class WorldMeeting:
         """As `links`, of the hosts' memory alone."""
         if self.kind == "local":
             return LocalLinks(me, pairs, Path(self._at), name, MEETING)
-        w = self.world
-        return Links(me, pairs, w.store, f"{self._key}/{name}", w.device, MEETING)
+        w, prefix = self.world, f"{self._key}/{name}"
+        return w.waiting(lambda: Links(me, pairs, w.store, prefix, w.device, MEETING))
 
     def close(self) -> None:
-        """Take the folder away."""
+        """Take the folder away, when all are linked: nobody looks for sockets any more, and a rank
+        that is killed leaves nothing behind."""
         if self._folder is not None:
             self._folder.cleanup()
 

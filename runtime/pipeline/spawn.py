@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from dfc.errors import DfcError
+from dfc.publish.owner import here, start_time
 from dfc.runtime.pipeline.control import Door
 
+_OWNER = "owner"  # the file that says whose a private folder is: names of sockets must be short
 _TAIL = 12  # lines of what a process said before it ended
 
 
@@ -88,7 +92,24 @@ class Spawner:
 
 
 def private_folder(within: Path | None = None) -> tempfile.TemporaryDirectory[str]:
-    """Where ranks find their stages: readable by this user alone, gone with the pipeline."""
-    return tempfile.TemporaryDirectory(
-        prefix="dfc-ranks-" if within is None else "l-", dir=within, ignore_cleanup_errors=True
-    )
+    """Where ranks find their stages: readable by this user alone, gone with the pipeline.
+
+    Ensures: what processes that were killed left of such folders is gone as well.
+    """
+    if within is not None:
+        return tempfile.TemporaryDirectory(prefix="l-", dir=within, ignore_cleanup_errors=True)
+    for left in Path(tempfile.gettempdir()).glob("dfc-ranks-*"):
+        if owner_is_gone(left):
+            shutil.rmtree(left, ignore_errors=True)
+    made = tempfile.TemporaryDirectory(prefix="dfc-ranks-", ignore_cleanup_errors=True)
+    (Path(made.name) / _OWNER).write_text(f"{os.getpid()} {start_time(os.getpid())} {here()}")
+    return made
+
+
+def owner_is_gone(folder: Path) -> bool:
+    """Whether a folder is a private one of this user's, and the process that made it has ended."""
+    with suppress(OSError, ValueError):  # it is no such folder, or another user's
+        pid, began, where = (folder / _OWNER).read_text().split()
+        own = folder.lstat().st_uid == os.geteuid() and where == here()
+        return own and start_time(int(pid)) != int(began)
+    return False

@@ -148,8 +148,8 @@ class LaunchedRanks:
         self._meeting = WorldMeeting(world, links, "pipeline", fast, stages.device.name)
         self.link_kind = "nccl" if fast else self._meeting.kind
         self._links, self._host_links = self._linked()
-        if fast:  # nothing runs on a device before all communicators are made
-            world.share("linked", True)
+        world.share("linked", True)  # nothing runs before all are linked
+        self._meeting.close()
         self._carriers = Carriers(wiring.pairs) if world.rank == 0 else None
         self._beats = threading.Thread(target=self._beat, name="dfc-beat", daemon=True)
         self._beats.start()
@@ -221,7 +221,6 @@ class LaunchedRanks:
         for links in self._both():
             links.close()
         self.stages.close()
-        self._meeting.close()
 
     def _row(self, number: int, order: Message) -> Message:
         """This rank's row of the program; what came of it is in the store too."""
@@ -277,7 +276,7 @@ class LaunchedRanks:
         wanted = [n for e in self.wiring.edges if e.target == HOST for n in e.values]
         while not own or any(n not in r for r in results for n in wanted):
             try:
-                event = events.get(timeout=1.0)
+                event = events.get(timeout=0.2)
             except Empty:
                 continue
             match event["did"]:
@@ -363,7 +362,7 @@ class LaunchedRanks:
                 failed.append(str(e))
 
         members = [self.world.rank, *([HOST] if self.world.rank == 0 else [])]
-        threads = [threading.Thread(target=link, args=(m,)) for m in members]
+        threads = [threading.Thread(target=link, args=(m,), daemon=True) for m in members]
         for t in threads:
             t.start()
         for t in threads:

@@ -81,8 +81,8 @@ class Ranks:
         try:
             self.links = self._meeting.links(world.rank, pairs, "step")
             self.others = self._meeting.host_links(world.rank, self._pairs_after(), "after")
-            if fast:  # nothing runs on a device before all communicators are made
-                world.share(f"{name}/linked", True)
+            world.share(f"{name}/linked", True)  # nothing runs before all are linked
+            self._meeting.close()
         except RuntimeError as e:
             raise DfcError("K058", f"the links of rank {world.rank} cannot be made: {e}") from e
 
@@ -289,7 +289,6 @@ class Ranks:
         """Let the links go."""
         self.links.close()
         self.others.close()
-        self._meeting.close()
 
 
 class _OwnHost(Traffic):

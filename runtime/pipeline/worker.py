@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 
 from dfc.errors import DfcError
 from dfc.runtime.pipeline.control import BEAT, Channel, Message, knock
+from dfc.runtime.pipeline.spawn import owner_is_gone
 
 Before = Callable[[], None]
 
@@ -41,7 +42,6 @@ class Worker:
 
         self.folder, self.rank, self.channel = folder, rank, channel
         self.before, self.device = before, device
-        self.parent = os.getppid()
         self.doing = Doing("load")
         self.commands: SimpleQueue[Message] = SimpleQueue()
         self.traffic: Any = None
@@ -94,10 +94,7 @@ class Worker:
 
     def _orphaned(self) -> NoReturn:
         """The host is gone: nobody wants what this process does, nor the folder it left behind."""
-        time.sleep(0.1)  # a process that dies closes its files first
-        if os.getppid() != self.parent:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        os._exit(3)
+        _leave(self.folder)
 
     def _tell(self, did: str, **more: Any) -> None:
         doing = self.doing
@@ -186,6 +183,16 @@ class Worker:
         self.links = self.traffic = None
 
 
+def _leave(folder: Path) -> NoReturn:
+    """End, and take away what a host that was killed left behind."""
+    until = time.monotonic() + 0.5  # a process that dies closes its files first
+    while not (gone := owner_is_gone(folder)) and time.monotonic() < until:
+        time.sleep(0.02)
+    if gone:
+        shutil.rmtree(folder, ignore_errors=True)
+    os._exit(3)
+
+
 def error_told(e: DfcError) -> dict[str, Any]:
     first = e.diagnostics[0]
     return {"code": e.code, "message": e.message, "help": first.help, "status": e.status}
@@ -200,7 +207,10 @@ def serve(
     `before` is called before stages are read: it loads what they may name. `device` is what the
     rank's is called here, where not as in the folder.
     """
-    channel = knock(host, key)
+    try:
+        channel = knock(host, key)
+    except OSError:  # the host ended while this process started
+        _leave(folder)
     channel.send({"did": "hello", "rank": rank, "born": born, "pid": os.getpid()})
     kind(folder, rank, channel, before, device).serve()
 

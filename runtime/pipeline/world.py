@@ -13,6 +13,7 @@ from typing import Any
 
 from dfc.errors import DfcError
 from dfc.runtime.pipeline.links import gloo_device
+from dfc.runtime.pipeline.waiting import Waiting
 
 _REMEDIES = {
     "model": "every process makes the same model with the same weights: call torch.manual_seed "
@@ -41,6 +42,7 @@ class World:
         self.hosts = list(hosts or [0] * size)
         self.one_host = len(set(self.hosts)) == 1
         self._first = store
+        self.waiting = Waiting()
         self._own = threading.local()
 
     @staticmethod
@@ -94,11 +96,15 @@ class World:
 
     def get(self, key: str, seconds: float) -> Any:
         """A message of the store, None when nobody wrote it in time."""
-        try:
-            self.store.wait([key], timedelta(seconds=seconds))
-        except RuntimeError:
-            return None
-        return json.loads(self.store.get(key))
+
+        def found() -> Any:
+            try:
+                self.store.wait([key], timedelta(seconds=seconds))
+            except RuntimeError:
+                return None
+            return json.loads(self.store.get(key))
+
+        return self.waiting(found)
 
     def peek(self, key: str) -> Any:
         """A message of the store, None when it is not there yet."""
