@@ -286,6 +286,67 @@ def test_what_cannot_be_a_pipeline_says_why() -> None:
         pipeline(torch.randn(4, 3))
 
 
+class Contrast(nn.Module):
+    """Two towers, and how near each item of one is to each of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(5, 6)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.a(x)) @ torch.relu(self.b(y)).T
+
+
+def test_a_batch_in_two_sizes_cannot_be_cut_and_one_microbatch_need_not_be() -> None:
+    args = (torch.randn(4, 4), torch.randn(4, 5))
+    graph = dfc.trace(Contrast(), args, dynamic_shapes=({0: B}, {0: B}))
+    with (
+        Pipeline(graph, stages(graph, 2), microbatches=2) as pipeline,
+        pytest.raises(DfcError, match=r"N051.*\[B, B\] has the batch `B` in 2 of its sizes"),
+    ):
+        pipeline(*args)
+    with Pipeline(graph, stages(graph, 2), microbatches=1) as pipeline:
+        assert torch.equal(pipeline(*args), one_by_one(graph, pipeline, list(args))[0])
+
+    class Pairs(nn.Module):
+        def forward(self, x: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x) + pairs.reshape(-1, 2, 3).sum(1)
+
+    pairs = (torch.randn(4, 3), torch.randn(8, 3))
+    graph = dfc.trace(Pairs(), pairs, dynamic_shapes=({0: B}, {0: 2 * B}))
+    with pytest.raises(DfcError, match=r"N051.*a size of which the batch `B` is a part"):
+        Pipeline(graph, stages(graph, 2), batch="B")
+    with Pipeline(graph, stages(graph, 2), batch="B", microbatches=1) as pipeline:
+        assert torch.equal(pipeline(*pairs), Pairs()(*pairs))
+
+
+class Centred(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = torch.relu(self.a(x))
+        return {"plain": y, "centred": y - y.mean(0)}
+
+
+def test_the_command_tells_of_outputs_that_are_not_the_unsplit_models(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dfc.cli import main
+
+    torch.manual_seed(0)
+    package = str(tmp_path / "centred.dfcpkg")
+    dfc.compile(Centred().eval(), (torch.randn(6, 4),), dynamic_shapes=({0: B},),
+                engine="eager").save(package)  # fmt: skip
+    given = ["run", package, "--size", "B=6", "--pipeline", "2", "-m"]
+    assert main([*given, "3"]) == 0
+    out = capsys.readouterr().out
+    assert "note: `centred` differs from the unsplit model's by" in out and "`plain`" not in out
+    assert main([*given, "1"]) == 0
+    assert "differs" not in capsys.readouterr().out
+
+
 def test_the_command_runs_a_pipeline_and_says_what_it_took(
     tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

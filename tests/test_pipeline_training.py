@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -355,6 +355,32 @@ def test_training_goes_on_from_a_state_with_other_stages() -> None:
         del state["weights"]["table.weight"]
         with pytest.raises(DfcError, match="another model"):
             second.load_state_dict(state)
+
+
+def test_a_state_of_another_optimizer_is_refused_and_changes_nothing() -> None:
+    _, args = captured("mlp")
+    sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+    with Trainer(staged("mlp", 2), microbatches=2, optimizer=adamw, threads=1) as first:
+        first.step(*args)
+        state = first.state_dict()
+    with Trainer(staged("mlp", 2), microbatches=2, optimizer=sgd, threads=1) as second:
+        before = second.state_dict()
+        with pytest.raises(
+            DfcError, match=r"(?s)N075.*another optimizer's.*`amsgrad`.*as SGD"
+        ) as e:
+            second.load_state_dict(state)
+        assert e.value.status == 2
+        for name, x in second.state_dict()["weights"].items():
+            assert torch.equal(x, before["weights"][name])
+        for options in state["options"].values():
+            options.clear()  # nothing is known of it
+        state["slots"] = {}
+        second.load_state_dict(state)
+        schedule = torch.optim.lr_scheduler.StepLR(second.optimizers[0], 1)
+        second.step(*args)
+        schedule.step()
+        second.load_state_dict(second.state_dict())  # with the scheduler's `initial_lr`
 
 
 def test_a_checkpoint_is_the_models_own_state_and_training_goes_on_from_it(tmp_path: Path) -> None:

@@ -159,6 +159,7 @@ def test_what_cannot_be_asked_is_told(both: Both) -> None:
         ("N052", trainer.update),
         ("N078", lambda: trainer.parameters),
         ("N073", lambda: trainer.set_options(lrr=1)),
+        ("N075", lambda: trainer.load_state_dict({"weights": {}})),
         ("K015", lambda: trainer.step(*batch(0))),
         ("K012", lambda: trainer.step(batch(4)[0])),
         ("K014", lambda: trainer.step(torch.zeros(4, 5), batch(4)[1])),
@@ -166,6 +167,11 @@ def test_what_cannot_be_asked_is_told(both: Both) -> None:
         with pytest.raises(DfcError) as e:
             ask()
         assert e.value.code == code
+    state = trainer.state_dict()
+    for options in state["options"].values():
+        options["momentum"] = options.pop("betas")
+    with pytest.raises(DfcError, match=r"N075.*another optimizer's.*no `betas` as AdamW"):
+        trainer.load_state_dict(state)
     with pytest.raises(AttributeError, match="nothing"):
         trainer.nothing  # noqa: B018
     both.step()

@@ -51,6 +51,7 @@ class Where:
 
 _WARM = 2  # steps before those that are measured
 _STEPS = 3  # of which the one in the middle is told
+_DIFFERS = 0.02  # of an output's norm: more than kernels for other sizes, or other engines, make
 Say = Callable[[str], None]
 
 
@@ -110,9 +111,31 @@ def run_pipelined(
     if memory is not None:
         return results, {**data, **host_data(data["stages"], host)}
     say("timing the model unsplit")
+    whole = compiled.run_flat(inputs)
     data["unsplit_seconds"] = _seconds(lambda: compiled.run_flat(inputs))
     data["unsplit_threads"] = torch.get_num_threads()
+    data["differs"] = _differing(compiled.graph, results, whole) if data["microbatches"] > 1 else {}
     return results, data
+
+
+def _differing(graph: Graph, found: Sequence[Any], whole: Sequence[Any]) -> dict[str, float]:
+    """The outputs that are not the unsplit model's, by how much of their norm.
+
+    Why:  where items of a batch depend on each other microbatches see less of it; a graph does not
+          tell, since a reshape alone moves sizes into each other.
+    """
+    import torch
+
+    from dfc.cli.inputs import output_names
+
+    differs = {}
+    for name, x, w in zip(output_names(graph), found, whole, strict=True):
+        if isinstance(w, torch.Tensor) and (w.is_floating_point() or w.is_complex()):
+            x, w = (torch.nan_to_num(t.to(torch.complex128)) for t in (x, w))
+            error = float((x - w).norm() / w.norm().clamp_min(1e-30))
+            if error > _DIFFERS:
+                differs[name] = error
+    return differs
 
 
 def _placed(
@@ -149,7 +172,7 @@ def _placed_within(
 ) -> tuple[Mapping[Node, int], dict[str, Any]]:
     """Stages of equal time, with what their ranks have to stream for each microbatch."""
     from dfc.planning.balanced import balanced_within
-    from dfc.planning.microbatches import batch_dim, batch_of, cut, least_of
+    from dfc.planning.microbatches import batch_dims, batch_of, cut, least_of
     from dfc.planning.tier_plan import DISK
     from dfc.runtime.pipeline.local import MICROBATCHES
     from dfc.runtime.tiers.stages import rank_memories
@@ -157,9 +180,10 @@ def _placed_within(
     graph = compiled.graph
     memories = rank_memories(rank_budgets(memory)[0], stages)
     batch = batch_of(graph)
-    dims = {v: batch_dim(v, batch) for v in graph.inputs}
+    count = microbatches or MICROBATCHES
+    dims = batch_dims(graph, batch, count)
     given = dict(zip(graph.inputs, inputs, strict=True))
-    first = cut(given, dims, microbatches or MICROBATCHES, least_of(graph, batch))[0]
+    first = cut(given, dims, count, least_of(graph, batch))[0]
     placed, ranks = balanced_within(graph, memories, [first[v] for v in graph.inputs], DISK)
     return placed, {"placement": ranks}
 
@@ -338,6 +362,11 @@ def show(data: dict[str, Any]) -> None:
     for fewer in ("fewer", "fewer_microbatches"):
         if fewer in data:
             print_text(data[fewer])
+    for name, error in data.get("differs", {}).items():
+        print_text(
+            f"note: `{name}` differs from the unsplit model's by {error:.0%} of its norm: items of "
+            "the batch depend on each other, or it is random; with -m 1 they are together"
+        )
 
 
 def verdict(took: float, unsplit: float, threads: int) -> str:

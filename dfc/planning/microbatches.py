@@ -43,21 +43,32 @@ def checked_batch(graph: Graph, given: str | None) -> str | None:
 def batch_dim(value: Value, batch: str | None) -> int | None:
     """Which dimension of a value is the batch, None for a value that every item shares.
 
-    Raises:  DfcError N051 for a size that the batch is only a part of.
+    Raises:  DfcError N051 for a size that the batch is only a part of, and for several of them.
     """
     if batch is None or not isinstance(value.type, TensorType):
         return None
-    for i, size in enumerate(value.type.shape):
-        if getattr(size, "symbol", None) == batch:
-            return i
-        if isinstance(size, Expr) and batch in size.symbols:
-            raise DfcError(
-                "N051",
-                f"%{value.name} {value.type} has a size of which the batch `{batch}` is a part: "
-                "it cannot be cut into microbatches",
-                help="run it with microbatches=1",
-            )
-    return None
+    shape = value.type.shape
+    held = [i for i, s in enumerate(shape) if isinstance(s, Expr) and batch in s.symbols]
+    if not held:
+        return None
+    if len(held) == 1 and getattr(shape[held[0]], "symbol", None) == batch:
+        return held[0]
+    what = f"a size of which the batch `{batch}` is a part"
+    if held[1:]:
+        what = f"the batch `{batch}` in {len(held)} of its sizes"
+    raise DfcError(
+        "N051",
+        f"%{value.name} {value.type} has {what}: it cannot be cut into microbatches",
+        help="run it with microbatches=1",
+    )
+
+
+def batch_dims(graph: Graph, batch: str | None, microbatches: int) -> dict[Value, int | None]:
+    """Where inputs are cut; one microbatch is whole.
+
+    Raises:  DfcError N051 as `batch_dim`.
+    """
+    return {v: None if microbatches == 1 else batch_dim(v, batch) for v in graph.inputs}
 
 
 def least_of(graph: Graph, batch: str | None) -> int:

@@ -16,7 +16,7 @@ from dfc.lang.units import byte_count
 from dfc.planning.actions import Action, Program
 from dfc.planning.cost import default_sizes
 from dfc.planning.engine import Engine, Runner
-from dfc.planning.microbatches import batch_dim, checked_batch, cut, joined, least_of
+from dfc.planning.microbatches import batch_dim, batch_dims, checked_batch, cut, joined, least_of
 from dfc.planning.schedules import forward_program
 from dfc.planning.stages import StageGraph, split
 from dfc.planning.tiers import Tiers
@@ -123,7 +123,7 @@ class Pipeline:
         self.engines = one_each(engine, len(self.stages), "engines", "stages")
         self.microbatches = microbatches
         self.batch = checked_batch(graph, batch)
-        self._dims = {v: batch_dim(v, self.batch) for v in graph.inputs}
+        self._dims = batch_dims(graph, self.batch, microbatches)
         self._program = program or (lambda m: forward_program(self.placement, m))
         self._programs: dict[int, Program] = {}
         self.edges = stage_edges(self.stages, graph.outputs)

@@ -34,7 +34,7 @@ from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.interpret import bind_inputs
 from dfc.ir.types import TensorType
 from dfc.planning.actions import SELECTIVE, Action, Kind, Program
-from dfc.planning.microbatches import batch_dim, checked_batch, cut, least_of
+from dfc.planning.microbatches import batch_dims, checked_batch, cut, least_of
 from dfc.planning.recompute import recomputing
 from dfc.planning.simulate import Costs
 from dfc.planning.stages import HOST
@@ -167,7 +167,7 @@ class Trainer:
         self.programs = Programs(schedule, len(model.parts), microbatches, chunks, some, room,
                                  ranks, alike and self._moves and not sequential)  # fmt: skip
         self.batch = checked_batch(model.graph, batch)
-        self._dims = {v: batch_dim(v, self.batch) for v in model.graph.inputs}
+        self._dims = batch_dims(model.graph, self.batch, microbatches)
         count = 1 + max(self.programs.placement)
         self.devices = device_names(one_each(devices, count, "devices", "ranks"))
         check_devices(self.devices, sequential)

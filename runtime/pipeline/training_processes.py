@@ -47,7 +47,12 @@ from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.training import Trainer, Way, check_of, no_gradients
 from dfc.runtime.pipeline.training_gang import Gang, entry
 from dfc.runtime.pipeline.training_report import TrainingReport
-from dfc.runtime.pipeline.training_state import State, refuse_other
+from dfc.runtime.pipeline.training_state import (
+    State,
+    check_state,
+    refuse_other,
+    refuse_other_optimizer,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     import torch
@@ -315,7 +320,10 @@ class ProcessTrainer(Trainer):
                 self.save(self.checkpoint)
 
     def _refuse(self, state: State) -> None:
+        check_state(state)
         refuse_other(self.model.read, state["weights"])
+        for name, options in state["options"].items():
+            refuse_other_optimizer(name, self.optimizers[0], options)
 
     def _note(self, what: str, value: Any) -> None:
         if self.checkpoint is not None:

@@ -39,7 +39,7 @@ from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.training import Trainer, Way
 from dfc.runtime.pipeline.training_exchange import Ranks
 from dfc.runtime.pipeline.training_report import TrainingReport
-from dfc.runtime.pipeline.training_state import State, on_host
+from dfc.runtime.pipeline.training_state import State, check_state, on_host
 from dfc.runtime.pipeline.world import World
 
 if TYPE_CHECKING:
@@ -181,6 +181,7 @@ class RankTrainer(Trainer):
 
         Raises:  DfcError N075 (exit status 2) for parameters that are missing or of another shape.
         """
+        check_state(state)
         mine = {n: x for n, x in state["weights"].items() if n in self.parameters}
         super().load_state_dict({**state, "weights": mine})
 

@@ -44,18 +44,19 @@ def restore(
 ) -> None:  # fmt: skip
     """Write a state into parameters, buffers and optimizers.
 
-    Raises:  DfcError N075 (exit status 2) before anything is written.
+    Raises:  DfcError N075 (exit status 2) before anything is written: for another model's, and for
+             one of another optimizer.
     """
     import torch
 
-    if not isinstance(state, Mapping) or not {"weights", "slots", "options"} <= state.keys():
-        help = "give what `state_dict()` returned; `load(FOLDER)` reads a checkpoint"
-        message = "the state has no weights and slots of optimizers: it is no trainer's"
-        raise DfcError("N075", message, help=help, status=2)
+    check_state(state)
     weights = state["weights"]
     refuse_other(parameters, weights)
     held = state.get("buffers", {})
     refuse_other(buffers, {name: x for name, x in held.items() if name in buffers})
+    slots = list(slots)
+    for name, optimizer, _ in slots:
+        refuse_other_optimizer(name, optimizer, state["options"].get(name, {}))
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(weights[name])
@@ -102,6 +103,16 @@ def write_into(
                 x.copy_(buffers[name])
 
 
+def check_state(state: object) -> None:
+    """
+    Raises:  DfcError N075 (exit status 2) for what is no trainer's state.
+    """
+    if not isinstance(state, Mapping) or not {"weights", "slots", "options"} <= state.keys():
+        help = "give what `state_dict()` returned; `load(FOLDER)` reads a checkpoint"
+        message = "the state has no weights and slots of optimizers: it is no trainer's"
+        raise DfcError("N075", message, help=help, status=2)
+
+
 def refuse_other(parameters: Mapping[str, Any], weights: Mapping[str, Any]) -> None:
     """
     Raises:  DfcError N075 (exit status 2) for weights of another model.
@@ -115,6 +126,25 @@ def refuse_other(parameters: Mapping[str, Any], weights: Mapping[str, Any]) -> N
         if p.shape != weights[name].shape:
             raise DfcError("N075", f"`{name}` is {list(p.shape)} here and "
                            f"{list(weights[name].shape)} in the state", status=2)  # fmt: skip
+
+
+def refuse_other_optimizer(
+    name: str, optimizer: torch.optim.Optimizer, held: Mapping[str, Any]
+) -> None:
+    """
+    Raises:  DfcError N075 (exit status 2) for options of a parameter that another kind of optimizer
+             has. Some more or some less may be its version's, or a scheduler's (`initial_lr`).
+    """
+    own = optimizer.param_groups[0].keys() - {"params"}
+    extra, missing = sorted(held.keys() - own - {"initial_lr"}), sorted(own - held.keys())
+    if not extra or not missing:
+        return
+    raise DfcError(
+        "N075", f"the state of `{name}` is another optimizer's: it has `{extra[0]}`, and no "
+        f"`{missing[0]}` as {type(optimizer).__name__}",
+        help="make the optimizer that it was saved with; for the weights alone load its "
+        "`model.safetensors` into the model, and trace that", status=2,
+    )  # fmt: skip
 
 
 def on_host(state: Any, copy: bool = False) -> Any:
