@@ -8,6 +8,7 @@ from dfc.ir.graph import Graph
 from dfc.ir.types import TensorType
 from dfc.ops.builder import Builder
 from dfc.ops.codes import pack4, unpack4
+from dfc.ops.linear_f8 import LinearF8
 from dfc.ops.linear_quantized import LinearW4, LinearW8
 from dfc.ops.quantized import Dequantize, EmbeddingW4, EmbeddingW8, Quantize
 from dfc.rewrite.pass_ import Context, find_pass
@@ -68,6 +69,10 @@ def test_sums_of_codes_pass_what_16_bit_floats_hold() -> None:
             narrow, s = x.to(dtype), scale.to(dtype)
             want = layer.reference(narrow.double(), codes, s.double()).to(dtype)
             torch.testing.assert_close(layer.reference(narrow, codes, s), want)
+        layer, f8, s = LinearF8("f8"), torch.full((5, 64), 400.0), torch.full((5,), 1e-3)
+        codes, bias, narrow = f8.to(torch.float8_e4m3fn), torch.ones(5, dtype=dtype), x.to(dtype)
+        want = layer.reference(narrow.double(), codes, s.double(), bias.double()).to(dtype)
+        torch.testing.assert_close(layer.reference(narrow, codes, s.to(dtype), bias), want)
 
 
 def test_zero_rows_have_the_scale_one() -> None:

@@ -36,7 +36,8 @@ class LinearF8(Op):
     """`x @ (weight * scale).T + bias` with weights of eight-bit floats.
 
     With activations="f8" each row of x is rounded to f8e4m3fn first (scale absmax/448); products
-    are added up in x's dtype, and the sum is multiplied with both scales.
+    are added up in x's dtype, or f32 where that is narrower: sums of codes pass what f16 holds. The
+    sum is multiplied with both scales.
 
     Shapes:  x: float[*S, K], weight: f8[N, K], scale: float[N] or float[], bias: float[N]?
              -> float[*S, N]
@@ -88,25 +89,29 @@ class LinearF8(Op):
     def reference(
         self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None
     ) -> Tensor:
+        import torch
         import torch.nn.functional as F
 
-        wide, by = weight.to(x.dtype), scale.to(x.dtype)
         if self.activations == "f8":
-            codes, rows = round_rows_f8(x)
-            y = F.linear(codes.to(x.dtype), wide) * rows * by
-            return y if bias is None else y + bias
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            codes, rows = round_rows_f8(x.to(dtype))
+            y = F.linear(codes.to(dtype), weight.to(dtype)) * rows * scale.to(dtype)
+            return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
+        wide, by = weight.to(x.dtype), scale.to(x.dtype)
         return F.linear(x, wide * (by.unsqueeze(-1) if by.dim() else by), bias)
 
     def decompose(
         self, b: Builder, x: Value, weight: Value, scale: Value, bias: Value | None = None
     ) -> Value:
-        dtype = x.tensor_type.dtype
+        own = x.tensor_type.dtype
+        dtype = DTYPES["f32"] if own.bits < 32 and self.activations == "f8" else own
         wide, by = write_cast(b, weight, dtype), write_cast(b, scale, dtype)
         if self.activations == "f8":
-            codes, rows = _write_rounded(b, x)
+            codes, rows = _write_rounded(b, write_cast(b, x, dtype))
             y = b("aten.linear.default", codes, wide, None)
             y = b("aten.mul.Tensor", b("aten.mul.Tensor", y, rows), by)
-            return y if bias is None else b("aten.add.Tensor", y, bias)
+            y = y if bias is None else b("aten.add.Tensor", y, write_cast(b, bias, dtype))
+            return write_cast(b, y, own)
         if by.tensor_type.rank:
             by = b("aten.unsqueeze.default", by, dim=-1)
         return b("aten.linear.default", x, b("aten.mul.Tensor", wide, by), bias)
