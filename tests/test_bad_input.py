@@ -330,7 +330,12 @@ def test_input_files_that_cannot_be_read(fails: Try, made: Path) -> None:
     assert "no .npz, .npy or .safetensors" in fails(2, "run", package, "x.txt")
     for name in ("x.npz", "x.npy", "x.safetensors"):
         Path(name).write_bytes(b"\x10garbage\xff" * 9)
-        assert f"`{name}` is not a" in fails(2, "run", package, name)
+        told = fails(2, "run", package, name)
+        assert f"`{name}` is not a" in told and "pickle" not in told
+    for option in (["--random"], ["--size", "B=2"]):
+        assert f"{option[0]} draws inputs, and `x.npz`" in fails(
+            2, "run", package, "x.npz", *option
+        )
     save_file({"x": torch.ones(3, 4)}, "good.safetensors")
     assert "given twice" in fails(2, "run", package, "good.safetensors", "good.safetensors")
     assert "writes no `.txt` file" in fails(2, "run", package, "-o", "out.txt")

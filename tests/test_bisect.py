@@ -265,13 +265,16 @@ def test_a_program_is_given_packages(
 
 
 def test_exit_statuses_of_programs(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (files / "bare").write_text("#!/bin/sh\nexit 0\n")
+    (files / "bare").chmod(0o755)
+    assert run("-p", "tidy", "--check", "bare") == 0, "a program of this folder needs no `./`"
     for status, wanted in ((0, 0), (125, 2), (7, 2), (128, 2)):
         script = files / f"s{status}"
         script.write_text(f"#!/bin/sh\nexit {status}\n")
         script.chmod(0o755)
         assert run("-p", "tidy", "--check", f"./s{status}") == wanted
     shown = capsys.readouterr()
-    assert "nothing breaks the check (2 checks" in shown.out
+    assert "nothing breaks the check (2 checks by `bare`, 1 step)" in shown.out
     assert "gave up" in shown.err and "on the graph as it is" in shown.err
 
 

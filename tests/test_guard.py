@@ -334,7 +334,7 @@ def test_a_rule_that_is_wrong_again_and_again_is_left_out_as_a_whole() -> None:
     assert numbers[-1] == -1 and len(numbers) == PER_RULE + 1
     assert {x.rule for x in report.left_out} == {"bad.drop_relu"}
     assert "the rule `bad.drop_relu`" in report.left_out[-1].what
-    assert report.applied == "fuse{rules=('bad.sub_of_neg',)}"
+    assert report.applied == 'fuse{rules=["bad.sub_of_neg"]}'
     assert len(outcome.notes()) == PER_RULE + 1
 
 

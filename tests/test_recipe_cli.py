@@ -228,6 +228,12 @@ def test_pipelines_read_values_as_recipes_do() -> None:
     assert [s.label for s in again] == ["cse", "dce", "cse_2"]  # type: ignore[union-attr]
 
 
+def test_a_selector_of_a_pipeline_is_told_in_the_whole_text(run: Run, here: Path) -> None:
+    steps = 'cse,quantize{select="nope.**"}'
+    err = run("compile", "net.py:build", "-p", steps).err
+    assert f"\n 1 | {steps}\n" in err and "no module matches `nope.**`" in err
+
+
 def test_every_mistake_of_a_pipeline_has_its_caret() -> None:
     with pytest.raises(dfc.DfcError) as e:
         parse_pipeline("csee,fuse{rulez=1, limit=x},dce{")

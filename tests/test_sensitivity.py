@@ -403,7 +403,8 @@ def test_the_command_shows_a_table_a_plot_and_data(
     assert "each layer alone" in shown and "all 4 at once" in shown and "bound" in shown
     assert f"wrote {plot}" in shown.replace("\n", "")
     svg = plot.read_text()
-    assert svg.startswith("<svg") and "head" in svg
+    assert svg.startswith("<svg") and "head" in svg and "font-family" in svg
+    assert "url(http" not in svg.replace('"', "") and "@font-face" not in svg, "nothing is fetched"
     assert run([*call, "--no-times", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     (step,) = told["steps"]
@@ -529,6 +530,8 @@ class Returns:
         (None, "metric `m` returned nothing"),
         ("0.5", "metric `m` returned the text '0.5', not a number"),
         (math.nan, "metric `m` returned nan, not a number"),
+        (math.inf, "metric `m` returned inf for the original model"),
+        (-math.inf, "metric `m` returned -inf for the original model"),
         (torch.tensor([0.5, math.nan]), "metric `m` returned nan for item 1"),
         (torch.zeros(2, 3), r"metric `m` returned an array of \[2, 3\]"),
         (torch.zeros(0), r"metric `m` returned an array of \[0\]"),

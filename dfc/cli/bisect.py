@@ -166,7 +166,8 @@ def _data(model: str, check: str, found: Conclusion) -> dict[str, Any]:
 def _print(check: str, found: Conclusion) -> None:
     from dfc.cli.tables import print_text
 
-    count = f"{found.tries} checks by {check}, {len(found.steps)} steps"
+    steps = len(found.steps)
+    count = f"{found.tries} checks by {check}, {steps} step{'s' * (steps != 1)}"
     if not found.step:
         print_text(f"nothing breaks the check ({count})")
     else:

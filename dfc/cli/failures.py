@@ -86,7 +86,9 @@ def usage(error: Any, verbs: Sequence[str]) -> DfcError:
         hint = _OTHER_WORDS.get(word) or did_you_mean(word, verbs) or hint
     if message.startswith("No such option"):
         message, option = error.message, error.option_name
-        near = did_you_mean(option, error.possibilities or ())
+        word = option.lstrip("-")  # dashes alone make short options look alike
+        known = [p for p in error.possibilities or () if did_you_mean(word, [p.lstrip("-")])]
+        near = did_you_mean(option, known)
         hint = f"{near} {hint}" if near else hint
     return DfcError("Q010", message[:1].lower() + message[1:].rstrip("."), help=hint)
 

@@ -39,10 +39,14 @@ def choose_inputs(
 ) -> tuple[list[Any], str]:
     """The inputs that the command line asks for, checked, and where they come from.
 
-    Raises:  DfcError D053..D055 and K013..K016, all of status 2.
+    Raises:  DfcError Q006, D053..D055 and K013..K016, all of status 2.
     """
     from dfc.calling import check_inputs
 
+    if files and (random or sizes is not None):
+        option = "--random" if random else "--size"
+        help = f"leave out {option}, or `{files[0]}`"
+        raise DfcError("Q006", f"{option} draws inputs, and `{files[0]}` holds some", help=help)
     if files:
         leaves, origin = read_inputs(graph, files), ", ".join(files)
     elif random or sizes is not None:
@@ -143,6 +147,9 @@ def _read_numpy(path: Path) -> dict[str | None, torch.Tensor]:
     import numpy as np
     import torch
 
+    with path.open("rb") as file:  # what is neither NumPy calls a pickle that may be trusted
+        if not file.read(8).startswith(b"PK" if path.suffix == ".npz" else b"\x93NUMPY"):
+            raise ValueError("it is empty" if not file.tell() else "it does not begin as one")
     found: dict[str | None, torch.Tensor] = {}
     loaded = np.load(path, allow_pickle=False)
     named = {None: loaded} if path.suffix == ".npy" else {n: loaded[n] for n in loaded.files}

@@ -116,9 +116,10 @@ def _command(words: str) -> list[str]:
         raise DfcError("D050", f"--check cannot be read: {str(e).lower()}") from None
     if not command:
         raise DfcError("D050", "--check is empty", help="name a program, or FILE.py:FUNCTION")
-    found = shutil.which(command[0])
+    here = Path(command[0])
+    found = shutil.which(here.absolute() if here.is_file() else here)
     if found is None:
-        help = "make it executable: chmod +x" if Path(command[0]).is_file() else None
+        help = "make it executable: chmod +x" if here.is_file() else None
         if help and command[0].endswith(".py"):
             help += f", or name a function of it: {command[0]}:FUNCTION"
         raise DfcError("D050", f"there is no program `{command[0]}`", help=help)

@@ -108,7 +108,9 @@ def _loaded(classes: Mapping[str, Any], word: str) -> Iterator[tuple[str, Any]]:
 
 
 def _options(options: list[dict[str, str]]) -> str:
-    return ", ".join(f"{o['name']}: {o['type']} = {o['default']}" for o in options)
+    """As Python declares them; what has no default must be given."""
+    shown = [f"{o['name']}: {o['type']} = {o['default']}" for o in options]
+    return ", ".join(text.removesuffix(" = ") for text in shown)
 
 
 def engine_rows(word: str = "") -> list[dict[str, Any]]:

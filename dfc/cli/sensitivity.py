@@ -44,6 +44,7 @@ def check_output(output: str | None) -> None:
 def write_plot(found: Sequence[Sensitivity], output: str, force: bool) -> None:
     """The tables as rich draws them: every layer, in a file that any browser shows."""
     import io
+    import re
 
     from rich.console import Console
 
@@ -53,7 +54,10 @@ def write_plot(found: Sequence[Sensitivity], output: str, force: bool) -> None:
     for s in found:
         _print(drawn, s, every=True)
     title = "dfc: sensitivity"
-    text = drawn.export_svg(title=title) if output.endswith(".svg") else drawn.export_html()
+    if output.endswith(".svg"):  # without rich's fonts, which a browser would fetch from the net
+        text = re.sub(r"@font-face \{.*?\}\s*", "", drawn.export_svg(title=title), flags=re.DOTALL)
+    else:
+        text = drawn.export_html()
     write_text(output, text, force)
 
 

@@ -103,6 +103,7 @@ def _read(
     """A value in a tuple, or what is wrong with it."""
     from dfc.lang import syntax as s
     from dfc.lang.reader import parse_expression
+    from dfc.lang.selectors import Selector
     from dfc.lang.source import Source
     from dfc.recipe.options import BadValue, convert, type_text
     from dfc.recipe.plan import Hole
@@ -118,7 +119,10 @@ def _read(
         choices = pass_classes()[name].auto.get(hole.rpartition(".")[2])
         if isinstance(x, s.Word) and x.name == "auto" and choices:
             return (Hole(hole, tuple(choices)),)
-        return (convert(hint, x, source),)
+        found = convert(hint, x, source)
+        if isinstance(found, Selector):  # what is wrong with it is told in the whole text
+            found = replace(found, source=Source(text, _FILE))
+        return (found,)
     except BadValue as e:
         option = hole.rpartition(".")[2]
         help = e.help or f"`{option}` is a {type_text(hint)}"
@@ -159,17 +163,10 @@ def _span(text: str, low: int, high: int) -> Span:
     return Span(_FILE, 1, low + 1, high + 1, text)
 
 
-def resolved(p: Pass) -> str:
-    """A pass with every option spelled out."""
-    fields = dataclasses.fields(p)  # type: ignore[arg-type]
-    shown = ", ".join(f"{f.name}={getattr(p, f.name)}" for f in fields)
-    return p.name + (f"{{{shown}}}" if shown else "")
-
-
 def option_rows(cls: type[Pass]) -> list[dict[str, str]]:
     """The options of a pass: name, type, default."""
+    from dfc.lang.wording import value_text
     from dfc.recipe.options import fields_of, type_text
-    from dfc.recipe.plan import value_text
 
     hints = fields_of(cls)
     rows = []

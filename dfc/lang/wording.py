@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from typing import Any
 
 from dfc.lang import syntax as s
 
@@ -12,6 +14,8 @@ _LEVEL = {
     ">": 6, "~=": 6, "in": 6, "+": 7, "-": 7, "*": 8, "/": 8, "//": 8, "%": 8,
 }  # fmt: skip
 _UNARY = 9
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SPECIAL = {"none", "None", "auto", "yes", "no", "true", "false", "True", "False"}  # not as text
 
 
 def expression_text(x: s.Expr, level: int = 0) -> str:
@@ -45,3 +49,16 @@ def expression_text(x: s.Expr, level: int = 0) -> str:
 def number_text(x: s.Number) -> str:
     value = int(x.value) if isinstance(x.value, bool) else x.value
     return f"{value!r}{x.unit}"
+
+
+def value_text(x: Any) -> str:
+    """An option's value as recipe text."""
+    if isinstance(x, bool):
+        return "yes" if x else "no"
+    if x is None:
+        return "none"
+    if isinstance(x, str):
+        return x if _WORD.fullmatch(x) and x not in _SPECIAL else json.dumps(x)
+    if isinstance(x, (tuple, list)):
+        return "[" + ", ".join(map(value_text, x)) + "]"
+    return expression_text(x) if isinstance(x, s.Expr) else str(x)

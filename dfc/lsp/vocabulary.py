@@ -191,8 +191,8 @@ class Option(Info):
 @cache
 def options(name: str) -> tuple[Option, ...]:
     """The options of a pass, of `verify`, or of `emit`."""
+    from dfc.lang.wording import value_text
     from dfc.recipe.options import fields_of, type_text
-    from dfc.recipe.plan import value_text
     from dfc.rewrite.pass_ import pass_classes
 
     built_in = _built_in_options(name)

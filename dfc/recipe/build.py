@@ -258,7 +258,7 @@ def _operands(operands: tuple[Any, ...], hint: Any) -> str:
 def _value(x: Any, hint: Any) -> str:
     """A value of Python as recipe text, knowing what the option wants."""
     from dfc.lang.selectors import Selector
-    from dfc.recipe.plan import value_text
+    from dfc.lang.wording import value_text
 
     if isinstance(x, tune):
         return f"tune({', '.join(_value(c, hint) for c in x.choices)})" if x.choices else "auto"

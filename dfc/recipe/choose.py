@@ -197,7 +197,7 @@ def _challenge(
     c = bench.compare_versions(now, other, "faster", margin=GUARD_MARGIN, seconds=GUARD_SECONDS)
     if c.verdict != "faster":
         return None, f"in turns with `{now[1]}` {c}"
-    words = f"the captured graph on `{other[1]}` is {c} as the result on `{now[1]}`"
+    words = f"against the result on `{now[1]}` the captured graph on `{other[1]}` is {c}"
     decision = Decision(
         "the result against the original", "reverted", words, other[1], c.ratio, c.low, c.high,
         c.runs,

@@ -7,7 +7,8 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from dfc.recipe.plan import Hole, PassStep, Plan, PlanStep, WhenStep, value_text
+from dfc.lang.wording import value_text
+from dfc.recipe.plan import Hole, PassStep, Plan, PlanStep, WhenStep
 
 Chosen = Mapping[str, Any]
 

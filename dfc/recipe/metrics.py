@@ -21,6 +21,7 @@ K040  the user's code raised       K041  what it returned is no number
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,8 +48,11 @@ class UserMetric:
         """
         return self.measured(run).value
 
-    def measured(self, run: Callable[..., Any]) -> Measured:
+    def measured(self, run: Callable[..., Any], original: bool = False) -> Measured:
         """The number, and the scores that it is the mean of where the metric gives them.
+
+        A rewritten model may be infinitely bad: it fails what is required of it. The `original` may
+        not, since nothing is worse, and nothing is infinitely good.
 
         Raises:  DfcError K040, K041.
         """
@@ -63,7 +67,13 @@ class UserMetric:
             own = code.co_filename if code else ""
             raise failure_of(e, f"metric `{name}`", own, _called(self)) from e
         try:
-            return _measured(value)
+            found = _measured(value)
+            if math.isinf(found.value) and (
+                original or (found.value > 0) == self.declared.higher_is_better
+            ):
+                of = " for the original model" if original else ""
+                raise _Nonsense(f"{found.value}{of}, which nothing can be compared with")
+            return found
         except _Nonsense as e:
             message = f"metric `{name}` returned {e}"
             raise DfcError("K041", message, span=_place(self.function), help=_FORMS) from None

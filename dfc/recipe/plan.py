@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import math
 import operator
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dfc.errors import Span
-from dfc.lang import syntax as s
 from dfc.lang.units import Amount, amount_text
-from dfc.lang.wording import expression_text
+from dfc.lang.wording import value_text
 from dfc.rewrite.pass_ import Pass, find_pass
 
 if TYPE_CHECKING:
@@ -383,30 +381,3 @@ def _block(items: Sequence[object]) -> str:
 
 def _made(kind: str, facts: Mapping[str, Any]) -> str:
     return f"{kind}({', '.join(f'{k}={value_text(v)}' for k, v in facts.items())})"
-
-
-_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SPECIAL = {"none", "None", "auto", "yes", "no", "true", "false", "True", "False"}  # not as text
-
-
-def value_text(x: Any) -> str:
-    """An option's value as recipe text."""
-    import json
-
-    from dfc.lang.selectors import Selector
-
-    if isinstance(x, (Hole, Selector)):
-        return str(x)
-    if isinstance(x, Amount):
-        return str(x)
-    if isinstance(x, bool):
-        return "yes" if x else "no"
-    if x is None:
-        return "none"
-    if isinstance(x, str):
-        return x if _WORD.fullmatch(x) and x not in _SPECIAL else json.dumps(x)
-    if isinstance(x, (tuple, list)):
-        return "[" + ", ".join(map(value_text, x)) + "]"
-    if isinstance(x, s.Expr):
-        return expression_text(x)
-    return repr(x)

@@ -104,7 +104,10 @@ class Meter:
         if key not in self._scores:
             self.bench.say(f"calling metric {name}")
             run = self.bench.callable(graph, engine)
-            self._scores[key] = graph, self.metrics[name].measured(run)
+            self._scores[key] = (
+                graph,
+                self.metrics[name].measured(run, graph is self.bench.original),
+            )
         return self._scores[key][1]
 
     def unjudged(self, graph: Graph) -> Compiled:

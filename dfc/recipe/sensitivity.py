@@ -183,7 +183,7 @@ class Measuring:
         if self.metric is None or self.run is None:
             return None
         self.say(f"calling metric {self.metric.declared.name}")
-        return self.metric.measured(self.run(self.graph))
+        return self.metric.measured(self.run(self.graph), original=True)
 
     def _finished(self, replays: Sequence[Replay], baseline: Measured | None) -> Finished:
         import torch

@@ -124,7 +124,7 @@ def is_text(recipe: str) -> bool:
 
 
 def _text(value: Any) -> str:
-    from dfc.recipe.plan import value_text
+    from dfc.lang.wording import value_text
 
     return value_text(value)
 

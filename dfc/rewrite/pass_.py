@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NewType
 
 from dfc.errors import DfcError, did_you_mean
 from dfc.ir.graph import Graph, Loc, Node, Parameter, Value
+from dfc.lang.wording import value_text
 from dfc.origin import Origin
 from dfc.registry import Plugin, Registry
 from dfc.rewrite.journal import Journal
@@ -198,7 +199,7 @@ class Pass:
     def __str__(self) -> str:
         """The pass as a step of a pipeline: `cse{limit=3}`; defaults are left out."""
         changed = [
-            f"{f.name}={getattr(self, f.name)}"
+            f"{f.name}={value_text(getattr(self, f.name))}"
             for f in dataclasses.fields(self)  # type: ignore[arg-type]
             if getattr(self, f.name) != f.default
         ]
