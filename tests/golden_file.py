@@ -13,22 +13,20 @@ follows from name and type, unless `# weights: none`; those that a pass makes sh
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import dfc
+from dfc.cli.steps import parse_steps
 from dfc.ir.graph import Graph
 from dfc.ir.types import TensorType
 from dfc.ir.weights import TensorData
-from dfc.rewrite.pass_ import Pass, find_pass
+from dfc.rewrite.pass_ import Pass
 
 SAME = "the same"
-_STEP = re.compile(r"([a-z_]+)(?:\{([^}]*)\})?")
 
 
 @dataclass(frozen=True)
@@ -87,18 +85,6 @@ class Golden:
 def parse(text: str, file: str = "<golden>") -> Graph:
     """Graph text without its version line."""
     return dfc.parse("dfc 1 " + text, file)
-
-
-def parse_steps(text: str) -> list[Pass]:
-    """`cse, cse{limit=3}` as passes."""
-    found = []
-    for name, options in _STEP.findall(text):
-        given = {}
-        for option in filter(None, options.split(";")):
-            key, _, value = option.partition("=")
-            given[key.strip()] = ast.literal_eval(value.strip())
-        found.append(find_pass(name, given))
-    return found
 
 
 def show(graph: Graph, original: Graph) -> str:

@@ -339,6 +339,7 @@ def test_input_files_that_cannot_be_read(fails: Try, made: Path) -> None:
     save_file({"x": torch.ones(3, 4)}, "good.safetensors")
     assert "given twice" in fails(2, "run", package, "good.safetensors", "good.safetensors")
     assert "writes no `.txt` file" in fails(2, "run", package, "-o", "out.txt")
+    assert "writes a file with an ending" in fails(2, "run", package, "-o", "out")
 
 
 @pytest.mark.parametrize(

@@ -404,6 +404,8 @@ def test_select_shows_what_a_selector_finds(run: Run, folder: Path) -> None:
     assert data["parameters"][0]["bytes"] == 16 * 8 * 4
     assert data["modules"] == {"fc": 1, "head": 1}
     assert data["nodes"][0]["op"] == "aten.linear.default"
+    plain = run("select", model, "fc*", "--json").data  # a shell takes quotes away
+    assert plain["selector"] == '"fc*"' and plain["modules"] == {"fc": 1}
 
 
 def test_select_names_what_is_near(run: Run, folder: Path) -> None:

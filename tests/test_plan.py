@@ -245,6 +245,14 @@ def test_a_target_that_cannot_be_planned_for(text: str, message: str, tower: Gra
     assert message in str(e.value)
 
 
+@pytest.mark.parametrize("number", ["1e400", "1" * 99])
+def test_a_number_that_is_none_is_told_once(number: str) -> None:
+    text = f"dfc 1\ntarget t {{ device a : cuda(mem=1GB, peak={number}TFLOPS, bw=1GB/s) }}\n"
+    with pytest.raises(DfcError) as e:
+        plan_of("O0", target=text)
+    assert [d.code for d in e.value.diagnostics] == ["P005"]
+
+
 def test_all_that_is_wrong_with_a_target_is_told_with_its_place(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -152,6 +152,7 @@ def test_outputs_are_refused_before_the_work(run: Run, here: Path) -> None:
         ((*JUDGED, "--data", "val=net.py:vall"), 2, "did you mean `val`"),
         ((*JUDGED, "--data", "val=net.py:empty"), 8, "raised FileNotFoundError"),
         ((*JUDGED, "--data", "val"), 2, "NAME=FILE.py:FUNCTION"),
+        (("-r", "tiny"), 2, "write FILE.dfc, or one of O0, O1, O2, O3"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_with_their_remedy(

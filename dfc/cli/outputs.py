@@ -25,7 +25,8 @@ def require_suffix(what: str, path: str | Path | None, *suffixes: str) -> None:
     Raises:  DfcError D056.
     """
     if path is not None and Path(path).suffix not in suffixes:
-        message = f"`{what}` writes no `{Path(path).suffix or path}` file, got `{path}`"
+        kind = f"no `{Path(path).suffix}` file" if Path(path).suffix else "a file with an ending"
+        message = f"`{what}` writes {kind}, got `{path}`"
         raise DfcError("D056", message, help=f"name a file that ends in {' or '.join(suffixes)}")
 
 

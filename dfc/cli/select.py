@@ -30,9 +30,9 @@ def select(
 ) -> None:
     """Show what a selector finds: nodes, modules, parameters.
 
-    A string is a module path: * is one part, ** any number of parts. There are op(NAME),
-    dtype(f32), param("GLOB"), first(N), last(N), between("A", "B"); they combine with
-    not, & and |. Finding nothing is an error that names what is nearest.
+    A string is a module path: * is one part, ** any number of parts; alone it needs no quotes.
+    There are op(NAME), dtype(f32), param("GLOB"), first(N), last(N), between("A", "B"); they
+    combine with not, & and |. Finding nothing is an error that names what is nearest.
 
     \b
     Examples:
@@ -42,10 +42,10 @@ def select(
     """
     from dfc.cli.progress import Progress
     from dfc.cli.sources import open_source
-    from dfc.lang.selectors import parse_selector, worst_of
+    from dfc.lang.selectors import selector_of, worst_of
 
     load_used(use)
-    chosen = parse_selector(selector, "SELECTOR")  # before the model is traced
+    chosen = selector_of(selector, "SELECTOR")  # before the model is traced
     if worst_of(chosen.what):
         help = "`dfc explain MODEL -r RECIPE --sensitivity` shows which layers those are"
         raise DfcError("Q021", "`worst` is measured when a recipe's step runs", help=help)

@@ -264,14 +264,13 @@ class Builder:
         found = _NUMERAL.match(token.text)
         assert found
         digits, unit = found.groups()
+        value: float = 1  # fits wherever a number does: what is wrong with it is told once
         if sum(c.isdigit() for c in digits) > MAX_DIGITS:
-            message = f"a number may have {MAX_DIGITS} digits"
-            self.report("P005", message, place)
-            return s.Number(place, 0)
-        value = int(digits) if digits.isdigit() else float(digits)
-        if value == float("inf"):
+            self.report("P005", f"a number may have {MAX_DIGITS} digits", place)
+        elif float(digits) == float("inf"):
             self.report("P005", f"{digits} is larger than a float64 holds", place)
-            value = 0
+        else:
+            value = int(digits) if digits.isdigit() else float(digits)
         return s.Number(place, value, unit)
 
     def call(self, at: At, items: Sequence[Any]) -> s.Expr:

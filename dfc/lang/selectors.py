@@ -86,6 +86,17 @@ def parse_selector(text: str, file: str = "<selector>") -> Selector:
     return Selector(x, source)
 
 
+def selector_of(part: str | Selector, file: str = "<selector>") -> Selector:
+    """A selector from its text; a plain module path, `layers.*`, needs no quotes of its own.
+
+    Raises:  DfcError as `parse_selector`.
+    """
+    if isinstance(part, Selector):
+        return part
+    plain = all(c.isalnum() or c in "._*" for c in part)
+    return parse_selector(f'"{part}"' if plain else part, file)
+
+
 def is_selector(x: s.Expr) -> bool:
     """Whether an expression has the form of a selector."""
     return not check_selector(x, None)

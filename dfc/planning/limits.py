@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
-from dfc.lang.selectors import Selector, parse_selector
+from dfc.lang.selectors import Selector, selector_of
 from dfc.planning.model import Limits, named
 
 Part = str | Selector  # a module path, the text of a selector, or one
@@ -26,7 +26,7 @@ def limits_of(
     """
 
     def nodes(part: Part) -> list[Node]:
-        found = selector(part)
+        found = selector_of(part)
         return found.nodes_left(graph) if left else found.nodes(graph)
 
     pinned: dict[Node, str] = {}
@@ -48,11 +48,3 @@ def pin(found: dict[Node, str], nodes: Sequence[Node], device: str) -> None:
         other = found.setdefault(node, device)
         if other != device:
             raise DfcError("N048", f"{named(node)} is pinned to `{other}` and to `{device}`")
-
-
-def selector(part: Part) -> Selector:
-    """A selector from its text; a plain module path needs no quotes of its own."""
-    if isinstance(part, Selector):
-        return part
-    plain = all(c.isalnum() or c in "._*" for c in part)
-    return parse_selector(f'"{part}"' if plain else part)

@@ -186,9 +186,10 @@ def _chosen(names: Names, name: str | None) -> tuple[s.Recipe, Source] | None:
         return names.recipes[name]
     if name is not None:
         own_names = ", ".join(e.name.name for e in own)
-        help = did_you_mean(name, [*names.recipes]) or (own_names and f"the file has {own_names}")
-        message = f"there is no recipe `{name}`"
-        names.problems.add([Diagnostic("Q011", message, None, help or None)])
+        presets = f"write FILE.dfc, or one of {', '.join(sorted(names.recipes))}"
+        help = did_you_mean(name, [*names.recipes])
+        help = help or (f"the file has {own_names}" if own_names else presets)
+        names.problems.add([Diagnostic("Q011", f"there is no recipe `{name}`", None, help)])
     elif not names.problems.found:
         listed = ", ".join(f"`{e.name.name}`" for e in own)
         message = f"the file has {len(own)} recipes: {listed}" if own else "the file has no recipe"
