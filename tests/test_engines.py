@@ -249,6 +249,42 @@ def test_openvino_is_refused_where_its_compiler_dies_and_that_is_remembered(tmp_
     assert {e.name: e.verdict for e in auto.report.engines}["openvino"] == "refused"
 
 
+def test_openvino_is_refused_where_it_dies_at_sizes_that_only_a_run_tells(tmp_path, monkeypatch):
+    """Of sizes that vary, OpenVINO compiles much when it runs."""
+    from dfc.runtime import openvino_trial
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    dies = "import os, signal; os.kill(os.getpid(), signal.SIGFPE)"
+    runs = openvino_trial._COMPILE.replace("request.infer()", dies)
+    monkeypatch.setattr(openvino_trial, "_COMPILE", runs)
+    dfc.compile(_Adds(), (torch.ones(3),), engine="openvino", verify="none")
+    sizes = ({0: torch.export.Dim("N", max=100)},)
+    with pytest.raises(dfc.DfcError, match="died of SIGFPE"):
+        dfc.compile(
+            _Adds(), (torch.ones(3),), dynamic_shapes=sizes, engine="openvino", verify="none"
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_openvino_is_tried_with_zeros_of_every_type(dtype, tmp_path, monkeypatch):
+    from dfc.runtime import openvino_trial
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    dies = "import os, signal; request.infer(); os.kill(os.getpid(), signal.SIGUSR1)"
+    monkeypatch.setattr(
+        openvino_trial, "_COMPILE", openvino_trial._COMPILE.replace("request.infer()", dies)
+    )
+
+    class Turns(torch.nn.Module):
+        def forward(self, x):
+            return x.flip(0)
+
+    sizes = ({0: torch.export.Dim("N", max=100)},)
+    x = torch.ones(3, 2, dtype=dtype)
+    with pytest.raises(dfc.DfcError, match="died of SIGUSR1"):  # it came as far as that
+        dfc.compile(Turns(), (x,), dynamic_shapes=sizes, engine="openvino", verify="none")
+
+
 class _BothWays(torch.nn.Module):
     """A square weight that is read as it is and turned around, and a kernel likewise."""
 
