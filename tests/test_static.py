@@ -25,6 +25,7 @@ from dfc.ir.verify import verify
 from dfc.recipe.plan import Device, Target
 from dfc.rewrite.driver import run_passes
 from dfc.rewrite.pass_ import Context, find_pass
+from dfc.runtime.engines import find_engine
 
 TIDY = ("fold_constants", "fold_batch_norm", "remove_noops", "cse", "dce")
 
@@ -293,6 +294,36 @@ def test_dead_channels_and_large_biases_are_kept(tmp_path):
 
 
 # Correction of biases
+
+
+@pytest.mark.parametrize("engine", ["eager", "onnxruntime"])
+def test_a_decoders_codes_differ_between_engines_at_their_edges_alone(engine):
+    """What is rounded the other way was in the middle between two codes, up to float32's rounding;
+    from there on other numbers are rounded.
+    """
+    from tests.tiny_models import run_step, tiny_llama, tokens
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = tiny_llama()
+
+        def forward(self, x):
+            return self.model(x).logits
+
+    graph = dfc.trace(Logits(), (tokens(),))
+    graph, _, _ = run_step(graph, "quantize int8 using calib with scheme=static")
+    rounded = [n for n in graph.nodes if n.op == "dfc.quantize"]
+    scales = [n.inputs[1].data.tensor().double() for n in rounded]
+    graph.set_outputs([v for n in rounded for v in (n.result, n.inputs[0])])
+    want = interpret(graph, [tokens(seed=9)], double=True)
+    got = find_engine(engine).build(graph)([tokens(seed=9)])
+    assert len(rounded) == 8
+    for codes, same, x, scale in zip(want[::2], got[::2], want[1::2], scales, strict=True):
+        steps = (x[codes != same] / scale).abs()
+        assert torch.all((steps % 1 - 0.5).abs() < 1e-3)
+        if len(steps):
+            break
 
 
 def test_biases_bring_the_means_back():
