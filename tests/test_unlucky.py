@@ -166,6 +166,27 @@ def test_after_ctrl_c_nothing_is_waited_for(tmp_path: Path) -> None:
     assert done.stderr == "dfc: interrupted; nothing was left half-written\nleft\n"
 
 
+def test_a_signal_that_a_library_swallowed_comes_again(tmp_path: Path) -> None:
+    """Here a finalizer does, as modules in C do while they are imported."""
+    (tmp_path / "typer.py").write_text(
+        "import os, signal, time\n\n\nclass Ends:\n    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n\n\n"
+        "Ends()\n"
+        "try:\n    time.sleep(60)\nfinally:\n    time.sleep(1)  # not while the stack unwinds\n"
+        "    print('left')\n"
+    )
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        f"sys.path.insert(0, {str(tmp_path)!r});"
+        "from dfc.cli import main; sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "doctor"], capture_output=True, text=True, timeout=50
+    )
+    assert (done.returncode, done.stdout) == (130, "left\n")
+    assert done.stderr == "dfc: interrupted; nothing was left half-written\n"
+
+
 def test_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:
     """As a launcher sends it to a rank that holds a folder."""
     (tmp_path / "net.py").write_text(

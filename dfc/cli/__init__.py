@@ -22,21 +22,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import signal
 
+        from dfc.publish.ending import ending, raise_until_seen
+
+        heeds = argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if heeds:  # not where whoever started this wants it to be ignored
+            signal.signal(signal.SIGINT, lambda *_: raise_until_seen(KeyboardInterrupt))
         from dfc.cli.streams import make_usable
 
         if argv is None:
             make_usable()
         from dfc.cli.command import dispatch
         from dfc.cli.failures import guarded
-        from dfc.publish.ending import ending
 
         if argv is not None:
             return guarded(lambda: dispatch(argv), argv)
         given = sys.argv[1:]
         with ending():  # SIGTERM leaves no more behind than Ctrl-C does
             status = guarded(lambda: dispatch(given), given)
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is written: libraries wind down
+        if heeds:  # all is written: libraries wind down
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         return status
     except KeyboardInterrupt:
         import signal

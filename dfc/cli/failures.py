@@ -14,7 +14,7 @@ from typing import Any
 
 from dfc.cli.streams import give_up_stdout
 from dfc.errors import DfcError, did_you_mean
-from dfc.publish.ending import Ended
+from dfc.publish.ending import Ended, is_behind
 
 INTERNAL, DIFFERENT = 1, 9
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -27,18 +27,10 @@ def guarded(action: Callable[[], int], argv: Sequence[str]) -> int:
         sys.stdout.flush()
         return status
     except Exception as e:  # the one place where a bug of ours is caught
-        if _was_interrupted(e):
+        # A compiled module's import turns Ctrl-C into an ImportError.
+        if is_behind(e, KeyboardInterrupt) or is_behind(e, Ended):
             raise KeyboardInterrupt from e
         return _told(e, argv)
-
-
-def _was_interrupted(error: BaseException | None) -> bool:
-    """Whether a signal is behind it: a compiled module's import turns that into an ImportError."""
-    seen = []
-    while error is not None and error not in seen:  # `raise e from e` is its own cause
-        seen.append(error)
-        error = error.__cause__ or error.__context__
-    return any(isinstance(e, (KeyboardInterrupt, Ended)) for e in seen)
 
 
 def _told(error: Exception, argv: Sequence[str]) -> int:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+_AGAIN_S = 0.3
 
 
 class Ended(BaseException):
@@ -33,7 +36,7 @@ def ending() -> Iterator[Ending]:
     def unwind(number: int, frame: FrameType | None) -> None:
         caught.append(number)
         if not state.cleaning and len(caught) == 1:
-            raise Ended(number)
+            raise_until_seen(Ended)
 
     signals = (signal.SIGTERM, signal.SIGHUP)
     taken = [number for number in signals if signal.getsignal(number) is signal.SIG_DFL]
@@ -46,3 +49,29 @@ def ending() -> Iterator[Ending]:
             signal.signal(number, signal.SIG_DFL)
         if caught:
             os.kill(os.getpid(), caught[0])
+
+
+def raise_until_seen(kind: type[BaseException]) -> None:
+    """Raise it in the main thread, and again where somebody swallowed it, until the process ends.
+
+    Why:  one Ctrl-C of forty that came while PyTorch was imported was gone: modules in C forget
+          errors, and what a finalizer raises is ignored.
+    """
+
+    def again(number: int, frame: FrameType | None) -> None:
+        if not is_behind(sys.exception(), kind):  # else the stack unwinds
+            raise kind
+
+    sys.unraisablehook = lambda _: None  # a finalizer that is interrupted is no news
+    signal.signal(signal.SIGALRM, again)
+    signal.setitimer(signal.ITIMER_REAL, _AGAIN_S, _AGAIN_S)
+    raise kind
+
+
+def is_behind(error: BaseException | None, kind: type[BaseException]) -> bool:
+    """Whether such a one is the error, its cause, or what was under way when it was raised."""
+    seen = []
+    while error is not None and error not in seen:  # `raise e from e` is its own cause
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return any(isinstance(e, kind) for e in seen)

@@ -76,14 +76,13 @@ def messages(host: str, kind: str, *, quick: bool = False) -> MeasuredLink:
         path = os.pathsep.join(filter(None, [ours, os.environ.get("PYTHONPATH", "")]))
         own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         env = {**os.environ, **own}
-        peers = [
-            subprocess.Popen(
-                [*command, str(rank)], env=env, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )
-            for rank in range(2)
-        ]  # fmt: skip
+        peers: list[subprocess.Popen[str]] = []
         try:
+            for rank in range(2):
+                peers.append(subprocess.Popen(
+                    [*command, str(rank)], env=env, text=True,
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                ))  # fmt: skip
             out, err = peers[0].communicate(timeout=_PATIENCE_S)
             peers[1].wait(timeout=_PATIENCE_S)
         except subprocess.TimeoutExpired as e:
