@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from fractions import Fraction
 from itertools import permutations, product
 
 import pytest
 
 from dfc.errors import DfcError
-from dfc.planning.actions import Kind, Program, of_rows
-from dfc.planning.auto import auto, list_schedule, lower_bound
+from dfc.planning.actions import JOINED, Kind, Program, of_rows
+from dfc.planning.auto import _neighbours, _try, auto, list_schedule, lower_bound
 from dfc.planning.check import check
 from dfc.planning.schedules import SCHEDULES, schedule, why_not
 from dfc.planning.simulate import Costs, Link, simulate
@@ -69,6 +70,25 @@ def test_more_memory_is_never_slower() -> None:
     costs = Costs([2, 3, 2, 4], [3, 2, 2, 3], [1, 2, 1, 1], Link(2), activations=[1] * 4)
     times = [auto(4, 8, costs, [float(cap)] * 4).simulation.makespan for cap in (4, 5, 6, 8)]
     assert times == sorted(times, reverse=True)
+
+
+def test_joined_actions_are_moved_together() -> None:
+    """The best known program has some, and ranks that wait: a third action was joined to two."""
+    costs = Costs(
+        *([8, 1, 10, 10, 1, 14] for _ in range(3)), Link(6, Fraction(1, 6)),
+        edges=[(0, 1, 6), (1, 2, 3), (1, 3, 3), (2, 3, 3), (3, 4, 6), (4, 5, 3)],
+    )  # fmt: skip
+    v = (0, 1, 2, 2, 1, 0)
+    start = simulate(schedule("dualpipe_v", 3, 8), costs)
+    assert any((rows[:, 0] & JOINED).any() for rows in start.program.ranks)
+    tried = list(_neighbours(start))
+    assert tried
+    for program in tried:
+        for rows in program.ranks:
+            joined = (rows[:, 0] & JOINED) != 0
+            assert not (joined[:-1] & joined[1:]).any()
+        _try(program, costs)  # a deadlock at worst
+    assert auto(3, 8, costs, placement=v).simulation.makespan <= start.makespan
 
 
 def test_when_nothing_fits_it_says_what_would() -> None:

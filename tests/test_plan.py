@@ -143,22 +143,30 @@ def test_of_rows_that_hold_as_much_the_quicker_one_is_taken(tower: Graph) -> Non
 
 
 def test_what_does_not_fit_says_by_how_much(tower: Graph) -> None:
-    with pytest.raises(DfcError, match=r"N060.*does not fit: its parameters take .* KiB") as e:
+    with pytest.raises(DfcError, match=r"N060.*does not fit: its parameters take .* KB") as e:
         plan(tower, machine(2, memory=20_000), sizes={"B": 1})
     said = str(e.value)
     assert e.value.status == 6 and "too much" in said and "3 devices like `gpu0`" in said
     assert re.search(r"weights that are streamed to `gpu.` .*from memory in each pass", said)
-    kib = float(re.search(r"with ([\d.]+) KiB of memory", said)[1])  # type: ignore[index]
-    for remedy in (machine(2, memory=kib * 1024 * 1.001), machine(3, memory=20_000)):
+    kb = float(re.search(r"with ([\d.]+) KB of memory", said)[1])  # type: ignore[index]
+    for remedy in (machine(2, memory=kb * 1000), machine(3, memory=20_000)):
         assert plan(tower, remedy, sizes={"B": 1}).peak <= remedy.devices[0].memory
     with pytest.raises(DfcError, match="N060"):
-        plan(tower, machine(2, memory=kib * 1024 * 0.995), sizes={"B": 1})
+        plan(tower, machine(2, memory=kb * 1000 * 0.995), sizes={"B": 1})
 
 
 def test_one_device_may_be_the_best_plan(tower: Graph) -> None:
     """Where the link is slower than computing all, nothing is sent."""
     found = plan(tower, machine(2, wire=Wire(1e3, 1.0)), sizes={"B": 2})
     assert len(found.stages) == 1 and not found.links
+
+
+def test_a_microbatch_takes_no_longer_than_a_step_of_it(tower: Graph) -> None:
+    """Weights' gradients of one stage beside another's: the sum of the stages' times is longer."""
+    wish = Wish(microbatches=1, trains=True)
+    found = plan(tower, machine(3, wire=Wire(1e12)), wish=wish, schedule="zb1p")
+    assert len(found.stages) == 3
+    assert found.latency == found.step_seconds < sum(s.seconds for s in found.stages)
 
 
 def test_a_link_that_is_missing_is_told_and_relays_are_found(tower: Graph) -> None:

@@ -14,14 +14,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dfc.errors import DfcError
-from dfc.planning.actions import FULL, SELECTIVE, Kind, Program
+from dfc.planning.actions import FULL, JOINED, SELECTIVE, Kind, Program
 from dfc.planning.recompute import in_ways, needed
 from dfc.planning.schedules import SCHEDULES, schedule, why_not
 from dfc.planning.simulate import Costs, Number, Simulation, simulate
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _PATIENCE = (0.0, 0.5, 1.0)  # parts of W that a rank waits for something better than W
 _MOVES = 60  # tries of the local search
@@ -284,7 +288,8 @@ def _try(program: Program, costs: Costs) -> Simulation | None:
 
 
 def _neighbours(found: Simulation) -> Iterator[Program]:
-    """Programs with one action exchanged with the one before it, where a rank had to wait."""
+    """Programs with one action exchanged with the one before it, where a rank had to wait; joined
+    ones go together."""
     program = found.program
     gaps: list[tuple[float, int, int]] = []
     for r, (first, last) in enumerate(found.tasks.lanes[: len(program.ranks)]):
@@ -293,15 +298,24 @@ def _neighbours(found: Simulation) -> Iterator[Program]:
             if idle > 0:
                 gaps.append((-idle, r, after - first))
     for _, r, at in sorted(gaps):
+        groups = _joined(program.ranks[r])
         for a, b in ((at - 1, at), (at, at + 1)):
-            if a >= 0 and b < len(program.ranks[r]):
-                rows = program.ranks[r].copy()
-                if _may_swap(rows[a].tolist(), rows[b].tolist()):
-                    rows[[a, b]] = rows[[b, a]]
-                    ranks = (*program.ranks[:r], rows, *program.ranks[r + 1 :])
-                    yield Program("auto", program.placement, program.microbatches, ranks)
+            if a >= 0 and b < len(groups) and _may_swap(groups[a], groups[b]):
+                rows = np.concatenate([*groups[:a], groups[b], groups[a], *groups[b + 1 :]])
+                ranks = (*program.ranks[:r], rows, *program.ranks[r + 1 :])
+                yield Program("auto", program.placement, program.microbatches, ranks)
 
 
-def _may_swap(first: list[int], second: list[int]) -> bool:
+def _joined(rows: NDArray[np.int32]) -> list[NDArray[np.int32]]:
+    """A rank's actions, those that are joined as one: the tasks of its lane."""
+    alone = np.flatnonzero(rows[:-1, 0] & JOINED == 0) + 1
+    return np.split(rows, alone)
+
+
+def _may_swap(first: NDArray[np.int32], second: NDArray[np.int32]) -> bool:
     """Whether two neighbours of a rank are of different microbatches and different kinds."""
-    return first[0] != second[0] and first[1:] != second[1:]
+    return all(
+        a[0] & ~JOINED != b[0] & ~JOINED and a[1:] != b[1:]
+        for a in first.tolist()
+        for b in second.tolist()
+    )

@@ -13,6 +13,7 @@ from dfc.planning.problem import INFINITE, Problem, loads
 from dfc.planning.tier_plan import stream_hops, streamed_instead
 
 _QUICK = Effort(seconds=3.0, gap=0.02)
+_ROUNDED = 1.001  # what is told with four digits is still enough
 _MOST = 64  # devices that are tried
 _BITS = (("int8", 1 / 4), ("int4", 1 / 8))  # of float32
 
@@ -62,11 +63,11 @@ def refusal(
 
 
 def _bytes(x: float) -> str:
-    return amount_text(x, "bytes")
+    return amount_text(x, "bytes", decimal=True)  # as devices are sold, and the table tells them
 
 
 def _larger(need: float, live: float, device: Device) -> str:
-    memory = (need + live) / (1 - RESERVE)
+    memory = (need + live) / (1 - RESERVE) * _ROUNDED
     return f"{_bytes(memory)} of memory on each device in place of {_bytes(device.memory)}"
 
 

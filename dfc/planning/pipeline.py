@@ -187,8 +187,9 @@ def plan(
     made = Plan(
         graph.name, machine, bound, best.wish, objective,
         _stages(model, machine, found.stage, load, simulation, costs.all_edges(), tiers),
-        replace(found, stage=tuple(of_node[n] for n in graph.nodes)), load.bottleneck, load.latency,
-        costs, simulation.program, _links(costs, simulation, machine, wish),
+        replace(found, stage=tuple(of_node[n] for n in graph.nodes)), load.bottleneck,
+        # weights' gradients and branches are beside each other, which their sum does not know
+        min(load.latency, float(simulation.makespan)), costs, simulation.program, _links(costs, simulation, machine, wish),
         compared(model, machine, chosen.solved), _advice(model, machine, found), idle,
         graph, model, tiers,
     )  # fmt: skip
