@@ -113,6 +113,24 @@ def test_one_process_is_best_where_parts_gain_nothing() -> None:
     assert "of host would do: a step takes 1.50 times as long" in fewer_text(other, longer)
 
 
+def test_pins_on_several_devices_leave_no_fewer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One device would be as fast, and cannot have both parts: the command ended with an error."""
+    model = f"{write(tmp_path / 'model.py', MODEL)}:build"
+    figures = "cpu(cores=2, mem=1GB, bw=10GB/s, peak=10GFLOPS)"
+    devices = f"device a : {figures}\n  device b : {figures}"
+    text = (
+        f"dfc 1\n\ntarget pair {{\n  {devices}\n  link a <-> b : net(bw=1KB/s, latency=1ms)\n}}\n"
+    )
+    target = write(tmp_path / "pair.dfc", text)
+    given = ["plan", model, "-t", str(target), "--pin", "0=a"]
+    assert main([*given, "--pin", "6=b"]) == 0
+    assert "alone would do" not in capsys.readouterr().out
+    assert main([*given, "--pin", "0=b"]) == 2
+    assert "N048" in capsys.readouterr().err
+
+
 def test_where_every_device_pays_nothing_is_said() -> None:
     graph = tower()
     gpus = pair(*(replace(HOST, name=f"gpu{i}", kind="cuda", launch=1e-3) for i in range(2)))

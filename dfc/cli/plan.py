@@ -232,13 +232,14 @@ def _threads(devices: list[str]) -> int:
 
 
 def _wanted(pin: list[str] | None, together: list[str] | None) -> dict[str, Any]:
-    pins = {}
+    pins: dict[str, str] = {}
     for text in pin or ():
         part, equals, device = text.rpartition("=")
         if not equals or not part or not device:
             help = "write --pin 'layers.0.**=gpu0'"
             raise DfcError("N046", f"--pin {text} names no device", help=help)
-        pins[part] = device
+        if pins.setdefault(part, device) != device:
+            raise DfcError("N048", f"`{part}` is pinned to `{pins[part]}` and to `{device}`")
     return {"pins": pins, "together": together or ()}
 
 

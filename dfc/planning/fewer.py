@@ -9,7 +9,7 @@ from dfc.planning.pipeline import Plan
 
 _AS_FAST = 1.05  # of the step with all devices
 _LARGE = 2000  # nodes, beyond which only one device is tried
-_CANNOT = ("N046", "N060", "N063")  # a pin on a part, and what does not fit
+_CANNOT = ("N046", "N048", "N060", "N063")  # pins on parts and on what is left out, no room
 
 
 def fewer_devices(

@@ -184,12 +184,13 @@ def plan(
     idle = tuple(d.name for d in machine.devices if d.name not in used)
     machine, model, found, load = chosen.machine, chosen.model, best.partition, best.load
     of_node = {n: s for nodes, s in zip(model.groups, found.stage, strict=True) for n in nodes}
+    # weights' gradients and branches are beside each other, which the stages' sum does not know
+    latency = min(load.latency, float(simulation.makespan))
     made = Plan(
         graph.name, machine, bound, best.wish, objective,
         _stages(model, machine, found.stage, load, simulation, costs.all_edges(), tiers),
-        replace(found, stage=tuple(of_node[n] for n in graph.nodes)), load.bottleneck,
-        # weights' gradients and branches are beside each other, which their sum does not know
-        min(load.latency, float(simulation.makespan)), costs, simulation.program, _links(costs, simulation, machine, wish),
+        replace(found, stage=tuple(of_node[n] for n in graph.nodes)), load.bottleneck, latency,
+        costs, simulation.program, _links(costs, simulation, machine, wish),
         compared(model, machine, chosen.solved), _advice(model, machine, found), idle,
         graph, model, tiers,
     )  # fmt: skip
