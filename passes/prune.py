@@ -60,6 +60,10 @@ class Prune(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> int:
         self._check_options()
+        if self.calib is None and ctx.examples and (self.by != "magnitude" or self.refit):
+            ctx.tell(
+                "prune: the example's inputs are all the data it has: `using DATA` names others"
+            )
         if self.what == "layers":
             from dfc.compress.blocks import remove_blocks
 

@@ -216,6 +216,7 @@ BROAD = {
     "runtime/pipeline/training.py": 1,  # a batch that failed adds no gradients; raises again
     "runtime/pipeline/training_processes.py": 1,  # ... nor in ranks
     "runtime/pipeline/rank.py": 1,  # whatever a kernel raises is told with its action
+    "runtime/pipeline/waiting.py": 2,  # raised again where it is waited for, as Ctrl-C is
     "runtime/pipeline/training_worker.py": 1,  # the user's optimizer, told with its lines
 }
 

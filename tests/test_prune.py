@@ -201,6 +201,7 @@ def test_taylor_takes_gradients_whatever_the_caller_does(graph: Graph) -> None:
     data = Context(examples=[[X]])
     with torch.no_grad():
         small = prune(graph, ctx=data, ratio=0.5, by="taylor")
+    assert sum("the example's inputs are all the data" in s for s in data.products["notes"]) == 1
     assert torch.equal(
         numbers(small, "layers.0.up.weight"),
         numbers(prune(graph, ctx=data, ratio=0.5, by="taylor"), "layers.0.up.weight"),

@@ -295,6 +295,19 @@ def test_an_impossible_target_is_refused_before_the_work(tmp_path: Path, name: s
     assert caught.value.code == "D011"
 
 
+@pytest.mark.parametrize("name", ["", ".", "./"])
+@pytest.mark.parametrize("force", [False, True])
+def test_the_current_folder_is_no_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, force: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(DfcError, match="cannot be the name of an output"),
+        publish_folder(name, force=force),
+    ):
+        raise AssertionError("the block must not run")
+
+
 # ---- leftovers ---------------------------------------------------------------------------------
 
 

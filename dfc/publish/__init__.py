@@ -178,7 +178,8 @@ def _publish(final: AnyPath, *, folder: bool, force: bool, expect_bytes: int) ->
 
 
 def _require_usable(final: AnyPath, target: Path, folder: bool, force: bool) -> None:
-    if target.name in ("", "..") or target.name.startswith((".tmp-", ".old-")):
+    nameless = Path(os.fsdecode(final)).name == ""  # "", "." and "/"
+    if nameless or target.name in ("", "..") or target.name.startswith((".tmp-", ".old-")):
         raise DfcError("D011", f"`{os.fspath(final)}` cannot be the name of an output")
     try:
         if not stat.S_ISDIR(os.stat(target.parent).st_mode):
