@@ -263,6 +263,15 @@ def test_what_a_translation_gave_up_is_not_written() -> None:
     assert {t.name for t in model.graph.initializer} <= read
 
 
+def test_weights_of_dead_nodes_are_not_written() -> None:
+    """ONNX Runtime drops them, and cannot be handed their memory then."""
+    x, w, scale = operands(64, None, -8, 7, 32)
+    graph = layer("dfc.linear_w8", x, [w, scale, None], activations="int8")
+    graph.set_outputs([Builder(graph)("aten.neg.default", graph.inputs[0])])
+    assert not build_onnx(graph).graph.initializers
+    assert torch.equal(find_engine("onnxruntime").build(graph)([x])[0], -x)
+
+
 def test_quantize_linear_rounds_ties_as_the_op_does(tmp_path: Path) -> None:
     x = torch.arange(-600, 600).float() / 4
     graph = Graph("q")

@@ -86,16 +86,18 @@ def build_onnx(
     model = ir.Model(made, ir_version=ir_version(opset), producer_name="dfc")
     if root.functions:
         _inline(model, root)
-    _drop_unused(made, [*root.derived.values(), *(x for x, _ in root.derived)])
+    _drop_unused(made, [*initializers, *root.derived.values()], stateful)
     return model
 
 
-def _drop_unused(graph: ir.Graph, weights: Iterable[Val]) -> None:
-    """Take out what a translation made before it turned out not to fit, and such of the weights.
+def _drop_unused(graph: ir.Graph, weights: Iterable[Val], inputs: Iterable[Val]) -> None:
+    """Take out what nothing reads, and such of the weights, but for those that are inputs too: dead
+    nodes, and what a translation made before it turned out not to fit.
 
-    Why:  ONNX Runtime warns of each when it loads the file, and weights would lie in it twice.
+    Why:  ONNX Runtime warns of each when it loads the file, refuses to be handed a weight that it
+          has dropped, and weights would lie in the file twice.
     """
-    outputs = set(graph.outputs)
+    outputs, kept = set(graph.outputs), set(inputs)
 
     def is_read(v: ir.Value) -> bool:
         return v in outputs or any(u.node.graph is not None for u in v.uses())
@@ -104,7 +106,7 @@ def _drop_unused(graph: ir.Graph, weights: Iterable[Val]) -> None:
         if not any(map(is_read, node.outputs)):
             graph.remove(node)
     for v in weights:
-        if v.name is not None and not is_read(v):
+        if v.name is not None and v not in kept and not is_read(v):
             graph.initializers.pop(v.name, None)
 
 
