@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,24 @@ def test_actors_run_the_same_ranks_and_are_replaced() -> None:
         assert ray.is_initialized()  # the caller's own cluster is left alone
     finally:
         ray.shutdown()
+
+
+def test_a_cluster_that_is_started_here_leaves_sigterm_to_the_program(tmp_path: Path) -> None:
+    """Ray's own handler would print stacks, and abort."""
+    pytest.importorskip("ray")
+    from dfc.runtime.pipeline.ray_ import RayLauncher
+
+    caught: list[int] = []
+    kept = signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
+    try:
+        launcher = RayLauncher(tmp_path, [1])
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert caught == [signal.SIGTERM]
+        finally:
+            launcher.close()
+    finally:
+        signal.signal(signal.SIGTERM, kept)
 
 
 def test_ranks_on_one_device_share_a_gpu() -> None:

@@ -11,7 +11,9 @@ on several machines that is shared storage, and `address` the host's own.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,7 +86,10 @@ class RayLauncher:
         self._remove = remove_placement_group
         self._started = not ray.is_initialized()
         if self._started:
+            kept = signal.getsignal(signal.SIGTERM)
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            if kept is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, kept)  # Ray took it, to print stacks and abort
         self._group = placement_group(
             [{"CPU": n, **({"GPU": share} if share else {})}
              for n, share in zip(threads, self._gpus, strict=True)], strategy="PACK",
