@@ -162,6 +162,27 @@ def test_values_in_one_concat_have_one_scale():
     assert len(scales) == 1
 
 
+@pytest.mark.parametrize("clip", [F.relu, F.relu6, nn.Hardtanh(0, 2)], ids=str)
+def test_what_shares_a_scale_is_clipped_all_the_same(clip, tmp_path):
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(19, 16, 1)
+
+        def forward(self, x):
+            return self.b(torch.cat([x, clip(self.a(x))], 1))
+
+    shape = (3, 8, 8)
+    batches = [9 * x for x in data(*shape)]
+    graph = traced(Joined(), *shape)
+    made = quantized(graph, batches)
+    assert distance(graph, made, batches[0]) < 1e-3
+    (want,) = interpret(made, batches[:1])
+    got, ops = ran(made, batches[0], tmp_path)
+    assert ops["QLinearConv"] == 2 and not ops["Conv"]
+    torch.testing.assert_close(got, want, rtol=0, atol=0.01 * float(want.abs().max()))
+
+
 def test_no_float_weight_is_left():
     graph = quantized(tiny())
     sizes = {p.name: p for p in graph.parameters.values() if p.tensor_type.dtype.is_float}

@@ -141,14 +141,30 @@ def _round_values(graph: Graph, region: Region, ranges: Mapping[Point, Range]) -
     inputs = {n: region.points[source_of(_first(n))] for n in region.layers}
     nodes = list(graph.nodes)
     following = dict(zip(nodes, [*nodes[1:], None], strict=True))
-    constants: dict[Point, tuple[float, Parameter, Parameter]] = {}
+    constants: dict[tuple[Point, Range], tuple[float, Parameter, Parameter]] = {}
+    scales: dict[Point, float] = {}
     for point in region.points.values():
-        if point.leader not in constants:
-            constants[point.leader] = _scale_of(graph, point.leader, ranges[point.leader])
-        _, scale, zero = constants[point.leader]
+        range = _clipped(point, ranges[point.leader])
+        key = point.leader, range
+        if key not in constants:
+            constants[key] = _scale_of(graph, point, range)
+        scales[point], scale, zero = constants[key]
         made = point.made.node
         _round_one(graph, region, point, scale, zero, following[made] if made else nodes[0])
-    return {n: constants[p.leader][0] for n, p in inputs.items()}
+    return {n: scales[p] for n, p in inputs.items()}
+
+
+def _clipped(point: Point, range: Range) -> Range:
+    """The range of a value, which ends where its activation clips even if others that share its
+    scale go on: a concat of a ReLU's result and of numbers below 0.
+    """
+    if point.value is point.made:
+        return range
+    clip = point.value.node
+    assert clip is not None
+    a = clip.attributes
+    high = 6.0 if clip.op == "aten.relu6.default" else a.get("max_val", a.get("max"))
+    return range.within(0.0, range.high if high is None else float(high))
 
 
 def _first(layer: Node) -> Value:
