@@ -217,6 +217,17 @@ def test_the_timeline_is_a_picture_and_a_trace(tower: Graph) -> None:
     assert last == pytest.approx(found.step_seconds * 1e6)
 
 
+def test_boxes_have_numbers_that_are_read_on_them() -> None:
+    ones = [1] * 4
+    step = simulate(schedule("zb_v", 2, 12), Costs(forward=ones, inputs=ones, weights=ones))
+    picture = ET.fromstring(svg_timeline(step, ["a", "b"], "V"))
+    boxes = [e for e in picture.iter() if e.get("class") == "box"]
+    words = [e for e in picture.iter() if "mb" in (e.get("class") or "")]
+    assert {w.text for w in words} == {str(b) for b in range(10)}, "two digits have no room there"
+    pale = [b for b in boxes if b.get("fill-opacity")]
+    assert 0 < sum(w.get("class") == "mb pale" for w in words) < len(pale) < len(boxes)
+
+
 TARGET = """dfc 1
 
 target pair {

@@ -62,13 +62,15 @@ def svg_timeline(simulation: Simulation, names: list[str], title: str) -> str:
             f'<rect x="{x:.2f}" y="{y}" width="{w:.2f}" height="{row - 4}" fill="{colour}"{shade} '
             f'class="box"><title>{what.name}({stage},{b})</title></rect>'
         )
-        if w > 14:
-            parts.append(f'<text x="{x + w / 2:.2f}" y="{y + 15}" class="mb">{b}</text>')
+        if w > 4 + 7 * len(str(b)):  # dark digits on pale boxes
+            words = "mb pale" if shade else "mb"
+            parts.append(f'<text x="{x + w / 2:.2f}" y="{y + 15}" class="{words}">{b}</text>')
     height = 34 + len(lanes) * row + 34
     parts.append(_legend(left, height - 14, simulation))
     style = (
         "text{font:13px sans-serif;fill:#333}.title{font-weight:bold}.idle{fill:#f4f4f4}"
         ".box{stroke:#fff;stroke-width:.6}.mb{font-size:10px;fill:#fff;text-anchor:middle}"
+        ".pale{fill:#333}"
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 20}" height="{height}">'
