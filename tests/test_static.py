@@ -162,7 +162,7 @@ def test_values_in_one_concat_have_one_scale():
     assert len(scales) == 1
 
 
-@pytest.mark.parametrize("clip", [F.relu, F.relu6, nn.Hardtanh(0, 2)], ids=str)
+@pytest.mark.parametrize("clip", [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(0, 2)], ids=str)
 def test_what_shares_a_scale_is_clipped_all_the_same(clip, tmp_path):
     class Joined(nn.Module):
         def __init__(self):
