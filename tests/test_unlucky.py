@@ -127,19 +127,24 @@ def test_the_command_is_a_module_too(module: str) -> None:
 # Ctrl-C before anything is there to be interrupted
 
 
+def imported(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run `dfc doctor`, which imports the typer of this folder, where Ctrl-C is heeded."""
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        f"sys.path.insert(0, {str(folder)!r});"
+        "from dfc.cli import main; sys.exit(main())"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, "doctor"], capture_output=True, text=True, timeout=50
+    )
+
+
 def test_ctrl_c_while_the_command_is_imported_is_one_line(tmp_path: Path) -> None:
     """Whatever is imported first: typer stands for all of it."""
     (tmp_path / "typer.py").write_text(
         "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport time\ntime.sleep(60)\n"
     )
-    code = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        f"sys.path.insert(0, {str(tmp_path)!r});"
-        "from dfc.cli import main; sys.exit(main())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "doctor"], capture_output=True, text=True, timeout=60
-    )
+    done = imported(tmp_path)
     assert done.returncode == 130
     assert done.stderr == "dfc: interrupted; nothing was left half-written\n"
 
@@ -152,15 +157,8 @@ def test_after_ctrl_c_nothing_is_waited_for(tmp_path: Path) -> None:
         "threading.Thread(target=time.sleep, args=(60,)).start()\n"
         "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
     )
-    code = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        f"sys.path.insert(0, {str(tmp_path)!r});"
-        "from dfc.cli import main; sys.exit(main())"
-    )
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", code, "doctor"], capture_output=True, text=True, timeout=60
-    )
+    done = imported(tmp_path)
     assert time.monotonic() - began < 50
     assert done.returncode == 130
     assert done.stderr == "dfc: interrupted; nothing was left half-written\nleft\n"
@@ -175,14 +173,7 @@ def test_a_signal_that_a_library_swallowed_comes_again(tmp_path: Path) -> None:
         "try:\n    time.sleep(60)\nfinally:\n    time.sleep(1)  # not while the stack unwinds\n"
         "    print('left')\n"
     )
-    code = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        f"sys.path.insert(0, {str(tmp_path)!r});"
-        "from dfc.cli import main; sys.exit(main())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "doctor"], capture_output=True, text=True, timeout=50
-    )
+    done = imported(tmp_path)
     assert (done.returncode, done.stdout) == (130, "left\n")
     assert done.stderr == "dfc: interrupted; nothing was left half-written\n"
 

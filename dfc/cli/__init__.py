@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import signal
 
-        from dfc.publish.ending import ending, raise_until_seen
+        from dfc.ending import ending, raise_until_seen
 
         heeds = argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if heeds:  # not where whoever started this wants it to be ignored

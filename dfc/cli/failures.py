@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import Any
 
 from dfc.cli.streams import give_up_stdout
+from dfc.ending import Ended, is_behind
 from dfc.errors import DfcError, did_you_mean
-from dfc.publish.ending import Ended, is_behind
 
 INTERNAL, DIFFERENT = 1, 9
 _FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -37,9 +37,9 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+from dfc.ending import ending
 from dfc.errors import DfcError
 from dfc.publish.durable import exchange, fsync_file, fsync_folder, rename_new
-from dfc.publish.ending import ending
 from dfc.publish.faults import fault_point
 from dfc.publish.owner import here, start_time
 
