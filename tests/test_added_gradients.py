@@ -15,10 +15,10 @@ from dfc.errors import DfcError
 from dfc.runtime.pipeline.training import Trainer
 from dfc.runtime.pipeline.training_processes import ProcessTrainer
 from tests import test_recompute
-from tests.test_pipeline_training import adamw, captured, close, reference, staged
 from tests.test_training_buffers import SGD, M, batch, net
 from tests.test_training_buffers import staged as with_buffers
 from tests.test_training_processes import same
+from tests.training_models import adamw, captured, close, reference, staged
 
 SIZES = (10, 7, 3)
 

@@ -11,9 +11,9 @@ import torch
 from dfc.runtime.pipeline.processes import Processes
 from dfc.runtime.pipeline.training import Trainer
 from dfc.runtime.pipeline.training_processes import ProcessTrainer
-from tests import test_pipeline_training
+from tests import training_models
 from tests.test_pipeline import captured, leaves, stages
-from tests.test_pipeline_training import staged
+from tests.training_models import staged
 
 GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPUS, reason="no CUDA device")]
@@ -49,7 +49,7 @@ def test_two_gpus_give_what_one_processor_gives(links: str) -> None:
 def test_processes_train_on_devices_as_threads_do_on_the_processor(
     devices: tuple[str, str],
 ) -> None:
-    _, args = test_pipeline_training.captured("tied")
+    _, args = training_models.captured("tied")
     options: dict[str, Any] = {"microbatches": 4, "threads": 2}
     made = partial(torch.optim.SGD, lr=1e-2, momentum=0.9)  # Adam makes steps of gradients' noise
     with Trainer(staged("tied", 2), optimizer=made, **options) as threads:

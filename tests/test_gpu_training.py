@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dfc.runtime.pipeline.training import Trainer
-from tests.test_pipeline_training import adamw, captured, reference, staged
+from tests.training_models import adamw, captured, reference, staged
 
 pytestmark = [
     pytest.mark.gpu,

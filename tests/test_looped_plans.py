@@ -27,7 +27,7 @@ from dfc.planning.problem import Objective, value_of, why_not
 from dfc.planning.simulate import peaks
 from dfc.runtime.pipeline.training import Trainer
 from tests.planning_problems import SHAPES, agree, brute_force, made
-from tests.test_pipeline_training import adamw, captured, close, reference
+from tests.training_models import adamw, captured, close, reference
 
 LOOPS, V = (0, 1, 0, 1), (0, 1, 1, 0)
 FREE = Wire()

@@ -20,7 +20,7 @@ from dfc.runtime.pipeline.routes import routes
 from dfc.runtime.pipeline.streams import drivers_of
 from dfc.runtime.pipeline.training import Trainer, Way
 from tests.test_lanes import TRAINED, Sums
-from tests.test_pipeline_training import adamw, captured, staged
+from tests.training_models import adamw, captured, staged
 
 DRIVERS = [(0, 0, 0), (0, 0, 1), (0, 1, 0)]
 

@@ -30,9 +30,9 @@ from dfc.runtime.pipeline.clipping import norms, together
 from dfc.runtime.pipeline.optimizer_options import apply_options, changed_options, options_of
 from dfc.runtime.pipeline.training import Trainer
 from dfc.runtime.pipeline.training_processes import ProcessTrainer
-from tests.test_pipeline_training import evenly
 from tests.test_processes import gone_in_two
 from tests.test_training_processes import same
+from tests.training_models import evenly
 
 ROOT = Path(__file__).parent.parent
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)

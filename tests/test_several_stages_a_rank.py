@@ -23,8 +23,8 @@ from dfc.runtime.pipeline.programs import AUTO, Programs
 from dfc.runtime.pipeline.training import Trainer
 from dfc.runtime.pipeline.training_processes import ProcessTrainer
 from tests.test_looped_plans import LOOPS, V, machine
-from tests.test_pipeline_training import adamw, captured, close, reference, staged, traced
 from tests.test_training_ranks import judge, run_ranks
+from tests.training_models import adamw, captured, close, reference, staged, traced
 
 # Stages between which nothing is won by loops, and those of which the first rank's are long.
 EVEN = Costs([2] * 4, [2] * 4, [2] * 4, activations=[1] * 4, taken=[0] * 4)

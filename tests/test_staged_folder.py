@@ -13,7 +13,7 @@ from dfc.runtime.pipeline import differentiated
 from dfc.runtime.pipeline.staged_folder import read_staged, write_staged
 from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.training import Trainer
-from tests.test_pipeline_training import adamw, captured, evenly, staged, traced
+from tests.training_models import adamw, captured, evenly, staged, traced
 
 
 def test_a_model_that_was_written_trains_as_the_one_that_wrote_it(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from dfc.errors import DfcError
 from dfc.runtime.pipeline.homes import Homes
 from dfc.runtime.pipeline.training import Trainer
 from dfc.runtime.pipeline.training_state import on_host, restore, slots_of
-from tests.test_pipeline_training import adamw, captured, staged
+from tests.training_models import adamw, captured, staged
 
 TABLE = "table.weight"
 

@@ -30,8 +30,8 @@ from dfc.runtime.pipeline.training import Trainer
 from dfc.runtime.pipeline.training_processes import ProcessTrainer
 from tests.fair_clock import FairClock
 from tests.test_looped_plans import machine
-from tests.test_pipeline_training import MLP, adamw, captured, evenly, staged, traced
 from tests.test_processes import gone_in_two
+from tests.training_models import MLP, adamw, captured, evenly, staged, traced
 
 ROOT = Path(__file__).parent.parent
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)

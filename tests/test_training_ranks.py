@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from dfc.runtime.pipeline.training import Trainer
-from tests.test_pipeline_training import adamw, captured, reference, staged
+from tests.training_models import adamw, captured, reference, staged
 
 ROOT = Path(__file__).parent.parent
 
@@ -121,7 +121,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from dfc.runtime.pipeline.training_ranks import RankTrainer
-from tests.test_pipeline_training import adamw, captured, staged
+from tests.training_models import adamw, captured, staged
 torch.set_num_threads(1)
 folder, (_, args) = Path(sys.argv[1]), captured("tied")
 trainer = RankTrainer(staged("tied", 2), microbatches=4, optimizer=adamw, threads=1)

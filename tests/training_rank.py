@@ -27,7 +27,7 @@ from dfc.planning.pipeline import plan
 from dfc.runtime.pipeline.training_ranks import RankTrainer
 from dfc.runtime.pipeline.world import World
 from tests.test_looped_plans import machine
-from tests.test_pipeline_training import adamw, captured, close, evenly, reference, staged, traced
+from tests.training_models import adamw, captured, close, evenly, reference, staged, traced
 
 STAGES = {"1f1b": 2, "zb1p": 2, "auto": 2, "gpipe": 2, "interleaved": 4, "interleaved_zb": 4,
           "breadth_first": 4, "zb_v": 4, "dualpipe_v": 4}  # fmt: skip

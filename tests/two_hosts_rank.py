@@ -22,8 +22,8 @@ from dfc.errors import DfcError
 from dfc.runtime.pipeline.torchrun import Launched
 from dfc.runtime.pipeline.training_ranks import RankTrainer
 from dfc.runtime.pipeline.world import World
-from tests import test_pipeline, test_pipeline_training
-from tests.test_pipeline_training import adamw, reference, staged
+from tests import test_pipeline, training_models
+from tests.training_models import adamw, reference, staged
 from tests.two_hosts import SECONDS
 
 RANK = int(os.environ["RANK"])
@@ -51,7 +51,7 @@ def pipeline(world: World, name: str) -> dict[str, Any]:
 
 def training(world: World, name: str) -> dict[str, Any]:
     """Gradients beside those of one process, and what ties give after some steps."""
-    model, args = test_pipeline_training.captured(name)
+    model, args = training_models.captured(name)
     loss, expected = reference(model, args, 4)
     found: dict[str, Any] = {}
     for schedule, stages in (("1f1b", 2), ("zb1p", 2), ("interleaved", 4), ("zb_v", 4)):
@@ -96,7 +96,7 @@ def lost(world: World, name: str) -> dict[str, Any]:
 
 def lost_trainer(world: World, name: str) -> dict[str, Any]:
     """The second rank is killed between two steps."""
-    _, args = test_pipeline_training.captured(name)
+    _, args = training_models.captured(name)
     trainer = RankTrainer(staged(name, 2), world=world, microbatches=4, optimizer=adamw,
                           devices=DEVICES, links=LINKS)  # fmt: skip
     trainer.step(*args)
