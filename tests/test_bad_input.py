@@ -1,5 +1,5 @@
-"""What a user can get wrong, and what can go wrong around them: a clear message, the documented
-exit status, and nothing half-written."""
+"""What a user can get wrong on the command line: a clear message, the documented exit status, and
+nothing half-written."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,158 +15,26 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import dfc
 from dfc.cli import main
-from dfc.passes.cse import CommonSubexpressions
-from dfc.publish import faults
-
-NETS = """
-import time
-from pathlib import Path
-import torch
-
-
-class Net(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = torch.nn.Linear(4, 4)
-
-    def forward(self, x, table=None):
-        y = torch.relu(self.fc(x)) * 2
-        return y if table is None else table[y.long()]
-
-
-def build():
-    torch.manual_seed(0)
-    return Net().eval(), (torch.randn(3, 4),), None, {"x": {0: torch.export.Dim("B", max=8)}}
-
-
-def load_checkpoint():
-    raise FileNotFoundError("no checkpoint here")
-
-
-def raises():
-    load_checkpoint()
-
-
-def leaves():
-    raise SystemExit("bye")
-
-
-def bare():
-    return Net()
-
-
-def too_long():
-    return Net(), (), {}, None, 5
-
-
-def not_a_module():
-    return 3, (torch.ones(1),)
-
-
-def tensor_for_args():
-    return Net(), torch.ones(3, 4)
-
-
-def list_for_kwargs():
-    return Net(), (torch.ones(3, 4),), [1]
-
-
-def misfit():
-    return Net(), (torch.ones(3, 4), None, 7)
-
-
-def wrong_size():
-    return Net(), (torch.ones(3, 5),)
-
-
-def wrong_dims():
-    return Net(), (torch.ones(3, 4),), None, {"y": {0: "B"}}
-
-
-class Sparse(torch.nn.Module):
-    def forward(self, x):
-        return x.to_sparse()
-
-
-def uncapturable():
-    return Sparse(), (torch.ones(3),)
-
-
-def slow():
-    Path("ready").touch()
-    time.sleep(3600)
-
-
-class Loud(torch.nn.Module):
-    def forward(self, x):
-        print("inside forward")
-        return x + 1
-
-
-def loud():
-    print("building")
-    return Loud(), (torch.ones(2),)
-
-
-class Slow(torch.nn.Module):
-    def forward(self, x):
-        Path("ready").touch()
-        time.sleep(3600)
-        return x
-
-
-def slow_forward():
-    return Slow(), (torch.ones(1),)
-
-
-number = 3
-"""
-
-Try = Callable[..., str]
+from tests.failing import Try, failing, nets_in
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bad")
-    (folder / "nets.py").write_text(NETS)
+    folder = nets_in(tmp_path_factory.mktemp("bad"))
     (folder / "broken.py").write_text("def build(:\n")
     (folder / "missing.py").write_text("import torch\nimport no_such_library\n")
-    model, args, _, shapes = _build(folder)
-    dfc.compile(model, args, dynamic_shapes=shapes, engine="eager").save(folder / "net.dfcpkg")
     return folder
-
-
-def _build(folder: Path) -> Any:
-    from dfc.cli.sources import open_source
-
-    found = open_source(f"{folder}/nets.py:build")
-    return found.model, found.args, found.kwargs, found.dynamic_shapes
 
 
 @pytest.fixture
 def fails(
     made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Try:
-    """Run a command in an empty folder; it must fail so, say why, and leave nothing. On stdout it
-    says nothing, or what is `said` of work that was done before."""
     here = tmp_path / "work"
     here.mkdir()
     monkeypatch.chdir(here)
-
-    def attempt(status: int, *argv: object, said: str = "") -> str:
-        before = sorted(os.listdir(here))
-        capfd.readouterr()
-        found = main([str(a) for a in argv])
-        out, err = capfd.readouterr()
-        assert found == status, err
-        assert said in out if said else out == "", out
-        assert "Traceback" not in err
-        assert sorted(os.listdir(here)) == before
-        return err
-
-    return attempt
+    return failing(here, capfd)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +73,7 @@ def test_a_model_that_cannot_be_used(
 ) -> None:
     err = fails(status, "compile", model.format(made), "-o", "out.dfcpkg", "--onnx", "out.onnx")
     assert re.search(message, err), err
-    assert fails(status, "run", model.format(made)) is not None
+    assert re.search(message, fails(status, "run", model.format(made)))
 
 
 @pytest.mark.parametrize(
@@ -387,216 +250,6 @@ def test_text_that_does_not_parse(fails: Try) -> None:
     assert "unknown op `aten.expp.default`" in fails(2, "compile", "v.dfc")
     Path("b.dfc").write_bytes(b"dfc 1\xff")
     assert "not UTF-8" in fails(2, "compile", "b.dfc")
-
-
-# proofs
-
-
-def _drops_relu(self: CommonSubexpressions, graph: Any, ctx: Any) -> int:
-    for node in graph.nodes:
-        if node.op == "aten.relu.default":
-            graph.replace(node, [node.inputs[0]])
-            return 1
-    return 0
-
-
-def test_a_wrong_pass_fails_under_strict(
-    fails: Try, made: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(CommonSubexpressions, "run", _drops_relu)
-    err = fails(4, "compile", f"{made}/nets.py:build", "--strict", "-o", "out.dfcpkg")
-    assert "pass `cse` changed the results" in err
-    assert re.search(r"first at %mul.*nets.py:\d+", err), err
-
-
-def test_a_wrong_pass_is_reverted_otherwise(
-    made: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(CommonSubexpressions, "run", _drops_relu)
-    assert main(["compile", f"{made}/nets.py:build", "--engine", "eager"]) == 0
-    assert "reverted" in capfd.readouterr().out
-
-
-# our own bugs
-
-
-def test_a_bug_leaves_a_reproducer(
-    fails: Try, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def crash(self: Any, graph: Any, ctx: Any) -> int:
-        raise ZeroDivisionError("seven by zero")
-
-    monkeypatch.setattr(CommonSubexpressions, "run", crash)
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", None)
-    model = f"{made}/nets.py:build"
-    err = fails(1, "compile", model, "-o", "out.dfcpkg", "--verify", "none")
-    assert "V034" in err and "ZeroDivisionError: seven by zero" in err
-    (folder,) = tmp_path.glob("dfc-reproducer-*")
-    assert str(folder) in err
-    assert "aten.relu" in str(dfc.parse((folder / "graph.dfc").read_text()))
-    command = (folder / "command.txt").read_text()
-    assert f"dfc compile {model} -o out.dfcpkg --verify none" in command
-    assert "in crash" in (folder / "error.txt").read_text()
-
-
-# the world around
-
-
-@pytest.mark.parametrize(
-    "fault",
-    ["publish.create:1:ENOSPC", "publish.fsync_folder:1:ENOSPC", "manifest.write:1:ENOSPC",
-     "publish.rename:1:EROFS", "publish.fsync_file:2:EIO"],
-)  # fmt: skip
-def test_a_disk_that_fails_is_status_7(
-    fails: Try, made: Path, monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
-    monkeypatch.setenv("DFC_FAULT", fault)
-    faults.HITS.clear()
-    argv = "compile", f"{made}/nets.py:build", "--engine", "eager", "-o", "out.dfcpkg"
-    err = fails(7, *argv, said="proved on")
-    assert "error[D013]: cannot write `out.dfcpkg`" in err
-    assert ("free some space" in err) == ("ENOSPC" in fault)
-
-
-@pytest.mark.parametrize("output", ["out.onnx", "out.npz"])
-def test_a_full_disk_leaves_no_half_of_a_file(
-    fails: Try, made: Path, monkeypatch: pytest.MonkeyPatch, output: str
-) -> None:
-    monkeypatch.setenv("DFC_FAULT", "publish.rename:1:ENOSPC")
-    faults.HITS.clear()
-    runs = output.endswith("npz")
-    argv = ["run", "-o", output] if runs else ["compile", "--onnx", output]
-    assert "D013" in fails(7, *argv, made / "net.dfcpkg", said="" if runs else "proved on")
-
-
-def test_an_interrupt_while_writing_leaves_nothing(
-    fails: Try, made: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DFC_FAULT", "publish.rename:1:int")
-    faults.HITS.clear()
-    err = fails(130, "compile", f"{made}/nets.py:build", "--engine", "eager", "-o", "out.dfcpkg")
-    assert "interrupted" in err
-
-
-@pytest.mark.parametrize("factory", ["slow", "slow_forward"])
-def test_ctrl_c_ends_a_command_at_once(made: Path, tmp_path: Path, factory: str) -> None:
-    argv = ["compile", f"{made}/nets.py:{factory}", "-o", "out.dfcpkg", "--onnx", "out.onnx"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dfc.cli", *argv], cwd=tmp_path, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        _wait_for(tmp_path / "ready", process)
-        process.send_signal(signal.SIGINT)
-        assert process.stderr is not None
-        told = process.stderr.readline()
-        while told and "interrupted" not in told:
-            told = process.stderr.readline()
-        process.send_signal(signal.SIGINT)  # again, while it ends
-        _, err = process.communicate(timeout=300)  # of an hour that it would sleep
-        err = told + err
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert "dfc: interrupted" in err and "Traceback" not in err
-    assert os.listdir(tmp_path) == ["ready"]
-
-
-def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 180
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-@pytest.mark.parametrize(
-    ("given", "code", "status"),
-    [
-        ({"args": torch.ones(4, 16)}, "T030", 2),
-        ({"kwargs": [1]}, "Q055", 2),
-        ({"model": "net.py"}, "Q055", 2),
-        ({"recipe": 3}, "Q055", 2),
-        ({"data": [1]}, "Q055", 2),
-        ({"metrics": [1]}, "Q055", 2),
-        ({"passes": "cse"}, "Q055", 2),
-        ({"passes": [dfc.Pass]}, "Q001", 2),
-        ({"progress": True}, "Q055", 2),
-        ({"engine": 3}, "Q055", 2),
-        ({"device": "gpu"}, "Q007", 2),
-        ({"device": "cuda:x"}, "Q007", 2),
-        ({"device": "cuda:99"}, "K004", 7),
-    ],
-)
-def test_arguments_of_compile_are_checked_first(
-    given: dict[str, Any], code: str, status: int
-) -> None:
-    right = {"model": torch.nn.Linear(16, 4).eval(), "args": (torch.ones(4, 16),)}
-    with pytest.raises(dfc.DfcError, match=code) as e:
-        dfc.compile(**{**right, **given})
-    assert e.value.status == status
-
-
-def test_sparse_tensors_are_refused() -> None:
-    x = torch.ones(4, 16)
-    compiled = dfc.compile(torch.nn.Linear(16, 4).eval(), (x,), engine="eager")
-    with pytest.raises(dfc.DfcError, match="K013"):
-        compiled(x.to_sparse())
-
-
-def test_an_index_beyond_a_table_is_an_error_of_the_run() -> None:
-    ids = torch.zeros(3, dtype=torch.int64)
-    compiled = dfc.compile(torch.nn.Embedding(8, 4).eval(), (ids,), engine="eager")
-    with pytest.raises(dfc.DfcError, match="K023"):
-        compiled(ids + 8)
-
-
-def test_data_with_an_index_beyond_a_table_is_an_error_of_the_data() -> None:
-    """It has the right shape, and a step that could not run it was left out."""
-    model = torch.nn.Sequential(torch.nn.Embedding(8, 16), torch.nn.Linear(16, 16)).eval()
-    recipe = "dfc 1\ndata calib\nrecipe r {\n  quantize int8 using calib with scheme=static\n}\n"
-    with pytest.raises(dfc.DfcError, match="a batch of data `calib` cannot be run") as e:
-        dfc.compile(
-            model, (torch.arange(4)[None],), recipe=recipe, engine="eager",
-            data={"calib": [(torch.full((1, 4), 8),)]},
-        )  # fmt: skip
-    assert e.value.code == "D081" and e.value.status == 2 and "aten.embedding" in e.value.message
-
-
-def test_data_that_a_step_names_and_does_not_read_is_told() -> None:
-    recipe = "dfc 1\ndata calib\nrecipe q {\n  quantize int8 using calib\n}\n"
-    compiled = dfc.compile(
-        torch.nn.Linear(64, 64).eval(), (torch.ones(2, 64),), recipe=recipe, engine="eager",
-        data={"calib": [torch.ones(2, 64)]},
-    )  # fmt: skip
-    (note,) = [n for n in compiled.report.notes if "`calib` was not read" in n]
-    assert "`dynamic` rounds by the numbers at hand, `scheme=static` by data" in note
-    assert "`scheme=tune(dynamic, static)`" in note
-
-
-def test_a_model_that_fails_with_an_expanded_buffer_is_told_as_it_fails() -> None:
-    class Wrong(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("row", torch.ones(1, 4).expand(3, 4))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x @ self.row
-
-    with pytest.raises(dfc.DfcError, match=r"T003.*itself fails on the example"):
-        dfc.compile(Wrong().eval(), (torch.ones(2, 4),))
-
-
-@pytest.mark.parametrize("given", [3, None, b"graph"])
-def test_what_is_no_text_is_no_graph(given: Any) -> None:
-    with pytest.raises(dfc.DfcError, match="`text` is the text of a graph, got") as e:
-        dfc.parse(given)
-    assert (e.value.code, e.value.status) == ("Q055", 2)
-
-
-def test_a_limit_below_zero_is_refused() -> None:
-    graph = dfc.parse("dfc 1\ngraph @f(%x: f32[2]) -> f32[2] {\n  return %x\n}\n")
-    with pytest.raises(dfc.DfcError, match="`limit` counts changes: it is 0 or more, got -1"):
-        dfc.compile(graph, recipe="dfc 1\nrecipe r {\n  cse with limit=-1\n}\n", engine="eager")
 
 
 def test_a_target_is_read_before_the_model_is_built(fails: Try, made: Path) -> None:
