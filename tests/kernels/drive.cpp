@@ -1,7 +1,7 @@
 // Runs every path of the kernels on odd shapes and codes and compares the bits with those of the portable one.
 //
 // Every buffer ends where memory that may not be touched begins: a page without rights, or what
-// AddressSanitizer puts there. Compiled with the kernels' own sources, by tests/test_kernels.py.
+// AddressSanitizer puts there. Compiled with the kernels' own sources, by tests/test_kernel_memory.py.
 #include <sys/mman.h>
 #include <unistd.h>
 
