@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfc.calling import build_outputs, flat_checked, flat_inputs, own_outputs
+from dfc.counting import counted
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter
 from dfc.planning.engine import Engine, Holding, Runner
@@ -56,7 +57,9 @@ class Compiled:
 
     def __repr__(self) -> str:
         where = "" if self.device == "cpu" else f" on {self.device}"
-        return f"<dfc.Compiled: {len(self.graph)} nodes, run by {self.engine.name}{where}>"
+        return (
+            f"<dfc.Compiled: {counted(len(self.graph), 'node')}, run by {self.engine.name}{where}>"
+        )
 
     def _initial_state(self) -> dict[str, Any]:
         """The current value of each mutated parameter."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dfc.counting import counted
 from dfc.errors import DfcError, did_you_mean
 from dfc.ir.graph import Graph, Node
 
@@ -139,7 +140,7 @@ class _Asked:
             found.data["rules"].append(_rule_data(report))
         if far:
             found.lines.append(f"nothing is near {', '.join(far)}")
-        found.lines.append(f"({len(run.graph)} nodes; the graph {where})")
+        found.lines.append(f"({counted(len(run.graph), 'node')}; the graph {where})")
         return found
 
     def _head(self, stop: str, must: bool) -> list[Pass]:
@@ -173,7 +174,7 @@ class _Asked:
         behind = ", ".join(s.text for s in run.steps[:-1]) or "capture"
         found = Explanation(data={"pass": step.text, "behind": behind, "changes": step.changes})
         found.data["decisions"] = [_group_data(g) for g in groups]
-        changes = f"{step.changes} change{'s' if step.changes != 1 else ''}"
+        changes = counted(step.changes, "change")
         found.lines.append(f"{step.text}: {changes}, behind {behind}")
         found.lines += self._group_lines(groups)
         found.lines += [f"  note: {note}" for note in step.notes]
@@ -225,7 +226,7 @@ class _Asked:
                 story.nearest = nearest_rules(run.graph, node, self._rules())[:3]
             return Explanation(_story_lines(story), _story_data(story))
         found = Explanation(data={"nodes": [_story_data(s) for s in stories]})
-        found.lines.append(f"{spec}: {len(stories)} values, behind {run.names}")
+        found.lines.append(f"{spec}: {counted(len(stories), 'value')}, behind {run.names}")
         shown = stories if self.all else stories[: 4 * SHOWN]
         found.lines += [f"  {_short_story(s)}" for s in shown]
         if len(shown) < len(stories):
@@ -250,7 +251,7 @@ class _Asked:
         count = len(self.graph)
         run = self._run(self.passes)
         found = Explanation(data={"nodes_before": count, "nodes_after": len(run.graph)})
-        found.lines.append(f"{count} -> {len(run.graph)} nodes")
+        found.lines.append(f"{count} -> {counted(len(run.graph), 'node')}")
         found.data["passes"] = []
         for step in run.steps:
             done = Counter(d.outcome for d in step.decisions if d.changed)
@@ -280,7 +281,7 @@ class _Asked:
         if rows:
             found.lines.append("rules (near misses are those that are left at the end)")
         for name, n, misses in sorted(rows, key=lambda row: (-row[1], row[2])):
-            near = f"{misses} near miss{'es' if misses != 1 else ''}" if misses else ""
+            near = counted(misses, "near miss") if misses else ""
             found.lines.append(f"  {name:<32} {n:>4} applied  {near}".rstrip())
         found.data["rules"] = [{"rule": n, "applied": a, "near_misses": m} for n, a, m in rows]
         ops = Counter(n.op for n in run.graph.walk()).most_common(10)
@@ -365,7 +366,7 @@ def _story_lines(story: Story) -> list[str]:
         )
         ops = len(set(refusal.nodes))
         lines.append(
-            f"  not fused    by `{name}`: {ops} op{'s' if ops != 1 else ''} stand, then {failed}"
+            f"  not fused    by `{name}`: {counted(ops, 'op stands', 'ops stand')}, then {failed}"
         )
     if not story.nearest:
         lines.append("  no rule comes near it")

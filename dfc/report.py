@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dfc.counting import counted
 from dfc.planning.host import machine_text
 from dfc.rewrite.driver import PassReport
 
@@ -74,12 +75,13 @@ class RequirementReport:
 
 @dataclass(frozen=True)
 class GoalReport:
-    """One goal: the original's value and the result's, in base units."""
+    """One goal: the original's value and the result's, in base units; `how` says where of times."""
 
     text: str
     before: float
     after: float
     dimension: str
+    how: str = ""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,8 @@ class Report:
         return Report(**data)
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {self.nodes_before} -> {self.nodes_after} nodes, {self.proof}"]
+        nodes = f"{self.nodes_before} -> {counted(self.nodes_after, 'node')}"
+        lines = [f"{self.model}: {nodes}, {self.proof}"]
         for p in self.passes:
             tail = f": {p.reason}" if p.reason else ""
             lines.append(
@@ -181,7 +184,8 @@ _PARTS: Mapping[str, Callable[..., Any]] = {
 def goal_text(g: GoalReport) -> str:
     from dfc.lang.units import amount_text
 
-    return f"{g.text}: {amount_text(g.before, g.dimension)} -> {amount_text(g.after, g.dimension)}"
+    values = f"{amount_text(g.before, g.dimension)} -> {amount_text(g.after, g.dimension)}"
+    return f"{g.text}: {values}" + (f" ({g.how})" if g.how else "")
 
 
 def requirement_text(r: RequirementReport) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from dfc.counting import counted
+
 if TYPE_CHECKING:
     from dfc.report import Report
 
@@ -26,7 +28,7 @@ def page(report: Report) -> str:
         "<!doctype html><meta charset=utf-8><title>dfc report</title>"
         f"<style>{_STYLE}</style>"
         f"<h1>{escape(report.model)}</h1><p>{escape(report.proof)}</p>"
-        f"<p>{report.nodes_before} → {report.nodes_after} nodes, {size}</p>"
+        f"<p>{report.nodes_before} → {counted(report.nodes_after, 'node')}, {size}</p>"
         + "".join(_tables(report))
         + f"<ul>{notes}</ul>"
         + recipe
@@ -39,9 +41,9 @@ def _tables(r: Report) -> list[str]:
     return [
         _table(["requirement", "", "numbers"],
                [[x.text, x.verdict, x.numbers] for x in r.requirements]),
-        _table(["goal", "before", "after"],
-               [[g.text, amount_text(g.before, g.dimension), amount_text(g.after, g.dimension)]
-                for g in r.goals]),
+        _table(["goal", "before", "after", ""],
+               [[g.text, amount_text(g.before, g.dimension), amount_text(g.after, g.dimension),
+                 g.how] for g in r.goals]),
         _table(["pass", "changes", "nodes", "ms", "verdict", "reason"],
                [[p.step, p.changes, f"{p.nodes_before} → {p.nodes_after}", f"{p.ms:.1f}",
                  p.verdict, p.reason] for p in r.passes]),

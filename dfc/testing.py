@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dfc.counting import counted
 from dfc.errors import DfcError
 from dfc.ir.expr import symbol
 from dfc.ir.graph import Argument, Graph
@@ -240,7 +241,7 @@ def check_pass(
     made = chosen.run(once, Context())
     wanted = f"{changes}" if changes is not None else "at least 1"
     right = made == changes if changes is not None else made > 0
-    assert right, f"`{chosen}` made {made} changes to the model, not {wanted}"
+    assert right, f"`{chosen}` made {counted(made, 'change')} to the model, not {wanted}"
     assert chosen.run(twice, Context()) == made and str(once) == str(twice), (
         f"`{chosen}` is not deterministic: a second run on the same graph differs"
     )

@@ -80,7 +80,7 @@ class Autocast(Pass):
             return _Stored(graph, half, self, ctx).run()
         device = processor_of(ctx.target)
         if not device.computes(self.dtype):
-            ctx.tell(f"autocast: {device}, not in {self.dtype}: it may be slower, so measure it")
+            ctx.note(f"autocast: {device}, not in {self.dtype}: it may be slower, so measure it")
         taking = [n for n in graph.nodes if takes_part(n)]
         found = _Reasons(graph, taking, self, ctx)
         chosen = choose_half(graph, found.wishes)

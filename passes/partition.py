@@ -124,7 +124,7 @@ def _tell(plan: Plan, ctx: Context) -> None:
     """The plan in the report, and the reason for each node to whoever asks."""
     from dfc.planning.wording import summary
 
-    ctx.tell(f"partition: {summary(plan)}")
+    ctx.note(f"partition: {summary(plan)}")
     if ctx.asked:
         from dfc.planning.reasons import reasons
 

@@ -15,6 +15,7 @@ from dfc.compress.reconstruction import by_reconstruction
 from dfc.compress.refit import layers_of, refit
 from dfc.compress.shrink import shrink
 from dfc.compress.work import device_of, forecast, parts_of, work_of
+from dfc.counting import counted
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.lang.selectors import Selector
@@ -207,8 +208,8 @@ class Prune(Pass):
                 return masks.get(axis) or [True] * int(axis.size)  # type: ignore[arg-type]
 
             refit(groups, whole, layers, stays, self.batches(whole, ctx), ctx)
-            count = len(layers)
-            ctx.tell(f"prune: {count} layers that read what was pruned are refitted to the data")
+            count = counted(len(layers), "layer was", "layers were")
+            ctx.tell(f"prune: {count} refitted to the data, which read what was pruned")
 
     def _tell(
         self, chosen: list[Group], scores: dict[Group, Tensor], wanted: dict[Group, int],

@@ -102,10 +102,10 @@ class Quantize(Pass):
         scheme = self._scheme(found, device)
         if self.data is not None and scheme != "static" and self.method == "rtn":
             reads = _READS[self.to].format(scheme, self.data)
-            ctx.tell(_UNREAD.format(self.data, scheme, reads))
+            ctx.note(_UNREAD.format(self.data, scheme, reads))
         self._check_codes(scheme)
         if self.to == "fp8" and scheme == "dynamic" and not device.computes(ROWS):
-            ctx.tell(f"quantize: {device}, not in {ROWS}: rounding rows to it only costs time")
+            ctx.note(f"quantize: {device}, not in {ROWS}: rounding rows to it only costs time")
         if scheme == "static" and self._fold(graph, ctx):
             found, kept = find_weighted(graph)
         chosen = self._chosen(graph, found, kept, scheme)
@@ -113,7 +113,7 @@ class Quantize(Pass):
             ctx.decided(node, KEPT, reason)
         if not chosen:
             if self._is_done(graph):
-                ctx.tell("quantize: the layers that it could take read codes already")
+                ctx.note("quantize: the layers that it could take read codes already")
                 return 0
             raise self._nothing(kept)
         check_numbers(chosen)
@@ -281,7 +281,7 @@ class Quantize(Pass):
             first = max(bytes_, key=lambda n: bytes_[n])
             others = f"; and {len(bytes_) - 1} more" if len(bytes_) > 1 else ""
             words = f"{described(first)}: {kept[first]}{others}"
-            ctx.tell(f"quantize: {share:.0%} of the weights' bytes stay floats: {words}")
+            ctx.note(f"quantize: {share:.0%} of the weights' bytes stay floats: {words}")
 
     def _is_done(self, graph: Graph) -> bool:
         """Whether the graph reads codes already: a second run finds nothing to do."""

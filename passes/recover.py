@@ -56,7 +56,7 @@ class Recover(Pass):
             ctx.decided(p, "trained", f"by `{self.function}`")
             p.data = TensorData(name, tensor)
         if not changed:
-            ctx.tell(
+            ctx.note(
                 f"recover: `{self.function}` changed no weight of the module that it was given"
             )
         return len(changed)

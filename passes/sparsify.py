@@ -20,6 +20,7 @@ from dfc.compress.sequential import (
 )
 from dfc.compress.sparse import Sparsity, magnitude, sparsegpt, wanda
 from dfc.compress.sweep import BLOCK
+from dfc.counting import counted
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter
 from dfc.ir.weights import TensorData
@@ -153,7 +154,7 @@ class _Solved:
         self.found |= {name: (tensors[name], words[name]) for name in group.weights}
 
     def _one(self, weight: Tensor, hessian: Hessian) -> tuple[Tensor, str]:
-        seen = f"{hessian.tokens} tokens"
+        seen = f"{counted(hessian.tokens, 'token')}"
         if self.method == "wanda":
             return wanda(weight, hessian, self.sparsity), f"least |w| * |x| on {seen}"
         sparse, used = sparsegpt(weight, hessian, self.sparsity, self.damping)

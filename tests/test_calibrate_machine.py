@@ -110,7 +110,7 @@ def test_the_table_tells_what_was_not_measured(capsys: pytest.CaptureFixture[str
     }  # fmt: skip
     _show("host.dfc", [Measured("cpu0", "cpu", FACTS, readings)], [])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["cpu0", "launch", "3", "us", "3%"] in rows
+    assert ["cpu0", "launch", "3", "µs", "3%"] in rows
     assert ["cpu0", "launch_each", "below", "5", "ns"] in rows
     assert ["cpu0", "bw", "1", "GB/s", "unsteady"] in rows
     assert any(row[:1] == ["unsteady:"] for row in rows)
@@ -338,7 +338,7 @@ def test_a_target_has_the_links_that_a_pipeline_takes_and_tells_of_others() -> N
     gloo = MeasuredLink("a", "a", "loopback", Reading(6e-5, 0, 9), Reading(1.5e9, 0, 9))
     links, notes = _one_each([sockets, gloo], ["on a machine"])
     assert links == [sockets]
-    assert notes == ["on a machine", "a -> a by loopback: 1.5 GB/s, 60 us"]
+    assert notes == ["on a machine", "a -> a by loopback: 1.5 GB/s, 60 µs"]
     text = target_text("here", [measured("a")], links, notes)
     target = plan_of("O0", target=text).target
     assert target is not None

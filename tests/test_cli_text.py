@@ -135,6 +135,8 @@ def test_fmt_writes_recipes_in_layout(run: Run, tmp_path: Path) -> None:
     assert run("fmt", "--check", link).status == 9
     shown = run("fmt", "--diff", link)
     assert shown.status == 9 and "+  apply simplify" in shown.out
+    file.write_text(RECIPE[:-1])
+    assert "-}\n\\ No newline at end of file\n+}\n" in run("fmt", "--diff", link).out
     assert run("fmt", link).status == 0
     assert link.is_symlink() and file.read_bytes() == RECIPE.encode()
     assert run("fmt", "--check", link).status == 0

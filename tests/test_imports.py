@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(layer.split())
     for layer in (
-        "errors ending",
+        "errors ending counting",
         "publish origin arguments",  # files, places in Python, calls: know nothing of graphs
         "manifest registry",
         "ir",

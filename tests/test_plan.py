@@ -143,12 +143,12 @@ def test_of_rows_that_hold_as_much_the_quicker_one_is_taken(tower: Graph) -> Non
 
 
 def test_what_does_not_fit_says_by_how_much(tower: Graph) -> None:
-    with pytest.raises(DfcError, match=r"N060.*does not fit: its parameters take .* KB") as e:
+    with pytest.raises(DfcError, match=r"N060.*does not fit: its parameters take .* kB") as e:
         plan(tower, machine(2, memory=20_000), sizes={"B": 1})
     said = str(e.value)
     assert e.value.status == 6 and "too much" in said and "3 devices like `gpu0`" in said
     assert re.search(r"weights that are streamed to `gpu.` .*from memory in each pass", said)
-    kb = float(re.search(r"with ([\d.]+) KB of memory", said)[1])  # type: ignore[index]
+    kb = float(re.search(r"with ([\d.]+) kB of memory", said)[1])  # type: ignore[index]
     for remedy in (machine(2, memory=kb * 1000), machine(3, memory=20_000)):
         assert plan(tower, remedy, sizes={"B": 1}).peak <= remedy.devices[0].memory
     with pytest.raises(DfcError, match="N060"):

@@ -53,6 +53,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 CASES = [
+    ("show :build", "no file or module stands before the colon"),
+    ("compile {}/net.py:build --budget 3s", "--budget is for a search, and nothing is searched"),
+    ("compile {}/net.py:build -p autocast{{dtype=x}}", "help: `dtype` is bf16 or f16"),
     ("compile {}/net.py:build --data x=net.py:none", "the recipe names no data `x`"),
     ("compile {}/net.py:build --metric x=net.py:top1", "the recipe names no metric `x`"),
     ("compile {0}/net.py:build -r {0}/two.dfc --data calb={0}/net.py:none", "mean `calib`"),

@@ -82,6 +82,20 @@ _CAUSES = (
 )
 
 
+def counting_norm(model: torch.nn.Module) -> DfcError | None:
+    """The refusal of a batch norm that takes the mean over all batches that it has seen."""
+    for name, norm in model.named_modules():
+        counts = isinstance(norm, torch.nn.modules.batchnorm._BatchNorm) and norm.momentum is None
+        if counts and norm.training and norm.track_running_stats:
+            return DfcError(
+                "T004",
+                f"the batch norm `{name or type(norm).__name__}` has momentum=None: what a batch "
+                "counts depends on the number of batches before it, which a tensor holds",
+                help="give it a number, as momentum=0.1, or call .eval() on it",
+            )
+    return None
+
+
 def refusal(e: Exception) -> DfcError:
     """torch.export's refusal in the user's words."""
     if isinstance(e, DfcError):

@@ -17,7 +17,7 @@ import torch
 from dfc.capture.attempts import ATTEMPTS
 from dfc.capture.call_structure import flat_leaves, register_caches, register_example
 from dfc.capture.program import build_graph
-from dfc.capture.refusal import bad_call, raised_by_user_code, refusal, user_error
+from dfc.capture.refusal import bad_call, counting_norm, raised_by_user_code, refusal, user_error
 from dfc.capture.wishes import DynamicShapes, Request, enlarge, wishes_of
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
@@ -98,7 +98,7 @@ def _capture(request: Request) -> Graph:
             graph.notes.insert(0, attempt.note)
         return graph
     assert first is not None
-    raise refusal(first) from first
+    raise counting_norm(request.model) or refusal(first) from first
 
 
 def _expanded(buffer: torch.Tensor) -> bool:

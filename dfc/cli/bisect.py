@@ -10,6 +10,7 @@ import typer
 
 from dfc.cli.failures import DIFFERENT
 from dfc.cli.options import Json, Model, Use, load_used
+from dfc.counting import counted
 from dfc.errors import DfcError
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def _print(check: str, found: Conclusion) -> None:
     from dfc.cli.tables import print_text
 
     steps = len(found.steps)
-    count = f"{found.tries} checks by {check}, {steps} step{'s' * (steps != 1)}"
+    count = f"{counted(found.tries, 'check')} by {check}, {counted(steps, 'step')}"
     if not found.step:
         print_text(f"nothing breaks the check ({count})")
     else:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dfc.cli.options import MAX_THREADS, Force, Json
+from dfc.counting import counted
 
 if TYPE_CHECKING:
     from dfc.runtime.calibrate.device import Measured
@@ -100,7 +101,8 @@ def busy_text(load: float, cores: int) -> str:
     """
     if load < 0.5 * cores:
         return ""
-    return f"other work was running ({load:.1f} tasks on {cores} cores): figures may be far too low"
+    tasks = f"{load:.1f} tasks on {counted(cores, 'core')}"
+    return f"other work was running ({tasks}): figures may be far too low"
 
 
 def _measured(

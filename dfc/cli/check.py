@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dfc.cli.options import MODEL_HELP, Json, Use, load_used
+from dfc.counting import counted
 from dfc.errors import DfcError, Diagnostic
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _verify(source: Source) -> None:
 
 
 def _count(n: int) -> str:
-    return "valid" if not n else f"{n} error{'s' if n > 1 else ''}"
+    return "valid" if not n else f"{counted(n, 'error')}"
 
 
 def _listed(errors: Sequence[Diagnostic], warnings: Sequence[Diagnostic]) -> list[Any]:

@@ -11,6 +11,7 @@ import typer
 from dfc.cli.compile_tables import facts, print_facts
 from dfc.cli.options import Device, Force, Json, Model, Use, load_used
 from dfc.cli.recipes import Level, RecipeFile, RecipeName, Settings, Steps, TargetFile
+from dfc.counting import counted
 from dfc.errors import DfcError, did_you_mean
 
 if TYPE_CHECKING:
@@ -203,6 +204,9 @@ class _Job:
         check_engine(self.engine)
         check_device(self.device)
         Budget.of(self.budget)
+        if self.budget is not None and not self.chosen.plan.holes:
+            help = "write `tune(a, b)` or `auto` for a value of the recipe, or leave out --budget"
+            raise DfcError("Q006", "--budget is for a search, and nothing is searched", help=help)
         _check_print_after(print_after, [step.name for step in self.chosen.plan.passes()])
         check_given(self.chosen.plan, self.data, self.metrics, self.functions)
         say(f"loading {model}")
@@ -267,9 +271,9 @@ def _write(
         say(f"writing {onnx} and running it in ONNX Runtime")
         compiled.export(onnx, force=force, contrib=contrib, stages=stages)
         written["onnx"] = onnx
-        count = len(list(Path(onnx).glob("stage_*.onnx"))) if isinstance(stages, int) else stages
-        if count != stages:
-            fewer = f"{count} stages, not {stages}: no more of its nodes take time"
+        count = len(list(Path(onnx).glob("stage_*.onnx")))
+        if isinstance(stages, int) and count != stages:
+            fewer = f"{counted(count, 'stage')}, not {stages}: no more of its nodes take time"
             compiled.report.notes.append(fewer)
 
 

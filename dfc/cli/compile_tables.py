@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dfc.counting import counted
+
 if TYPE_CHECKING:
     from dfc.compiled import Compiled
     from dfc.report import Report
@@ -85,7 +87,7 @@ def _print_wishes(report: Report) -> None:
     for g in report.goals:
         print_text(goal_text(g))
     if report.tried:
-        print_text(f"\ntried {len(report.tried)} combinations")
+        print_text(f"\ntried {counted(len(report.tried), 'combination')}")
         for t in report.tried:
             print_text(f"  {tried_text(t)}")
 

@@ -8,6 +8,7 @@ import typer
 
 from dfc.cli.failures import DIFFERENT
 from dfc.cli.options import MODEL_HELP, Json, Use, load_used
+from dfc.counting import counted
 from dfc.errors import DfcError
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _total(found: Any) -> str:
     if not found:
         return "no difference"
     counts = (len(found.removed), len(found.added), len(found.changed))
-    nodes = f"{len(found.before)} nodes became {len(found.after)}"
+    nodes = f"{counted(len(found.before), 'node')} became {len(found.after)}"
     return f"{nodes}: {counts[0]} removed, {counts[1]} added, {counts[2]} changed"
 
 

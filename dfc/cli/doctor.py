@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dfc.cli.options import Json
+from dfc.counting import counted
 
 # distribution -> what it is for; the first that is there of a group stands for it
 _NEEDED = {
@@ -160,7 +161,9 @@ def _print(data: dict[str, Any]) -> None:
 
     cpu = data["cpu"]
     print_text(f"dfc {data['dfc']}, python {data['python']} ({sys.executable}), {data['platform']}")
-    print_text(f"cpu {cpu['name']}, {cpu['cores']} cores, {cpu['memory_bytes'] / 2**30:.1f} GiB")
+    print_text(
+        f"cpu {cpu['name']}, {counted(cpu['cores'], 'core')}, {cpu['memory_bytes'] / 2**30:.1f} GiB"
+    )
     print_text("\n".join(data["devices"]) or "no CUDA device: only the CPU is used")
     print_text("")
     print_table(

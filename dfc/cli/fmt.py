@@ -74,5 +74,7 @@ def _changed(files: list[str]) -> list[tuple[str, str, str]]:
 def _difference(file: str, before: str, after: str) -> str:
     import difflib
 
-    lines = (before.splitlines(keepends=True), after.splitlines(keepends=True))
-    return "".join(difflib.unified_diff(*lines, file, f"{file} (formatted)"))
+    texts = (before.splitlines(keepends=True), after.splitlines(keepends=True))
+    lines = difflib.unified_diff(*texts, file, f"{file} (formatted)")
+    open_end = "\n\\ No newline at end of file\n"  # as diff and git have it, and patch reads it
+    return "".join(line if line.endswith("\n") else line + open_end for line in lines)

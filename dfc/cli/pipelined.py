@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dfc.cli.options import load_used
 from dfc.cli.stage_devices import rank_devices
 from dfc.cli.stage_tiers import host_data, rank_budgets, show_tiers
+from dfc.counting import counted
 from dfc.errors import DfcError
 
 if TYPE_CHECKING:
@@ -81,12 +82,12 @@ def run_pipelined(
     make, placed, options = _maker(where, compiled, stages, inputs, say, memory, microbatches)
     count = 1 + max(placed.values(), default=0)
     if len(engines) not in (1, count):
-        raise DfcError("N053", f"{len(engines)} engines are given for {count} stages")
+        raise DfcError("N053", f"{len(engines)} engines are given for {counted(count, 'stage')}")
     devices = options["devices"] = rank_devices(
         where.devices, where.device, compiled.plan if stages is None else None,
         options.get("placement", range(count)), *where.hosts,
     )  # fmt: skip
-    say(f"building {count} stages for {', '.join(engines)}, on {where.on}")
+    say(f"building {counted(count, 'stage')} for {', '.join(engines)}, on {where.on}")
     names = engines[0] if len(engines) == 1 else engines
     if microbatches:
         options["microbatches"] = microbatches
@@ -104,9 +105,7 @@ def run_pipelined(
     data["on"], data["devices"] = where.on, devices
     data["link_kind"] = getattr(pipeline, "link_kind", None)  # threads have none
     if stages is not None and count < stages:
-        data["fewer"] = (
-            f"{count} stage{'s' * (count > 1)}, not {stages}: no more of its nodes take time"
-        )
+        data["fewer"] = f"{counted(count, 'stage')}, not {stages}: no more of its nodes take time"
     data["incidents"] = list(getattr(pipeline, "incidents", ()))
     if memory is not None:
         return results, {**data, **host_data(data["stages"], host)}
@@ -253,7 +252,7 @@ def run_stages(
     file = bundle.path / PROBES
     probes = read_probes(file) if file.exists() else []
     given = inputs(bundle.graph, probes[0].inputs if probes else None)
-    say(f"loading {len(bundle.stages)} stages into ONNX Runtime")
+    say(f"loading {counted(len(bundle.stages), 'stage')} into ONNX Runtime")
     with bundle.pipeline(microbatches=microbatches) as pipeline:
         return bundle.graph, *step(pipeline, given, trace, force, say)
 
@@ -310,11 +309,9 @@ def _fewer_microbatches(pipeline: Pipeline, made: int) -> dict[str, str]:
     else:
         least = least_of(pipeline.graph, pipeline.batch)
         why = f"each has {least} or more of the batch `{pipeline.batch}`"
-    return {"fewer_microbatches": f"{_counted(made)}, not {pipeline.microbatches}: {why}"}
-
-
-def _counted(microbatches: int) -> str:
-    return "1 microbatch" if microbatches == 1 else f"{microbatches} microbatches"
+    return {
+        "fewer_microbatches": f"{counted(made, 'microbatch')}, not {pipeline.microbatches}: {why}"
+    }
 
 
 def _seconds(run: Callable[[], Any]) -> float:
@@ -345,7 +342,7 @@ def show(data: dict[str, Any]) -> None:
     )  # fmt: skip
     took, predicted = data["step_seconds"], data["predicted_seconds"]
     print_text(
-        f"the step of {_counted(data['microbatches'])} took {seconds(took)}, "
+        f"the step of {counted(data['microbatches'], 'microbatch')} took {seconds(took)}, "
         f"{seconds(predicted)} were predicted from the stages' times; the busiest rank waited "
         f"{data['bubble']:.0%} of it"
     )

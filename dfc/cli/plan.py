@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dfc.cli.options import Json, Model, Use, load_used
+from dfc.counting import counted
 from dfc.errors import DfcError
 
 if TYPE_CHECKING:
@@ -167,9 +168,9 @@ def plan(
             return {**measure_times(source, graph, inputs, _threads(devices)), **given}
 
         def planned(devices: list[str], most: int | None, times: dict[Node, float]) -> Plan:
-            for_some = f" on {len(devices)} devices" if devices else ""
-            at_most = f", at most {most} stage{'s' * (most > 1)}" if most else ""
-            say(f"planning {len(graph)} nodes{for_some}{at_most}")
+            for_some = f" on {counted(len(devices), 'device')}" if devices else ""
+            at_most = f", at most {counted(most, 'stage')}" if most else ""
+            say(f"planning {counted(len(graph), 'node')}{for_some}{at_most}")
             return make(
                 graph, target, objective=by, devices=devices, max_stages=most,
                 microbatches=microbatches, train=train, schedule=schedule,
@@ -249,7 +250,7 @@ def _write(found: Plan, svg: Path | None, trace: Path | None, force: bool) -> No
 
     names = rows_of(found)
     if svg is not None:
-        title = f"{found.name}: {found.schedule}, {found.wish.microbatches} microbatches"
+        title = f"{found.name}: {found.schedule}, {_microbatches(found)}"
         with publish_file(svg, force=force) as temp:
             temp.write_text(svg_timeline(found.simulation, names, title), encoding="utf-8")
     if trace is not None:
@@ -263,6 +264,10 @@ def rows_of(found: Plan) -> list[str]:
     if len(found.machine.devices) == len(found.stages):
         return [d.name for d in found.machine.devices]
     return [f"{name} ({', '.join(map(str, s))})" for name, s in found.device_stages.items()]
+
+
+def _microbatches(found: Plan) -> str:
+    return counted(found.wish.microbatches, "microbatch")
 
 
 def data_of(found: Plan) -> dict[str, Any]:
@@ -331,8 +336,7 @@ def show_plan(found: Plan) -> None:
     simulation = found.simulation
     sizes = ", ".join(f"{k}={v}" for k, v in found.sizes.items())
     print(
-        f"\n{found.schedule}, {found.wish.microbatches} "
-        f"microbatch{'es' * (found.wish.microbatches != 1)}"
+        f"\n{found.schedule}, {_microbatches(found)}"
         f"{f' of {sizes}' if sizes else ''}: a step takes {time(found.step_seconds)}, "
         f"{simulation.bubble:.1%} of it waiting; one microbatch every "
         f"{time(found.bottleneck)}, which takes {time(found.latency)} through all stages"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from dfc.counting import counted
+
 if TYPE_CHECKING:
     from dfc.reproducer import Replay
 
@@ -54,7 +56,7 @@ def _print(path: str, found: Replay) -> None:
     from dfc.cli.tables import print_text
     from dfc.rewrite.verdicts import element_table
 
-    print_text(f"{path}: `{found.step}` on {found.nodes} nodes")
+    print_text(f"{path}: `{found.step}` on {counted(found.nodes, 'node')}")
     if found.wrong is None:
         print_text("  right: what was wrong no longer is")
     else:

@@ -23,6 +23,7 @@ from dfc.cli.options import (
 )  # fmt: skip
 from dfc.cli.pipelined import Where
 from dfc.cli.replay import is_reproducer, replay_folder
+from dfc.counting import counted
 from dfc.errors import DfcError, did_you_mean
 
 if TYPE_CHECKING:
@@ -193,7 +194,9 @@ def run(
     ran.show()
     for row in rows:
         if row["not_finite"]:
-            print_text(f"note: {row['not_finite']} elements of {row['name']} are not finite")
+            name, n = row["name"], row["not_finite"]
+            which = counted(n, f"element of {name} is", f"elements of {name} are")
+            print_text(f"note: {which} not finite")
     if output:
         print_text(f"wrote {output}")
 

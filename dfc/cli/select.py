@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dfc.cli.options import Json, Model, Use, load_used
+from dfc.counting import counted
 from dfc.errors import DfcError
 
 if TYPE_CHECKING:
@@ -117,10 +118,10 @@ def _show(graph: Graph, found: Selection, every: bool) -> None:
         ]
         print_table(["parameter", "type", "bytes"], listed, right=[2])
     if len(sizes) > _SHOWN and not every:
-        print(f"... and {len(sizes) - _SHOWN} more parameters: --all shows them")
+        print(f"... and {counted(len(sizes) - _SHOWN, 'more parameter')}: --all shows all")
     nodes = sum(1 for _ in graph.walk())
     total = bytes_text(sum(n or 0 for _, n in sizes))
     print(
-        f"\n{len(rows)} of {nodes} nodes, in {len(_modules(found))} modules; "
-        f"{len(sizes)} of {len(graph.parameters)} parameters, {total}"
+        f"\n{len(rows)} of {counted(nodes, 'node')}, in {counted(len(_modules(found)), 'module')}; "
+        f"{len(sizes)} of {counted(len(graph.parameters), 'parameter')}, {total}"
     )

@@ -10,6 +10,7 @@ import typer
 
 from dfc.cli.options import MODEL_HELP, Json, Use, load_used
 from dfc.cli.recipes import Level, RecipeName, Settings, TargetFile
+from dfc.counting import counted
 from dfc.errors import DfcError
 
 if TYPE_CHECKING:
@@ -226,9 +227,10 @@ def _print_summary(s: dict[str, Any]) -> None:
 
     held = s["parameters"]
     dtypes = ", ".join(held["dtypes"]) or "none"
+    elements = f"{held['elements']:,} element{'s' * (held['elements'] != 1)}"
     print_text(
-        f"@{s['name']}: {s['nodes']} nodes, {held['count']} parameters "
-        f"({held['elements']:,} elements, {bytes_text(held['bytes'])}, {dtypes})\n"
+        f"@{s['name']}: {counted(s['nodes'], 'node')}, {counted(held['count'], 'parameter')} "
+        f"({elements}, {bytes_text(held['bytes'])}, {dtypes})\n"
     )
     rows = [["input", n, t] for n, t in s["inputs"].items()]
     rows += [["output", n, t] for n, t in s["outputs"].items()]

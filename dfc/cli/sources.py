@@ -290,6 +290,8 @@ def load_module(place: str) -> tuple[Any, str]:
         if not path.is_file():
             raise DfcError("D050", f"there is no `{place}`", help=_near(path))
         return load_file(path.absolute()), str(path.absolute())
+    if not place:
+        raise DfcError("D050", "no file or module stands before the colon", help=_FORMS)
     if not all(part.isidentifier() for part in place.split(".")):
         raise DfcError("D050", f"there is no `{place}`", help=_near(path) or _FORMS)
     if "" not in sys.path and (here := str(Path.cwd())) not in sys.path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dfc.counting import counted
 from dfc.errors import DfcError
 from dfc.planning.torch_device import check_device
 
@@ -33,7 +34,7 @@ def rank_devices(
     if given is not None:
         stages = [d.strip() for d in given.split(",")]
         if len(stages) not in (1, len(placement)):
-            message = f"{len(stages)} devices are given for {len(placement)} stages"
+            message = f"{len(stages)} devices are given for {counted(len(placement), 'stage')}"
             raise DfcError("N053", message, status=2)
         stages = stages * len(placement) if len(stages) == 1 else stages
         told = [f"stage {stage} is to run on {d}" for stage, d in enumerate(stages)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dfc.counting import counted
 from dfc.errors import DfcError
 
 
@@ -49,7 +50,7 @@ def show_tiers(data: dict[str, Any]) -> None:
         if found:
             print_text(
                 f"rank {rank} was brought {size(found)} of weights in the step: each of "
-                f"{count} microbatches is a pass"
+                f"{counted(count, 'microbatch')} is a pass"
             )
     if "host" in data:
         _show_host(data)

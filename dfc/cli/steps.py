@@ -105,7 +105,7 @@ def _read(
     from dfc.lang.reader import parse_expression
     from dfc.lang.selectors import Selector
     from dfc.lang.source import Source
-    from dfc.recipe.options import BadValue, convert, type_text
+    from dfc.recipe.options import BadValue, convert, kind_text
     from dfc.recipe.plan import Hole
 
     # Python's quotes and empty tuple are what passes print; blanks keep the columns.
@@ -125,7 +125,7 @@ def _read(
         return (found,)
     except BadValue as e:
         option = hole.rpartition(".")[2]
-        help = e.help or f"`{option}` is a {type_text(hint)}"
+        help = e.help or f"`{option}` is {kind_text(hint)}"
         place = _span(text, *e.at)
         return [Diagnostic(e.code, f"`{option}`: {e.message}", place, help)]
     except DfcError as e:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import sys
+
+_PLAIN = "dfc-plain"
+_SPELLED = {"µ": "u", "±": "+-", "×": "x", "→": "->", "…": "...", "·": "-", "≤": "<=", "≥": ">="}
 
 
 def make_usable() -> None:
@@ -16,9 +20,18 @@ def make_usable() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # 0, 1, 2
         if getattr(sys, name) is None:
             setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, mode), encoding="utf-8"))
-    out = sys.stdout
-    if isinstance(out, io.TextIOWrapper) and out.errors == "strict":
-        out.reconfigure(errors="backslashreplace")  # as Python does for stderr
+    codecs.register_error(_PLAIN, _plain)
+    for stream, usual in ((sys.stdout, "strict"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == usual:
+            stream.reconfigure(errors=_PLAIN)
+
+
+def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What stands for characters that the encoding lacks: `5 us`, and escapes for the rest."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    spelled = _SPELLED.get(error.object[error.start])
+    return (spelled, error.start + 1) if spelled else codecs.backslashreplace_errors(error)
 
 
 def give_up_stdout() -> None:

@@ -9,6 +9,7 @@ import typer
 
 from dfc.cli.failures import DIFFERENT
 from dfc.cli.options import Json, Use, load_used
+from dfc.counting import counted
 from dfc.errors import DfcError
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def _line(p: Proof) -> str:
         head += "\n" + problem.render()
     if p.problems:
         return head
-    counts = f"{t.inputs} inputs in {t.graphs} graphs, refused in {t.refused}"
+    counts = f"{counted(t.inputs, 'input')} in {counted(t.graphs, 'graph')}, refused in {t.refused}"
     return f"{head} proved on {counts}, {p.seconds:.1f} s"
 
 
@@ -145,7 +146,7 @@ def _summary(proofs: list[Proof], lints: list[Lint]) -> str:
     parts += [f"{wrong} wrong"] * bool(wrong)
     for count, what in ((errors, "error"), (warnings, "warning")):
         if count:
-            parts.append(f"{count} {what}{'s' if count > 1 else ''} about the set")
+            parts.append(f"{counted(count, what)} about the set")
     return ", ".join(parts)
 
 

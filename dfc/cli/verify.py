@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dfc.cli.options import Device, Json, Use, load_used
+from dfc.counting import counted
 from dfc.errors import DfcError
 
 
@@ -121,20 +122,23 @@ def _why_none(probes: Any) -> str:
 def _print(package: str, data: dict[str, Any]) -> None:
     from dfc.cli.tables import bytes_text, print_text
 
-    print_text(f"{package}: {data['files']} files, {bytes_text(data['bytes'])}, as listed")
+    print_text(
+        f"{package}: {counted(data['files'], 'file')}, {bytes_text(data['bytes'])}, as listed"
+    )
     print_text(f"  digest sha256:{data['sha256']}")
-    print_text(f"  {data['weights']} weights have the digests that the graph names")
+    held = counted(data["weights"], "weight has the digest", "weights have the digests")
+    print_text(f"  {held} that the graph names")
     if data["unproved"]:
         print_text(f"  unproved: {data['unproved']}")
     bare = data["probes"] - data["recorded"]
     if bare and data["engines"]:
         print_text(
-            f"  of {bare} probes it holds inputs alone, since the results are large beside its "
-            "weights: they are computed by its graph"
+            f"  of {counted(bare, 'probe')} it holds inputs alone, since the results are large "
+            "beside its weights: they are computed by its graph"
         )
     for e in data["engines"]:
         verdict = "proved again" if e["agrees"] else "WRONG"
         print_text(
-            f"  {verdict} on {e['engine']} with {data['probes']} probes; "
+            f"  {verdict} on {e['engine']} with {counted(data['probes'], 'probe')}; "
             f"largest error against the original {e['largest_error_text']}"
         )

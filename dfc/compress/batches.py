@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dfc.calling import flat_inputs
+from dfc.counting import counted
 from dfc.errors import DfcError, did_you_mean
 from dfc.ir.graph import Graph
 from dfc.origin import failure_of
@@ -53,7 +54,8 @@ class Batches:
             code = "D083" if self._seen else "D080"
             raise DfcError(code, f"data `{self.name}` gave no batch{again}", help=help)
         if self._seen not in (None, number):
-            message = f"data `{self.name}` gave {number} batches, but {self._seen} the first time"
+            gave = counted(number, "batch")
+            message = f"data `{self.name}` gave {gave}, but {self._seen} the first time"
             raise DfcError("D083", message, help="calibration reads the same data several times")
         self._seen = number
 

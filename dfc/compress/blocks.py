@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dfc.compress.axes import find, leaves
 from dfc.compress.dimensions import Analysis, analyse
 from dfc.compress.work import device_of, forecast, work_of
+from dfc.counting import counted
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.interpret import interpret
@@ -104,7 +105,7 @@ def remove_blocks(graph: Graph, p: Any, ctx: Context) -> int:
     chosen = _chosen(graph, blocks, p, ctx)
     count = int(p.ratio * len(chosen) + 0.5)
     if not count:
-        message = f"{p.ratio:.0%} of {len(chosen)} layers is less than one"
+        message = f"{p.ratio:.0%} of {counted(len(chosen), 'layer')} is less than one"
         help = f"`ratio={1 / len(chosen):.2g}` takes one"
         raise DfcError("Q072", message, span=p._span(), help=help)
     scores = _scores(graph, chosen, p, ctx)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dfc.compress.batches import Batches, batches_of
+from dfc.counting import counted
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.interpret import interpret
 from dfc.ir.types import TensorType
@@ -57,7 +58,8 @@ def observe(
     total = getattr(batches, "count", None) or 0
     skipped = entry.resume(batches) if entry else 0
     if skipped:
-        ctx.log(f"calibration: {skipped} batches were seen in an earlier run: not run again")
+        seen = counted(skipped, "batch was", "batches were")
+        ctx.log(f"calibration: {seen} seen in an earlier run: not run again")
     done = 0
     try:
         for done, batch in enumerate(batches, 1):
@@ -68,7 +70,8 @@ def observe(
             ctx.progress(done, total)
     except KeyboardInterrupt:
         if entry and entry.kept:
-            ctx.log(f"calibration: {entry.kept} batches are kept: it will go on from there")
+            kept = counted(entry.kept, "batch is", "batches are")
+            ctx.log(f"calibration: {kept} kept: it will go on from there")
         raise
     if entry and done > skipped:
         entry.save(finished=True)

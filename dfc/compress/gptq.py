@@ -14,6 +14,7 @@ from dfc.compress.grid import Grid, Rounded, rounded_of, rounded_state
 from dfc.compress.hessian import DAMPING, Factor, Hessian, factor
 from dfc.compress.sequential import Group, State, groups_of, layer_by_layer
 from dfc.compress.sweep import BLOCK, sweep
+from dfc.counting import counted
 from dfc.rewrite.pass_ import Context
 
 if TYPE_CHECKING:
@@ -117,13 +118,13 @@ class _Solved:
 
 def _told(hessian: Hessian, used: Factor) -> str:
     """On what a layer was rounded, and what was unusual about it."""
-    told = f"on {hessian.tokens} tokens"
+    told = f"on {counted(hessian.tokens, 'token')}"
     if hessian.tokens < hessian.inputs:
         told += f", fewer than its {hessian.inputs} inputs"
     if used.damping != DAMPING:
         told += f", with a damping of {used.damping:g} instead of {DAMPING:g}"
     dead = int(hessian.dead.sum())
-    return told + (f"; {dead} inputs were always 0" if dead else "")
+    return told + (f"; {counted(dead, 'input was', 'inputs were')} always 0" if dead else "")
 
 
 class _Rounding:

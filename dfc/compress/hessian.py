@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dfc.counting import counted
 from dfc.errors import DfcError
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def factor(hessian: Hessian, damping: float = DAMPING, by_importance: bool = Fal
             return Factor(upper.float(), share, order)
     raise DfcError(
         "D092",
-        f"its Hessian of {hessian.tokens} tokens for {hessian.inputs} inputs cannot be inverted, "
-        f"with a damping of {share:g} either",
+        f"its Hessian of {counted(hessian.tokens, 'token')} for {hessian.inputs} inputs cannot be "
+        f"inverted, with a damping of {share:g} either",
         help="calibrate on more tokens, or on text that varies more",
     )

@@ -127,7 +127,7 @@ def _tell_constant(ranges: Mapping[Point, Range], data: str, ctx: Context) -> No
     constant = [f"%{p.value.name}" for p, r in ranges.items() if r.low == r.high]
     if constant:
         more = f" and {len(constant) - 1} more" if len(constant) > 1 else ""
-        ctx.tell(
+        ctx.note(
             f"quantize: {constant[0]}{more} never differed from 0 in data `{data}`, so that the "
             "scale is a guess: calibrate with inputs that the model will see"
         )

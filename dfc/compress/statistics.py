@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
+from dfc.counting import counted
 from dfc.errors import DfcError
 
 if TYPE_CHECKING:
@@ -286,7 +287,8 @@ def _scores(values: Any, rank: int, what: str) -> Floats:
 def _fit(x: Floats, y: Floats) -> None:
     if x.shape != y.shape:
         raise DfcError(
-            "D070", f"scores of {len(x)} items before and {len(y)} after do not fit together"
+            "D070",
+            f"scores of {counted(len(x), 'item')} before and {len(y)} after do not fit together",
         )  # fmt: skip
     if len(x) < 2:
         raise DfcError("D070", "one item says nothing of how sure a difference is", status=2)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dfc.counting import counted
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.ir.interpret import interpret
@@ -308,7 +309,11 @@ def _difference(
     want, got = want.cpu(), got.cpu()
     if not (want.is_floating_point() or want.is_complex()):
         wrong = int((want != got).sum())
-        return (None, f"{wrong} of {want.numel()} elements differ") if wrong else (0.0, None)
+        return (
+            (None, f"{wrong} of {counted(want.numel(), 'element')} differ")
+            if wrong
+            else (0.0, None)
+        )
     if want.is_complex():
         want, got = torch.view_as_real(want.resolve_conj()), torch.view_as_real(got.resolve_conj())
         if witness is not None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dfc.counting import counted
 from dfc.emit.onnx_export import Probe, Written, _parts, compare, export_onnx
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
@@ -87,7 +88,9 @@ def export_stages(
     _refuse_parameters(graph)
     actions = program or forward_program(range(len(stages)), MICROBATCHES)
     if actions.stages != len(stages):
-        raise DfcError("N054", f"the program has {actions.stages} stages, the graph {len(stages)}")
+        raise DfcError(
+            "N054", f"the program has {counted(actions.stages, 'stage')}, the graph {len(stages)}"
+        )
     shown = _with_stages(graph, stages_of)
     with publish_folder(path, force=force, expect_bytes=_bytes(stages)) as temp:
         traced = [_run_stages(graph, stages, _parts(p)[0]) for p in probes]

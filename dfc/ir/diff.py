@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Any
 
+from dfc.counting import counted
 from dfc.ir.graph import Graph, Node, Parameter, Value, attribute_key
 from dfc.ir.printer import attribute_text, node_text, parameter_text, range_text
 
@@ -261,7 +262,7 @@ def _signature(diff: Diff) -> None:
         say("the inputs are in another order")
     types = [v.type for v in before.outputs], [v.type for v in after.outputs]
     if len(types[0]) != len(types[1]):
-        say(f"{len(types[0])} outputs became {len(types[1])}")
+        say(f"{counted(len(types[0]), 'output')} became {len(types[1])}")
     else:
         for i, (a, b) in enumerate(zip(*types, strict=True)):
             if a != b:
@@ -302,7 +303,7 @@ def _by_module(diff: Diff) -> Iterator[str]:
         yield f"{_siblings(where)}: {sentence}"
     rewired = sum(c.what == ("other operands",) for c in diff.changed)
     if rewired and not places:
-        yield f"{rewired} nodes read other values"
+        yield f"{counted(rewired, 'node reads', 'nodes read')} other values"
 
 
 def _exchange(removed: Sequence[Node], added: Sequence[Node]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dfc.counting import counted
 from dfc.ir.attributes import NO_ATTRIBUTES, Attributes, attribute_key
 from dfc.ir.expr import Scalar
 from dfc.ir.node import Bind, HashOnly, Input, Loc, Node, Parameter, ParameterData, Value
@@ -439,7 +440,8 @@ class Graph:
         return print_graph(self)
 
     def __repr__(self) -> str:
-        return f"<graph @{self.name}: {len(self._inputs)} inputs, {self._count} nodes>"
+        inputs = counted(len(self._inputs), "input")
+        return f"<graph @{self.name}: {inputs}, {counted(self._count, 'node')}>"
 
     def to_networkx(self) -> networkx.MultiDiGraph:
         """The analysis view: nodes are `Node` objects, edges carry the `value` that flows.

@@ -18,8 +18,6 @@ UNITS: Mapping[str, tuple[str, float]] = {
     **{f"{p}iB": ("bytes", 1024.0**i) for i, p in enumerate(["K", "M", "G", "T"], 1)},
     **{f"{p}B/s": ("bytes/s", 1000.0**i) for i, p in enumerate(["", "K", "M", "G", "T"])},
     **{f"{p}iB/s": ("bytes/s", 1024.0**i) for i, p in enumerate(["K", "M", "G", "T"], 1)},
-    "kB": ("bytes", 1000.0),  # as it is told
-    "kB/s": ("bytes/s", 1000.0),
     **{f"{p}FLOPS": ("flops/s", 1000.0**i) for i, p in enumerate(["", "K", "M", "G", "T", "P"])},
     "ns": ("time", 1e-9),
     "us": ("time", 1e-6),
@@ -31,19 +29,23 @@ UNITS: Mapping[str, tuple[str, float]] = {
     "tokens/s": ("rate", 1.0),
     "%": ("share", 0.01),
     "pp": ("points", 0.01),
+    # Others as they are told: a table's figures may be written into a file.
+    "kB": ("bytes", 1000.0),
+    "kB/s": ("bytes/s", 1000.0),
+    "µs": ("time", 1e-6),
 }
 # How a value of each dimension is written: the largest unit that leaves at least 1.
 _WRITTEN = {
     "bytes": ("TiB", "GiB", "MiB", "KiB", "B"),
-    "time": ("s", "ms", "us", "ns"),
-    "bytes/s": ("TB/s", "GB/s", "MB/s", "KB/s", "B/s"),
+    "time": ("s", "ms", "µs", "ns"),
+    "bytes/s": ("TB/s", "GB/s", "MB/s", "kB/s", "B/s"),
     "flops/s": ("PFLOPS", "TFLOPS", "GFLOPS", "MFLOPS", "KFLOPS", "FLOPS"),
     "rate": ("items/s",),
     "points": ("pp",),
     "share": ("%",),
 }
 
-_DECIMAL = ("TB", "GB", "MB", "KB", "B")
+_DECIMAL = ("TB", "GB", "MB", "kB", "B")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z/]*)")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dfc.counting import counted
 from dfc.ir.types import DTYPES
 from dfc.lang.reader import expected_at
 from dfc.lsp import vocabulary as v
@@ -227,7 +228,7 @@ class _Offer:
         for n in self.declared("rule"):
             yield Item(n, "rule", "a rule of this file or its imports")
         for name, rules in all_sets().items():
-            yield Item(name, "rule set", f"{len(rules.rules)} rules", "", f"rule:{name}")
+            yield Item(name, "rule set", f"{counted(len(rules.rules), 'rule')}", "", f"rule:{name}")
             for r in rules.rules:
                 yield Item(r.name, "rule", r.doc.partition("\n")[0], "", f"rule:{r.full_name}")
 

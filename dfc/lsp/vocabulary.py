@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from dfc.counting import counted
 from dfc.errors import DfcError
 from dfc.lang.units import UNITS, amount_text
 
@@ -350,7 +351,9 @@ def rule_info(name: str, rules: Mapping[str, Any] | None = None) -> Info | None:
     if name in sets:
         listed = "\n".join(f"- `{r.name}`: {_first(r.doc)}" for r in sets[name].rules)
         count = len(sets[name].rules)
-        return Info(name, "rule set", f"{count} rules", f"**{name}** · rule set\n\n{listed}")
+        return Info(
+            name, "rule set", f"{counted(count, 'rule')}", f"**{name}** · rule set\n\n{listed}"
+        )
     for rules_ in sets.values():
         for r in rules_.rules:
             if name in (r.name, r.full_name):

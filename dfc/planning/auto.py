@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dfc.counting import counted
 from dfc.errors import DfcError
 from dfc.planning.actions import FULL, JOINED, SELECTIVE, Kind, Program
 from dfc.planning.recompute import in_ways, needed
@@ -64,8 +65,9 @@ def auto(
     plain = _portfolio(where, microbatches, costs)
     tried = [simulate(x, costs) for p in plain for x in _again(p, costs, caps, recompute)]
     if not tried:
-        message = f"no schedule of {len(where) // ranks} stages a rank has {microbatches} "
-        raise DfcError("N002", f"{message}microbatches on {ranks} ranks")
+        of, on = counted(len(where) // ranks, "stage"), counted(ranks, "rank")
+        message = f"no schedule of {of} a rank has {counted(microbatches, 'microbatch')} on {on}"
+        raise DfcError("N002", message)
     fit = [t for t in tried if _fits(t, caps)]
     if not fit:
         least = min(max(t.peaks) for t in tried)

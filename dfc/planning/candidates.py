@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dfc.counting import counted
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.planning.actions import FULL, SELECTIVE
@@ -183,8 +184,8 @@ def _looped(row: Chosen, wish: Wish, effort: Effort) -> Chosen:
     model, machine = laid_out(row.model, row.machine, wish), row.machine
     problem = model.problem
     if problem.n < problem.stages:
-        each = f"{wish.stages_per_device} on each of {len(machine.devices)} devices"
-        message = f"the model has {problem.n} parts for {problem.stages} stages, {each}"
+        each = f"{wish.stages_per_device} on each of {counted(len(machine.devices), 'device')}"
+        message = f"the model has {counted(problem.n, 'part')} for {problem.stages} stages, {each}"
         raise DfcError("N068", message, help="fewer devices, or fewer stages a device", status=2)
     try:
         solved = no_worse(model, machine, partition(problem, effort))

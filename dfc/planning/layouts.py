@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Integral
 
+from dfc.counting import counted
 from dfc.errors import DfcError
 from dfc.planning.actions import Kind, Program
 from dfc.planning.recompute import recomputing
@@ -74,10 +75,13 @@ def check_counts(nodes: int, devices: int, microbatches: int, chunks: int) -> No
         message = f"a step has at least one microbatch, not {microbatches!r}"
         raise DfcError("N002", message, status=2)
     if chunks > max(nodes, 1):
-        message = f"{chunks} stages a device are more than the {nodes} nodes of the model"
+        message = (
+            f"{chunks} stages a device are more than the {counted(nodes, 'node')} of the model"
+        )
         raise DfcError("N066", message, status=2)
     if microbatches * devices * chunks > MAX_ACTIONS:
-        message = f"{microbatches} microbatches on {devices} devices are more than one step has"
+        on = counted(devices, "device")
+        message = f"{microbatches} microbatches on {on} are more than one step has"
         help = f"plan at most {MAX_ACTIONS // (devices * chunks)}: a step repeats"
         raise DfcError("N002", message, help=help, status=2)
 

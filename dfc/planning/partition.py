@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from dfc.counting import counted
 from dfc.errors import DfcError
 from dfc.planning.cuts import cut_chain, is_chain
 from dfc.planning.ideals import all_ideals, best_chain, prefixes
@@ -90,7 +91,8 @@ def _or_refuse(problem: Problem, found: Partition | None) -> Partition:
         return found
     need = float((problem.weights + problem.activations).sum()) + sum(b for b, _ in problem.tied)
     have = sum({d: s.memory for d, s in zip(problem.shares, problem.slots, strict=True)}.values())
-    message = f"no partition into {problem.stages} stages fits the devices' memory and operators"
+    stages = counted(problem.stages, "stage")
+    message = f"no partition into {stages} fits the devices' memory and operators"
     if need > have:
         message = f"the model needs {need:.4g} bytes, the devices have {have:.4g}"
     raise DfcError("N060", message, help="more or larger devices, or fewer bits", status=6)

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from math import inf, isclose
 from typing import Any
 
+from dfc.counting import counted
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.planning.actions import Program, of_rows, parse_program
@@ -165,12 +166,14 @@ def _of_graph(plan: Plan, file: str) -> None:
     count = len(plan.stages)
     used = sorted(set(plan.partition.stage))
     if used != list(range(count)):
-        message = f"{file} has {count} stages, the graph's nodes are in {used}"
+        message = f"{file} has {counted(count, 'stage')}, the graph's nodes are in {used}"
         raise DfcError("D062", message, help=_LAST)
     for s in plan.stages:
         held = plan.partition.stage.count(s.index)
         if held != s.nodes:
-            message = f"{file} has {s.nodes} nodes in stage {s.index}, the graph has {held}"
+            message = (
+                f"{file} has {counted(s.nodes, 'node')} in stage {s.index}, the graph has {held}"
+            )
             raise DfcError("D062", message)
     stage = dict(zip(plan.graph.nodes, plan.partition.stage, strict=True))
     told = {(a, b) for a, b, _ in plan.costs.all_edges()}
@@ -188,8 +191,12 @@ def _agrees(plan: Plan, prediction: Mapping[str, Any], file: str) -> None:
     names = {d.name for d in plan.machine.devices}
     strange = next((s.device for s in plan.stages if s.device not in names), None)
     if strange is not None or plan.program.stages != count:
-        what = f"no device `{strange}`" if strange else f"a program of {plan.program.stages} stages"
-        raise DfcError("D063", f"{file} has {count} stages and {what}")
+        what = (
+            f"no device `{strange}`"
+            if strange
+            else f"a program of {counted(plan.program.stages, 'stage')}"
+        )
+        raise DfcError("D063", f"{file} has {counted(count, 'stage')} and {what}")
     used = set(plan.program.placement) == set(range(len(plan.machine.devices)))
     if not used or [s.device for s in plan.stages] != [d.name for d in plan.devices]:
         raise DfcError("D063", f"{file} has stages on other devices than its program has them")

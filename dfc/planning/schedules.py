@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from dfc.counting import counted
 from dfc.errors import DfcError, did_you_mean
 from dfc.planning.actions import JOINED, Kind, Program, of_rows
 
@@ -177,7 +178,9 @@ def _whole_rounds(p: int, m: int, v: int) -> str | None:
     rounds = max(1, m // p)
     if m % rounds == 0:
         return None
-    return f"{m} microbatches are not {rounds} equal rounds: take a multiple of {p} ranks"
+    return (
+        f"{m} microbatches are not {rounds} equal rounds: take a multiple of {counted(p, 'rank')}"
+    )
 
 
 def _breadth_first(p: int, m: int, v: int) -> Program:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dfc.counting import counted
 from dfc.lang.units import amount_text
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ def summary(plan: Plan) -> str:
     step = amount_text(plan.step_seconds, "time")
     m = plan.wish.microbatches
     return (
-        f"{count} stage{'s' * (count != 1)} {devices}; a step of {m} "
-        f"microbatch{'es' * (m != 1)} takes {step} by the model ({plan.schedule}), "
+        f"{counted(count, 'stage')} {devices}; a step of "
+        f"{counted(m, 'microbatch')} takes {step} by the model ({plan.schedule}), "
         f"{plan.simulation.bubble:.0%} of it waiting; by {plan.objective} {certificate(plan)}"
     )
 
@@ -36,9 +37,9 @@ def _stage_line(s: Stage) -> str:
         amount_text(x, "bytes") for x in (s.weights, s.memory, s.capacity, s.sent)
     )
     return (
-        f"stage {s.index} on {s.device} from {s.starts or 'the start'}: {s.nodes} nodes, "
-        f"{amount_text(s.seconds, 'time')} ({s.limit}), {weights} of weights, sends {sent}; the "
-        f"device holds {memory} of {capacity}"
+        f"stage {s.index} on {s.device} from {s.starts or 'the start'}: "
+        f"{counted(s.nodes, 'node')}, {amount_text(s.seconds, 'time')} ({s.limit}), "
+        f"{weights} of weights, sends {sent}; the device holds {memory} of {capacity}"
     )
 
 

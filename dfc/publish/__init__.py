@@ -37,6 +37,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+from dfc.counting import counted
 from dfc.ending import ending
 from dfc.errors import DfcError
 from dfc.publish.durable import exchange, fsync_file, fsync_folder, rename_new
@@ -336,7 +337,7 @@ def _cannot_write(final: AnyPath, temp: Path, error: BaseException, number: int)
     full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return DfcError(
         "D013",
-        f"cannot write `{os.fspath(final)}`: {reason}, after {written} bytes; {room}",
+        f"cannot write `{os.fspath(final)}`: {reason}, after {counted(written, 'byte')}; {room}",
         help="free some space, or write somewhere else" if full else None,
         notes=notes,
         status=7,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dfc.compiled import Compiled
+from dfc.counting import counted
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.ir.verify import verify as verify_graph
@@ -226,6 +227,6 @@ def _proof(
     report.original_error = own_error(probes)
     report.proved = True
     report.proof = (
-        f"proved on {count} probes (largest error {report.error:.3g}, "
+        f"proved on {counted(count, 'probe')} (largest error {report.error:.3g}, "
         f"the original's own {report.original_error:.3g})"
     )

@@ -136,9 +136,16 @@ def _in_unit(found: Amount, name: str, x: s.Number) -> float:
     ending = next((e for e in _ENDINGS if name.endswith(e)), None)
     dimension, unit = _ENDINGS[ending] if ending else ("number", "")
     if not fits(found.dimension, dimension):
-        raise BadValue(f"a {dimension} is wanted, got {found.dimension}", x.at, code="Q015")
+        raise BadValue(f"{dimension} is wanted, got {found.dimension}", x.at, code="Q015")
     value = found.value / UNITS[unit][1]
     return round(value) if ending and abs(value - round(value)) < 1e-9 * abs(value) else value
+
+
+def kind_text(hint: Any) -> str:
+    """What an option is, in a sentence: `a number or none`, `bf16 or f16`."""
+    first = typing.get_args(hint)[0] if type(None) in typing.get_args(hint) else hint
+    is_words = first is bool or typing.get_origin(first) is typing.Literal
+    return f"{'' if is_words else 'a '}{type_text(hint)}"
 
 
 def type_text(hint: Any) -> str:

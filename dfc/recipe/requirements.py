@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dfc.counting import counted
 from dfc.errors import DfcError, Diagnostic
 from dfc.ir.graph import Graph
 from dfc.recipe.certain import hopeless, pair_of
 from dfc.recipe.plan import QUANTITIES, Plan, Test, quantities_of
-from dfc.recipe.quantities import Meter, Versions
+from dfc.recipe.quantities import TIMED, Meter, Versions
 from dfc.report import GoalReport, RequirementReport
 
 
@@ -69,8 +70,9 @@ def check_resolvable(plan: Plan, meter: Meter) -> None:
         needed = hopeless(test, meter.metrics[name], before)
         if needed is not None:
             count = f"{needed:,}".replace(",", " ")
+            items = counted(len(before.items), "item")
             message = (
-                f"`require {test}` cannot be judged on {len(before.items)} items: even a result "
+                f"`require {test}` cannot be judged on {items}: even a result "
                 "that is right and wrong on the same ones does not show it"
             )
             problems.append(Diagnostic("Q056", message, None, f"give `{name}` {count} items"))
@@ -88,8 +90,15 @@ def goal_reports(plan: Plan, meter: Meter, versions: Versions) -> list[GoalRepor
         before = meter.value(q, original)
         graph: Graph = versions(q.version)
         after = before if graph is original else meter.value(q, graph)
-        found.append(GoalReport(str(goal), before, after, dimension))
+        how = _where(meter, original, graph) if q.name in TIMED else ""
+        found.append(GoalReport(str(goal), before, after, dimension, how))
     return found
+
+
+def _where(meter: Meter, *versions: Graph) -> str:
+    """The engines of timings, which are not those of the choice: it had the original on eager."""
+    before, after = map(meter.on, versions)
+    return f"both on {after}, timed anew" if before == after else f"{before} -> {after}, timed anew"
 
 
 def requirement_reports(plan: Plan, meter: Meter, versions: Versions) -> list[RequirementReport]:

@@ -130,8 +130,9 @@ class _Searching:
         notes = []
         if len(self.trials) < total:
             spent = time.perf_counter() - start
+            tried = f"{len(self.trials)} of {total} combinations"
             notes.append(
-                f"{len(self.trials)} of {total} combinations were tried in {spent:.0f} s; "
+                f"{tried} {'was' if len(self.trials) == 1 else 'were'} tried in {spent:.0f} s; "
                 "a larger budget tries the others"
             )
         return Search(outcome, winner.chosen, self._reports(winner), notes)

@@ -16,6 +16,7 @@ from typing import Any
 from dfc.compress.calibrate import batches_of
 from dfc.compress.distance import Distance, logits_of
 from dfc.compress.replay import Replay, differences
+from dfc.counting import counted
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.slice import slice_graph
@@ -176,7 +177,7 @@ class Measuring:
             found.append(Replay(self.graph, batch))
             if sum(r.bytes for r in found) * (len(found) + 1) > len(found) * _MEMORY:
                 break
-        several = f"{len(found)} batch{'es' * (len(found) > 1)} of {name}"
+        several = f"{counted(len(found), 'batch')} of {name}"
         return found, several if name else "the example"
 
     def _baseline(self) -> Measured | None:

@@ -12,7 +12,7 @@ from dfc.lang.source import Source
 from dfc.lang.wording import expression_text
 from dfc.recipe import plan as p
 from dfc.recipe.names import Names
-from dfc.recipe.options import BadValue, convert, fields_of, part_field, type_text
+from dfc.recipe.options import BadValue, convert, fields_of, kind_text, part_field
 from dfc.rewrite.pass_ import EXACT
 
 
@@ -24,7 +24,7 @@ def options_of(x: s.Step, cls: Any, label: str, source: Source, names: Names) ->
         try:
             made[name] = option_value(cls, name, fields[name], value, label, source, names)
         except BadValue as e:
-            help = e.help or f"`{name}` is a {type_text(fields[name])}"
+            help = e.help or f"`{name}` is {kind_text(fields[name])}"
             names.problems.say(source, e.code, f"`{name}`: {e.message}", e.at, help)
     _check_worst(cls, made, x, source, names)
     if cls.name == "fuse":
@@ -76,7 +76,7 @@ def plain_options(
             try:
                 made[name] = convert(hint, k.value, source, name=name)
             except BadValue as e:
-                help = e.help or f"`{name}` is a {type_text(hint)}"
+                help = e.help or f"`{name}` is {kind_text(hint)}"
                 names.problems.say(source, e.code, f"`{name}`: {e.message}", e.at, help)
     return made
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from dfc.counting import counted
 from dfc.ir.graph import Graph
 from dfc.lang import syntax as s
 from dfc.lang.selectors import Selector, parse_selector, worst_of
@@ -26,7 +27,9 @@ class Settled:
 
     def __str__(self) -> str:
         names = ", ".join(x or "the model itself" for x in self.layers) or "none"
-        return f"{names} of {len(self.sensitivity.layers)} layers, by {self.sensitivity.by}"
+        return (
+            f"{names} of {counted(len(self.sensitivity.layers), 'layer')}, by {self.sensitivity.by}"
+        )
 
 
 def asks_for_worst(p: Pass) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dfc.counting import counted
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.rewrite.blame import describe_change, fields_of, firings_of, number_of
@@ -163,7 +164,8 @@ class _Bisection:
     def _change_is_bad(self, number: int, changes: int) -> bool | None:
         candidate, _ = self._cut(number, changes)
         total = self.found.changes
-        what = f"{changes} of the {total} changes of step {number}, {self.passes[number - 1].name}"
+        step = f"step {number}, {self.passes[number - 1].name}"
+        what = f"{changes} of the {counted(total, 'change')} of {step}"
         verdict = self.tell(candidate, what)
         return None if verdict is UNKNOWN else verdict is BAD
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dfc.counting import counted
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
 from dfc.rewrite.agree import Element
@@ -228,7 +229,7 @@ class Blame:
         remove = getattr(step, "without", None)
         if out.rule and remove and (len(same) >= PER_RULE or out.number < 0):
             if out.number >= 0:
-                reason = f"it was wrong {len(same)} times"
+                reason = f"it was wrong {counted(len(same), 'time')}"
                 self.left_out.append(dataclasses.replace(out, number=-1, reason=reason))
             rest = remove(out.rule)
             if rest is not None and "skip" in fields_of(rest):  # the numbers are others now

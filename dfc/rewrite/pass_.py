@@ -99,8 +99,12 @@ class Context:
         getattr(self.say, "log", self.say)(text)
 
     def tell(self, text: str) -> None:
-        """Log something that also belongs into the report."""
+        """Log what is worth knowing before the run is over, and leave it to the report."""
         self.log(text)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """Leave something to the report alone."""
         self.products.setdefault("notes", []).append(text)
 
     def decided(

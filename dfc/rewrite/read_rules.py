@@ -345,7 +345,7 @@ class _Checker:
         least, most = FUNCTIONS[x.name.name]
         if not least <= len(x.arguments) <= most or x.keywords:
             wanted = f"{least}" if least == most else f"{least} to {most}"
-            self.say("R007", f"`{x.name.name}` takes {wanted} arguments", x.at)
+            self.say("R007", f"`{x.name.name}` takes {wanted} argument{'s' * (most != 1)}", x.at)
 
 
 def _of(entry: s.Rule, kind: type[_C]) -> list[_C]:

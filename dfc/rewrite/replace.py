@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dfc.counting import counted
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.op import OpRefused
@@ -66,7 +67,7 @@ def replace(
             parts = found if isinstance(found, tuple) else (found,)
             if len(parts) != len(r.names):
                 raise DfcError(
-                    "R012", f"{len(parts)} values for {len(r.names)} names",
+                    "R012", f"{counted(len(parts), 'value')} for {counted(len(r.names), 'name')}",
                     span=rule.source.span(*r.at),
                 )  # fmt: skip
             for w, part in zip(r.names, parts, strict=True):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dfc.counting import counted
 from dfc.errors import DfcError, did_you_mean
 from dfc.ir.graph import Graph, Node
 from dfc.rewrite.deciding import Facts
@@ -114,7 +115,7 @@ def _loc(firing: Any) -> Any:
 
 
 def _count(n: int) -> str:
-    return f"{n} op{'s' if n != 1 else ''}"
+    return f"{counted(n, 'op')}"
 
 
 def _differences(before: Mapping[str, str], after: Mapping[str, str]) -> list[Decision]:
