@@ -228,6 +228,9 @@ def peer(bench: Bench, ours: float) -> None:
 
 
 def main(seconds: float) -> None:
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing to measure")
+        return
     bench = Bench(seconds)
     resident = find_engine("eager").build(bench.graph, "cuda")
     bench.told(f"{bench.weights / 1e9:.2f} GB of weights on the device, for comparison")

@@ -9,12 +9,18 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import dfc
+from dfc.calling import flat_inputs
 from dfc.emit.fx import to_fx
 from dfc.runtime.direct import call_directly, functions
+from dfc.runtime.engines import find_engine
+from tests.zoo import Case, cases
 
+ZOO = {"bert", "gpt2", "llama", "t5_encoder", "lstm"}
 X = torch.linspace(-1, 1, 24).reshape(2, 3, 4)
 ROW = torch.linspace(0, 1, 4)
 SQUARE = torch.linspace(-1, 1, 16).reshape(4, 4)
@@ -122,6 +128,62 @@ def test_a_function_is_its_operator(overload: Any) -> None:
     seen, same = called(function, *copy.deepcopy(args), **kwargs)
     assert seen == want
     torch.testing.assert_close(same, result, rtol=0, atol=0, equal_nan=True)
+
+
+AWAY = "cuda:0"  # a place that PyTorch simulates here: nothing is computed
+
+
+def away(values: Any) -> Any:
+    """Tensors of these sizes and strides on another device."""
+    return tree_map_only(
+        torch.Tensor,
+        lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=AWAY),
+        values,
+    )
+
+
+def places(result: Any) -> list[Any]:
+    tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+    return [(str(x.device), x.dtype, x.shape, x.stride()) for x in tensors]
+
+
+@pytest.mark.parametrize("overload", functions(), ids=str)
+def test_a_function_leaves_values_on_a_gpu_as_its_operator_does(overload: Any) -> None:
+    args, kwargs = whole(overload)
+    with FakeTensorMode():
+        want, result = called(overload, *away(args), **kwargs)
+        seen, same = called(functions()[overload], *away(args), **kwargs)
+    assert seen == want
+    assert places(same) == places(result)
+    assert {place for place, *_ in places(same)} == {AWAY}
+
+
+class OnHost(TorchDispatchMode):
+    """The tensors that are made in this machine's memory."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.made: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.made += [func for place, *_ in places(result) if place == "cpu"]
+        return result
+
+
+@pytest.mark.parametrize("case", [c for c in cases() if c.name in ZOO], ids=str)
+def test_the_eager_engine_makes_nothing_on_the_host_for_a_gpu(case: Case) -> None:
+    """Neither weights nor masks, positions and numbers that the graph makes on its way."""
+    built = case.build()
+    graph = dfc.trace(built.model, built.args, built.kwargs, built.dynamic_shapes)
+    flat = flat_inputs(graph, built.args, built.kwargs)
+    # It is given what is on the host, too: weights are there as it is built.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        run = find_engine("eager").build(graph, AWAY)
+        with OnHost() as host:
+            results = run(away(flat))
+    assert not host.made
+    assert results and {place for place, *_ in places(results)} == {AWAY}
 
 
 class Branches(torch.nn.Module):

@@ -127,6 +127,27 @@ def test_uneven_batches_long_gradients_and_schedulers(both: Both) -> None:
     both.same()
 
 
+class Away(torch.Tensor):
+    """A tensor that says that it lies on a device, and whose memory is not to be read here."""
+
+    @property
+    def is_cpu(self) -> bool:
+        return False
+
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        assert args == ("cpu",)
+        return self.as_subclass(torch.Tensor).clone()
+
+    def data_ptr(self) -> int:
+        raise AssertionError("an address on a device")
+
+
+def test_a_batch_that_lies_on_a_device_is_sent_from_the_host(both: Both) -> None:
+    x, y = batch(10)
+    found = both.processes.step(x.as_subclass(Away), y.as_subclass(Away))
+    assert torch.equal(found, both.threads.step(x, y))
+
+
 def test_what_is_frozen_stays_and_is_in_the_model(both: Both) -> None:
     frozen, trained = both.model.first.weight.clone(), both.model.second.weight.clone()
     both.step()

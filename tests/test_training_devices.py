@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfc.errors import DfcError
 from dfc.runtime.pipeline.homes import Homes
+from dfc.runtime.pipeline.rank_device import RankDevice
 from dfc.runtime.pipeline.training import Trainer
 from dfc.runtime.pipeline.training_state import on_host, restore, slots_of
 from tests.training_models import adamw, captured, staged
@@ -88,6 +89,13 @@ def test_a_state_is_copied_once_from_wherever_it_lies() -> None:
         restore(parameter, {}, slots_of(parameter, [adam]), state)
     assert put.made == len(slots)
     assert adam.state[parameter["w"]]["step"] is not slots["step"]
+
+
+def test_a_rank_on_the_processor_has_what_its_caller_gave_on_a_device() -> None:
+    with FakeTensorMode():
+        away, here = torch.ones(3, device="cuda:0"), torch.ones(3)
+        brought, same, number = RankDevice("cpu").here([away, here, 3])
+    assert brought.is_cpu and same is here and number == 3
 
 
 @pytest.mark.parametrize(

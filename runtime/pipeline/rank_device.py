@@ -46,10 +46,15 @@ class RankDevice:
             return spans
         return [(a, *(self._streams.times(a) or (start, end))) for a, start, end in spans]
 
+    def settle(self) -> None:
+        """Wait for what a step that was given up has left in the queue."""
+        if self._streams is not None:
+            self._streams.settle()
+
     def here(self, values: Sequence[Any]) -> list[Any]:
         """Values on this device, ordered before what its stream does next."""
         if self._streams is None:
-            return list(values)
+            return list(on_host(values))
         return [x.to(self.name) if hasattr(x, "device") else x for x in values]
 
 

@@ -97,6 +97,12 @@ class Streams:
                 else:
                     stream.synchronize()
 
+    def settle(self) -> None:
+        """Wait until the devices have done what ranks queued."""
+        for stream in self.compute:
+            if stream is not None:
+                stream.synchronize()
+
     @contextmanager
     def recording(self) -> Iterator[Callable[[], dict[Action, tuple[Any, Clock, Clock]]]]:
         """While a CUDA graph is recorded on the caller's stream: nothing waits on the host. What

@@ -41,6 +41,7 @@ from dfc.runtime.pipeline.optimizer_options import (
     take_options,
 )
 from dfc.runtime.pipeline.programs import AUTO
+from dfc.runtime.pipeline.rank_device import on_host
 from dfc.runtime.pipeline.spawn import private_folder
 from dfc.runtime.pipeline.staged_folder import write_staged
 from dfc.runtime.pipeline.staged_model import StagedModel
@@ -218,10 +219,12 @@ class ProcessTrainer(Trainer):
             self.save(self.checkpoint)
 
     def backward_flat(self, flat: Sequence[torch.Tensor], of: int = 1) -> torch.Tensor:
-        """The loss of a batch; gradients stay in the ranks."""
+        """The loss of a batch, which is sent from this machine's memory; gradients stay in the
+        ranks."""
         import torch
 
         check_of(of)
+        flat = on_host(flat)
         fresh = not self._pending
         try:
             found = self._mended(lambda _: self._gang.backward(flat, of, fresh))

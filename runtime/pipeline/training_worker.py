@@ -81,7 +81,8 @@ class SupervisedTrainer(RankTrainer):
         return self._ranks
 
     def relink(self, name: str) -> None:
-        """New links, under a name that no others had."""
+        """New links, under a name that no others had; the device has done with the old ones'."""
+        self._ranks.device.settle()
         self._first_name = name
         self._way = self._start(self._each)
 
