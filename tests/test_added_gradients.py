@@ -14,7 +14,7 @@ import torch
 from dfc.errors import DfcError
 from dfc.runtime.pipeline.training import Trainer
 from dfc.runtime.pipeline.training_processes import ProcessTrainer
-from tests import test_recompute
+from tests import recomputed
 from tests.test_training_buffers import SGD, M, batch, net
 from tests.test_training_buffers import staged as with_buffers
 from tests.test_training_processes import same
@@ -63,7 +63,7 @@ def test_gradients_of_batches_add_up(name: str, schedule: str) -> None:
 @pytest.mark.parametrize("recompute", [False, True, "selective"])
 def test_batches_are_one_step_of_all_their_microbatches(recompute: bool | str) -> None:
     """Bit for bit, with dropout's masks, a tied table, and the optimizers' step."""
-    model, (ids, y) = test_recompute.staged()
+    model, (ids, y) = recomputed.staged()
     found: list[dict[str, Any]] = []
     for count in (1, 2):
         with Trainer(model, schedule="1f1b", microbatches=4 // count, optimizer=adamw, threads=1,
