@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import dfc
+from dfc.rewrite import code_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = """
@@ -103,6 +108,44 @@ def test_other_weights_options_or_code_run_again(home: Path) -> None:
     (home / "slow.py").write_text(MODULE.replace("0.5\n", "0.5  # another day\n"))
     assert run(home, "0", "0.5")[0]  # other code
     assert len(entries(home)) == 4
+
+
+def test_what_is_imported_while_a_pass_runs_is_seen(home: Path) -> None:
+    """A result that code made of which the key knew nothing is not remembered."""
+    late = MODULE.replace(
+        "        changes = 0\n", "        from helper import MORE\n        changes = 0\n"
+    )
+    (home / "slow.py").write_text(late.replace("self.factor)", "self.factor * MORE)"))
+    (home / "helper.py").write_text("MORE = 1.0\n")
+    ran, before = run(home, "0", "0.5")
+    assert ran
+    (home / "helper.py").write_text("MORE = 2.00\n")
+    ran, after = run(home, "0", "0.5")
+    assert ran and after != before
+
+
+def test_a_package_that_brings_a_pass_is_part_of_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "brings"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "inner.py").write_text("FACTOR = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "brings", importlib.import_module("brings"))
+    assert code_digest.code_of_package("brings.inner") == ""  # the user's own, which is seen anyway
+    monkeypatch.setattr(code_digest, "_is_library", lambda file: file.startswith(str(tmp_path)))
+    before = code_digest.code_of_package("brings.inner")
+    (package / "inner.py").write_text("FACTOR = 2\n")
+    assert before and code_digest.code_of_package("brings.inner") != before
+    assert code_digest.code_of_package("dfc.passes.cse") == ""
+
+
+def test_code_of_the_users_counts_where_their_ops_are_run() -> None:
+    assert not code_digest.is_of_users(["aten.add.Tensor", "dfc.linear_w4", "relu"])
+    assert code_digest.is_of_users(["aten.add.Tensor", "mylib.twice"])
+    graph = dfc.trace(torch.nn.ReLU(), (torch.ones(2),))
+    assert code_digest.code_of(graph) == code_digest.versions()
 
 
 @pytest.mark.slow

@@ -69,8 +69,61 @@ def test_a_rule_that_changes_is_proved_again() -> None:
 def test_the_code_that_proves_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     rules = rule_set(NEGATION)
     assert times_proved(rules) == 1
-    monkeypatch.setattr(proofs, "_code", lambda: "another")
+    monkeypatch.setattr(proofs, "versions", lambda: ["another"])
     assert times_proved(rules) == 1
+
+
+OWN = """
+import dfc
+from dfc.lang.source import Source
+from dfc.rewrite import proofs
+from dfc.rewrite.read_rules import rules_of
+from helper import FACTOR
+
+
+@dfc.op
+class Twice:
+    name = "mine.twice"
+
+    def infer(self, x):
+        return x
+
+    def reference(self, x):
+        return x * FACTOR
+
+
+TEXT = '''dfc 1
+rule doubled(x) {
+  match   y = add(x, x)
+  where   floating(x)
+  rewrite y = mine.twice(x)
+  exact
+  applies x: f32[2, 3]
+  refuses x: i64[2, 3]
+}
+'''
+found = proofs.problems_of(rules_of(Source(TEXT, "own.dfc"), "own").rules, print)
+print([p.code for problems in found.values() for p in problems])
+"""
+
+
+def test_an_op_of_the_users_is_part_of_the_key(tmp_path: Path) -> None:
+    """Through what its module imports, too: the rule's own text is the same each time."""
+    (tmp_path / "own.py").write_text(OWN)
+
+    def told(factor: float) -> list[str]:
+        (tmp_path / "helper.py").write_text(f"FACTOR = {factor!r}\n")
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        done = subprocess.run(
+            [sys.executable, "-B", "own.py"], cwd=tmp_path, env=environment,
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return done.stdout.splitlines()
+
+    assert told(2.0) == ["proving the rule own.doubled", "[]"]
+    assert told(2.0) == ["[]"]
+    proving, problems = told(3.0)
+    assert proving == "proving the rule own.doubled" and problems != "[]"
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o770, 0o777])

@@ -17,6 +17,7 @@ from dfc.counting import counted
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.interpret import interpret
 from dfc.ir.types import TensorType
+from dfc.rewrite.code_digest import code_of
 from dfc.rewrite.journal import Journal
 from dfc.rewrite.pass_ import Context
 
@@ -126,13 +127,9 @@ class _Run:
 
     def entry(self, batches: Any, key: str) -> _Entry:
         """The place in the journal for these observers, this graph and this data."""
-        import torch
-
-        import dfc
-
         places = _places(self.graph)
         words = [self.graph.fingerprint(), str(getattr(batches, "name", "")), key]
-        words += [dfc.__version__, torch.__version__]
+        words += code_of(self.graph)
         words += [f"{places[v]} {type(o).__name__}" for v, o in self.observers.items()]
         digest = hashlib.sha256("\n".join(words).encode()).hexdigest()
         assert self.ctx.journal is not None

@@ -14,13 +14,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import dfc
 from dfc.compress.axes import Kept, kept_mask
 from dfc.compress.dimensions import Use
 from dfc.compress.groups import Group, Groups
 from dfc.compress.sequential import Prefix
 from dfc.compress.shrink import replace_data
 from dfc.ir.graph import Graph, Node, Parameter, Value
+from dfc.rewrite.code_digest import code_of
 from dfc.rewrite.pass_ import Context
 
 if TYPE_CHECKING:
@@ -167,12 +167,9 @@ class _Done:
     """The layers that were solved before a kill, in the journal: an entry for each."""
 
     def __init__(self, ctx: Context, whole: Graph, graph: Graph, data: str) -> None:
-        import torch
-
-        self.journal = ctx.journal
-        self.words = [data, dfc.__version__, torch.__version__]
+        self.journal, self.words = ctx.journal, [data]
         if self.journal is not None:
-            self.words += [whole.fingerprint(), graph.fingerprint()]
+            self.words += [*code_of(whole), whole.fingerprint(), graph.fingerprint()]
 
     def _key(self, number: int) -> str:
         return hashlib.sha256("\n".join(["refit", *self.words, str(number)]).encode()).hexdigest()

@@ -18,6 +18,7 @@ from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.interpret import stepwise
 from dfc.ir.weights import tensor_sha256
+from dfc.rewrite.code_digest import code_of
 from dfc.rewrite.journal import Journal
 from dfc.rewrite.pass_ import Context
 
@@ -194,13 +195,9 @@ class _Done:
     """The groups that were solved, in the journal: an entry for each."""
 
     def __init__(self, journal: Journal, graph: Graph, prefix: Prefix, method: Method) -> None:
-        import torch
-
-        import dfc
-
         self.journal, self.method = journal, method
         words = [graph.fingerprint(), prefix.digest, type(method).__name__, method.key]
-        self.words = [*words, dfc.__version__, torch.__version__]
+        self.words = [*words, *code_of(graph)]
 
     def _key(self, number: int, group: Group) -> str:
         names = sorted(group.weights)

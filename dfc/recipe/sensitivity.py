@@ -24,6 +24,7 @@ from dfc.lang.selectors import parse_selector
 from dfc.recipe.metrics import Measured, UserMetric
 from dfc.recipe.options import fields_of, part_field
 from dfc.recipe.quantities import read_bytes
+from dfc.rewrite.code_digest import own_code, this_process, versions
 from dfc.rewrite.pass_ import Context, Data, Pass, named
 
 BATCHES = 4  # of data that are compared on, at most
@@ -189,14 +190,14 @@ class Measuring:
     def _finished(self, replays: Sequence[Replay], baseline: Measured | None) -> Finished:
         import torch
 
-        import dfc
         from dfc.ir.weights import tensor_sha256
 
         if self.ctx.journal is None:
             return Finished(None, "")
-        words = [self.graph.fingerprint(), str(self.step), self.engine, dfc.__version__]
+        words = [self.graph.fingerprint(), str(self.step), self.engine]
+        words += [*versions(), own_code() or this_process()]  # of the step, the ops, the metric
         words += [f.name for f in fields(Effect)]  # what a record has
-        words += [torch.__version__, self.metric.declared.name if self.metric else ""]
+        words += [self.metric.declared.name if self.metric else ""]
         if baseline is not None:  # another metric of the name, or other data, says another number
             items = baseline.items.tobytes() if baseline.items is not None else b""
             words += [repr(baseline.value), hashlib.sha256(items).hexdigest()]

@@ -11,18 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Parameter
 from dfc.manifest import check_manifest, write_manifest
 from dfc.publish import publish_folder
+from dfc.rewrite.code_digest import code_of_package, own_code, versions
 from dfc.rewrite.pass_ import Context, Pass
 from dfc.rewrite.proofs import cache_folder
 
@@ -40,7 +38,7 @@ def run_cached(p: Pass, graph: Graph, ctx: Context, run: Callable[[], int]) -> i
     key = _key(p, graph)
     if key is None:
         return run()
-    entry = folder / key
+    entry, code = folder / key, own_code()
     found = _read(entry, graph)
     if found is not None:
         after, changes = found
@@ -51,7 +49,8 @@ def run_cached(p: Pass, graph: Graph, ctx: Context, run: Callable[[], int]) -> i
     start = time.perf_counter()
     changes = run()
     long = time.perf_counter() - start >= LEAST_S
-    if changes and long and ctx.products == products:
+    whole = own_code() == code  # else it imported code of which the key knows nothing
+    if changes and long and whole and ctx.products == products:
         _write(entry, graph, held, changes)
         _tidy(folder)
     return changes
@@ -73,72 +72,12 @@ def _key(p: Pass, graph: Graph) -> str | None:
     """None where parameters have no numbers, or code that cannot be read takes part."""
     if any(x.data is None for x in graph.parameters.values()):
         return None
-    code = _own_code()
-    if code is None:
-        return None
-    import torch
-
-    import dfc
-
-    versions = (dfc.__version__, torch.__version__, platform.python_version(), platform.machine())
     kind = type(p)
-    words = (str(graph), repr(p), kind.__module__, kind.__qualname__, _dfcs_code(), code, *versions)
-    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
-
-
-@cache
-def _dfcs_code() -> str:
-    import dfc
-
-    root = Path(dfc.__file__).parent
-    return _digest(sorted(p for part in (root, root / "passes") for p in part.rglob("*.py"))) or ""
-
-
-def _own_code() -> str | None:
-    """The digest of every loaded module that neither Python, dfc nor a library brought.
-
-    None when one has no file, as the classes of a prompt or a notebook.
-    """
-    main = sys.modules.get("__main__")
-    if main is None or not getattr(main, "__file__", None):
+    code = own_code(), code_of_package(kind.__module__)
+    if None in code:
         return None
-    loaded = dict(sys.modules)
-    # What a library calls a module of its own may be anything: `torch.ops` has the file `_ops.py`.
-    tops = {n.partition(".")[0] for n in loaded}
-    library = {t for t in tops if _is_library(getattr(loaded.get(t), "__file__", None) or "")}
-    files = {
-        getattr(m, "__file__", None)
-        for n, m in loaded.items()
-        if n.partition(".")[0] not in library
-    }
-    own = sorted(Path(f) for f in files if f and f.endswith(".py") and not _is_library(f))
-    return _digest(own)
-
-
-@cache
-def _libraries() -> tuple[str, ...]:
-    import sysconfig
-
-    import dfc
-
-    paths = sysconfig.get_paths()
-    names = ("stdlib", "platstdlib", "purelib", "platlib")
-    return (*(paths[n] + os.sep for n in names), str(Path(dfc.__file__).parent) + os.sep)
-
-
-def _is_library(file: str) -> bool:
-    return file.startswith(_libraries())
-
-
-def _digest(files: list[Path]) -> str | None:
-    found = hashlib.sha256()
-    for path in files:
-        try:
-            data = path.read_bytes()
-        except OSError:
-            return None
-        found.update(f"{path} {len(data)}\n".encode() + data)
-    return found.hexdigest()
+    words = (str(graph), repr(p), kind.__module__, kind.__qualname__, *code, *versions())
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
 
 
 # Entries

@@ -2,7 +2,7 @@
 
 The list, passes/rules/proved.json, is written by `dfc test --write` and checked by the tests. The
 cache is a folder of the user's own that nobody else can write to; it holds JSON under a key of
-what was proved: the rule, the versions of dfc and torch, and the code that proves. It is
+what was proved: the rule, versions, dfc's code, and the user's where a rule names ops of it. It is
 passed by, never trusted, where it belongs to somebody else or cannot be written.
 """
 
@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from dfc.errors import Diagnostic
-from dfc.rewrite.rule import Rule
+from dfc.lang import syntax as s
+from dfc.rewrite.code_digest import is_of_users, own_code, this_process, versions
+from dfc.rewrite.rule import Rule, walk
 
 MAX_BYTES = 1 << 16  # of one remembered proof
 SHIPPED = "proved.json"
-_known: dict[str, tuple[Diagnostic, ...]] = {}  # by the digest of the rule, in this process
-
-# What a proof depends on besides the rule: what reads, matches, writes, runs and compares.
-_CODE = ("rewrite", "ops", "ir")
+# In this process, by the digest of the rule and its own ops.
+_known: dict[tuple[object, ...], tuple[Diagnostic, ...]] = {}
 
 
 def problems_of(
@@ -43,10 +43,11 @@ def problems_of(
 
 
 def _problems(rule: Rule, say: Callable[[str], None] | None) -> tuple[Diagnostic, ...]:
-    found = _known.get(rule.digest)
+    key = (rule.digest, *_own_ops(rule))
+    found = _known.get(key)
     if found is None:
         found = () if is_shipped_proof(rule) or _remembered(rule) else _proved_now(rule, say)
-        _known[rule.digest] = found
+        _known[key] = found
     return found
 
 
@@ -161,19 +162,17 @@ def _remember(rule: Rule, inputs: int) -> None:
 
 
 def _key(rule: Rule) -> str:
-    import dfc
-
-    words = (rule.digest, dfc.__version__, torch_version(), _code())
+    own = (own_code() or this_process(),) if _own_ops(rule) else ()
+    words = (rule.digest, *versions(), *own)
     return hashlib.sha256(" ".join(words).encode()).hexdigest()
 
 
-@cache
-def _code() -> str:
-    """The digest of the code that a proof depends on."""
-    import dfc
+def _own_ops(rule: Rule) -> tuple[object, ...]:
+    """The user's own ops that a rule names: what they compute is part of what is proved."""
+    from dfc.ir.op import declared_ops
 
-    root = Path(dfc.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(p for part in _CODE for p in (root / part).glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+    patterns = [*(m.pattern for m in rule.matches), *(r.value for r in rule.rewrites)]
+    names = {x.name.name for p in patterns for x in walk(p) if isinstance(x, s.Call)}
+    if not is_of_users(names):
+        return ()
+    return tuple(op.cls for op in declared_ops() if op.name in names) or (*sorted(names),)
