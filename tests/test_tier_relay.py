@@ -18,88 +18,16 @@ from dfc.cli import main
 from dfc.cli.streamed import budgets
 from dfc.compiled import Compiled, with_state_inputs
 from dfc.errors import DfcError
-from dfc.ir.graph import Graph
-from dfc.runtime.tiers.places import Processor
 from dfc.runtime.tiers.relay import Relay
-from dfc.runtime.tiers.slots import numbers
 from dfc.runtime.tiers.streamed import Streamed
 from dfc.runtime.tiers.within import Wanted, within
-from tests.test_tiers import Tower, all_bytes, ids, memory_of
-
-B = torch.export.Dim("B", min=1, max=16)
-
-
-class Copier:
-    """The upper hop in this process: it copies at the last moment, and spoils what was left."""
-
-    def __init__(self, slots: int, slot_bytes: int, seconds: float = 0.0) -> None:
-        self.slots = [torch.full((slot_bytes,), 255, dtype=torch.uint8) for _ in range(slots)]
-        self.full = [False] * slots
-        self.pending: dict[int, Tensor] = {}
-        self.seconds = seconds
-        self.times: list[tuple[int, float]] = []
-
-    def copy(self, source: Tensor, slot: int) -> None:
-        assert not self.full[slot]  # it was left before it is written to
-        self.full[slot] = True
-        self.pending[slot] = source
-        self.times.append((source.numel(), 1e-6))
-
-    def landed(self, slot: int) -> None:
-        time.sleep(self.seconds)
-        source = self.pending.pop(slot)
-        self.slots[slot][: source.numel()].copy_(source)
-
-    def ready(self, slot: int) -> None:
-        assert self.full[slot]
-        if slot in self.pending:
-            self.landed(slot)
-
-    def leave(self, slot: int) -> None:
-        self.slots[slot].fill_(255)  # not a number, in any float
-        self.full[slot] = False
-
-    def settle(self) -> None:
-        self.full = [False] * len(self.full)
-        self.pending.clear()
-
-    def copied(self) -> list[tuple[int, float]]:
-        return self.times
-
-    def close(self) -> None:
-        self.slots = []
-
-
-class Upper(Processor):
-    """As a device is, with memory of its own in this process."""
-
-    source = "memory"
-
-    def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds = seconds
-
-    def calls(self, graph: Graph) -> dict[Any, Any]:
-        return {}
-
-    def hold(self, weight: Any) -> Tensor:
-        return numbers(weight).clone()
-
-    def memory(self, size: int) -> Tensor:
-        return torch.full((size,), 255, dtype=torch.uint8)
-
-    def copier(self, slots: int, slot_bytes: int, loads: int) -> Copier:
-        return Copier(slots, slot_bytes, self.seconds)
+from tests.tower import Tower, all_bytes, ids, memory_of, saved_tower
+from tests.upper_tier import InProcess, Upper
 
 
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("relay") / "tower.dfcpkg"
-    compiled = dfc.compile(
-        Tower(10).eval(), (ids(4),), dynamic_shapes=({0: B},), engine="eager", passes=[]
-    )
-    compiled.save(path)
-    return path
+    return saved_tower(tmp_path_factory.mktemp("relay") / "tower.dfcpkg", layers=10)
 
 
 @pytest.fixture(autouse=True)
@@ -240,7 +168,6 @@ def test_a_host_that_holds_it_all_reads_nothing(tower: Path) -> None:
     compiled = opened(tower, build=False)
     inputs = compiled.probes[0].inputs
     wanted = Wanted(memory_of(compiled, 0.4, inputs), host=2 * all_bytes(compiled))
-    from tests.test_tiers import InProcess
 
     class Both(Upper):
         carrier = InProcess.carrier  # type: ignore[assignment]

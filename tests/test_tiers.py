@@ -7,69 +7,30 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import dfc
 from dfc.api import opened
 from dfc.cli import main
-from dfc.compiled import Compiled, with_state_inputs
+from dfc.compiled import Compiled
 from dfc.errors import DfcError
-from dfc.ir.graph import Parameter
-from dfc.planning.streaming import Hop
-from dfc.planning.tiers import Tiers
-from dfc.planning.weight_blocks import cut, weight_bytes
 from dfc.runtime.kernels.graph import are_built
-from dfc.runtime.tiers.clock import HostClock
-from dfc.runtime.tiers.places import Processor
 from dfc.runtime.tiers.reader import Reader
-from dfc.runtime.tiers.slots import Load, flat, load_bytes, numbers
-from dfc.runtime.tiers.streamed import Streamed
-from dfc.runtime.tiers.within import Wanted, first_plan, within
 from tests.tiny_models import tiny_llama, tokens
+from tests.tower import Tower, all_bytes, ids, memory_of, runner_of, saved_tower
 
-B = torch.export.Dim("B", min=1, max=16)
 SHARES = (0.75, 0.45)
-
-
-class Tower(nn.Module):
-    """A tied table that is read first and, turned, last; a buffer that calls write to."""
-
-    def __init__(self, layers: int = 6, width: int = 96) -> None:
-        super().__init__()
-        self.table = nn.Embedding(64, width)
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-            for _ in range(layers)
-        )
-        self.register_buffer("calls", torch.zeros(1))
-
-    def forward(self, ids: Tensor) -> dict[str, Tensor]:
-        self.calls += 1
-        x = self.table(ids)
-        for layer in self.layers:
-            x = x + layer(x)
-        return {"logits": x @ self.table.weight.T, "calls": self.calls * 2}
-
-
-def ids(size: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 64, (size, 12), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("tiers") / "tower.dfcpkg"
-    compiled = dfc.compile(
-        Tower().eval(), (ids(4),), dynamic_shapes=({0: B},), engine="eager", passes=[]
-    )
-    compiled.save(path)
-    return path
+    return saved_tower(tmp_path_factory.mktemp("tiers") / "tower.dfcpkg")
 
 
 @pytest.fixture(scope="module")
@@ -87,26 +48,7 @@ def llama(held: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
     yield
-    left = [t for t in threading.enumerate() if t.name == "dfc weights"]
-    assert not left
-
-
-def all_bytes(compiled: Compiled) -> int:
-    return sum(weight_bytes(p) for p in compiled.graph.parameters.values())
-
-
-def memory_of(compiled: Compiled, share: float, inputs: Sequence[Any]) -> int:
-    """What holds so much of the weights, and what is computed of the inputs."""
-    from dfc.ir.interpret import bind_inputs
-    from dfc.planning.model import live_bytes
-
-    sizes = bind_inputs(compiled.graph, inputs)
-    return int(all_bytes(compiled) * share + live_bytes(compiled.graph, sizes))
-
-
-def runner_of(compiled: Compiled) -> Streamed:
-    assert isinstance(compiled.runner, Streamed)
-    return compiled.runner
+    assert not [t for t in threading.enumerate() if t.name == "dfc weights"]
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -164,154 +106,6 @@ def test_bytes_of_each_pass_are_those_of_the_plan(tower: Path) -> None:
     streamed.close()
 
 
-def test_what_is_tied_is_brought_to_each_of_its_readers(tower: Path) -> None:
-    compiled = opened(tower, build=False)
-    graph = with_state_inputs(compiled.graph)
-    parts = cut(graph)
-    blocks = parts.blocks
-    readers = [b for b in blocks if any(p.name == "table.weight" for p in b.weights)]
-    assert len(readers) == 2 and all(len(b.weights) == 1 for b in readers)
-    plan = first_plan(parts, Wanted(1 << 30), Processor(), {"B": 4})
-    chosen = tuple(i for i, b in enumerate(blocks) if b in readers)
-    some = Tiers(plan.layers, plan.weights, chosen, Hop(1e-9, slots=1), 1 << 30, plan.fixed)
-    inputs = [*compiled.probes[0].inputs, *compiled.state.values()]
-    runner = Streamed(parts, some, Processor())
-    try:
-        assert some.bytes_per_pass == 2 * 64 * 96 * 4
-        expected = dfc.load(tower).run_flat(compiled.probes[0].inputs)
-        for _ in range(3):
-            assert torch.equal(runner(inputs)[0], expected[0])
-    finally:
-        runner.close()
-
-
-def test_every_node_and_weight_is_in_one_place(llama: Path) -> None:
-    graph = opened(llama, build=False).graph
-    _, blocks, stay, _ = cut(graph)
-    assert [n for b in blocks for n in b.nodes] == list(graph.nodes)
-    inside = {p for b in blocks for p in b.weights}
-    assert not inside & set(stay)
-    assert {p for p in graph.parameters.values() if p.use_count} == inside | set(stay)
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    edges = [order[n] for b in blocks if b.first and b.last for n in (b.first, b.last)]
-    assert edges == sorted(edges)  # no two are needed at once
-
-
-def test_a_table_with_most_of_the_bytes_makes_no_block_of_all_the_layers() -> None:
-    layers = [m for _ in range(8) for m in (nn.Linear(256, 256), nn.ReLU())]
-    model = nn.Sequential(nn.Embedding(4000, 256), *layers).eval()
-    sizes = sorted(b.bytes for b in cut(dfc.trace(model, (ids(2),))).blocks)
-    assert sizes[-1] == 4000 * 256 * 4 and sizes[-2] <= 2 * 256 * 256 * 4 and len(sizes) >= 5
-
-
-def test_a_weight_that_is_handed_out_stays() -> None:
-    class Shows(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.b(self.a(x)), self.a.weight.t()
-
-    graph = dfc.trace(Shows().eval(), (torch.randn(2, 64),))
-    inside = [p.name for b in cut(graph).blocks for p in b.weights]
-    assert inside == ["b.weight"]
-
-
-class Poisoning:
-    """A carrier in this process: it copies at the last moment, and spoils what was left."""
-
-    def __init__(self, loads: Sequence[Load], slots: int, slot_bytes: int) -> None:
-        self.slots = [torch.zeros(slot_bytes, dtype=torch.uint8) for _ in range(slots)]
-        sizes = [load_bytes(load) for load in loads]
-        self.sources = [
-            flat(load, torch.zeros(size, dtype=torch.uint8))
-            for load, size in zip(loads, sizes, strict=True)
-        ]
-        self.waiting: dict[int, int] = {}
-        self.log: list[tuple[str, int]] = []
-
-    def begin(self) -> None:
-        self.log.append(("begin", 0))
-
-    def fill(self, load: int, slot: int) -> None:
-        assert slot not in self.waiting  # it was read before it is filled again
-        self.waiting[slot] = load
-        self.log.append(("fill", load))
-
-    def ready(self, slot: int) -> None:
-        source = self.sources[self.waiting[slot]]
-        self.slots[slot][: source.numel()].copy_(source)
-
-    def leave(self, slot: int) -> None:
-        self.slots[slot].fill_(255)  # not a number, in any float
-        del self.waiting[slot]
-
-    def settle(self) -> None:
-        self.waiting.clear()
-
-    def copied(self) -> list[tuple[int, float]]:
-        return [(s.numel(), 1e-6) for s in self.sources]
-
-    def close(self) -> None:
-        self.slots = []
-
-
-class InProcess(Processor):
-    """As a device is: weights of the process are put there, and brought from there."""
-
-    source = "memory"
-
-    def hold(self, weight: Parameter) -> Tensor:
-        return numbers(weight).clone()
-
-    def carrier(self, loads: Sequence[Load], slots: int, slot_bytes: int) -> Poisoning:  # type: ignore[override]
-        return Poisoning(loads, slots, slot_bytes)
-
-
-@pytest.mark.parametrize("slots", [1, 2, 3])
-@pytest.mark.parametrize("placement", ["even", "tail"])
-def test_slots_are_used_in_turn_and_read_before_they_are_left(
-    held: Compiled, slots: int, placement: str
-) -> None:
-    """With a model in memory and a carrier as a device's, in any number of slots."""
-    whole, x = held, tokens()
-    wanted = Wanted(memory_of(whole, 0.5, [x]), slots, placement)
-    runner = within(whole.graph, wanted, inputs=[x], place=InProcess())
-    carrier: Any = runner.carrier
-    assert runner.plan.slots == slots
-    expected = whole.run_flat([x])
-    for _ in range(3):
-        assert torch.equal(runner([x])[0], expected[0])
-    filled = [load for what, load in carrier.log if what == "fill"]
-    count = len(runner.plan.streamed)
-    assert filled == [q % count for q in range(3 * count + slots)]
-    runner.close()
-
-
-def test_a_pass_that_failed_is_no_harm_to_the_next(held: Compiled) -> None:
-    whole, x = held, tokens()
-    wanted = Wanted(memory_of(whole, 0.5, [x]))
-    runner = within(whole.graph, wanted, inputs=[x], place=InProcess())
-    runner([x])
-    with pytest.raises(RuntimeError):
-        runner([x[:, :7]])  # sizes are fixed: an operator refuses in the middle
-    assert torch.equal(runner([x])[0], whole.run_flat([x])[0])
-
-
-def test_blocks_are_timed_in_order(tower: Path) -> None:
-    compiled = opened(tower, build=False)
-    graph = with_state_inputs(compiled.graph)
-    parts = cut(graph)
-    inputs = [*compiled.probes[0].inputs, *compiled.state.values()]
-    plan = first_plan(parts, Wanted(1 << 30), Processor(), {"B": 4})
-    clock = HostClock()
-    runner = Streamed(parts, plan, Processor(), clock)
-    runner(inputs)
-    runner.close()
-    assert len(clock.seconds()) == 2 * len(parts.blocks) - 1
-
-
 def test_models_on_the_meta_device_with_a_file(tmp_path: Path) -> None:
     """`dfc.compile` never holds what lies in the file."""
     from safetensors.torch import save_file
@@ -329,22 +123,6 @@ def test_models_on_the_meta_device_with_a_file(tmp_path: Path) -> None:
     assert runner_of(streamed).plan.streamed
     assert torch.equal(streamed(x), expected)
     streamed.close()
-
-
-def test_what_cannot_be_is_told(tower: Path) -> None:
-    with pytest.raises(DfcError, match="N064") as e:
-        dfc.load(tower, memory=1000)
-    assert e.value.status == 6 and "not even streamed" in str(e.value)
-    for size in ("2 bananas", "-3MB", "", 0, "0GB", "1e400GB", "3GHz"):
-        with pytest.raises(DfcError, match="Q010") as e:
-            dfc.load(tower, memory=size)
-        assert e.value.status == 2
-    with pytest.raises(DfcError, match="K073"):
-        dfc.load(tower, memory="1GB", engine="onnxruntime")
-    held = dfc.compile(Tower().eval(), (ids(4),), engine="eager", passes=[])
-    with pytest.raises(DfcError, match="K070") as e:
-        held.within(memory_of(held, 0.5, [ids(4)]))
-    assert "save the model as a package" in str(e.value)
 
 
 def test_threads_that_call_one_model_take_turns(tower: Path) -> None:
@@ -365,39 +143,6 @@ def test_threads_that_call_one_model_take_turns(tower: Path) -> None:
         for t in threads:
             t.join(timeout=120)
         assert not any(t.is_alive() for t in threads) and not wrong
-
-
-def test_a_closed_model_says_so(tower: Path) -> None:
-    for share in (0.45, 10.0):
-        streamed = dfc.load(tower, memory=memory_of(opened(tower), share, [ids(4)]))
-        streamed.close()
-        streamed.close()
-        with pytest.raises(DfcError, match="K076"):
-            streamed(ids(4))
-
-
-@pytest.mark.parametrize(
-    ("given", "code"),
-    [
-        ({"slots": 0}, "Q055"),
-        ({"slots": "a"}, "Q055"),
-        ({"placement": "tial"}, "Q055"),
-        ({"say": 3}, "Q055"),
-        ({"inputs": []}, "K012"),
-        ({"inputs": torch.ones(4, 12)}, "K012"),
-        ({"inputs": ["a"]}, "K013"),
-        ({"inputs": [torch.ones(4, 12)]}, "K013"),
-        ({"device": "gpu"}, "Q007"),
-        ({"memory": []}, "Q010"),
-        ({"memory": True}, "Q010"),
-    ],
-)
-def test_wrong_arguments_are_told_before_anything_is_read(
-    tower: Path, given: dict[str, Any], code: str
-) -> None:
-    with pytest.raises(DfcError, match=code) as e:
-        opened(tower, engine="eager", build=False).within(**{"memory": "1GB", **given})
-    assert e.value.status == 2
 
 
 @pytest.fixture(scope="module")
@@ -457,43 +202,6 @@ def test_what_fits_is_not_streamed(tower: Path) -> None:
     whole = dfc.load(tower)
     assert torch.equal(streamed(ids(4))["logits"], whole(ids(4))["logits"])
     streamed.close()
-
-
-@pytest.fixture
-def copy(tower: Path, tmp_path: Path) -> Path:
-    import shutil
-
-    return Path(shutil.copytree(tower, tmp_path / "copy.dfcpkg"))
-
-
-def test_a_file_that_is_cut_off_or_changed_is_an_error(copy: Path) -> None:
-    weights = copy / "weights.safetensors"
-    whole = dfc.load(copy)
-    memory = memory_of(whole, 0.4, whole.probes[0].inputs)
-    inputs = [x.clone() for x in whole.probes[0].inputs]
-    del whole
-    streamed = dfc.load(copy, memory=memory)
-    streamed.run_flat(inputs)
-    os.truncate(weights, weights.stat().st_size // 8)
-    with pytest.raises(DfcError, match="K071") as e:
-        streamed.run_flat(inputs)
-    assert e.value.status == 8
-    streamed.close()
-
-
-def test_a_file_that_ends_too_early_is_named(tmp_path: Path) -> None:
-    from dfc.runtime.tiers.files import Extent, Files
-
-    path = tmp_path / "w"
-    path.write_bytes(bytes(100))
-    whole = Extent(path, 0, 200)
-    files = Files([whole])
-    into = torch.empty(200, dtype=torch.uint8)
-    with pytest.raises(DfcError, match="has become shorter: it ends at 100 bytes"):
-        files.read(whole, into)
-    files.close()
-    with pytest.raises(DfcError, match="K071"):
-        Files([Extent(tmp_path / "none", 0, 1)])
 
 
 def test_the_command_runs_and_reports(tower: Path, tmp_path: Path, capsys: Any) -> None:
