@@ -17,7 +17,7 @@ from torch import fx
 from dfc.capture.names import Names
 from dfc.capture.places import user_frame
 from dfc.errors import DfcError
-from dfc.ir.expr import Expr, Scalar, call, symbol
+from dfc.ir.expr import Expr, Scalar, call, symbol, symbols
 from dfc.ir.gradients import carries_gradient
 from dfc.ir.graph import Bind, Graph, Input, Loc, ParameterData, Value
 from dfc.ir.op import lookup
@@ -242,8 +242,10 @@ class Converter:
         namespace, _, base = target._schema.name.partition("::")
         if namespace == "aten" and base in _SKIPPED:
             return None
-        if base == "_assert_scalar" and node.args and self.scalar_or_none(node.args[0]) is True:
-            return None
+        if base == "_assert_scalar" and node.args:
+            holds = self.scalar_or_none(node.args[0])
+            if holds is True or symbols(holds) & self.names.places:
+                return None
         if base in _SAME_AS_INPUT and namespace == "aten":
             source = self.env[node.args[0]]  # type: ignore[index]
             return self.stopped(source, node) if base == "detach" else source
@@ -371,8 +373,13 @@ class Converter:
 
     def new_symbols(self, node: fx.Node) -> None:
         """Name the symbols that this node binds, before types mention them."""
-        for s in node.meta.get("unbacked_bindings") or {}:
+        for s, path in (node.meta.get("unbacked_bindings") or {}).items():
             if s in self.names.known:
+                continue
+            if _is_place(path):
+                place = f"place_{s}"
+                self.names.places.add(place)
+                self.names.add(s, place)
                 continue
             prefix = "uf" if str(s).startswith("zuf") else "u"
             self.names.add(s, self.names.fresh(prefix))
@@ -382,7 +389,7 @@ class Converter:
         for s in node.meta.get("unbacked_bindings") or {}:
             known = self.names.known[s]
             name = known.symbol if isinstance(known, Expr) else None
-            if name is None:
+            if name is None or name in self.names.places:
                 continue
             low, high = self.names.ranges.get(str(s), (-(2**63), None))
             found.append(Bind(name, low, high))
@@ -530,6 +537,11 @@ class Converter:
             [v for v in outputs if v is not None], Seq("tuple", tuple(Leaf() for _ in outputs))
         )
         return graph
+
+
+def _is_place(path: Sequence[Any]) -> bool:
+    """Whether an unbacked symbol is the result's place in memory, not one of its sizes."""
+    return getattr(path[-1], "name", None) == "storage_offset" if path else False
 
 
 def refuse_leaked(name: str, tensor: torch.Tensor) -> None:

@@ -18,6 +18,8 @@ class Names:
     def __init__(self) -> None:
         self.known: dict[Any, Scalar] = {}
         self.ranges: dict[str, tuple[int, int | None]] = {}
+        # where in memory a slice begins: torch checks it, and values of a graph have no such place
+        self.places: set[str] = set()
         self._next: dict[str, int] = {}
 
     def add(self, sympy_symbol: Any, name: str) -> None:

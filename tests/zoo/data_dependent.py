@@ -265,3 +265,17 @@ def argmax_gather() -> Built:
         (4,),
         dynamic_shapes=({0: batch()}, {0: batch()}),
     )
+
+
+@zoo("a window of a table between two tensors: its place in memory is checked as its size is")
+def window_between_tensors() -> Built:
+    import torch
+
+    def forward(self, x, reach):
+        return x + self.table[8 - reach : 8 + reach].sum(0)
+
+    return fixed(
+        forward,
+        lambda: (torch.randn(3, 4), torch.randint(1, 8, ())),
+        table=torch.randn(16, 4),
+    )
