@@ -10,6 +10,8 @@ dfc.recipe("small").minimize("latency").apply("simplify")
 
 from __future__ import annotations
 
+import atexit
+
 TYPE_CHECKING = False  # what `typing` has of that name is an import, and `dfc` has none
 if TYPE_CHECKING:
     from typing import Any
@@ -73,3 +75,11 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module 'dfc' has no attribute {name!r}")
     return getattr(importlib.import_module(home), name)
+
+
+@atexit.register
+def _end() -> None:
+    """After Ctrl-C a script that uses dfc ends soon."""
+    from dfc.ending import end_soon
+
+    end_soon()

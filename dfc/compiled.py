@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfc.calling import build_outputs, flat_checked, flat_inputs, own_outputs
 from dfc.counting import counted
+from dfc.ending import noticed
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter
 from dfc.planning.engine import Engine, Holding, Runner
@@ -100,6 +101,9 @@ class Compiled:
             return self._runner([*inputs, *self._state.values()])
         except (RuntimeError, IndexError) as e:
             raise DfcError("K023", f"the `{self.engine.name}` engine failed: {e}") from e
+        except KeyboardInterrupt:
+            noticed()
+            raise
 
     def require_weights(self) -> None:
         """Raises:  DfcError K021 for a model on the meta device."""

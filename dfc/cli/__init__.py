@@ -1,6 +1,6 @@
 """The `dfc` command: one file per verb, errors as text with an exit status, data on stdout.
 
-Everything is imported inside `main`, and `dfc` itself imports nothing: Ctrl-C has its status from
+Everything is imported inside `main`, and `dfc` itself imports no file: Ctrl-C has its status from
 the first line on. A verb's module is imported when it is asked for, and is light as well; torch and
 onnx are imported inside the functions that need them, so that `dfc --help` answers at once.
 """

@@ -9,6 +9,7 @@ from numbers import Integral
 from typing import Any, Protocol
 
 from dfc.calling import build_outputs, flat_inputs, own_outputs
+from dfc.ending import noticed
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.interpret import bind_inputs
@@ -213,7 +214,11 @@ class Pipeline:
         program = self._programs.get(len(parts))
         if program is None:
             program = self._programs[len(parts)] = self._program(len(parts))
-        self.last = program, self._lanes.step(program, parts)
+        try:
+            self.last = program, self._lanes.step(program, parts)
+        except KeyboardInterrupt:
+            noticed()
+            raise
         step = self.last[1]
         pairs = list(zip(step.results, parts, strict=True))
         return [
@@ -254,7 +259,8 @@ class Pipeline:
     def __enter__(self) -> Pipeline:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        noticed(kind)
         self.close()
 
 

@@ -29,6 +29,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dfc.calling import flat_inputs
+from dfc.ending import noticed
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.interpret import bind_inputs
@@ -316,7 +317,11 @@ class Trainer:
         the loss counts for that part, as `(loss / of).backward()`.
         Raises:  DfcError K010.. and K050 as `step`: what was added up is then forgotten.
         """
-        return self.backward_flat(flat_inputs(self.model.graph, args, kwargs), of)
+        try:
+            return self.backward_flat(flat_inputs(self.model.graph, args, kwargs), of)
+        except KeyboardInterrupt:
+            noticed()
+            raise
 
     def backward_flat(self, flat: Sequence[torch.Tensor], of: int = 1) -> torch.Tensor:
         """As `backward`, of the graph's inputs in order."""
@@ -495,7 +500,8 @@ class Trainer:
     def __enter__(self) -> Trainer:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        noticed(kind)
         self.close()
 
 
