@@ -1,12 +1,16 @@
 """Engines on a CUDA device: BERT-base and ResNet-50 by dfc, by PyTorch and by torch.compile.
 
     python benchmarks/gpu_engines.py [--cases NAMES] [--seconds 240] [--no-autotune] [--both]
+                                     [--into FILE]
 
 Peers: PyTorch's eager mode, and `torch.compile(mode="max-autotune")`, which measures kernels and
 replays CUDA graphs. A time is that of one call until its results are there; calls take turns, a
 ratio is the median of those of one round. Weights are random, dtypes are the model's own. With
-`--both` dfc's engine that measures kernels is there too. max-autotune takes minutes: the others are
-timed and printed first.
+`--both` dfc's engine that measures kernels is there too. max-autotune takes minutes: all cases are
+timed and printed without it first.
+
+With `--into` a case is written to FILE whenever it was timed, and those that FILE has beside
+max-autotune are left out: a run that was stopped goes on there.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +33,26 @@ logging.disable(logging.WARNING)
 import torch  # noqa: E402 - after what makes it quiet
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from _rows import Rows  # noqa: E402
 from engines import models, table  # noqa: E402
 
 import dfc  # noqa: E402
 from dfc.compiled import with_state_inputs  # noqa: E402
+from dfc.errors import DfcError  # noqa: E402
 from dfc.report import Report  # noqa: E402
 from dfc.runtime.engines import find_engine  # noqa: E402
 
 MOST_S = 1.5  # of measuring, for each way to run a case
+AUTOTUNE = "torch.compile max-autotune"
 BF16, F32 = torch.bfloat16, torch.float32
 Call = Callable[[], Any]
 
 
 def cases() -> dict[str, tuple[str, torch.dtype]]:
-    """By name: the model of engines.py, and its dtype; the most telling first."""
-    bert1, bert8, resnet = "bert-base-b1-s128", "bert-base-b8-s128", "resnet50-b1"
-    made = [(bert1, BF16), (bert8, BF16), (resnet, BF16), (bert8, F32), (bert1, F32), (resnet, F32)]
+    """By name: the model of engines.py, and its dtype; those last that max-autotune takes longest
+    for."""
+    berts = [(f"bert-base-{size}-s128", dtype) for dtype in (BF16, F32) for size in ("b1", "b8")]
+    made = [*berts, ("resnet50-b1", F32), ("resnet50-b1", BF16)]
     return {f"{m} {'bf16' if d is BF16 else 'f32'}": (m, d) for m, d in made}
 
 
@@ -134,48 +143,79 @@ def _first(results: Any) -> torch.Tensor:
     return results
 
 
+@dataclass
+class Case:
+    """A model that is built, and the ways to run it."""
+
+    name: str
+    module: torch.nn.Module
+    args: Any
+    calls: dict[str, Call]
+    told: str
+    began: float
+
+    def timed(self) -> str:
+        """What the ways take, as the lines of its block."""
+        found = times(self.calls)
+        rounds, today = len(found["dfc auto"]), time.strftime("%Y-%m-%d", time.gmtime())
+        lines = [f"{self.name}; {today}, {rounds} rounds; {self.told}", *table(found, digits=3)]
+        lines.append(f"  {error(self.module, self.calls, self.args)}")
+        lines.append(f"  ({time.perf_counter() - self.began:.0f} s in all)")
+        return "\n".join(lines)
+
+
+def prepared(name: str, both: bool) -> Case:
+    begin = time.perf_counter()
+    module, args = build(*cases()[name])
+    calls, told = ours(module, args, both)
+    module, args = module.cuda(), tuple(x.cuda() for x in args)
+    calls["PyTorch eager"] = eager(module, args)
+    return Case(name, module, args, calls, told, begin)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", default="", help="parts of names, separated by commas")
     parser.add_argument("--seconds", type=float, default=240, help="begin no case after these")
     parser.add_argument("--no-autotune", action="store_true")
     parser.add_argument("--both", action="store_true", help="dfc's max_autotune too")
+    parser.add_argument("--into", type=Path, help="a file of results, which is gone on with")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device: nothing to measure")
         return
     start = time.perf_counter()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
-    for name, (model, dtype) in cases().items():
-        if not any(part in name for part in options.cases.split(",")):
+    head = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+    print(head, flush=True)
+    rows = Rows(options.into, f"{head}; benchmarks/gpu_engines.py")
+    wanted = [n for n in cases() if any(part in n for part in options.cases.split(","))]
+    todo = [(n, False) for n in wanted if not rows.has(n, "dfc auto")]
+    if not options.no_autotune:
+        todo += [(n, True) for n in wanted if not rows.has(n, AUTOTUNE)]
+    built: dict[str, Case] = {}
+    failed: set[str] = set()
+    for name, autotuned in todo:
+        if name in failed:
             continue
         if time.perf_counter() - start > options.seconds:
-            print(f"\n{name}: left out, no time was left")
+            print(f"\n{name}: left out, no time was left", flush=True)
             continue
-        measured(name, model, dtype, options)
+        try:
+            block = measured(name, autotuned, built, options.both)
+        except (DfcError, RuntimeError) as e:
+            failed.add(name)
+            block = f"{name}: not measured: {' '.join(str(e).split())}"
+        print(f"\n{block}", flush=True)
+        rows.put(block)
 
 
-def measured(name: str, model: str, dtype: torch.dtype, options: argparse.Namespace) -> None:
-    begin = time.perf_counter()
-    module, args = build(model, dtype)
-    calls, told = ours(module, args, options.both)
-    module, args = module.cuda(), tuple(x.cuda() for x in args)
-    calls["PyTorch eager"] = eager(module, args)
-    print(f"\n{name}; {told}")
-    shown(module, args, calls)
-    if not options.no_autotune:
+def measured(name: str, autotuned: bool, built: dict[str, Case], both: bool) -> str:
+    """A case's block; what is built for it stays for its next one."""
+    case = built.get(name) or built.setdefault(name, prepared(name, both))
+    if autotuned:
         torch._dynamo.reset()
-        calls["torch.compile max-autotune"] = max_autotune(module, args)
-        shown(module, args, calls)
-    print(f"  ({time.perf_counter() - begin:.0f} s in all)", flush=True)
-    torch.cuda.empty_cache()
-
-
-def shown(module: torch.nn.Module, args: Any, calls: Mapping[str, Call]) -> None:
-    found = times(calls)
-    print(f"{len(found['dfc auto'])} rounds")
-    print("\n".join(table(found, digits=3)))
-    print(f"  {error(module, calls, args)}", flush=True)
+        case.calls[AUTOTUNE] = max_autotune(case.module, case.args)
+    return case.timed()
 
 
 if __name__ == "__main__":
