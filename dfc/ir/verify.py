@@ -183,7 +183,7 @@ def _decided_by_data(graph: Graph) -> frozenset[str]:
 def _types(
     nodes: Iterable[Node], bindings: Mapping[str, int], unknown: frozenset[str]
 ) -> Iterator[Diagnostic]:
-    from dfc.ops.aten import sample_types, waits_for_data
+    from dfc.ops.aten_types import sample_types, waits_for_data
 
     nodes, told = list(nodes), set[str]()
     for node in nodes:
