@@ -283,3 +283,53 @@ def test_quantize_linear_rounds_ties_as_the_op_does(tmp_path: Path) -> None:
     found, kernels = run(graph, x, tmp_path)
     assert torch.equal(found, interpret(graph, [x])[0])
     assert kernels == {"QuantizeLinear": 1, "DequantizeLinear": 1}
+
+
+@pytest.mark.parametrize("contrib", [True, False])
+@pytest.mark.parametrize("bits, zeros, group", [(8, False, 32), (4, False, 32), (4, True, 16)])
+def test_16_bit_floats_have_the_kernel_too(
+    bits: int, zeros: bool, group: int, contrib: bool, tmp_path: Path
+) -> None:
+    """Rows that are rounded are computed with as float32, between casts, as the op means it."""
+    x, weight, scale = operands(64, group, *((-128, 127) if bits == 8 else (-8, 7)))
+    codes = weight if bits == 8 else pack4((weight + 8).to(torch.uint8))
+    tensors: list[torch.Tensor | None] = [codes, (scale / 4096).half()]
+    if bits == 4:
+        points = torch.arange(6 * scale.shape[1]).reshape(6, -1) % 3 + 7
+        tensors.append(pack4(points.to(torch.uint8)) if zeros else None)
+    graph = layer(f"dfc.linear_w{bits}", x.half(), tensors, group=group, activations="int8")
+    found, kernels = run(graph, x.half(), tmp_path, contrib=contrib)
+    assert kernels == {"MatMulNBits": 1, "Cast": 2}
+    assert torch.equal(found, interpret(graph, [x.half()])[0])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_16_bit_floats_that_are_not_rounded_go_into_the_kernel_as_they_are(
+    bits: int, tmp_path: Path
+) -> None:
+    _, weight, scale = operands(256, 32, *((-128, 127) if bits == 8 else (-8, 7)))
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0)).half()
+    codes = weight if bits == 8 else pack4((weight + 8).to(torch.uint8))
+    more = [None] if bits == 4 else []
+    tensors = [codes, (scale / 512).half(), *more, torch.arange(6).half()]
+    graph = layer(f"dfc.linear_w{bits}", x, tensors, group=32)
+    found, kernels = run(graph, x, tmp_path, contrib=True)
+    assert kernels == {"MatMulNBits": 1} and found.dtype == torch.float16
+    witness = interpret(graph, [x], double=True)[0]
+    assert (found - witness).abs().max() <= 2e-3 * witness.abs().max()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_products_that_share_a_weight_share_its_codes(bits: int, tmp_path: Path) -> None:
+    x, weight, scale = operands(64, 32, *((-128, 127) if bits == 8 else (-8, 7)))
+    graph = Graph("shared")
+    b, given = Builder(graph), graph.add_input("x", TensorType.of(x))
+    w = graph.add_constant("w", weight if bits == 8 else pack4((weight + 8).to(torch.uint8)))
+    held = [w, graph.add_constant("s", scale)]
+    made = [b(f"dfc.linear_w{bits}", v, *held, group=32, activations="int8")
+            for v in (given, b("aten.neg.default", given))]  # fmt: skip
+    graph.set_outputs([b("aten.add.Tensor", *made)])
+    found, kernels = run(graph, x, tmp_path, contrib=True)
+    assert kernels["MatMulNBits"] == 2 and torch.equal(found, interpret(graph, [x])[0])
+    model = ir.serde.serialize_model(build_onnx(graph, opset=21, contrib=True))
+    assert sorted(t.name for t in model.graph.initializer) == ["s", "w.blocks"]

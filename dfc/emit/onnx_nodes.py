@@ -54,6 +54,7 @@ _MOVES = frozenset(
     ]
 )
 _WIDE = {"bf16": "f32"}
+_ROUNDED = {"bf16": "f32", "f16": "f32"}  # of ops that round rows to int8: they mean float32
 
 
 def translate_nodes(
@@ -292,22 +293,27 @@ def _needs_widening(call: Call) -> bool:
     if base in _MOVES:
         return False
     types = [v.meta.get("type") for v in call.values] + list(call.results)
-    return any(isinstance(t, TensorType) and t.dtype.name in _WIDE for t in types)
+    return any(isinstance(t, TensorType) and t.dtype.name in _wide_of(call) for t in types)
+
+
+def _wide_of(call: Call) -> Mapping[str, str]:
+    return _ROUNDED if call.attributes.get("activations") == "int8" else _WIDE
 
 
 def _widened(b: Builder, call: Call, ranges: Mapping[str, Any], depth: int) -> list[Any]:
     """Cast to f32, translate, and leave it to `_settle` to cast back."""
+    target_of = _wide_of(call)
 
     def wide(v: Val | None) -> Val | None:
         if v is None:
             return None
         type = v.meta["type"]
-        if not isinstance(type, TensorType) or type.dtype.name not in _WIDE:
+        if not isinstance(type, TensorType) or type.dtype.name not in target_of:
             return v
         key = ("wide", id(v))
         found = b.lookup(key)
         if found is None:
-            target = type.with_dtype(DTYPES[_WIDE[type.dtype.name]])
+            target = type.with_dtype(DTYPES[target_of[type.dtype.name]])
             found = b.retype(b.cast_to(v, target.dtype), target)
             b.shared[key] = found
         return found  # type: ignore[no-any-return]
@@ -315,5 +321,5 @@ def _widened(b: Builder, call: Call, ranges: Mapping[str, Any], depth: int) -> l
     operands = tuple(
         tuple(wide(v) for v in x) if isinstance(x, tuple) else wide(x) for x in call.operands
     )
-    inner = call.widened(operands, _WIDE)
+    inner = call.widened(operands, target_of)
     return emit(b, inner, ranges, depth)

@@ -3,7 +3,9 @@
 Weights lie with inputs first, [K, N], and every product has a DequantizeLinear of its own: that is
 the form of which ONNX Runtime makes its kernel MatMulNBits when it loads the file. By default that
 kernel rounds each group of a row to int8, as the op with int8 activations does; a runtime that
-multiplies floats is nearer to the weights' own results.
+multiplies floats is nearer to the weights' own results. Of a weight or a scale that two products
+read it makes none, and unpacks it at every call: files with ONNX Runtime's own operators have the
+kernel for each, and the constants once.
 """
 
 from __future__ import annotations

@@ -126,12 +126,15 @@ def _matmul_nbits(
     group: int, activations: str,
 ) -> Val:  # fmt: skip
     n, k = b.dim(scale, 0), b.dim(x, -1)
-    if not b.root.contrib or x.dtype != D.FLOAT or b.rank(x) < 2 or group not in BLOCKS:
+    half = x.dtype == D.FLOAT16  # with scales of its own type; rows that are rounded are float32
+    floats = half or x.dtype == D.FLOAT
+    if not b.root.contrib or not floats or b.rank(x) < 2 or group not in BLOCKS:
         raise NoTranslation("")
     if not isinstance(n, int) or not isinstance(k, int):
         raise NoTranslation("")
+    scales = scale if half else _scales(b, scale, activations)
     found: Val = b.contrib(
-        "MatMulNBits", x, blocks, _scales(b, scale, activations), zero, None, bias,
+        "MatMulNBits", x, blocks, scales, zero, None, bias,
         K=k, N=n, bits=bits, block_size=group,
         accuracy_level=4 if activations == "int8" else 1,
     )  # fmt: skip
@@ -156,7 +159,7 @@ def linear_w8(
 def _groups_w8(
     b: Builder, x: Val, weight: Val, scale: Val, bias: Val | None, group: int, activations: str
 ) -> Val:
-    if not b.root.contrib or b.type(x).dtype.name != "f32":
+    if not b.root.contrib:
         raise NoTranslation("")
     blocks = _blocks8(b, weight, group)
     if blocks is None and activations == "int8":
