@@ -31,6 +31,7 @@ from dfc.compress.axes import (
 )
 from dfc.compress.groups import Group, Groups, find_groups
 from dfc.compress.shrink import shrink
+from dfc.compress.work import work_of
 from dfc.ir.expr import symbol
 from dfc.ir.graph import Graph
 from dfc.ir.interpret import interpret
@@ -212,6 +213,32 @@ def test_a_head_takes_the_places_that_it_samples_along() -> None:
     args = (torch.randn(2, 3, 4, 4), torch.randn(2, 1, 6))
     graph = trace(Sampled(), *args)
     assert assert_equals_zeroed(graph, args)
+
+
+class Experts(nn.Module):
+    """Rows in runs, each with an expert's matrices, as mixtures of experts compute them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 2 * 16, 8))
+        self.down = nn.Parameter(torch.randn(3, 8, 16))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        import transformers.integrations.moe  # noqa: F401 - makes the operator known
+
+        product = torch.ops.transformers.grouped_mm_fallback
+        gate, up = product(x, self.up.transpose(1, 2), ends).chunk(2, -1)
+        return product(F.silu(gate) * up, self.down.transpose(1, 2), ends)  # type: ignore[no-any-return]
+
+
+def test_hidden_units_of_experts_go_from_every_expert_at_once() -> None:
+    torch.manual_seed(0)
+    args = (torch.randn(7, 8), torch.tensor([2, 3, 7], dtype=torch.int32))
+    graph = trace(Experts(), *args)
+    (hidden,) = find_groups(graph).prunable
+    assert (hidden.kind, hidden.size) == ("ffn", 16)
+    assert assert_equals_zeroed(graph, args) == 1
+    assert work_of(graph).macs == 7 * 8 * 32 + 7 * 16 * 8
 
 
 class Residual(nn.Module):

@@ -34,6 +34,22 @@ def matmul(a: Analysis, node: Node) -> Sequence[Dims] | None:
     return [_product(a, node, node.inputs[0], node.inputs[1])]
 
 
+@rule("transformers.grouped_mm_fallback", "_grouped_mm")
+def grouped_product(a: Analysis, node: Node) -> Sequence[Dims] | None:
+    """Rows in runs, each run with a matrix of its own: what the experts of a mixture are."""
+    x, weight, ends = node.inputs[:3]
+    if ends is None or len(a.of(x)) != 2 or len(a.of(weight)) != 3:
+        return None
+    (rows, xs), (groups, inside, out) = a.of(x), a.of(weight)
+    for axis in (groups, *a.of(ends)):
+        freeze(axis, f"each of its matrices is chosen by its number{place(node)}")
+    unite(xs, inside, short(node.op) + place(node))
+    if weight in a.constant:
+        a.reads(inside, node, weight, 1, x, 1)
+        a.makes(out, node, weight, 2)
+    return [(rows, out)]
+
+
 @rule("addmm", "baddbmm", "addbmm")
 def add_product(a: Analysis, node: Node) -> Sequence[Dims] | None:
     if node.op.startswith("aten.addbmm"):

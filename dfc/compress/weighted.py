@@ -31,6 +31,10 @@ _OTHERS = {
         "it is a transposed convolution",
     ),
     "aten.bmm.default": "its weights are a batch of matrices",
+    **dict.fromkeys(
+        ("transformers.grouped_mm_fallback.default", "aten._grouped_mm.default"),
+        "its weights are matrices of experts",
+    ),
     "aten.bilinear.default": "its weights are a batch of matrices",
     "aten.convolution.default": "it is a transposed or general convolution",
     "aten.embedding_bag.default": "it adds rows up as it looks them up, as floats",

@@ -147,6 +147,7 @@ _RULES = {
     "linear": _linear,
     "dfc.linear_gelu": _linear,
     "matmul": _product, "mm": _product, "bmm": _product, "mv": _product,
+    "transformers.grouped_mm_fallback.default": _product, "_grouped_mm": _product,
     "addmm": lambda node: _product(node, 1), "baddbmm": lambda node: _product(node, 1),
     "conv1d": _conv, "conv2d": _conv, "conv3d": _conv, "convolution": _conv,
     "conv_transpose1d": _conv, "conv_transpose2d": _conv, "conv_transpose3d": _conv,

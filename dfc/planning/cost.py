@@ -254,6 +254,7 @@ def _attention(node: Node, sizes: Sizes) -> float:
 
 _COUNTED: Mapping[str, Callable[[Node, Sizes], float]] = {
     "linear": _matmul, "matmul": _matmul, "mm": _matmul, "bmm": _matmul, "mv": _matmul,
+    "grouped_mm_fallback": _matmul, "_grouped_mm": _matmul,
     "addmm": _addmm, "baddbmm": _addmm,
     "convolution": _convolution, "conv1d": _convolution, "conv2d": _convolution,
     "conv3d": _convolution, "conv_transpose2d": _convolution,

@@ -13,7 +13,7 @@ VIEWS = frozenset([
 ])  # fmt: skip
 
 _NAMES = {
-    "matmul": "linear matmul mm bmm mv addmm baddbmm dot einsum",
+    "matmul": "linear matmul mm bmm mv addmm baddbmm dot einsum grouped_mm_fallback _grouped_mm",
     "conv": "convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
     "attention": "scaled_dot_product_attention",
     "norm": "layer_norm native_layer_norm group_norm native_group_norm batch_norm rms_norm "
