@@ -55,8 +55,6 @@ _RENAMED = {
     "aten._unsafe_view.default": "aten.view.default",
     "aten.reshape.default": "aten.view.default",
 }
-_INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "invoke_subgraph", "hints_wrapper",
-            "tag_activation_checkpoint", "checkpoint", "wrap")  # fmt: skip
 
 
 class Converter:
@@ -167,7 +165,9 @@ class Converter:
             source = self.env[of]
             return source[index] if isinstance(source, tuple) else source
         if isinstance(target, torch._ops.HigherOrderOperator):
-            return self.higher_order(node, target)
+            from dfc.capture.control_flow import higher_order
+
+            return higher_order(self, node, target)
         value = node.meta.get("val")
         bound = node.meta.get("unbacked_bindings")
         is_number = isinstance(
@@ -394,149 +394,6 @@ class Converter:
             low, high = self.names.ranges.get(str(s), (-(2**63), None))
             found.append(Bind(name, low, high))
         return tuple(found)
-
-    # control flow
-
-    def higher_order(self, node: fx.Node, target: Any) -> Any:
-        name = target.name() if callable(getattr(target, "name", None)) else str(target)
-        name = str(name)
-        args = cast(Any, node.args)
-        if name in _INLINED:
-            return self.inline(node, name)
-        if name == "cond":
-            predicate, yes, no, operands = args
-            return self.with_graphs(node, "torch.cond", (yes, no), [predicate], operands, {})
-        if name == "while_loop":
-            condition, body, carried, more = args
-            attributes = {"carried": len(carried)}
-            return self.with_graphs(
-                node,
-                "torch.while_loop",
-                (condition, body),
-                [],
-                [*carried, *more],
-                attributes,
-                loop=len(carried),
-            )
-        if name == "scan":
-            combine, init, xs, *rest = args
-            more = rest[-1] if rest and isinstance(rest[-1], (list, tuple)) else ()
-            attributes = {"init": len(init), "xs": len(xs), "reverse": False}
-            return self.with_graphs(
-                node,
-                "torch.scan",
-                (combine,),
-                [],
-                [*init, *xs, *more],
-                attributes,
-            )
-        if name in ("map_impl", "map"):
-            body, xs, more = args
-            attributes = {"xs": len(xs)}
-            return self.with_graphs(node, "torch.map", (body,), [], [*xs, *more], attributes)
-        raise DfcError("T022", f"the control flow operator `{name}` is not supported")
-
-    def inline(self, node: fx.Node, name: str) -> Any:
-        """Put a wrapped sub-graph in place of the call."""
-        modules = [
-            a
-            for a in node.args
-            if isinstance(a, fx.Node) and isinstance(self.env[a], fx.GraphModule)
-        ]
-        if not modules:
-            raise DfcError("T022", f"`{name}` without a graph")
-        at = node.args.index(modules[0])
-        inner = self.env[modules[0]]
-        operands = node.args[at + 1 :]
-        if name == "invoke_subgraph":
-            operands = operands[1:]
-        if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-            operands = tuple(operands[0])
-        nested = Converter(self.graph, inner, self.names)
-        nested._counts = self._counts
-        placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
-        for p, x in zip(placeholders, operands, strict=True):
-            nested.env[p] = self.env[x] if isinstance(x, fx.Node) else x
-        nested.convert(list(inner.graph.nodes))
-        (output,) = [n for n in inner.graph.nodes if n.op == "output"]
-        result = output.args[0]
-        leaves = list(result) if isinstance(result, (list, tuple)) else [result]
-        found = [nested.env[r] if isinstance(r, fx.Node) else r for r in leaves]
-        if name == "wrap_with_set_grad_enabled" and node.args[0] is False:
-            found = [self.stopped(x, node) if isinstance(x, Value) else x for x in found]
-        return tuple(found) if isinstance(result, (list, tuple)) else found[0]
-
-    def with_graphs(
-        self,
-        node: fx.Node,
-        op: str,
-        modules: Sequence[Any],
-        first: Sequence[Any],
-        operands: Sequence[Any],
-        attributes: dict[str, Any],
-        loop: int = 0,
-    ) -> Any:
-        outer = [self.scalar_or_none(x) for x in operands]
-        scalars = {i: x for i, x in enumerate(outer) if x is not NotImplemented and i >= loop}
-        kept = [x for i, x in enumerate(operands) if i not in scalars]
-        values = [self.single(x) for x in (*first, *kept)]
-        graphs = [self.nested(self.env[m], self.name(m.name), scalars) for m in modules]
-        types, _ = self.result_types(node.meta.get("val"), node)
-        made = self.graph.add(
-            op,
-            [tuple(v for v in values if v is not None)],
-            attributes,
-            types=types,
-            names=[self.name(node.name) for _ in types],
-            graphs=graphs,
-            binds=self.binds(node),
-            loc=self.location(node),
-        )
-        return made.results
-
-    def nested(self, module: fx.GraphModule, name: str, scalars: Mapping[int, Any]) -> Graph:
-        graph = Graph(name)
-        inner = Converter(graph, module, self.names)
-        placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-        arguments = []
-        from dfc.ir.graph import Argument
-        from dfc.ir.tree import LEAF
-
-        for i, p in enumerate(placeholders):
-            value = p.meta.get("val")
-            if i in scalars:
-                if isinstance(value, torch.SymInt) and value.node.expr not in self.names.known:
-                    self.names.known[value.node.expr] = scalars[i]
-                inner.env[p] = scalars[i]
-                continue
-            if isinstance(value, (torch.SymInt, torch.SymFloat)):
-                fresh = self.names.fresh("u")
-                self.names.known[value.node.expr] = symbol(fresh)
-                graph.add_input(fresh, INT)
-                inner.env[p] = symbol(fresh)
-                arguments.append(Argument(fresh, LEAF))
-                continue
-            if isinstance(value, int) and not isinstance(value, torch.Tensor):
-                fresh = self.names.fresh("u")
-                graph.add_input(fresh, INT)
-                inner.env[p] = symbol(fresh)
-                arguments.append(Argument(fresh, LEAF))
-                continue
-            v = graph.add_input(inner.name(p.name), self.names.type_of(value))
-            arguments.append(Argument(v.name, LEAF))
-            inner.env[p] = v
-        graph.arguments = tuple(arguments)
-        inner.convert(list(module.graph.nodes))
-        (output,) = [n for n in module.graph.nodes if n.op == "output"]
-        result = output.args[0]
-        leaves = list(result) if isinstance(result, (list, tuple)) else [result]
-        outputs = [inner.single(x) for x in leaves]
-        from dfc.ir.tree import Leaf, Seq
-
-        graph.set_outputs(
-            [v for v in outputs if v is not None], Seq("tuple", tuple(Leaf() for _ in outputs))
-        )
-        return graph
 
 
 def _is_place(path: Sequence[Any]) -> bool:
