@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,6 +22,7 @@ from dfc.cli.options import (
 )  # fmt: skip
 from dfc.cli.pipelined import Where
 from dfc.cli.replay import is_reproducer, replay_folder
+from dfc.cli.results import FORMATS, describe, print_results, write_tensors
 from dfc.counting import counted
 from dfc.errors import DfcError, did_you_mean
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from dfc.compiled import Compiled
     from dfc.ir.graph import Graph
 
-_FORMATS = (".npz", ".safetensors")
 LINKS = {"sockets": "local", "gloo": "gloo", "nccl": "nccl"}
 PLACES = ("threads", "processes", "torchrun", "ray")
 
@@ -155,7 +154,7 @@ def run(
         raise typer.Exit(replay_folder(model, as_json))
     require_apart(("-o", output), ("--trace", trace))
     require_sources_kept([model, *(inputs or ())], ("-o", output), ("--trace", trace))
-    require_suffix("-o", output, *_FORMATS)
+    require_suffix("-o", output, *FORMATS)
     drawn = memory is not None and pipeline is None  # of a pipeline there is a trace alone
     require_suffix("--trace", trace, ".json", *([".svg"] if drawn else []))
     require_writable(output, force)
@@ -180,17 +179,10 @@ def run(
              "written": output, **ran.told}
         )  # fmt: skip
         return
-    from dfc.cli.tables import print_table, print_text
+    from dfc.cli.tables import print_text
 
     print_text(f"{model} on {ran.engine}, inputs: {ran.origin}")
-    print_table(
-        ["output", "type", "min", "max", "mean", "first values"],
-        [
-            [r["name"], r["type"], *(_short(r[k]) for k in ("min", "max", "mean")), r["values"]]
-            for r in rows
-        ],
-        right=(2, 3, 4),
-    )
+    print_results(rows)
     ran.show()
     for row in rows:
         if row["not_finite"]:
@@ -426,62 +418,3 @@ def _call(compiled: Compiled, inputs: list[Any], seed: int) -> list[Any]:
     torch.manual_seed(seed)
     results = compiled.run_flat(clone(inputs))
     return results[: len(compiled.graph.outputs)]
-
-
-def describe(name: str, x: Any) -> dict[str, Any]:
-    """A result in a few numbers."""
-    import torch
-
-    from dfc.ir.types import TensorType
-
-    if not isinstance(x, torch.Tensor):
-        return {"name": name, "type": type(x).__name__, "min": x, "max": x, "mean": x,
-                "values": str(x), "not_finite": 0}  # fmt: skip
-    found: dict[str, Any] = {"name": name, "type": str(TensorType.of(x))}
-    x = x.detach().cpu()
-    flat = torch.view_as_real(x.resolve_conj()).reshape(-1) if x.is_complex() else x.reshape(-1)
-    wide = flat.double()
-    finite = wide[wide.isfinite()]
-    some = finite.numel() > 0
-    found["min"] = float(finite.min()) if some else None
-    found["max"] = float(finite.max()) if some else None
-    found["mean"] = float(finite.mean()) if some else None
-    found["not_finite"] = int((~wide.isfinite()).sum())
-    shown = [_short(v) for v in x.reshape(-1)[:4].tolist()]
-    found["values"] = ", ".join(shown) + (" ..." if x.numel() > 4 else "")
-    return found
-
-
-def _short(x: Any) -> str:
-    if x is None:
-        return "-"
-    return f"{x:.4g}" if isinstance(x, (float, complex)) else str(x)
-
-
-def write_tensors(path: str, tensors: dict[str, Any], force: bool) -> None:
-    """Outputs by name as `.npz` or `.safetensors`, all or nothing.
-
-    Raises:  DfcError D056 for a type that the format cannot hold, D010..D013 for the file.
-    """
-    import numpy as np
-    import torch
-
-    from dfc.publish import publish_file
-
-    kept = {n: torch.as_tensor(x).detach().cpu().resolve_conj().resolve_neg().contiguous()
-            for n, x in tensors.items()}  # fmt: skip
-    size = sum(x.nbytes for x in kept.values())
-    with publish_file(path, force=force, expect_bytes=size) as temp:
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import save_file
-
-            save_file({n: x.clone() for n, x in kept.items()}, temp)
-            return
-        try:
-            arrays = {n: x.numpy() for n, x in kept.items()}
-        except TypeError:
-            raise DfcError(
-                "D056", "numpy has no type for these outputs", help="write a .safetensors file"
-            ) from None
-        with temp.open("wb") as f:
-            np.savez(f, **arrays)  # type: ignore[arg-type]
