@@ -74,6 +74,38 @@ def raise_until_seen(kind: type[BaseException]) -> None:
     raise kind
 
 
+@contextmanager
+def heeding() -> Iterator[None]:
+    """Let Ctrl-C end what a script calls here, where libraries would swallow it.
+
+    Why:  Python forgets what is raised in hooks of `fork`, and a script would go on.
+    Keeps: signals as they were; in the main thread alone, where they were at their default.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    default = signal.default_int_handler, signal.SIG_DFL
+    if not here or (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)) != default:
+        yield
+        return
+    came: list[int] = []
+    hook = sys.unraisablehook
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        raise_until_seen(KeyboardInterrupt)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if came:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            sys.unraisablehook = hook
+    if came:
+        raise KeyboardInterrupt
+
+
 def is_behind(error: BaseException | None, kind: type[BaseException]) -> bool:
     """Whether such a one is the error, its cause, or what was under way when it was raised."""
     seen = []

@@ -73,6 +73,27 @@ def test_nor_is_one_that_catches_it(where: str, tmp_path: Path) -> None:
     assert lines(script, tmp_path, 0) == ["except", "kept True"]
 
 
+_SWALLOWED = """
+from dfc.ending import heeding
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGINT))
+before = signal.getsignal(signal.SIGALRM), sys.unraisablehook
+try:
+    with heeding():
+        if os.fork() == 0:
+            os._exit(0)
+        time.sleep(60)
+except KeyboardInterrupt:
+    print("except")
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+assert (signal.getsignal(signal.SIGALRM), sys.unraisablehook) == before
+assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+"""
+
+
+def test_ctrl_c_that_a_hook_of_fork_swallows_is_heeded(tmp_path: Path) -> None:
+    assert lines(_SWALLOWED, tmp_path, 0) == ["except", "kept False"]
+
+
 def test_any_other_script_ends_as_python_does(tmp_path: Path) -> None:
     script = "try:\n    interrupt()\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    pass"
     assert lines(script, tmp_path, 0) == ["kept False"]

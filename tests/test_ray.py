@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_pipeline import stages
-from tests.test_processes import equal, gone, heavy, struck
+from tests.test_processes import alive, equal, gone, heavy, struck
 
 
 def test_actors_run_the_same_ranks_and_are_replaced() -> None:
@@ -52,6 +52,44 @@ def test_a_cluster_that_is_started_here_leaves_sigterm_to_the_program(tmp_path: 
             launcher.close()
     finally:
         signal.signal(signal.SIGTERM, kept)
+
+
+def test_what_ends_the_cluster_waits_for_no_helper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted as it waits for room: Ray's monitor would take a second to end."""
+    ray = pytest.importorskip("ray")
+    from ray.util.placement_group import PlacementGroup
+
+    from dfc.runtime.pipeline import ray_
+
+    shutdown, kill = ray.shutdown, ray_._kill_helpers
+    killed: list[int] = []
+    calls: list[str] = []
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def helpers(within: Path) -> None:
+        before = set(children())
+        kill(within)
+        killed.extend(p for p in before if gone([p], 5))
+        calls.append("helpers")
+
+    monkeypatch.setattr(PlacementGroup, "wait", interrupted)
+    monkeypatch.setattr(ray_, "_kill_helpers", helpers)
+    monkeypatch.setattr(ray, "shutdown", lambda: (calls.append("shutdown"), shutdown()))
+    own = set(children())
+    with pytest.raises(KeyboardInterrupt):
+        ray_.RayLauncher(tmp_path, [1])
+    assert calls == ["helpers", "shutdown"] and len(killed) >= 2  # monitor, log monitor
+    assert not ray.is_initialized() and set(children()) <= own
+
+
+def children() -> list[int]:
+    """Processes that this one has started, and that run."""
+    found = Path("/proc/self/task").glob("*/children")
+    return [int(p) for file in found for p in file.read_text().split() if alive(int(p))]
 
 
 def test_ranks_on_one_device_share_a_gpu() -> None:

@@ -70,19 +70,21 @@ class Processes(Pipeline):
         )  # fmt: skip
         write_assembly(folder, made, self.stages)
         launcher = self._launcher(folder, self.threads, self.devices)
-        for device in self.devices if launcher.shares_devices else ():
-            check_device(device)
-        wiring = Wiring(self.graph, made, numbers)
-        places = [(0, d) for d in self.devices]
-        fast = device_pairs(
-            self._links, wiring.pairs, places, launcher.shares_devices and nccl_is_here()
-        )
-        where = meeting(self._links, folder, self._address, fast)
-        self.link_kind = str(where.told[0])  # local, gloo, or nccl beside either
-        crew = Crew(len(self.threads), launcher, self._address)
-        crew.expected = dict(self._expected)
-        lanes = self._ranks = ProcessLanes(wiring, crew, where, self.restarts)
         with ExitStack() as failing:
+            failing.callback(launcher.close)
+            for device in self.devices if launcher.shares_devices else ():
+                check_device(device)
+            wiring = Wiring(self.graph, made, numbers)
+            places = [(0, d) for d in self.devices]
+            fast = device_pairs(
+                self._links, wiring.pairs, places, launcher.shares_devices and nccl_is_here()
+            )
+            where = meeting(self._links, folder, self._address, fast)
+            self.link_kind = str(where.told[0])  # local, gloo, or nccl beside either
+            crew = Crew(len(self.threads), launcher, self._address)
+            crew.expected = dict(self._expected)
+            lanes = self._ranks = ProcessLanes(wiring, crew, where, self.restarts)
+            failing.pop_all()  # it is the crew's from now on
             failing.callback(self._end)
             lanes.ready()
             failing.pop_all()

@@ -16,10 +16,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dfc.ending import heeding
 from dfc.errors import DfcError
 from dfc.runtime.pipeline.control import Door
 
@@ -83,18 +85,20 @@ class RayLauncher:
             ) from None
         self.folder, self.threads, self.before, self._ray = folder, threads, before, ray
         self._gpus = gpu_shares(devices or ["cpu"] * len(threads))
-        self._remove = remove_placement_group
+        self._remove, self._group = remove_placement_group, None
         self._started = not ray.is_initialized()
-        if self._started:
-            kept = signal.getsignal(signal.SIGTERM)
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-            if kept is not None and threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, kept)  # Ray took it, to print stacks and abort
-        self._group = placement_group(
-            [{"CPU": n, **({"GPU": share} if share else {})}
-             for n, share in zip(threads, self._gpus, strict=True)], strategy="PACK",
-        )  # fmt: skip
-        if not self._group.wait(timeout_seconds=_PLACING):
+        try:
+            if self._started:
+                _start(ray)
+            self._group = placement_group(
+                [{"CPU": n, **({"GPU": share} if share else {})}
+                 for n, share in zip(threads, self._gpus, strict=True)], strategy="PACK",
+            )  # fmt: skip
+            placed = self._group.wait(timeout_seconds=_PLACING)
+        except KeyboardInterrupt:
+            self.close()
+            raise
+        if not placed:
             have = ray.cluster_resources()
             self.close()
             wanted = f"ranks of {threads} threads"
@@ -129,10 +133,39 @@ class RayLauncher:
         return RayHandle(self._ray, actor, call)
 
     def close(self) -> None:
-        """Give the room back, and end the cluster if it was started here."""
-        self._remove(self._group)
-        if self._started:
+        """Give the room back, or end the cluster if it was started here; once."""
+        group, self._group = self._group, None
+        started, self._started = self._started, False
+        if started:
+            _kill_helpers(Path(self._ray.__file__).parent)
             self._ray.shutdown()
+        elif group is not None:
+            self._remove(group)
+
+
+def _start(ray: Any) -> None:
+    """A cluster on this machine, or the one that Ray itself finds."""
+    kept = signal.getsignal(signal.SIGTERM)
+    try:
+        with heeding():
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    finally:
+        if kept is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, kept)  # Ray took it, to print stacks and abort
+
+
+def _kill_helpers(within: Path) -> None:
+    """End the scripts of Ray's package that this process has started: its monitors, its dashboard.
+
+    Why:  `ray.shutdown` ends one after the other, and waits for the first a second, which does not
+          heed SIGTERM, before it does the same.
+    """
+    for children in Path("/proc/self/task").glob("*/children"):
+        for pid in children.read_text().split():
+            with suppress(OSError):  # it has ended
+                words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+                if any(Path(w).is_relative_to(within) and w.endswith(".py") for w in words):
+                    os.kill(int(pid), signal.SIGKILL)
 
 
 def gpu_shares(devices: Sequence[str]) -> list[float]:
