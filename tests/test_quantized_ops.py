@@ -8,9 +8,10 @@ from dfc.ir.graph import Graph
 from dfc.ir.types import TensorType
 from dfc.ops.builder import Builder
 from dfc.ops.codes import pack4, unpack4
+from dfc.ops.embedding_quantized import EmbeddingW4, EmbeddingW8
 from dfc.ops.linear_f8 import LinearF8
 from dfc.ops.linear_quantized import LinearW4, LinearW8
-from dfc.ops.quantized import Dequantize, EmbeddingW4, EmbeddingW8, Quantize
+from dfc.ops.quantized import Dequantize, Quantize
 from dfc.rewrite.pass_ import Context, find_pass
 
 TIES = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 126.5, 127.5, 300.0, -128.5, -300.0])

@@ -210,7 +210,7 @@ def prove(graph: Graph, path: Path, probes: Sequence[Probe], *, rtol: float = 1e
     """
     from dfc.emit.onnx import is_random, output_names
     from dfc.emit.onnx_run import Session
-    from dfc.ops.quantized import ROUNDED_RTOL, rounds_values
+    from dfc.ops.rounding import ROUNDED_RTOL, rounds_values
 
     names = output_names(graph)
     random = is_random(graph)
@@ -294,7 +294,7 @@ def _difference(
     """The error relative to the largest value, None for an exact mismatch; and what is wrong."""
     import torch
 
-    from dfc.ops.quantized import rounded_alike
+    from dfc.ops.rounding import rounded_alike
 
     if not isinstance(want, torch.Tensor):
         if want is None:

@@ -245,7 +245,7 @@ def _prove_whole(
     """All stages one after another in ONNX Runtime, against the model's own results."""
     from dfc.emit.onnx import is_random, output_names
     from dfc.emit.onnx_run import Session
-    from dfc.ops.quantized import ROUNDED_RTOL, rounds_values
+    from dfc.ops.rounding import ROUNDED_RTOL, rounds_values
 
     if not probes:
         return

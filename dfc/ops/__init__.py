@@ -4,6 +4,7 @@ from dfc.ops import (  # noqa: F401
     aten,
     attention,
     control_flow,
+    embedding_quantized,
     linear,
     linear_f8,
     linear_quantized,

@@ -286,7 +286,7 @@ def own_probes(probes: Any, graph: Graph) -> Any:
 def judge_engine(standard: Any, graph: Graph, run: Runner, rtol: float) -> Any:
     """An engine's results for a graph against the probes, within what its kernels may differ by
     or what is promised."""
-    from dfc.ops.quantized import ROUNDED_RTOL, rounds_values
+    from dfc.ops.rounding import ROUNDED_RTOL, rounds_values
 
     rounded = rounds_values(graph)
     rtol = max(ROUNDED_RTOL if rounded else ENGINE_RTOL, rtol)

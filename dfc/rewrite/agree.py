@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dfc.ops.quantized import rounded_alike
+from dfc.ops.rounding import rounded_alike
 
 ULPS = 16
 
