@@ -20,7 +20,7 @@ from dfc.runtime.direct import call_directly, functions
 from dfc.runtime.engines import find_engine
 from tests.zoo import Case, cases
 
-ZOO = {"bert", "gpt2", "llama", "t5_encoder", "lstm"}
+ZOO = {"bert", "gpt2", "llama", "t5_encoder"}
 X = torch.linspace(-1, 1, 24).reshape(2, 3, 4)
 ROW = torch.linspace(0, 1, 4)
 SQUARE = torch.linspace(-1, 1, 16).reshape(4, 4)
