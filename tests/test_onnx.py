@@ -386,3 +386,23 @@ def test_the_engine_shares_the_weights() -> None:
     graph = trace(model, (x(3, 512),))
     run = ENGINE.build(graph, threads=1)
     torch.testing.assert_close(run([x(3, 512)])[0], model(x(3, 512)).detach(), rtol=1e-4, atol=1e-5)
+
+
+class Drawn(nn.Module):
+    """As many rows as are drawn, as speech models that draw the lengths of sounds give."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        kept = x[torch.rand(x.shape[0]) > 0.5]
+        return kept, x + 1
+
+
+def test_a_size_that_is_drawn_is_no_difference_and_what_is_fixed_is(tmp_path: Path) -> None:
+    x = torch.arange(64.0).reshape(32, 2)
+    graph = trace(Drawn(), (x,), None, None)
+    expected = [x[:16], x + 1]
+    assert export_onnx(graph, tmp_path / "m.onnx", probes=[([x], expected)]).proved
+    names = output_names(graph)
+    with pytest.raises(DfcError, match="instead of float32"):
+        compare(graph, [x], expected, [x[:5], x[:5]], names, random=True)
+    with pytest.raises(DfcError, match="instead of float32"):
+        compare(graph, [x], expected, [x[:5, 0], x + 1], names, random=True)
