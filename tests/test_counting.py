@@ -13,6 +13,7 @@ import torch
 import dfc
 from dfc.counting import counted
 from dfc.lang.units import amount_text
+from dfc.planning.stages import split
 from dfc.rewrite.pass_ import Context
 from tests.command import Run
 
@@ -91,6 +92,30 @@ def test_notes_are_for_the_report_and_what_is_told_is_said_at_once() -> None:
     ctx.note("later")
     ctx.tell("now")
     assert said == ["now"] and ctx.products["notes"] == ["later", "now"]
+
+
+def test_a_node_without_a_line_has_no_place(run: Run, model: str) -> None:
+    """PyTorch's own modules called each other: no line of the user's is nearest."""
+    code = "import torch\n\n\ndef build():\n    seq = torch.nn.Sequential(torch.nn.ReLU()).eval()\n"
+    path = Path(model.partition(":")[0]).with_name("seq.py")
+    path.write_text(code + "    return seq, (torch.ones(2),)\n")
+    (node,) = run("select", f"{path}:build", "op(relu)", "--json").data["nodes"]
+    assert node["place"] != ":0"
+
+
+def test_a_pipeline_names_the_buffer_that_it_cannot_have() -> None:
+    class Counting(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.count.add_(1)
+            return x + self.count
+
+    graph = dfc.trace(Counting().eval(), (torch.ones(2),))
+    with pytest.raises(dfc.DfcError, match=r"N050.*writes to its buffer `count` at every call"):
+        split(graph, dict.fromkeys(graph.nodes, 0))
 
 
 def test_a_batch_norm_that_counts_batches_is_named() -> None:

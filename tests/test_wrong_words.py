@@ -75,6 +75,7 @@ CASES = [
     ("bisect {0}/net.py:build -p cse --check {0}/net.py", "net.py:FUNCTION"),
     ("verify {}/net.py:build", "a package is wanted"),
     ("tune {}/net.py:build", "a package is wanted"),
+    ("tune {}/net.dfcpkg --budget 0s", "`0s` is no time"),
 ]
 
 

@@ -79,7 +79,7 @@ def _node(n: Node) -> dict[str, Any]:
         "op": n.op,
         "type": ", ".join(str(r.type) for r in n.results),
         "module": n.loc.module if n.loc else "",
-        "place": f"{n.loc.file}:{n.loc.line}" if n.loc else "",
+        "place": f"{n.loc.file}:{n.loc.line}" if n.loc and n.loc.file else "",
     }
 
 

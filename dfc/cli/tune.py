@@ -90,12 +90,14 @@ def _seconds(text: str) -> float:
 
     Raises:  DfcError Q052.
     """
+    from dfc.errors import DfcError
     from dfc.recipe.searching import Budget
 
-    found = Budget.of(text).seconds
+    try:
+        found = Budget.of(text).seconds
+    except DfcError:  # its help names tries as well, which searches of recipes have
+        found = math.inf
     if not math.isfinite(found):
-        from dfc.errors import DfcError
-
         raise DfcError("Q052", f"`{text}` is no time", help="write a time, as 30s or 5min")
     return found
 

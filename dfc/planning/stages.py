@@ -33,8 +33,13 @@ def split(graph: Graph, stage_of: Mapping[Node, int]) -> list[StageGraph]:
              that the model writes to (a pipeline holds several microbatches at once).
     """
     if graph.mutations:
-        raise DfcError("N050", "the model writes to its buffers: it cannot run as a pipeline yet",
-                       help="call .eval() on it, or trace it without a cache")  # fmt: skip
+        raise DfcError(
+            "N050",
+            f"the model writes to {_written(graph)} at every call, which the microbatches of a "
+            "pipeline, several at once, would do in no order",
+            help="run it unsplit; or trace it without that state: after .eval() where it is of "
+            "batch norms, with use_cache=False where it is a cache, else as an input and an output",
+        )
     nodes = list(graph.nodes)
     count = _checked(nodes, stage_of)
     home: dict[Value, int] = {v: HOST for v in graph.inputs}
@@ -48,6 +53,13 @@ def split(graph: Graph, stage_of: Mapping[Node, int]) -> list[StageGraph]:
         sources = tuple(home[v] for v in outer)
         stages.append(StageGraph(part, tuple(outer), sources, tuple(gives)))
     return stages
+
+
+def _written(graph: Graph) -> str:
+    """The buffers that a model writes to, by name."""
+    names = list(dict.fromkeys(f"`{m.target.name}`" for m in graph.mutations))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"its buffer{'s' * (len(names) > 1)} {', '.join(names[:3])}{more}"
 
 
 def _checked(nodes: Sequence[Node], stage_of: Mapping[Node, int]) -> int:
