@@ -16,6 +16,7 @@ _LONG = {
     "encodec",
     "longformer",
     "deformable_detr",
+    "deberta",
     "umt5",
     "mamba2_dynamic",
     "mobilevit",

@@ -98,6 +98,18 @@ def deberta_v2() -> Built:
     return encoder(model_of("DebertaV2Model", "DebertaV2Config", **config))
 
 
+@zoo("disentangled attention whose window into a table of positions lies between two tensors")
+def deberta() -> Built:
+    config = TINY | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+    return encoder(model_of("DebertaModel", "DebertaConfig", max_relative_positions=16, **config))
+
+
+@zoo("masked tokens become zeros and the others are scaled by how many there are; rotary")
+def esm() -> Built:
+    config = TINY | {"position_embedding_type": "rotary", "pad_token_id": 1, "mask_token_id": 98}
+    return encoder(model_of("EsmForMaskedLM", "EsmConfig", token_dropout=True, **config))
+
+
 @zoo("relative position bias shared by all layers")
 def mpnet() -> Built:
     return encoder(model_of("MPNetModel", "MPNetConfig", **TINY))
