@@ -73,7 +73,7 @@ def test_a_diff_is_empty_exactly_when_graphs_are_equal(seed: int) -> None:
         ("alpha=1", "alpha=2", "(top): add: alpha was 1, is 2"),
         ("aten.exp.default(%x)\n  %s", "aten.neg.default(%x)\n  %s", "(top): exp became neg"),
         ("%m: bool[2, 3]", "%m: bool[2, 4]", "the input %m: bool[2, 3] became bool[2, 4]"),
-        ("add.Tensor(%a, %s,", "add.Tensor(%s, %a,", "1 nodes read other values"),
+        ("add.Tensor(%a, %s,", "add.Tensor(%s, %a,", "1 node reads other values"),
         ("return %y", "return %s", "(top): add is gone"),
     ],
 )
