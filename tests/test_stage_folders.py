@@ -251,7 +251,7 @@ def test_fewer_stages_than_asked_for_are_told(
     given = ["compile", f"{model}:build", "--engine", "eager", "--onnx", folder, "--stages", "9"]
     assert main(given) == 0
     told = capsys.readouterr().out
-    assert "1 stages, not 9: no more of its nodes take time" in told
+    assert "1 stage, not 9: no more of its nodes take time" in told
     assert f"next: dfc run {folder} --random" in told
 
 
@@ -309,7 +309,7 @@ def other_program(data: Any) -> None:
     (lambda d: d["stages"][0].update(file="../x.onnx"), r"D062.*stages\[0\].file"),
     (lambda d: d.pop("program"), "D060.*KeyError: 'program'"),
     (lambda d: d["program"].update(placement=[0, 0, 0]), "D062.*placement"),
-    (lambda d: d["program"].update(ranks=["0: F(0,0)"], placement=[0]), "D062.*1 stages.*has 3"),
+    (lambda d: d["program"].update(ranks=["0: F(0,0)"], placement=[0]), "D062.*1 stage.*has 3"),
     (other_program, r"N022.*F\(1,0\) is missing"),
 ], ids=range(9))  # fmt: skip
 def test_a_plan_that_does_not_fit_is_refused(

@@ -62,7 +62,7 @@ WORDS = [
     ("bench {}/net.dfcpkg --seconds inf", "less than or equal to 86400"),
     ("plan {}/net.py:build --stages-per-device 1000", "1000 stages a device are more than the"),
     ("plan {}/net.py:build --by speed", "there are time, latency, memory, cost"),
-    ("plan {}/net.py:build -m 1000000000", "1000000000 microbatches on 1 devices"),
+    ("plan {}/net.py:build -m 1000000000", "1000000000 microbatches on 1 device"),
     ("compile {}/net.py:build --contrib", "name it: --onnx FILE"),
     ("compile {}/net.py:build --name small", "name it: -r FILE"),
     ("compile {}/net.py:build --use nothing", "is a folder without Python code"),
