@@ -30,8 +30,11 @@ def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
     """What stands for characters that the encoding lacks: `5 us`, and escapes for the rest."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    spelled = _SPELLED.get(error.object[error.start])
-    return (spelled, error.start + 1) if spelled else codecs.backslashreplace_errors(error)
+    at = error.start
+    spelled = _SPELLED.get(error.object[at])
+    if error.object[at] == "µ" and error.object[at - 1 : at + 2] != " µs":  # of a name, it is exact
+        spelled = None
+    return (spelled, at + 1) if spelled else codecs.backslashreplace_errors(error)
 
 
 def give_up_stdout() -> None:
