@@ -1,4 +1,4 @@
-"""How commands and scripts end that are interrupted: nothing half-written is left, and soon.
+"""How commands end, and scripts that are interrupted: nothing half-written is left, and soon.
 
 SIGTERM and SIGHUP unwind a command's stack, so that what is half-written is taken away: in the main
 thread alone, and where the program left the signals at their default.
@@ -19,7 +19,7 @@ from types import FrameType
 
 _AGAIN_S = 0.3
 _WRITERS = frozenset((io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom))
-_interrupted = False  # whether Ctrl-C ended something of dfc's
+_soon = False  # whether Ctrl-C ended something of dfc's, or a command is done
 
 
 class Ended(BaseException):
@@ -117,18 +117,24 @@ def is_behind(error: BaseException | None, kind: type[BaseException]) -> bool:
 
 def noticed(kind: object = KeyboardInterrupt) -> None:
     """What ends a call or a `with` of dfc's: a script that catches Ctrl-C is to end soon too."""
-    global _interrupted
-    _interrupted = _interrupted or kind is KeyboardInterrupt
+    global _soon
+    _soon = _soon or kind is KeyboardInterrupt
+
+
+def done() -> None:
+    """The command has written all that it was to write."""
+    global _soon
+    _soon = True
 
 
 def end_soon() -> None:
-    """Let Python end soon after Ctrl-C: called as it ends, when scripts have had their say.
+    """Let Python end soon after Ctrl-C or a command: as it ends, when scripts have had their say.
 
     Why:  it looks for cycles among 400 000 objects of PyTorch three times, which takes 1 to 2 s.
     Keeps: names go one by one, as ever, and what they hold with them. Objects in cycles are left to
           the system, as Python's own documentation allows; files that they write to are written.
     """
-    if not _interrupted and getattr(sys, "last_type", None) is not KeyboardInterrupt:
+    if not _soon and getattr(sys, "last_type", None) is not KeyboardInterrupt:
         return
     for file in gc.get_objects():
         if type(file) in _WRITERS:

@@ -73,6 +73,12 @@ def test_nor_is_one_that_catches_it(where: str, tmp_path: Path) -> None:
     assert lines(script, tmp_path, 0) == ["except", "kept True"]
 
 
+def test_nor_is_a_command_that_is_done(tmp_path: Path) -> None:
+    script = "from dfc.cli import main\nsys.argv[1:] = ['--version']\nassert main() == 0"
+    version, kept = lines(script, tmp_path, 0)
+    assert version.startswith("dfc ") and kept == "kept True"
+
+
 _SWALLOWED = """
 from dfc.ending import heeding
 os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGINT))

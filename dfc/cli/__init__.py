@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import signal
 
-        from dfc.ending import ending, raise_until_seen
+        from dfc.ending import done, ending, raise_until_seen
 
         heeds = argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if heeds:  # not where whoever started this wants it to be ignored
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = guarded(lambda: dispatch(given), given)
         if heeds:  # all is written: libraries wind down
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+        done()
         return status
     except KeyboardInterrupt:
         import signal
