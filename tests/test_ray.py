@@ -27,7 +27,8 @@ def test_actors_run_the_same_ranks_and_are_replaced() -> None:
             before = pipeline.pids
             assert len(set(before) | {os.getpid()}) == 3
             told = struck(pipeline, 1, signal.SIGKILL, args)
-            assert pipeline.pids[0] == before[0] and pipeline.pids[1] != before[1]
+            assert pipeline.pids[0] == before[0], pipeline.incidents
+            assert pipeline.pids[1] != before[1]
             assert "rank 1 lost" in told
             ranks = pipeline.pids
         assert gone(ranks, 60)
@@ -84,6 +85,32 @@ def test_what_ends_the_cluster_waits_for_no_helper(
         ray_.RayLauncher(tmp_path, [1])
     assert calls == ["helpers", "shutdown"] and len(killed) >= 2  # monitor, log monitor
     assert not ray.is_initialized() and set(children()) <= own
+
+
+def test_a_start_that_is_interrupted_leaves_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the script connects to a node of which `ray.shutdown` knows nothing yet."""
+    ray = pytest.importorskip("ray")
+    import ray._private.worker as worker
+
+    from dfc.runtime.pipeline import ray_
+
+    own = set(children())
+    begun: list[int] = []
+
+    def interrupted(*_: object, **__: object) -> None:
+        left = [p for p in children() if p not in own]
+        while left:
+            begun.append(left.pop())
+            left += ray_._children(begun[-1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker, "connect", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ray_.RayLauncher(tmp_path, [1])
+    assert len(begun) >= 4 and gone(begun, 5)  # gcs_server, raylet, two monitors
+    assert not ray.is_initialized()
 
 
 def children() -> list[int]:

@@ -146,9 +146,14 @@ class RayLauncher:
 def _start(ray: Any) -> None:
     """A cluster on this machine, or the one that Ray itself finds."""
     kept = signal.getsignal(signal.SIGTERM)
+    before = set(_children("self"))
     try:
         with heeding():
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    except KeyboardInterrupt:
+        if not ray.is_initialized():  # else it knows what it has started
+            _kill_begun(Path(ray.__file__).parent, before)
+        raise
     finally:
         if kept is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, kept)  # Ray took it, to print stacks and abort
@@ -160,12 +165,58 @@ def _kill_helpers(within: Path) -> None:
     Why:  `ray.shutdown` ends one after the other, and waits for the first a second, which does not
           heed SIGTERM, before it does the same.
     """
-    for children in Path("/proc/self/task").glob("*/children"):
-        for pid in children.read_text().split():
-            with suppress(OSError):  # it has ended
-                words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-                if any(Path(w).is_relative_to(within) and w.endswith(".py") for w in words):
-                    os.kill(int(pid), signal.SIGKILL)
+    for pid in _children("self"):
+        with suppress(OSError):  # it has ended
+            if any(w.endswith(".py") for w in _words_within(within, pid)):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _kill_begun(within: Path, before: set[int]) -> None:
+    """End what a start of Ray that was interrupted has begun, with all that came from it.
+
+    Why:  `ray.shutdown` knows nothing of a half-started node, whose processes would look for it
+          for a minute.
+    """
+    until = time.monotonic() + 0.3
+    own = Path("/proc/self/cmdline").read_bytes()
+    while time.monotonic() < until:  # a child that is forked and not yet Ray's
+        new = [pid for pid in _children("self") if pid not in before]
+        if all(_cmdline(pid) != own for pid in new):
+            break
+        time.sleep(0.01)
+    found = []
+    left = [pid for pid in _children("self") if pid not in before and _words_within(within, pid)]
+    while left:
+        pid = left.pop()
+        with suppress(OSError):  # it has ended
+            os.kill(pid, signal.SIGSTOP)  # so that no more come from it
+            found.append(pid)
+            left += _children(pid)
+    for pid in found:
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _children(pid: int | str) -> list[int]:
+    """Processes that a process has started, those of all its threads."""
+    found = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # the thread has ended
+            found += [int(child) for child in file.read_text().split()]
+    return found
+
+
+def _words_within(folder: Path, pid: int) -> list[str]:
+    """Words of a process's command that are files of the folder."""
+    words = _cmdline(pid).decode(errors="replace").split("\0")
+    return [w for w in words if Path(w).is_relative_to(folder)]
+
+
+def _cmdline(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has ended
+        return b""
 
 
 def gpu_shares(devices: Sequence[str]) -> list[float]:
