@@ -188,6 +188,7 @@ def test_a_caller_that_is_interrupted_before_all_ranks_know_gets_its_lanes_back(
         assert [r["x2"] for r in lanes.step(program, given).results] == list(range(2, 52))
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_caller_gets_its_lanes_back() -> None:
     """Ctrl-C while ranks work: the step ends at once, ranks after what they do."""
     program = schedule("forward", 2, 50)

@@ -243,6 +243,7 @@ def children() -> list[int]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc says who was started")
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_while_ranks_start_ends_them() -> None:
     _, graph, options = traced()
     before, started = set(children()), set[int]()

@@ -418,6 +418,7 @@ def test_a_rank_that_finds_no_host_takes_its_folder_away(tmp_path: Path) -> None
     assert not folder.exists()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_is_seen_while_a_message_is_waited_for() -> None:
     """PyTorch's store does not see it: torchrun would kill such a rank half a minute later."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
