@@ -90,7 +90,7 @@ def during(
         until = time.monotonic() + 30
         while pipeline._ranks._steps == step and time.monotonic() < until:
             time.sleep(0.001)
-        time.sleep(0.1)
+        time.sleep(0.05)
         sent.append(clock.now if clock is not None else 0.0)
         os.kill(pipeline._ranks.crew.members[rank].pid, signal_)
 

@@ -28,7 +28,7 @@ def test_actors_run_the_same_ranks_and_are_replaced() -> None:
             assert len(set(before) | {os.getpid()}) == 3
             told = struck(pipeline, 1, signal.SIGKILL, args)
             equal(pipeline, args)  # a rank that had no more to do is started again for it
-            assert pipeline.pids[1] != before[1]  # the other too, if it was deaf for seconds
+            assert pipeline.pids[0] == before[0] and pipeline.pids[1] != before[1]
             assert "rank 1 lost" in told
             ranks = pipeline.pids
         assert gone(ranks, 60)
