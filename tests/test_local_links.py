@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -69,6 +70,19 @@ def test_what_does_not_come_is_told_in_time(ends: list[LocalLinks]) -> None:
     stuck = ends[0].post((0, 1), block(1 << 24, 0), 0)
     with pytest.raises(RuntimeError, match="not taken in"):
         stuck.wait(timedelta(seconds=0.05))
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_that_comes_as_a_wait_begins_is_seen(ends: list[LocalLinks]) -> None:
+    """The system does not end the wait then: Python has noted the signal, and waits."""
+    work = ends[0].post((1, 0), block(8, 0), 1)
+    noting = threading.Timer(0.1, _thread.interrupt_main)
+    noting.start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        work.wait(timedelta(seconds=20))
+    assert time.monotonic() - began < 10
+    noting.join()
 
 
 def test_another_message_than_the_one_awaited_is_an_error(ends: list[LocalLinks]) -> None:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfc.runtime.pipeline.messages import Message, memory_of
 from dfc.runtime.pipeline.shared_blocks import LARGE, Reader, Shelf
+from dfc.runtime.pipeline.waiting import is_set, ready
 
 if TYPE_CHECKING:
     import torch
@@ -145,7 +146,7 @@ class _Going(_Work):
 
     def wait(self, timeout: timedelta) -> None:
         assert self.done is not None
-        if not self.done.wait(timeout.total_seconds()):
+        if not is_set(self.done, time.monotonic() + timeout.total_seconds()):
             raise RuntimeError(f"not taken in {timeout.total_seconds():.3g} s")
         if self.error:
             raise RuntimeError(self.error)
@@ -237,8 +238,7 @@ class _Outgoing:
         """
         until = time.monotonic() + seconds
         while self._taken < count:
-            left = until - time.monotonic()
-            if left <= 0 or not self._answers.poll(left * 1e3):
+            if not ready(self._answers, until):
                 raise RuntimeError(f"not taken in {seconds:.3g} s")
             try:
                 answers = len(self.socket.recv(64))
@@ -331,8 +331,7 @@ class _Incoming:
             try:
                 count, with_it, *_ = self.socket.recvmsg_into(parts, _FILE, socket.MSG_DONTWAIT)
             except BlockingIOError:
-                left = until - time.monotonic()
-                if left <= 0 or not self._ready.poll(left * 1e3):
+                if not ready(self._ready, until):
                     raise RuntimeError("nothing came in time") from None
                 continue
             except OSError as e:
@@ -383,7 +382,10 @@ def _found(path: Path, me: int, until: float) -> socket.socket:
 
 def _accepted(listener: socket.socket, until: float) -> tuple[int, socket.socket]:
     """Who connects next, and the connection."""
-    listener.settimeout(max(_AGAIN, until - time.monotonic()))
+    come = select.poll()
+    come.register(listener, select.POLLIN)
+    if not ready(come, until):
+        raise RuntimeError("a link's other end does not come: timed out")
     try:
         end, _ = listener.accept()
         end.settimeout(max(_AGAIN, until - time.monotonic()))

@@ -6,7 +6,9 @@ there would be killed by torchrun half a minute later. So another thread makes t
 
 from __future__ import annotations
 
+import select
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
@@ -14,6 +16,23 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 _LOOK_S = 0.25  # a signal that comes as Python begins to wait is not seen before it ends
+
+
+def ready(what: select.poll, until: float) -> bool:
+    """Whether a file is ready before that moment of the monotonic clock; Ctrl-C is seen."""
+    return _seen(lambda seconds: what.poll(seconds * 1e3), until)
+
+
+def is_set(event: threading.Event, until: float) -> bool:
+    """Whether an event is set before that moment of the monotonic clock; Ctrl-C is seen."""
+    return _seen(event.wait, until)
+
+
+def _seen(wait: Callable[[float], object], until: float) -> bool:
+    while (left := until - time.monotonic()) > 0:
+        if wait(min(left, _LOOK_S)):
+            return True
+    return False
 
 
 class Waiting:
