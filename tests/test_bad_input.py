@@ -4,9 +4,9 @@ nothing half-written."""
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from dfc.cli import main
-from tests.failing import Try, failing, nets_in
+from tests.failing import Try, nets_in
+
+NO_FILES = pytest.mark.skipif(sys.platform != "linux", reason="root may write but in /proc")
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +27,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "broken.py").write_text("def build(:\n")
     (folder / "missing.py").write_text("import torch\nimport no_such_library\n")
     return folder
-
-
-@pytest.fixture
-def fails(
-    made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Try:
-    here = tmp_path / "work"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    return failing(here, capfd)
 
 
 @pytest.mark.parametrize(
@@ -136,9 +128,29 @@ def test_targets_that_cannot_be_written_are_refused_before_the_work(
     argv = ("-r", "r.dfc", "-o", "m.dfcpkg", "--onnx", "m.onnx")
     err = refused_before_the_work(fails, made, 2, *argv)
     assert "`--onnx` and `emit onnx` both write `m.onnx`" in err
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    err = refused_before_the_work(fails, made, 7, "-o", "m.dfcpkg")
-    assert "error[D013]: cannot write `m.dfcpkg`: nothing can be written in `.`" in err
+
+
+@NO_FILES
+@pytest.mark.parametrize("option", ["-o", "--onnx", "--html"])
+def test_a_folder_that_takes_no_file_is_refused_before_the_work(
+    fails: Try, made: Path, option: str
+) -> None:
+    err = refused_before_the_work(fails, made, 7, option, "/proc/m.x")
+    assert "error[D013]: cannot write `/proc/m.x`: nothing can be written in `/proc`" in err
+
+
+@NO_FILES
+@pytest.mark.parametrize(
+    "argv",
+    ["tune {}/net.dfcpkg -o /proc/m.dfcpkg", "run {}/net.dfcpkg -o /proc/m.npz",
+     "run {}/net.dfcpkg --pipeline 2 --trace /proc/m.json", "plan {}/net.dfcpkg --svg /proc/m.svg",
+     "plan {}/net.dfcpkg --trace /proc/m.json", "calibrate -o /proc/m.dfc",
+     "explain {}/net.dfcpkg -r r.dfc --sensitivity -o /proc/m.svg"],
+)  # fmt: skip
+def test_whatever_writes_looks_whether_it_can(fails: Try, made: Path, argv: str) -> None:
+    Path("r.dfc").write_text("dfc 1\nrecipe r {\n  quantize int8\n}\n")
+    err = fails(7, *argv.format(made).split())
+    assert "nothing can be written in `/proc`" in err
 
 
 def test_what_the_users_code_prints_is_no_data(
@@ -257,3 +269,12 @@ def test_a_target_is_read_before_the_model_is_built(fails: Try, made: Path) -> N
     err = fails(2, "plan", f"{made}/nets.py:slow", "-t", "bad.dfc")
     assert "`h100` has no `memory`" in err and "did you mean `mem`" in err
     assert not Path("ready").exists()
+
+
+@pytest.mark.parametrize("verb", ["test", "check", "fmt", "compile {}/nets.py:build -r"])
+def test_python_in_the_place_of_rules_and_recipes_is_one_error(
+    fails: Try, made: Path, verb: str
+) -> None:
+    said = "1 error" if verb == "check" else ""
+    err = fails(2, *verb.format(made).split(), made / "broken.py", said=said)
+    assert re.findall(r"error\[(\w+)\]: ([^;]*)", err) == [("P003", "this is Python")], err

@@ -114,6 +114,8 @@ def read_document(source: Source) -> Reading:
 
 
 def _read_document(source: Source) -> Reading:
+    if source.file.endswith(".py"):  # one error, not one for each of its lines
+        return _python(source)
     tokens, kept, problems = read_tokens(source)
     if any(d.code in ("P004", "P007", "P009") for d in problems):
         return Reading(s.Document((0, 0), ()), tuple(problems), source, tuple(tokens))
@@ -125,6 +127,13 @@ def _read_document(source: Source) -> Reading:
     tight = frozenset(parser.builder.tight)
     told = tuple(problems[:MAX_ERRORS])
     return Reading(document, told, source, tuple(tokens), tuple(kept), tight)
+
+
+def _python(source: Source) -> Reading:
+    message = "this is Python; rules, recipes and targets are text of dfc's own, in .dfc files"
+    help = "models are `FILE.py:FUNCTION`, passes and ops of your own `--use FILE.py`"
+    problem = Diagnostic("P003", message, source.span(0), help)
+    return Reading(s.Document((0, 0), ()), (problem,), source, ())
 
 
 def read_tokens(source: Source) -> tuple[list[Token], list[Token], list[Diagnostic]]:

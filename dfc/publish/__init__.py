@@ -52,6 +52,7 @@ _LEFTOVER = re.compile(
 )
 _in_use: set[str] = set()  # the random part of what this process is writing now
 _FOREIGN_AGE_S = 24 * 3600  # a process of another boot or machine cannot be asked; this old is dead
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _ENVIRONMENT = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -101,12 +102,18 @@ def require_usable(final: AnyPath, *, folder: bool, force: bool = False) -> None
     if not os.fspath(final):
         raise DfcError("D011", "the path of an output is empty", help="name a file or a folder")
     _require_usable(final, target, folder, force)
-    if not os.access(target.parent, os.W_OK | os.X_OK):
+    trial = target.with_name(f".tmp-{_ticket(secrets.token_hex(4))}")
+    try:  # permissions do not tell: root has them all, and /proc or a full disk takes no file
+        os.close(os.open(trial, _NEW_FILE, 0o600))
+        os.unlink(trial)
+    except OSError as error:
         where = os.path.dirname(final) or "."
+        reason = (error.strerror or str(error)).lower()
         raise DfcError(
-            "D013", f"cannot write `{os.fspath(final)}`: nothing can be written in `{where}`",
+            "D013",
+            f"cannot write `{os.fspath(final)}`: nothing can be written in `{where}`: {reason}",
             help="write somewhere else", status=7,
-        )  # fmt: skip
+        ) from error  # fmt: skip
 
 
 def require_space(folder: AnyPath, need_bytes: int) -> None:
@@ -147,7 +154,7 @@ def _publish(final: AnyPath, *, folder: bool, force: bool, expect_bytes: int) ->
     target = Path(final).absolute()
     _require_usable(final, target, folder, force)
     token = secrets.token_hex(4)
-    ticket = f"{os.getpid()}-{start_time(os.getpid())}-{here()}{token}"
+    ticket = _ticket(token)
     plain = not folder and re.fullmatch(r"\.[A-Za-z0-9_]{1,16}", target.suffix)
     suffix = target.suffix if plain else ""
     temp = target.with_name(f".tmp-{ticket}{suffix}")
@@ -176,6 +183,11 @@ def _publish(final: AnyPath, *, folder: bool, force: bool, expect_bytes: int) ->
                 _discard(temp)
                 _recover(aside)
             _in_use.discard(token)
+
+
+def _ticket(token: str) -> str:
+    """Whose a temporary file is, so that another process knows whether it is a leftover."""
+    return f"{os.getpid()}-{start_time(os.getpid())}-{here()}{token}"
 
 
 def _require_usable(final: AnyPath, target: Path, folder: bool, force: bool) -> None:
@@ -221,8 +233,7 @@ def _create(temp: Path, folder: bool) -> int:
     if folder:
         os.mkdir(temp, 0o777)
     else:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        os.close(os.open(temp, flags, 0o666))
+        os.close(os.open(temp, _NEW_FILE, 0o666))
     mode = stat.S_IMODE(os.lstat(temp).st_mode)  # what the user's umask left
     os.chmod(temp, mode & 0o700)
     return mode
