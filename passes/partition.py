@@ -125,6 +125,8 @@ def _tell(plan: Plan, ctx: Context) -> None:
     from dfc.planning.wording import summary
 
     ctx.note(f"partition: {summary(plan)}")
+    if plan.no_pipeline:
+        ctx.note(f"partition: these stages cannot be run as a pipeline: {plan.no_pipeline}")
     if ctx.asked:
         from dfc.planning.reasons import reasons
 

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -15,7 +16,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dfc.compiled import Compiled
     from tests.command import Ran, Run
+    from tests.failing import Try
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["DFC_REPRODUCERS"] = "none"  # tests of reproducers say where
@@ -70,3 +75,48 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
         return Ran(status, *capfd.readouterr())
 
     return call
+
+
+@pytest.fixture
+def fails(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Try:  # fmt: skip
+    """The `dfc` command in an empty folder, where it must fail and leave nothing."""
+    from tests.failing import failing
+
+    here = tmp_path / "work"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    return failing(here, capfd)
+
+
+@pytest.fixture(scope="session")
+def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package of `tests.tower`; read, not changed."""
+    from tests.tower import saved_tower
+
+    return saved_tower(tmp_path_factory.mktemp("tiers") / "tower.dfcpkg")
+
+
+@pytest.fixture(scope="session")
+def held() -> Compiled:
+    """A small decoder with all of its weights in memory."""
+    import dfc
+    from tests.tiny_models import tiny_llama, tokens
+
+    return dfc.compile(tiny_llama(), (tokens(),), engine="eager", passes=[], verify="none")
+
+
+@pytest.fixture(scope="session")
+def llama(held: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a package; read, not changed."""
+    path = tmp_path_factory.mktemp("tiers") / "llama.dfcpkg"
+    held.save(path)
+    return path
+
+
+@pytest.fixture
+def no_weights_thread_is_left() -> Iterator[None]:
+    """Whoever streamed weights has ended the thread that reads them."""
+    yield
+    assert not [t for t in threading.enumerate() if t.name == "dfc weights"]

@@ -17,22 +17,12 @@ import dfc
 from dfc.cli import main
 from dfc.passes.cse import CommonSubexpressions
 from dfc.publish import faults
-from tests.failing import Try, failing, nets_in
+from tests.failing import Try, nets_in
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return nets_in(tmp_path_factory.mktemp("bad"))
-
-
-@pytest.fixture
-def fails(
-    made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Try:
-    here = tmp_path / "work"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    return failing(here, capfd)
 
 
 # proofs

@@ -174,3 +174,39 @@ def build():
     batch, length = torch.export.Dim("B", max=64), torch.export.Dim("S", max=64)
     return torch.nn.Linear(8, 8), (torch.ones(5, 7, 8),), {}, ({0: batch, 1: length},)
 """
+
+
+COUNTS = """
+import torch
+class Counts(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+        self.register_buffer("calls", torch.zeros(1))
+    def forward(self, x):
+        self.calls += 1
+        return self.down(torch.relu(self.up(x))) + self.calls
+def build():
+    return Counts(), (torch.ones(5, 64),)
+"""
+
+
+def test_a_plan_that_no_pipeline_can_run_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pair.dfc").write_text(TARGET)
+    (tmp_path / "counts.py").write_text(COUNTS)
+    (tmp_path / "model.py").write_text(MODEL)
+
+    def told(model: str, *more: str) -> str:
+        command = ["plan", f"{tmp_path}/{model}.py:build", "-t", f"{tmp_path}/pair.dfc", *more]
+        assert main(command) == 0
+        return capsys.readouterr().out
+
+    note = "note: these stages cannot be run as a pipeline: the model writes to its buffer `calls`"
+    two = ("--pin", "up=gpu0", "--pin", "down=gpu1")
+    assert note in told("counts", *two)
+    assert "writes to" in json.loads(told("counts", *two, "--json"))["no_pipeline"]
+    assert "cannot be run" not in told("counts", "--on", "gpu0")  # one stage is the model itself
+    assert "cannot be run" not in told("counts", *two, "--train")  # training carries its buffers
+    assert json.loads(told("model", "--json"))["no_pipeline"] is None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +19,11 @@ from dfc.runtime.tiers.clock import HostClock
 from dfc.runtime.tiers.places import Processor
 from dfc.runtime.tiers.streamed import Streamed
 from dfc.runtime.tiers.within import Wanted, first_plan, within
-from tests.tiny_models import tiny_llama, tokens
-from tests.tower import ids, memory_of, saved_tower
+from tests.tiny_models import tokens
+from tests.tower import ids, memory_of
 from tests.upper_tier import InProcess
 
-
-@pytest.fixture(scope="module")
-def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_tower(tmp_path_factory.mktemp("tiers") / "tower.dfcpkg")
-
-
-@pytest.fixture(scope="module")
-def held() -> Compiled:
-    return dfc.compile(tiny_llama(), (tokens(),), engine="eager", passes=[], verify="none")
-
-
-@pytest.fixture(scope="module")
-def llama(held: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiers") / "llama.dfcpkg"
-    held.save(path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    yield
-    assert not [t for t in threading.enumerate() if t.name == "dfc weights"]
+pytestmark = pytest.mark.usefixtures("no_weights_thread_is_left")
 
 
 def test_what_is_tied_is_brought_to_each_of_its_readers(tower: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +12,9 @@ import torch
 import dfc
 from dfc.api import opened
 from dfc.errors import DfcError
-from tests.tower import Tower, ids, memory_of, saved_tower
+from tests.tower import Tower, ids, memory_of
 
-
-@pytest.fixture(scope="module")
-def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_tower(tmp_path_factory.mktemp("tiers") / "tower.dfcpkg")
-
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    yield
-    assert not [t for t in threading.enumerate() if t.name == "dfc weights"]
+pytestmark = pytest.mark.usefixtures("no_weights_thread_is_left")
 
 
 def test_what_cannot_be_is_told(tower: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +22,12 @@ from dfc.runtime.tiers.within import Wanted, within
 from tests.tower import Tower, all_bytes, ids, memory_of, saved_tower
 from tests.upper_tier import InProcess, Upper
 
+pytestmark = pytest.mark.usefixtures("no_weights_thread_is_left")
+
 
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved_tower(tmp_path_factory.mktemp("relay") / "tower.dfcpkg", layers=10)
-
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    yield
-    assert not [t for t in threading.enumerate() if t.name == "dfc weights"]
 
 
 def relayed(

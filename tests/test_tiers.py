@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +17,12 @@ from torch import nn
 import dfc
 from dfc.api import opened
 from dfc.cli import main
-from dfc.compiled import Compiled
 from dfc.errors import DfcError
 from dfc.runtime.kernels.graph import are_built
 from dfc.runtime.tiers.reader import Reader
-from tests.tiny_models import tiny_llama, tokens
-from tests.tower import Tower, all_bytes, ids, memory_of, runner_of, saved_tower
+from tests.tower import Tower, all_bytes, ids, memory_of, runner_of
 
 SHARES = (0.75, 0.45)
-
-
-@pytest.fixture(scope="module")
-def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_tower(tmp_path_factory.mktemp("tiers") / "tower.dfcpkg")
-
-
-@pytest.fixture(scope="module")
-def held() -> Compiled:
-    return dfc.compile(tiny_llama(), (tokens(),), engine="eager", passes=[], verify="none")
-
-
-@pytest.fixture(scope="module")
-def llama(held: Compiled, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiers") / "llama.dfcpkg"
-    held.save(path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    yield
-    assert not [t for t in threading.enumerate() if t.name == "dfc weights"]
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -227,6 +201,8 @@ def test_the_command_runs_and_reports(tower: Path, tmp_path: Path, capsys: Any) 
 _PEAK = """
 import resource, sys, torch
 from dfc.api import opened
+
+pytestmark = pytest.mark.usefixtures("no_weights_thread_is_left")
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 path, memory = sys.argv[1], sys.argv[2]

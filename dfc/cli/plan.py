@@ -299,6 +299,7 @@ def data_of(found: Plan) -> dict[str, Any]:
         "other_splits": dict(found.splits),
         "advice": dict(found.advice),
         "idle": list(found.idle),
+        "no_pipeline": found.no_pipeline or None,
         "recomputes": [vars(r) for r in replays(found.program, found.costs)],
         "program": str(simulation.program).splitlines(),
     }
@@ -362,3 +363,5 @@ def show_plan(found: Plan) -> None:
     if found.advice:
         what, gain = found.advice[0]
         print(f"what helps most: {what}, {gain:.2f} times as fast")
+    if found.no_pipeline:
+        print(f"note: these stages cannot be run as a pipeline: {found.no_pipeline}")

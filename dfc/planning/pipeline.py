@@ -25,6 +25,7 @@ from dfc.planning.problem import Loads, Partition, value_of
 from dfc.planning.recompute_choice import best_way
 from dfc.planning.rivals import compared
 from dfc.planning.simulate import Costs, Simulation, simulate
+from dfc.planning.stages import no_pipeline
 from dfc.planning.streamed_stages import check_wish, stage_seconds
 from dfc.planning.streaming import Hop
 from dfc.planning.tiers import Tiers
@@ -94,6 +95,12 @@ class Plan:
     @property
     def step_seconds(self) -> float:
         return float(self.simulation.makespan)
+
+    @property
+    def no_pipeline(self) -> str:
+        """Why these stages cannot be run as a pipeline; nothing where they can."""
+        split = len(self.stages) > 1 and not self.wish.trains
+        return no_pipeline(self.graph) if split else ""
 
     @property
     def peak(self) -> float:

@@ -9,6 +9,10 @@ from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.slice import slice_graph
 
+_STATELESS = (
+    "run it unsplit; or trace it without that state: after .eval() where it is of batch norms, "
+    "with use_cache=False where it is a cache, else as an input and an output"
+)
 HOST = -1  # where the graph's own inputs come from
 
 
@@ -32,14 +36,8 @@ def split(graph: Graph, stage_of: Mapping[Node, int]) -> list[StageGraph]:
     Raises:  DfcError N050 for a node without a stage, a stage that reads a later one, or state
              that the model writes to (a pipeline holds several microbatches at once).
     """
-    if graph.mutations:
-        raise DfcError(
-            "N050",
-            f"the model writes to {_written(graph)} at every call, which the microbatches of a "
-            "pipeline, several at once, would do in no order",
-            help="run it unsplit; or trace it without that state: after .eval() where it is of "
-            "batch norms, with use_cache=False where it is a cache, else as an input and an output",
-        )
+    if why := no_pipeline(graph):
+        raise DfcError("N050", why, help=_STATELESS)
     nodes = list(graph.nodes)
     count = _checked(nodes, stage_of)
     home: dict[Value, int] = {v: HOST for v in graph.inputs}
@@ -53,6 +51,16 @@ def split(graph: Graph, stage_of: Mapping[Node, int]) -> list[StageGraph]:
         sources = tuple(home[v] for v in outer)
         stages.append(StageGraph(part, tuple(outer), sources, tuple(gives)))
     return stages
+
+
+def no_pipeline(graph: Graph) -> str:
+    """Why no pipeline computes this graph, whatever its stages are; nothing where one does."""
+    if not graph.mutations:
+        return ""
+    return (
+        f"the model writes to {_written(graph)} at every call, which the microbatches of a "
+        "pipeline, several at once, would do in no order"
+    )
 
 
 def _written(graph: Graph) -> str:
