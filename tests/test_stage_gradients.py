@@ -112,6 +112,28 @@ def test_a_stopped_gradient_stays_stopped(passes: list[str]) -> None:
         close({n: p.grad for n, p in trainer.parameters.items()}, expected)
 
 
+class Padded(nn.Module):
+    """Pads images of a batch that varies: backwards, that cuts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 3, 3)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        h = self.a(F.pad(x, (1, 1, 1, 1))).relu()
+        return F.cross_entropy(self.b(F.pad(h, (0, 1, 0, -1))).mean((2, 3)), y)
+
+
+def test_padding_is_trained_with_a_batch_that_varies() -> None:
+    torch.manual_seed(0)
+    model, args = Padded(), (torch.randn(6, 2, 5, 5), torch.randint(3, (6,)))
+    graph = dfc.trace(model, args, dynamic_shapes=({0: B}, {0: B}))
+    loss, expected = reference(model, args, 2)
+    with Trainer(graph, evenly(graph, 2), microbatches=2, optimizer=adamw, threads=1) as trainer:
+        torch.testing.assert_close(trainer.backward(*args), loss)
+        close({n: p.grad for n, p in trainer.parameters.items()}, expected)
+
+
 class Positions(nn.Module):
     """Makes a tensor itself, and gives it a size that is only known when it runs."""
 

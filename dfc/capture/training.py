@@ -110,7 +110,7 @@ class Derivatives:
         leaves = [x for x in self._leaves if x.requires_grad]
         found: dict[int, Any] = {}
         if chosen and leaves:
-            with self._mode, _refused():
+            with self._mode, _refused(), _differentiable():
                 ones = [torch.ones_like(x) for x in chosen]
                 gradients = torch.autograd.grad(
                     chosen, leaves, ones, retain_graph=True, allow_unused=True
@@ -135,8 +135,9 @@ def _refused() -> Iterator[None]:
 
 @contextmanager
 def _differentiable() -> Iterator[None]:
-    """Recurrent layers by PyTorch's own decompositions in Python, which know sizes that vary, and
-    have derivatives only where oneDNN's kernel does not stand for a layer."""
+    """Recurrent layers, and padding that cuts, by PyTorch's own decompositions in Python, which
+    know sizes that vary; recurrent layers have derivatives only where oneDNN's kernel does not
+    stand for them."""
     from torch._dispatch.python import enable_python_dispatcher
 
     before = torch._C._get_mkldnn_enabled()
