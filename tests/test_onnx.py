@@ -128,6 +128,8 @@ TRAPS: dict[str, tuple[Any, ...]] = {
     "erfinv": (lambda v: (v.tanh().erfinv(), v.erf(), v.lgamma(), v.log1p(), v.expm1()), x(3, 4).abs() * 0.7),
     "tiny_log1p": (lambda v: (v.log1p(), v.expm1()), torch.tensor([[1e-10, -1e-9, 0.0, 1e-4]] * 3)),
     "max_pool_pads_minus_infinity": (lambda v: F.max_pool2d(v - 10, 3, 2, 1), x(2, 3, 7, 7)),
+    "max_pool_of_padded_with_zeros": (
+        lambda v: (F.max_pool2d(F.pad(v - 10, (1, 1, 1, 1)), 3, 2), F.max_pool1d(F.pad(v[0] - 10, (1, 1)), 3)), x(2, 3, 6, 7)),
     "pool_ceil_mode": (
         lambda v: (F.max_pool2d(v, 3, 2, 1, ceil_mode=True), F.avg_pool2d(v, 3, 2, 1, ceil_mode=True),
                    F.avg_pool2d(v, 3, 2, 1, True, False), F.avg_pool2d(v, 2, divisor_override=3)), x(2, 3, 8, 7)),

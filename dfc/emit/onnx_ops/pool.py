@@ -47,7 +47,7 @@ def max_pool(b: Builder, x: Val, call: Call) -> Any:
         "ceil_mode": ceil,
     }  # fmt: skip
     if not two:
-        found = b.op("MaxPool", work, **options)
+        found = b.op("MaxPool", _own_padding(b, work), **options)
         return b.squeeze(found, 0) if unbatched else found
     value, index = b.op("MaxPool", work, out=2, **options)
     # ONNX counts positions through batch and channels, PyTorch within one plane
@@ -58,6 +58,20 @@ def max_pool(b: Builder, x: Val, call: Call) -> Any:
     if unbatched:
         value, index = b.squeeze(value, 0), b.squeeze(index, 0)
     return [value, index]
+
+
+def _own_padding(b: Builder, x: Val) -> Val:
+    """The same, padded with axes where it was padded just before.
+
+    Why:  ONNX Runtime lets the pool pad in place of a Pad with zeros, and then pads with minus
+          infinity; from a Pad that names its axes (opset 18) it keeps away.
+    """
+    pad = x.producer()
+    if b.root.opset < 18 or pad is None or pad.op_type != "Pad" or len(pad.inputs) != 3:
+        return x
+    attributes = {a.name: a.value for a in pad.attributes.values()}
+    padded: Val = b.op("Pad", *pad.inputs, list(range(b.rank(x))), **attributes)
+    return padded
 
 
 @translates("avg_pool1d", "avg_pool2d", "avg_pool3d")
