@@ -257,20 +257,24 @@ def compare(
     """The worst relative error; raises X003 that names the worst output.
 
     A float agrees when its error is within `rtol`, or within four times what the original itself
-    loses against float64. `rounded`, of the largest element, is allowed in any case; with it, a
-    tensor that is as near to float64 in norm agrees as well.
+    loses against float64; both count by the coarsest floats that the graph computes. `rounded`, of
+    the largest element, is allowed in any case; with it, a tensor that is as near to float64 in
+    norm agrees as well.
     """
+    from dfc.ops.rounding import coarsest
+
     worst, problems = 0.0, []
+    eps = coarsest(graph)
     drawn = _of_drawn_size(graph) if random else frozenset()
     for i, (want, got) in enumerate(zip(expected, found, strict=True)):
         if i in drawn and (want.dtype, want.dim()) == (got.dtype, got.dim()):
             continue
-        error, problem = _difference(want, got, None, rtol, random, rounded)
+        error, problem = _difference(want, got, None, rtol, random, rounded, eps)
         if problem and error is not None:
             if witness is None:
                 witness = _witness(graph, inputs)
             if witness is not None:
-                error, problem = _difference(want, got, witness[i], rtol, random, rounded)
+                error, problem = _difference(want, got, witness[i], rtol, random, rounded, eps)
         if error is not None:
             worst = max(worst, error)
         if problem:
@@ -305,7 +309,7 @@ def _witness(graph: Graph, inputs: Sequence[Any]) -> Sequence[Any] | None:
 
 
 def _difference(
-    want: Any, got: Any, witness: Any, rtol: float, random: bool, rounded: float = 0.0
+    want: Any, got: Any, witness: Any, rtol: float, random: bool, rounded: float, eps: float
 ) -> tuple[float | None, str | None]:
     """The error relative to the largest value, None for an exact mismatch; and what is wrong."""
     import torch
@@ -334,7 +338,7 @@ def _difference(
         want, got = torch.view_as_real(want.resolve_conj()), torch.view_as_real(got.resolve_conj())
         if witness is not None:
             witness = torch.view_as_real(witness.resolve_conj())
-    eps = max(torch.finfo(want.dtype).eps, 1e-7)
+    eps = max(torch.finfo(want.dtype).eps, 1e-7, eps)
     w, g = want.double(), got.double()
     finite = torch.isfinite(w)
     same = torch.isnan(w) == torch.isnan(g)

@@ -38,3 +38,17 @@ def rounds_values(graph: Graph) -> bool:
         or n.attributes.get("activations") in ("int8", "f8")
         for n in graph.walk()
     )
+
+
+def coarsest(graph: Graph) -> float:
+    """How far 1 is from the next number in the coarsest floats that nodes of the graph give.
+
+    Why:  a result in float32 is no nearer than the bfloat16 numbers that it was made of.
+    """
+    from torch import finfo
+
+    from dfc.ir.types import TensorType
+
+    types = {r.type for n in graph.walk() for r in n.results if isinstance(r.type, TensorType)}
+    found = {t.dtype for t in types if t.dtype.is_float and t.dtype.bits >= 16}  # others are codes
+    return max((finfo(d.to_torch()).eps for d in found), default=0.0)
