@@ -23,7 +23,7 @@ from dfc.planning.machine import Wire
 from dfc.planning.model import Wish, modelled
 from dfc.planning.pipeline import plan
 from dfc.planning.schedules import schedule
-from dfc.planning.simulate import Costs, simulate
+from dfc.planning.simulate import Costs, Link, simulate
 from dfc.planning.timeline import chrome_trace, svg_timeline
 from dfc.recipe.machines import machine_of
 from dfc.recipe.sources import plan_of
@@ -186,6 +186,43 @@ def test_the_timeline_is_a_picture_and_a_trace(tower: Graph) -> None:
     assert last == pytest.approx(found.step_seconds * 1e6)
 
 
+def test_a_picture_tells_the_time_and_what_is_behind_each_row() -> None:
+    step = simulate(schedule("gpipe", 2, 4), Costs([0.1] * 2, [0.1] * 2, [0.1] * 2, Link(0, 1e-9),
+                    edges=[(0, 1, 1000)]))  # fmt: skip
+    notes = {"a": "holds 1 MB", "a → b": "4 kB a step"}
+    picture = ET.fromstring(svg_timeline(step, ["a", "b"], "V", notes, ["in short"]))
+    words = [e for e in picture.iter() if e.tag.endswith("text")]
+    ticks = [e.text for e in words if e.get("class") == "tick"]
+    assert ticks == ["0", "200 ms", "400 ms", "600 ms", "800 ms", "1 s", "1.2 s", "1.5 s"]
+    told = {e.text: e for e in words}
+    for name, note in notes.items():
+        assert told[note].get("y") == told[name].get("y")
+        assert float(told[note].get("x", 0)) > 1000 + float(told[name].get("x", 0))
+    assert float(told["in short"].get("y", 0)) < float(picture.get("height", 0))
+    thin = [e for e in picture.iter() if e.get("class") == "box thin"]
+    assert len(thin) == 8, "messages of a microsecond are seen: without a white edge"
+
+
+def test_a_picture_of_a_long_step_shows_every_row_to_its_end() -> None:
+    ones = [1] * 8
+    step = simulate(schedule("1f1b", 8, 3000), Costs(forward=ones, inputs=ones, weights=ones))
+    picture = ET.fromstring(svg_timeline(step, [f"d{i}" for i in range(8)], "long"))
+    ends: dict[str, float] = {}
+    boxes = [e for e in picture.iter() if "box" in (e.get("class") or "")]
+    for e in boxes:
+        end = float(e.get("x", 0)) + float(e.get("width", 0))
+        ends[e.get("y", "")] = max(ends.get(e.get("y", ""), 0.0), end)
+    right = max(ends.values())
+    assert len(ends) == 8 and min(ends.values()) > right - 2
+    assert len(boxes) < 8 * 3000
+
+
+def test_a_picture_says_which_rows_have_no_room() -> None:
+    costs = Costs(forward=[1] * 200)
+    drawn = svg_timeline(simulate(schedule("forward", 200, 2), costs), ["d"] * 200, "wide")
+    assert "104 more rows have no room here" in drawn
+
+
 def test_boxes_have_numbers_that_are_read_on_them() -> None:
     ones = [1] * 4
     step = simulate(schedule("zb_v", 2, 12), Costs(forward=ones, inputs=ones, weights=ones))
@@ -206,6 +243,9 @@ def test_a_target_names_known_devices_or_gives_their_figures() -> None:
     assert second.launch == pytest.approx(5e-6)
 
 
+TWO = "device a : h100\n device b : h100\n"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -213,6 +253,9 @@ def test_a_target_names_known_devices_or_gives_their_figures() -> None:
         ("device a : h1000", "did you mean `h100`"),
         ("device a : h100(mem=0GB)", "impossible `mem`"),
         ("device a : cuda(mem=0GB, peak=1TFLOPS, bw=1GB/s)", "impossible `mem`"),
+        (f"{TWO} link a <-> b : pcie(latency=1us)", "from `a` to `b` has no `bw`, which a plan"),
+        (f"{TWO} link a <-> b : pcie(dtypes=(f32))", "it has bw, latency"),
+        ("device a : h100(colour=3)", "price, dtypes"),
     ],
 )
 def test_a_target_that_cannot_be_planned_for(text: str, message: str, tower: Graph) -> None:

@@ -168,6 +168,17 @@ def test_the_way_of_each_stage_is_told(capsys: pytest.CaptureFixture[str]) -> No
     assert re.search(r"stage 1 recomputes selectively: saves 1\.\d MB, costs .* a step", told)
     show_plan(attending_plan("always"))
     assert "stage 1 recomputes: saves 3." in capsys.readouterr().out
+    show_plan(planned("1GB", "always"))
+    assert re.search(r"stage 1 recomputes: takes \S+ [kM]?B more,", capsys.readouterr().out)
+
+
+def test_no_plan_is_better_of_those_that_always_recompute() -> None:
+    """Its bound counts the second forward, as its value does."""
+    for name in ("1f1b", "interleaved"):
+        never, always = planned("1GB", "never", name), planned("1GB", "always", name)
+        assert always.partition.bound > never.partition.bound * 1.3
+        assert always.partition.gap < never.partition.gap + 0.02
+        assert always.bottleneck == pytest.approx(always.partition.value)
 
 
 def test_a_plan_takes_the_better_way_that_fits() -> None:

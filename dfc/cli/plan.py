@@ -183,7 +183,7 @@ def plan(
         each = min(x.chunks for x in layouts(schedule, stages_per_device, train))
         other = fewer_devices(found, names, lambda some, most: planned(
             some, most * each, times if len(some) == len(names) else timed(some)))  # fmt: skip
-    _write(found, svg, trace, force)
+    _write(found, model, svg, trace, force)
     if as_json:
         from dfc.cli.tables import print_json
 
@@ -244,19 +244,37 @@ def _wanted(pin: list[str] | None, together: list[str] | None) -> dict[str, Any]
     return {"pins": pins, "together": together or ()}
 
 
-def _write(found: Plan, svg: Path | None, trace: Path | None, force: bool) -> None:
+def _write(found: Plan, model: str, svg: Path | None, trace: Path | None, force: bool) -> None:
     from dfc.planning.timeline import chrome_trace, svg_timeline
     from dfc.publish import publish_file
 
     names = rows_of(found)
     if svg is not None:
-        title = f"{found.name}: {found.schedule}, {_microbatches(found)}"
+        told = [_step_text(found), *_advice_text(found)]
         with publish_file(svg, force=force) as temp:
-            temp.write_text(svg_timeline(found.simulation, names, title), encoding="utf-8")
+            drawn = svg_timeline(found.simulation, names, model, _notes(found), told)
+            temp.write_text(drawn, encoding="utf-8")
     if trace is not None:
         with publish_file(trace, force=force) as temp:
             events = chrome_trace(found.simulation, names)
             temp.write_text(json.dumps(events), encoding="utf-8")
+
+
+def _notes(found: Plan) -> dict[str, str]:
+    """What stands behind the rows of a picture: a device's time and memory, a link's bytes."""
+    from dfc.cli.tables import bytes_text
+    from dfc.lang.units import amount_text
+
+    notes = {
+        f"{a} → {b}": f"{bytes_text(size)}, busy {busy:.0%}" for a, b, size, busy in found.links
+    }
+    for row, mine in zip(rows_of(found), found.device_stages.values(), strict=True):
+        stages = [found.stages[i] for i in mine]
+        time = amount_text(sum(s.seconds for s in stages), "time")
+        limits = " and ".join(dict.fromkeys(s.limit for s in stages))
+        memory = f"{bytes_text(stages[0].memory)} of {bytes_text(stages[0].capacity)}"
+        notes[row] = f"{time} {limits}, {memory}"
+    return notes
 
 
 def rows_of(found: Plan) -> list[str]:
@@ -334,21 +352,16 @@ def show_plan(found: Plan) -> None:
         "starts at",
     ]
     print_table(head, rows, right=[0, 2, 3])
-    simulation = found.simulation
-    sizes = ", ".join(f"{k}={v}" for k, v in found.sizes.items())
-    print(
-        f"\n{found.schedule}, {_microbatches(found)}"
-        f"{f' of {sizes}' if sizes else ''}: a step takes {time(found.step_seconds)}, "
-        f"{simulation.bubble:.1%} of it waiting; one microbatch every "
-        f"{time(found.bottleneck)}, which takes {time(found.latency)} through all stages"
-    )
+    print(f"\n{_step_text(found)}")
     print(f"by {found.objective}: {certificate(found)}")
     for told in streamed_text(found.tiers, [s.device for s in found.stages]):
         print(told)
     for again in replays(found.program, found.costs):
         longer = f"costs {time(again.costs)} a step" if again.costs > 0 else "costs no time"
         how = "recomputes selectively" if again.way == SELECTIVE else "recomputes"
-        print(f"stage {again.stage} {how}: saves {bytes_text(again.saves)}, {longer}")
+        saves = f"{'saves' if again.saves >= 0 else 'takes'} {bytes_text(abs(again.saves))}"
+        more = "" if again.saves >= 0 else " more"
+        print(f"stage {again.stage} {how}: {saves}{more}, {longer}")
     if found.idle:
         print(f"not used, as it would be no better with them: {', '.join(found.idle)}")
     if len(found.device_stages) < len(found.stages):
@@ -360,8 +373,25 @@ def show_plan(found: Plan) -> None:
         alike.setdefault(f"{ratio:.2f}", []).append(name)
     for times, names in alike.items():
         print(f"{', '.join(names)}: {times} times {_MEASURE[found.objective]}")
-    if found.advice:
-        what, gain = found.advice[0]
-        print(f"what helps most: {what}, {gain:.2f} times as fast")
+    for line in _advice_text(found):
+        print(line)
     if found.no_pipeline:
         print(f"note: these stages cannot be run as a pipeline: {found.no_pipeline}")
+
+
+def _step_text(found: Plan) -> str:
+    from dfc.lang.units import amount_text
+
+    sizes = ", ".join(f"{k}={v}" for k, v in found.sizes.items())
+    step, each, whole = (
+        amount_text(x, "time") for x in (found.step_seconds, found.bottleneck, found.latency)
+    )
+    return (
+        f"{found.schedule}, {_microbatches(found)}{f' of {sizes}' if sizes else ''}: a step takes "
+        f"{step}, {found.simulation.bubble:.1%} of it waiting; one microbatch every {each}, which "
+        f"takes {whole} through all stages"
+    )
+
+
+def _advice_text(found: Plan) -> list[str]:
+    return [f"what helps most: {w}, {gain:.2f} times as fast" for w, gain in found.advice[:1]]

@@ -165,14 +165,17 @@ def _candidate(
     load = loads(model.problem, found.stage)
     tiers = stage_tiers(graph, model, machine, found.stage, load, hops, host)
     load, found = _with_passes(load, found, tiers, model, machine, aim)
+    counted = wish.recompute == "always"  # the second forward, in the nodes' time
+    forwards = wish.forwards
     if wish.trains and aim == "memory" and wish.recompute == "auto":  # what leaves the most room
         wish = replace(wish, recompute="selective" if wish.holds_kept else "always")
-    costs = _costs(model, machine, found.stage, wish, load, tiers)
+    costs = _costs(model, machine, found.stage, wish, forwards, load, tiers)
     rooms = [0.0] * len(machine.devices)
     for d, slot in zip(model.problem.device_of, model.problem.slots, strict=True):
         rooms[d] = slot.memory
     step = _scheduled(costs, wish, rooms)
-    load, found = _with_replays(load, found, step.program.ways, costs, machine, aim)
+    if not counted:
+        load, found = _with_replays(load, found, step.program.ways, costs, machine, aim)
     return Candidate(chosen, wish, found, load, tiers, costs, step)
 
 
@@ -240,8 +243,8 @@ def _with_replays(
 
 
 def _costs(
-    model: Modelled, machine: Machine, stage: Sequence[int], wish: Wish, load: Loads,
-    tiers: Mapping[int, Tiers],
+    model: Modelled, machine: Machine, stage: Sequence[int], wish: Wish, forwards: float,
+    load: Loads, tiers: Mapping[int, Tiers],
 ) -> Costs:  # fmt: skip
     """What F, I and W of each stage take on its device, what it keeps and sends."""
     problem, at = model.problem, model.problem.device_of
@@ -269,9 +272,8 @@ def _costs(
         for x, y in ((a, b), (b, a)) if wish.trains else ((a, b),):
             wire = machine.wire(x, y)
             links[x, y] = Link(wire.latency, 1 / wire.bandwidth)
-    third = (seconds / 3).tolist()
-    forward = third if wish.trains else seconds.tolist()
-    back = tuple(third) if wish.trains else ()
+    forward = (seconds / forwards).tolist()
+    back = tuple(forward) if wish.trains else ()
     again = wish.trains and wish.recompute in ("auto", "selective")
     more = _selective(model, machine, stage, forward) if again else {}
     return Costs(

@@ -50,6 +50,13 @@ class Wish:
     def layout(self) -> Layout:
         return Layout(self.stages_per_device, self.turns)
 
+    @property
+    def forwards(self) -> float:
+        """What a node takes of each microbatch, in forwards: I and W, and R where all recompute."""
+        if not self.trains:
+            return 1.0
+        return 4.0 if self.recompute == "always" else 3.0
+
     def with_layout(self, layout: Layout) -> Wish:
         return replace(self, stages_per_device=layout.chunks, turns=layout.turns)
 
@@ -143,7 +150,7 @@ def modelled(
     time = np.array([
         [
             _seconds(nodes, work, device, measured if measured_on in ("", device.kind) else _none,
-                     wish.trains)
+                     wish.forwards)
             for device in machine.devices
         ]
         for nodes, work in zip(groups, works, strict=True)
@@ -250,13 +257,13 @@ def _seconds(
     works: tuple[Work, ...],
     device: Device,
     measured: Callable[[Node], float | None],
-    trains: bool,
+    forwards: float,
 ) -> float:
     total = 0.0
     for node, work in zip(nodes, works, strict=True):
         known = measured(node)
         total += work.seconds(device) if known is None else known
-    return total * (3.0 if trains else 1.0)  # backward: for inputs and for weights
+    return total * forwards
 
 
 def _grouped(

@@ -19,11 +19,12 @@ from dfc.recipe.sources import is_text, plan_of, source_of
 def machine_of(target: p.Target) -> Machine:
     """The machine that a target describes.
 
-    Raises:  DfcError N045 for a device that lacks what a plan needs.
+    Raises:  DfcError N045 for a device or a link that lacks what a plan needs.
     """
     if not target.devices:
         raise DfcError("N045", f"target `{target.name}` has no devices")
     problems = [x for d in target.devices for x in _lacking(d)]
+    problems += [x for link in target.links for x in _lacking_link(link)]
     if problems:
         raise DfcError.of(problems)
     devices = tuple(_device(d) for d in target.devices)
@@ -85,3 +86,11 @@ def _lacking(d: p.Device) -> Iterator[Diagnostic]:
             f"or name a known device: {', '.join(CATALOGUE)}"
         )
         yield Diagnostic("N045", f"{message}, which a plan needs", d.span, help)
+
+
+def _lacking_link(link: p.Link) -> Iterator[Diagnostic]:
+    """A link without a bandwidth would carry anything in no time."""
+    if "bw" not in link.facts:
+        message = f"the link from `{link.source}` to `{link.sink}` has no `bw`, which a plan needs"
+        help = "write bw=25GB/s, or measure with `dfc calibrate`"
+        yield Diagnostic("N045", message, link.span, help)

@@ -301,6 +301,7 @@ class Link:
     both: bool
     kind: str
     facts: Mapping[str, Any]
+    span: Span | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         arrow = "<->" if self.both else "->"

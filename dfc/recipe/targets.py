@@ -98,7 +98,8 @@ def made_target(t: s.Target, source: Source, problems: Problems) -> p.Target:
             message = f"a second link from `{ends[0]}` to `{ends[1]}`"
             problems.say(source, "Q014", message, part.source.at)
         linked |= ways
-        links.append(p.Link(part.source.name, part.sink.name, part.both, kind, facts))
+        span = source.span(*part.source.at)
+        links.append(p.Link(part.source.name, part.sink.name, part.both, kind, facts, span))
     return p.Target(t.name.name, tuple(devices.values()), tuple(links))
 
 
@@ -150,7 +151,7 @@ def _fact(
 ) -> Any:
     """The value of `mem=16GiB`, or None when it is wrong."""
     name = k.name.name
-    if name == "dtypes":
+    if name == "dtypes" and known is not LINK:
         given = k.value.items if isinstance(k.value, s.Several) else (k.value,)
         for x in given:
             if expression_text(x) not in DTYPES:
@@ -158,7 +159,8 @@ def _fact(
                 problems.say(source, "Q012", f"`{expression_text(x)}` is no dtype", x.at, help)
         return tuple(map(expression_text, given))
     if known and name not in known:
-        help = did_you_mean(name, [*known, "dtypes"]) or f"it has {', '.join(known)}"
+        every = [*known, "dtypes"] if known is not LINK else [*known]
+        help = did_you_mean(name, every) or f"it has {', '.join(every)}"
         problems.say(source, "Q002", f"`{kind}` has no `{name}`", k.name.at, help)
         return None
     if not isinstance(k.value, s.Number):
