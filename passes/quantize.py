@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 _SMALLEST = 1024
 _SMALLEST_GROUP = 16
-_READERS = ("dfc.linear_w", "dfc.linear_f8", "dfc.embedding_w", "dfc.dequantize")
+_READERS = (
+    "dfc.linear_w", "dfc.linear_f8", "dfc.grouped_linear_w", "dfc.embedding_w", "dfc.dequantize",
+)  # fmt: skip
 _UNREAD = "quantize: the data `{}` was not read: `{}` rounds by the numbers at hand, {}"
 _READS = {  # what would read it
     "int8": "`scheme=static` by data; `minimize latency` and `scheme=tune({0}, static)` in the "
@@ -42,7 +44,7 @@ _DEFAULT_GROUP = 32  # of four bits: with one scale a row they lose too much
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Store the weights of linear layers, embeddings and convolutions as codes with scales.
+    """Store weights of linear layers, experts, embeddings and convolutions as codes with scales.
 
     `weights` computes with the weights that the codes stand for. `dynamic` rounds what linear
     layers read to int8 as well, each row (or each group of it) by its own range, when the model
@@ -51,7 +53,7 @@ class Quantize(Pass):
     transformers, `smooth` before it with `multiply=yes`). `auto` is `static`
     for int8 with data and a convolution, else `dynamic`; and `weights` where the target is a GPU.
     `fp8` stores eight-bit floats: `dynamic` rounds rows to them too, for GPUs that multiply them
-    and by default there alone. Tables get int8 rows: as many bytes, and nearer.
+    and by default there alone. Tables and experts get int8 rows: as many bytes, and nearer.
 
     Needs:    weights with numbers; for `static`, gptq and awq, calibration data (`using`).
     Ensures:  a layer reads codes, or there is a reason why not; no float weight that nothing reads
@@ -132,13 +134,17 @@ class Quantize(Pass):
         return FoldBatchNorm().run(graph, replace(ctx, decisions=None))
 
     def _calibrate(self, graph: Graph, wanted: list[Weighted], ctx: Context) -> int:
-        """The layers that can be rounded with what they read; tables by weights alone."""
+        """The layers that can be rounded with what they read; tables by weights alone, and experts
+        when the model runs: which rows they read is not known before.
+        """
         layers = [as_linear(graph, w) for w in wanted]
-        tables = [w for w in layers if any(u.kind == "embedding" for u in w.uses)]
-        nodes = [u.node for w in layers if w not in tables for u in w.uses]
-        done = int(find("scheme", "static", "apply")(graph, nodes, self, ctx))
+        tables = [w for w in layers if _is_table(w)]
+        experts = [w for w in layers if w.is_experts]
+        nodes = [u.node for w in layers if w not in tables + experts for u in w.uses]
+        done = int(find("scheme", "static", "apply")(graph, nodes, self, ctx)) if nodes else 0
         self._quantize(graph, tables, "weights", ctx)
-        return done + len(tables)
+        self._quantize(graph, experts, "dynamic", ctx)
+        return done + len(tables) + len(experts)
 
     # Options
 
@@ -250,7 +256,7 @@ class Quantize(Pass):
         if nodes & unwanted:
             tied = f", and shares !{w.weight.name} with others" if len(nodes) > 1 else ""
             return f"excluded by the step{tied}"
-        if not self.embeddings and any(u.kind == "embedding" for u in w.uses):
+        if not self.embeddings and _is_table(w):
             return "it is a table, and `embeddings` is no"
         if n * k < smallest:
             return f"it has {n * k} weights, less than `smallest` ({smallest})"
@@ -322,12 +328,12 @@ class Quantize(Pass):
     def _as_floats(
         self, graph: Graph, layers: list[Weighted], scheme: str, ctx: Context
     ) -> list[Weighted]:
-        """Store what multiplies as eight-bit floats; the tables, which are left."""
+        """Store what multiplies as eight-bit floats; tables and experts, which are left."""
         from dfc.compress import float8
 
-        tables = [w for w in layers if any(u.kind == "embedding" for u in w.uses)]
+        others = [w for w in layers if _is_table(w) or w.is_experts]
         activations = "f8" if scheme == "dynamic" else "float"
-        for layer in (w for w in layers if w not in tables):
+        for layer in (w for w in layers if w not in others):
             stored = float8.store(graph, layer, self.format, self.per == "channel")
             words = f"{self.format}, off by {100 * stored.error:.2g} %"
             for use in layer.uses:
@@ -335,13 +341,15 @@ class Quantize(Pass):
                 before = layer.weight.tensor_type.nbytes
                 ctx.decided(made, "quantized", f"{words}: {before} -> {stored.nbytes} bytes")
             forget(graph, layer.weight)
-        return tables
+        return others
 
     def _encode(self, graph: Graph, layers: list[Weighted], ctx: Context) -> dict[Any, Rounded]:
-        """Codes by weight. Tables and convolutions are rounded to nearest by every method."""
+        """Codes by weight. By every method, all but linear layers are rounded to nearest."""
         found: dict[Any, Rounded] = {}
-        linear = [w for w in layers if all(u.kind == "linear" for u in w.uses)]
+        linear = [w for w in layers if _is_linear(w)]
         rest = [w for w in layers if w not in linear]
+        if self.method != "rtn" and any(w.is_experts for w in rest):
+            ctx.note(f"quantize: experts are rounded to nearest: `{self.method}` is not for them")
         for method, part in ((self.method, linear), ("rtn", rest)):
             encode = find("method", method, "encode")
             for convs in (False, True):
@@ -357,16 +365,26 @@ class Quantize(Pass):
         w = matrix_of(layer)
         error = float((found.weight - w).norm() / w.norm().clamp(min=1e-30))
         tied = f", shared by {len(layer.uses)} layers" if len(layer.uses) > 1 else ""
+        method = self.method if _is_linear(layer) else "rtn"
         return (
-            f"{found.grid} by {self.method}: {before} -> {stored.nbytes} bytes{tied}, "
+            f"{found.grid} by {method}: {before} -> {stored.nbytes} bytes{tied}, "
             f"off by {100 * error:.2g} %"
         )
+
+
+def _is_linear(w: Weighted) -> bool:
+    return all(u.kind == "linear" for u in w.uses)
+
+
+def _is_table(w: Weighted) -> bool:
+    """Whether rows of it are looked up, whatever else reads it."""
+    return any(u.kind == "embedding" for u in w.uses)
 
 
 def _not_calibrated(w: Weighted) -> str | None:
     """Why a layer has no calibrated form, if it has none; tables are rounded by weights alone."""
     dtype = w.weight.tensor_type.dtype.name
-    if dtype == "f32" or any(u.kind == "embedding" for u in w.uses):
+    if dtype == "f32" or _is_table(w) or w.is_experts:
         return None
     return f"it computes with {dtype}, calibrated layers with f32: `scheme=dynamic` takes it"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -65,6 +66,16 @@ def linear_w8(
     return product(x, weight * scales, bias, group, activations)
 
 
+def grouped(layer: Callable[..., Any], x: Any, ends: Any, *weights: Any, **attributes: Any) -> Any:
+    """A row's expert is the first whose rows end behind it; of rows behind all ends it is none."""
+    y = np.zeros((len(x), weights[0].shape[1]))
+    for row in range(len(x)):
+        for e in [e for e, end in enumerate(ends) if row < end][:1]:
+            own = [None if w is None else w[e] for w in weights]
+            y[row] = layer(x[row : row + 1], *own, **attributes)[0]
+    return y
+
+
 def linear_f8(x: Any, weight: Any, scale: Any, bias: Any = None, *, activations: str) -> Any:
     if activations == "f8":
         steps = np.abs(x).max(-1, keepdims=True) / 448
@@ -118,6 +129,8 @@ QUANTIZED: dict[str, Callable[..., Any]] = {
     "dfc.dequantize": dequantize,
     "dfc.embedding_w4": embedding_w4,
     "dfc.embedding_w8": embedding_w8,
+    "dfc.grouped_linear_w4": partial(grouped, linear_w4),
+    "dfc.grouped_linear_w8": partial(grouped, linear_w8),
     "dfc.linear_f8": linear_f8,
     "dfc.linear_w4": linear_w4,
     "dfc.linear_w8": linear_w8,

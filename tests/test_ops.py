@@ -329,6 +329,7 @@ def kernel_cases() -> list[Case]:
         c
         for c in cases()
         if c.info.name not in several
+        and "grouped" not in c.info.name
         and not any(word in c.text for word in ("f64", "low=", "f8"))
         and c.types[0].rank >= 2  # type: ignore[union-attr]
         and not (c.info.name == "dfc.linear_w8" and c.attributes["group"] is None)

@@ -31,9 +31,12 @@ def encode(
 
 
 def matrix_of(layer: Weighted) -> Tensor:
-    """The weight as [outputs, inputs], in float32 or wider."""
+    """The weight as [outputs, inputs], in float32 or wider; experts one below the other."""
     assert layer.weight.data is not None
     w = layer.weight.data.tensor()
+    if layer.is_experts:
+        w = (w if layer.rows else w.transpose(1, 2)).reshape(layer.shape)
+        return w.double() if w.dtype.itemsize > 4 else w.float()
     w = w.reshape(layer.shape) if layer.rows else w.T
     return w.double() if w.dtype.itemsize > 4 else w.float()
 

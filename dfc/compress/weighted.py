@@ -15,6 +15,7 @@ from dfc.ops.builder import Builder
 LINEAR = "aten.linear.default"
 EMBEDDING = "aten.embedding.default"
 _ADDMM = "aten.addmm.default"
+EXPERTS = frozenset({"transformers.grouped_mm_fallback.default", "aten._grouped_mm.default"})
 CONVOLUTIONS = frozenset(
     f"aten.{n}" for n in ("conv1d.default", "conv2d.default", "conv3d.default")
 )
@@ -31,10 +32,7 @@ _OTHERS = {
         "it is a transposed convolution",
     ),
     "aten.bmm.default": "its weights are a batch of matrices",
-    **dict.fromkeys(
-        ("transformers.grouped_mm_fallback.default", "aten._grouped_mm.default"),
-        "its weights are matrices of experts",
-    ),
+    **dict.fromkeys(EXPERTS, "its experts have a bias or a type of their own in the product"),
     "aten.bilinear.default": "its weights are a batch of matrices",
     "aten.convolution.default": "it is a transposed or general convolution",
     "aten.embedding_bag.default": "it adds rows up as it looks them up, as floats",
@@ -44,14 +42,15 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class Use:
-    """One node that reads a weight: as a linear layer, a table of rows, or a convolution.
+    """One node that reads a weight: as a linear layer, a table of rows, a convolution, or a linear
+    layer for each expert.
 
-    `rows` says that outputs (or table rows) are the weight's first dimension, as in
-    torch.nn.Linear, and not its last.
+    `rows` says that outputs (or table rows) are the weight's first dimension, behind that of
+    experts, as in torch.nn.Linear, and not its last.
     """
 
     node: Node
-    kind: str  # "linear", "embedding" or "conv"
+    kind: str  # "linear", "embedding", "conv" or "experts"
     rows: bool = True
 
     @property
@@ -84,13 +83,20 @@ class Weighted:
         return self.uses[0].kind == "conv"
 
     @property
+    def is_experts(self) -> bool:
+        return self.uses[0].kind == "experts"
+
+    @property
     def rows(self) -> bool:
         return self.uses[0].rows
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Outputs and inputs, or rows and columns of a table."""
+        """Outputs, of all experts, and inputs; or rows and columns of a table."""
         sizes = [int(s) for s in self.weight.tensor_type.shape]  # type: ignore[arg-type]
+        if self.is_experts:
+            experts, n, k = sizes if self.rows else (sizes[0], sizes[2], sizes[1])
+            return experts * n, k
         first, rest = sizes[0], 1
         for s in sizes[1:]:
             rest *= s
@@ -143,7 +149,23 @@ def _use(node: Node) -> Use | None:
         plain = isinstance(bias, Value) and bias.tensor_type.rank == 1
         plain = plain and a.get("alpha", 1) == a.get("beta", 1) == 1
         return _product(node, inputs[2]) if plain else None
+    if node.op in EXPERTS:
+        return _experts(node)
     return None
+
+
+def _experts(node: Node) -> Use | None:
+    """Rows in runs, each times a matrix of a constant, as it lies or transposed."""
+    x, weight, ends, *bias = node.inputs
+    plain = isinstance(x, Value) and x.tensor_type.rank == 2 and ends is not None
+    if not plain or any(b is not None for b in bias) or node.attributes.get("out_dtype"):
+        return None
+    assert isinstance(weight, Value)
+    rows = _is_transposed(weight)
+    source = weight.node.inputs[0] if rows and weight.node else weight
+    if not isinstance(source, Parameter) or source.tensor_type.rank != 3:
+        return None
+    return Use(node, "experts", rows)
 
 
 def _product(node: Node, weight: object) -> Use | None:
@@ -158,15 +180,16 @@ def _product(node: Node, weight: object) -> Use | None:
 
 
 def _is_transposed(x: Value) -> bool:
-    """Whether a value is a matrix with its two dimensions swapped."""
-    if x.node is None or x.tensor_type.rank != 2:
+    """Whether a value is a matrix, or one for each expert, with its last two dimensions swapped."""
+    rank = x.tensor_type.rank if x.node is not None else 0
+    if x.node is None or rank not in (2, 3):
         return False
-    a = x.node.attributes
-    return (
-        x.node.op in _TRANSPOSED
-        or (x.node.op == "aten.permute.default" and tuple(a["dims"]) in ((1, 0), (-1, -2)))
-        or (x.node.op == "aten.transpose.int" and {a["dim0"] % 2, a["dim1"] % 2} == {0, 1})
-    )
+    a, last = x.node.attributes, {rank - 2, rank - 1}
+    if x.node.op == "aten.permute.default":
+        return [d % rank for d in a["dims"]] == [*range(rank - 2), rank - 1, rank - 2]
+    if x.node.op == "aten.transpose.int":
+        return {a["dim0"] % rank, a["dim1"] % rank} == last
+    return x.node.op in _TRANSPOSED and rank == 2
 
 
 def _weight(node: Node) -> Parameter:
@@ -189,7 +212,7 @@ def _why_not(weight: Parameter, uses: list[Use], written: set[Value]) -> str | N
         return f"the model writes to !{weight.name}"
     if any(u.bias is weight for u in uses):
         return f"!{weight.name} is its bias too"
-    if len({(u.kind == "conv", u.rows) for u in uses}) > 1:
+    if len({(u.kind in ("conv", "experts"), u.rows) for u in uses}) > 1:
         return f"!{weight.name} is read both as it lies and transposed"
     readers = set(weight.users)
     for reader in weight.users:  # a transposition counts as those who read it
@@ -217,12 +240,29 @@ def check_numbers(found: list[Weighted]) -> None:
             )
 
 
+def put(graph: Graph, node: Node, made: Value) -> None:
+    """A value in the place of a node's, under its name; the transposition of a weight that then
+    nobody reads goes too.
+    """
+    name = node.results[0].name
+    transposed = [v.node for v in node.operands if v.node is not None and _is_transposed(v)]
+    graph.replace(node, [made])
+    graph.rename(made, name)
+    for t in transposed:
+        if t.graph is not None and not any(r.use_count for r in t.results):
+            graph.erase(t)
+
+
 def as_linear(graph: Graph, found: Weighted) -> Weighted:
     """Write every product with the weight as `aten.linear` of its transposed copy, [N, K].
 
     What is already one stays. The copy is a view: nothing is moved.
     """
-    if found.is_conv or all(u.node.op in (LINEAR, EMBEDDING) for u in found.uses):
+    if (
+        found.is_conv
+        or found.is_experts
+        or all(u.node.op in (LINEAR, EMBEDDING) for u in found.uses)
+    ):
         return found
     weight = found.weight
     if not found.rows:
@@ -234,13 +274,7 @@ def as_linear(graph: Graph, found: Weighted) -> Weighted:
             uses.append(u)
             continue
         made = Builder(graph, u.node).node(LINEAR, u.x, weight, u.bias)
-        name = u.node.results[0].name
-        transposed = [v.node for v in u.node.operands if v.node is not None and _is_transposed(v)]
-        graph.replace(u.node, made.results)
-        graph.rename(made.result, name)
-        for t in transposed:
-            if t.graph is not None and not any(r.use_count for r in t.results):
-                graph.erase(t)
+        put(graph, u.node, made.result)
         uses.append(Use(made, "linear"))
     if weight is not found.weight and not found.weight.use_count:
         graph.drop_parameter(found.weight.name)

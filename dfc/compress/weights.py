@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dfc.compress.grid import Grid, Rounded
-from dfc.compress.weighted import Use, Weighted
+from dfc.compress.weighted import Use, Weighted, put
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Parameter, Value
 from dfc.ir.types import DType
@@ -80,9 +80,14 @@ def store(graph: Graph, layer: Weighted, found: Rounded) -> Stored:
     # What dequantize gives a convolution has the type of the scale.
     scale = found.scale.to(dtype.to_torch()) if layer.is_conv else storable(found.scale, dtype)
     codes, zero = _packed4(found, k) if grid.bits == 4 else (_bytes(found, layer), None)
+    scale = scale if grid.group else scale.reshape(-1)
+    if layer.is_experts:
+        experts = int(layer.weight.tensor_type.shape[0])  # type: ignore[arg-type]
+        codes, scale = (t.reshape(experts, -1, *t.shape[1:]) for t in (codes, scale))
+        zero = None if zero is None else zero.reshape(experts, -1, zero.shape[1])
     return Stored(
         graph.add_constant(f"{name}.codes", codes),
-        graph.add_constant(f"{name}.scale", scale if grid.group else scale.reshape(-1)),
+        graph.add_constant(f"{name}.scale", scale),
         None if zero is None else graph.add_constant(f"{name}.zero", zero),
         grid.bits, grid.group, k,
     )  # fmt: skip
@@ -139,14 +144,17 @@ def read_codes(graph: Graph, use: Use, stored: Stored, activations: str) -> Valu
         if stored.bits == 4:
             attributes["width"] = stored.columns
         made = b(f"dfc.embedding_w{stored.bits}", use.x, *tables, **attributes)
+    elif use.kind == "experts":
+        made = b(
+            f"dfc.grouped_linear_w{stored.bits}", use.x, node.inputs[2], *tables,
+            group=stored.group, activations=activations,
+        )  # fmt: skip
     else:
         made = b(
             f"dfc.linear_w{stored.bits}", use.x, *tables, use.bias,
             group=stored.group, activations=activations,
         )  # fmt: skip
-    name = node.results[0].name
-    graph.replace(node, [made])
-    graph.rename(made, name)
+    put(graph, node, made)
     return made
 
 

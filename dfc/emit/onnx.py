@@ -147,7 +147,7 @@ def file_opset(graph: Graph) -> int:
     grouped = any(
         n.attributes.get("group") and n.attributes.get("activations") == "int8"
         for n in graph.walk()
-        if n.op.startswith("dfc.linear_w")
+        if n.op.startswith(("dfc.linear_w", "dfc.grouped_linear_w"))
     )
     return max(OPSET, FIRST_OPSET) if grouped else OPSET
 

@@ -5,6 +5,7 @@ from dfc.ops import (  # noqa: F401
     attention,
     control_flow,
     embedding_quantized,
+    grouped_quantized,
     linear,
     linear_f8,
     linear_quantized,

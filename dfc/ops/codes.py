@@ -105,14 +105,14 @@ def centred4(packed: Tensor, zero: Tensor | None, group: int, k: int) -> Tensor:
 def weight4(
     packed: Tensor, scale: Tensor, zero: Tensor | None, group: int, k: int, dtype: torch.dtype
 ) -> Tensor:
-    """Four-bit weights as floats [N, K]."""
+    """Four-bit weights as floats [*S, N, K]."""
     codes = centred4(packed, zero, group, k)
     return codes.to(dtype) * spread(scale.to(dtype), group, k)
 
 
 def weight8(weight: Tensor, scale: Tensor, group: int | None, dtype: torch.dtype) -> Tensor:
-    """Eight-bit weights as floats [N, K]."""
-    return weight.to(dtype) * spread(scale.to(dtype), group, weight.shape[1])
+    """Eight-bit weights as floats [*S, N, K]."""
+    return weight.to(dtype) * spread(scale.to(dtype), group, weight.shape[-1])
 
 
 def round_rows(x: Tensor, group: int | None) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,9 @@ GUARD_MARGIN = 0.02  # two builds of one graph differ by this much, by where the
 GUARD_SECONDS = 1.0
 NEAR = 1.5  # times the fastest: engines on which the captured graph may still win
 CAPTURED = "as captured"
-KERNELS = ("dfc.linear_w4", "dfc.linear_w8")  # layers for which PyTorch has no quick ones
+KERNELS = (  # layers for which PyTorch has no quick ones
+    "dfc.linear_w4", "dfc.linear_w8", "dfc.grouped_linear_w4", "dfc.grouped_linear_w8",
+)  # fmt: skip
 
 
 @dataclass

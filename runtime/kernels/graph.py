@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from dfc.emit.kernels import Kernel, KernelCall, Kernels
 from dfc.ir.graph import Node, Parameter, Value
 from dfc.ir.types import DTYPES
-from dfc.runtime.kernels.unpacked import UNPACKED, linear
+from dfc.runtime.kernels.unpacked import UNPACKED, experts, linear
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_COMPUTED = ("f32", "bf16", "f16")  # rows of experts: the kernels' f32, and what is widened to it
 
 
 def kernels(device: str, *, traced: bool = False) -> Kernels:
@@ -53,6 +55,8 @@ def _compiled_kernels(traced: bool) -> Kernels:
     return {
         "dfc.linear_w4": partial(_linear_w4, traced=traced),
         "dfc.linear_w8": partial(_linear_w8, traced=traced),
+        "dfc.grouped_linear_w4": partial(_experts, bits=4, traced=traced),
+        "dfc.grouped_linear_w8": partial(_experts, bits=8, traced=traced),
         **kernels_between(traced),
     }
 
@@ -163,6 +167,54 @@ def _call(node: Node, bits: int, traced: bool) -> KernelCall | None:
         return KernelCall(Bound(made, found.n, found.k, before).run, (x, bias))
     function = getattr(torch.ops.dfc, f"linear_w{bits}").default
     return KernelCall(function, (x, made, bias, found.n, found.group, before))
+
+
+def _experts(node: Node, bits: int, traced: bool) -> KernelCall | None:
+    """Rows of experts on packed weights; what kernels do not take is left to `experts`."""
+    x, ends, *weights = node.inputs
+    assert isinstance(x, Value) and isinstance(ends, Value)
+    count = ends.tensor_type.shape[0]
+    made = None
+    if (
+        node.attributes["activations"] == "int8" and x.tensor_type.dtype.name in _COMPUTED
+        and all(w is None or (isinstance(w, Parameter) and w.data is not None) for w in weights)
+        and isinstance(count, int)
+    ):  # fmt: skip
+        made = _packed_experts(node, bits, count)
+    if made is None or not isinstance(count, int):
+        return experts(node)
+    from dfc.runtime.kernels.grouped import BoundExperts, register
+
+    n, k = node.result.tensor_type.shape[-1], x.tensor_type.shape[-1]
+    assert isinstance(n, int) and isinstance(k, int)
+    if traced:
+        import torch
+
+        register()
+        return KernelCall(torch.ops.dfc.grouped_linear_packed.default, (x, ends, made, n))
+    return KernelCall(BoundExperts(made, count, n, k).run, (x, ends))
+
+
+def _packed_experts(node: Node, bits: int, count: int) -> Tensor | None:
+    from dfc.runtime.kernels.grouped import in_one_piece
+    from dfc.runtime.kernels.linear import pack_w4, pack_w8, packed_bytes
+    from dfc.runtime.kernels.packed import packed_weight
+
+    n, k, group = node.result.tensor_type.shape[-1], _depth(node), node.attributes["group"]
+    assert isinstance(n, int)
+    if packed_bytes(bits, n, k, group or 0) is None:
+        return None
+    held = [w for w in node.inputs[2:] if isinstance(w, Parameter) and w.data is not None]
+
+    def pack() -> Tensor:
+        codes, scale, *zero = (_tensor(w) for w in held)
+        return in_one_piece([
+            pack_w4(codes[e], scale[e], zero[0][e] if zero else None, k, group) if bits == 4
+            else pack_w8(codes[e], scale[e], group) for e in range(count)
+        ])  # fmt: skip
+
+    digests = tuple(w.data.sha256() for w in held if w.data is not None)
+    return packed_weight(digests, bits, n, k, group or 0, pack, experts=count)
 
 
 def rounded_by(node: Node) -> tuple[Value, int]:

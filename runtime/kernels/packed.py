@@ -22,6 +22,7 @@ from torch import Tensor
 from dfc.errors import DfcError
 from dfc.publish import publish_file
 from dfc.rewrite.proofs import cache_folder
+from dfc.runtime.kernels.grouped import are_packed
 from dfc.runtime.kernels.library import VERSION
 from dfc.runtime.kernels.linear import is_packed
 from dfc.runtime.kernels.memory import huge
@@ -33,13 +34,17 @@ _held: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
 
 
 def packed_weight(
-    digests: tuple[str, ...], bits: int, n: int, k: int, group: int, pack: Callable[[], Tensor]
-) -> Tensor:
-    """The packed weight of these digests: held, read, or packed now and kept."""
-    key = _key(digests, bits, n, k, group)
+    digests: tuple[str, ...], bits: int, n: int, k: int, group: int, pack: Callable[[], Tensor],
+    experts: int | None = None,
+) -> Tensor:  # fmt: skip
+    """The packed weight of these digests: held, read, or packed now and kept. That of `experts` is
+    one for each, in one piece.
+    """
+    of_experts = () if experts is None else (f"{experts} experts",)
+    key = _key((*digests, *of_experts), bits, n, k, group)
     found = _held.get(key)
     if found is None:
-        found = _from_disk(key, bits, n, k, group, pack)
+        found = _from_disk(key, bits, n, k, group, pack, experts)
         _held[key] = found
     return found
 
@@ -70,13 +75,17 @@ def _file(key: str, bits: int, n: int, k: int) -> Path | None:
 
 
 def _from_disk(
-    key: str, bits: int, n: int, k: int, group: int, pack: Callable[[], Tensor]
-) -> Tensor:
-    file = _file(key, bits, n, k)
+    key: str, bits: int, n: int, k: int, group: int, pack: Callable[[], Tensor],
+    experts: int | None,
+) -> Tensor:  # fmt: skip
+    file = _file(key, bits, n * (experts or 1), k)
     if file is None:
         return pack()
     found = _read(file)
-    if found is not None and is_packed(found, bits, n, k, group):
+    if found is not None and (
+        is_packed(found, bits, n, k, group) if experts is None
+        else are_packed(found, bits, experts, n, k, group)
+    ):  # fmt: skip
         return found
     made = pack()
     _write(file, made)

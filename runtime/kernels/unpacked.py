@@ -71,8 +71,40 @@ def dequantize(node: Node) -> KernelCall | None:
     return KernelCall(torch.ops.aten.alias.default, (made,))
 
 
+def experts(node: Node) -> KernelCall:
+    """Rows in runs, each with an expert's weights: floats, or what the op says where it rounds."""
+    import torch
+
+    from dfc.runtime.kernels.grouped import register
+
+    register()
+    x, ends, *weights = node.inputs
+    assert isinstance(x, Value) and isinstance(ends, Value)
+    held = _constants(weights)
+    bits = 4 if node.op.endswith("4") else 8
+    group: Any = node.attributes["group"]
+    if node.attributes["activations"] != "float" or held is None:
+        operands: Any = (x, ends, *weights, *([None] if bits == 8 else []), bits, group or 0)
+        rounded = int(node.attributes["activations"] != "float")
+        return KernelCall(torch.ops.dfc.grouped_linear_codes.default, (*operands, rounded))
+    dtype, k = x.tensor_type.dtype.to_torch(), int(x.tensor_type.shape[-1])  # type: ignore[arg-type]
+
+    def unpack() -> Tensor:
+        from dfc.ops.codes import weight4, weight8
+
+        codes, scale, *zero = (None if p is None else _tensor(p) for p in held)
+        assert codes is not None and scale is not None
+        if bits == 4:
+            return weight4(codes, scale, zero[0], group, k, dtype)
+        return weight8(codes, scale, group, dtype)
+
+    made = _shared((node.op, group, k, str(dtype)), held, unpack)
+    return KernelCall(torch.ops.dfc.grouped_linear_floats.default, (x, ends, made))
+
+
 UNPACKED: Kernels = {
     "dfc.linear_w4": linear, "dfc.linear_w8": linear, "dfc.linear_f8": linear,
+    "dfc.grouped_linear_w4": experts, "dfc.grouped_linear_w8": experts,
     "dfc.dequantize": dequantize,
 }  # fmt: skip
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,18 +56,34 @@ def grouped_matmul(b: Builder, x: Val, call: Call) -> Val:
     groups = b.type(weight).shape[0]
     if not isinstance(groups, int) or b.rank(x) != 2 or b.rank(weight) != 3:
         raise b.refuse("a grouped product needs a fixed number of groups, and rows of vectors")
-    ends = b.cast(offsets, D.INT64)
+    columns = b.type(weight).shape[2]
+    return by_group(
+        b, x, offsets, groups, columns,
+        lambda g, own: b.op("MatMul", own(x), b.op("Gather", weight, g, axis=0)),
+    )  # fmt: skip
+
+
+def by_group(
+    b: Builder, x: Val, ends: Val, groups: int, columns: Any,
+    product: Callable[[int, Callable[[Val], Val]], Val],
+) -> Val:  # fmt: skip
+    """What `product` makes of each group, by its number and what takes its rows of a value; rows
+    after the last group are zeros.
+    """
     parts = []
-    start = b.array(np.zeros(1, np.int64))
+    ends, start = b.cast(ends, D.INT64), b.array(np.zeros(1, np.int64))
     for g in range(groups):
         end = b.op("Slice", ends, [g], [g + 1], [0])
-        rows = b.op("Slice", x, start, end, [0])
-        parts.append(b.op("MatMul", rows, b.op("Gather", weight, g, axis=0)))
+        parts.append(product(g, partial(_rows_between, b, start, end)))
         start = end
-    rest = b.op("Slice", x, start, [2**63 - 1], [0])
+    rest = _rows_between(b, start, b.array(np.array([2**63 - 1])), x)
     zeros = b.op("Expand", b.like(0.0, x), b.op("Concat", b.op("Shape", rest, start=0, end=1),
-                 b.vec(b.type(weight).shape[2]), axis=0))  # fmt: skip
+                 b.vec(columns), axis=0))  # fmt: skip
     return b.op("Concat", *parts, zeros, axis=0)
+
+
+def _rows_between(b: Builder, start: Val, end: Val, x: Val) -> Val:
+    return b.op("Slice", x, start, end, [0])
 
 
 @translates("addmm", "baddbmm")

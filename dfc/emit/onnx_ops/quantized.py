@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,10 @@ import numpy as np
 from dfc.emit.onnx_builder import Builder, Call, NoTranslation, Val
 from dfc.emit.onnx_ops.blocked import BLOCKS, blocked_linear
 from dfc.emit.onnx_ops.logic import shifted
+from dfc.emit.onnx_ops.nn import by_group
 from dfc.emit.onnx_ops.registry import translates
 from dfc.emit.onnx_types import ONNX_DTYPES, D
+from dfc.ir.expr import symbol
 from dfc.ops.codes import OFFSET, fit_pairs, groups_of
 
 _MIDDLE = 128  # what int8 codes are shifted by to be bytes
@@ -190,7 +193,12 @@ def _rows_w8(b: Builder, x: Val, weight: Val, scale: Val, bias: Val | None) -> V
     """
     if x.dtype != D.FLOAT or b.rank(x) < 2:
         raise NoTranslation("")
-    codes, steps = _rounded_rows(b, x)
+    return _of_rounded_rows(b, *_rounded_rows(b, x), weight, scale, bias)
+
+
+def _of_rounded_rows(
+    b: Builder, codes: Val, steps: Val, weight: Val, scale: Val, bias: Val | None
+) -> Val:
     signed = not b.root.saturates or _fits_pairs(b, weight)
     columns = b.transpose(weight if signed else _unsigned(b, weight), (1, 0))
     kind, zero = (D.INT8, 0) if signed else (D.UINT8, _MIDDLE)
@@ -251,6 +259,76 @@ def _unsigned(b: Builder, codes: Val) -> Val:
         wide = b.op("Add", b.cast(codes, D.INT32), b.const(_MIDDLE, D.INT32))
         found = b.shared[key] = b.cast(wide, D.UINT8)
     assert isinstance(found, Val)
+    return found
+
+
+@translates("dfc.grouped_linear_w4")
+def grouped_linear_w4(b: Builder, x: Val, ends: Val, packed: Val, scale: Val, zero: Val | None,
+                      call: Call) -> Val:  # fmt: skip
+    return _experts(b, call, "dfc.linear_w4", x, ends, packed, scale, zero)
+
+
+@translates("dfc.grouped_linear_w8")
+def grouped_linear_w8(
+    b: Builder, x: Val, ends: Val, weight: Val, scale: Val, group: int | None, activations: str,
+    call: Call,
+) -> Val:  # fmt: skip
+    """Rows are rounded before they are parted.
+
+    Why:  ONNX Runtime's ReduceMax of no rows of K numbers has K columns, not one.
+    """
+    if group is not None or activations != "int8":
+        return _experts(b, call, "dfc.linear_w8", x, ends, weight, scale)
+    experts, n = _sizes_of(b, weight)
+    if x.dtype != D.FLOAT:
+        raise NoTranslation("")
+    codes, steps = _rounded_rows(b, x)
+
+    def product(e: int, own: Callable[[Val], Val]) -> Val:
+        of_e = _of_expert(b, weight, e), _of_expert(b, scale, e)
+        return _of_rounded_rows(b, own(codes), own(steps), *of_e, None)
+
+    return by_group(b, x, ends, experts, n, product)
+
+
+def _experts(b: Builder, call: Call, layer: str, x: Val, ends: Val, *weights: Val | None) -> Val:
+    """A linear layer for each expert, as it is written for any other; without rows it costs little,
+    and with constants of its own the runtime packs each once.
+    """
+    from dfc.emit.onnx_nodes import emit
+
+    assert weights[0] is not None
+    experts, n = _sizes_of(b, weights[0])
+
+    def product(e: int, own: Callable[[Val], Val]) -> Val:
+        count, rows = symbol(b.root.claim("rows_of_expert")), own(x)
+        b.retype(rows, b.type(x).with_shape((count, *b.type(x).shape[1:])))
+        b.sizes.bind_dim(count, rows, 0)
+        of_e = [None if w is None else _of_expert(b, w, e) for w in weights]
+        type = call.result.with_shape((count, n))
+        inner = Call(
+            layer, (rows, *of_e, None), call.attributes, (type,), call.loc, call.graph_node
+        )
+        (y,) = emit(b, inner, b.root.ranges)
+        assert y is not None
+        return y
+
+    return by_group(b, x, ends, experts, n, product)
+
+
+def _sizes_of(b: Builder, weight: Val) -> tuple[int, int]:
+    """How many experts, and outputs of each."""
+    experts, n = b.type(weight).shape[:2]
+    if not isinstance(experts, int) or not isinstance(n, int):
+        raise NoTranslation("")
+    return experts, n
+
+
+def _of_expert(b: Builder, weight: Val, e: int) -> Val:
+    found = b.derived(weight, f"expert{e}", lambda t: t[e].contiguous())
+    if found is None:
+        type = b.type(weight)
+        found = b.retype(b.op("Gather", weight, e, axis=0), type.with_shape(type.shape[1:]))
     return found
 
 
