@@ -93,6 +93,33 @@ def test_the_last_microbatch_may_be_smaller_and_the_batch_too() -> None:
             trainer.zero_grad()
 
 
+def test_microbatches_of_what_has_no_batch_are_refused() -> None:
+    """One microbatch in their place would be no pipeline."""
+    fixed = dfc.trace(nn.Linear(4, 1), (torch.randn(8, 4),))
+    settings: dict[str, Any] = {"loss": lambda y: y.square().mean(), "optimizer": adamw}
+    with pytest.raises(DfcError, match=r"N051.*cut into 4 microbatches: all sizes.*fixed") as e:
+        Trainer(fixed, evenly(fixed, 1), microbatches=4, **settings)
+    assert e.value.status == 2 and "dynamic_shapes" in str(e.value)
+    with Trainer(fixed, evenly(fixed, 1), **settings) as trainer:
+        trainer.step(torch.randn(8, 4))
+        assert trainer.report().program.microbatches == 1
+    a, b = torch.export.Dim("A", max=9), torch.export.Dim("B", max=9)
+    sums = dfc.trace(Apart(), (torch.ones(2, 4), torch.ones(3, 4)), dynamic_shapes=({0: a}, {0: b}))
+    with pytest.raises(DfcError, match=r'inputs have A, B\n  help: .*batch="A"'):
+        Trainer(sums, evenly(sums, 1), microbatches=2, optimizer=adamw)
+
+
+class Apart(nn.Module):
+    """Two inputs, of which either could be the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 1), nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.a(x).mean() + self.b(y).mean()
+
+
 def test_a_microbatch_is_no_smaller_than_the_batch_may_be() -> None:
     """Batch norm has no statistics of one item: four of `min=2` are two microbatches, not four."""
     torch.manual_seed(0)

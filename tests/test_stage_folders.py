@@ -328,6 +328,27 @@ def test_a_folder_of_stages_is_no_package_and_says_what_runs_it(folder: Path) ->
         read_package(folder)
 
 
+@pytest.mark.parametrize(
+    ("given", "left_out"),
+    [
+        ("--on processes --links gloo", "--on, --links"),
+        ("--devices cpu,cpu", "--devices"),
+        ("--engine eager --pipeline 2 --on torchrun", "--pipeline, --engine, --on"),
+    ],
+)
+def test_a_folder_leaves_no_choice_of_where_it_runs(
+    folder: Path, given: str, left_out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(folder), *given.split()]) == 2
+    told = capsys.readouterr().err
+    assert "cut into its stages already, and runs in ONNX Runtime in threads" in told
+    assert f"leave out {left_out};" in told
+
+
+def test_a_folder_runs_in_threads_also_if_that_is_said(folder: Path) -> None:
+    assert main(["run", str(folder), "--on", "threads"]) == 0
+
+
 def test_files_that_were_exchanged_damaged_or_lost_are_named(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "stages"
     shutil.copytree(folder, path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -144,8 +144,14 @@ def run(
         require_writable,
     )  # fmt: skip
     from dfc.cli.progress import Progress
+    from dfc.emit.onnx_stages import is_stages
 
-    check_place(on, pipeline)
+    staged = is_stages(model)
+    check_choices(model if staged else None, {
+        "--pipeline": pipeline, "--engine": engine, "--device": device != "cpu", "--memory": memory,
+        "--on": on not in (None, PLACES[0]), "--devices": devices, "--links": links,
+    })  # fmt: skip
+    check_place(None if staged else on, pipeline)
     check_links(links, devices, on, pipeline)
     if memory is not None:
         check_memory(memory, pipeline, microbatches)
@@ -165,7 +171,7 @@ def run(
             Where(on or PLACES[0], device, devices, LINKS[links] if links else None, use or ()),
             trace, force, say, memory,
         )  # fmt: skip
-        ran = job.run(model, pipeline)
+        ran = job.run(model, pipeline, staged)
         named = dict(zip(output_names(ran.graph), ran.results, strict=True))
         if output:
             say(f"writing {output}")
@@ -191,6 +197,18 @@ def run(
             print_text(f"note: {which} not finite")
     if output:
         print_text(f"wrote {output}")
+
+
+def check_choices(staged: str | None, options: Mapping[str, Any]) -> None:
+    """Raises:  DfcError Q006 for options that a folder of ONNX stages leaves no choice of."""
+    given = [name for name, value in options.items() if value]
+    if staged and given:
+        message = f"`{staged}` is cut into its stages already, and runs in ONNX Runtime in threads"
+        help = (
+            f"leave out {', '.join(given)}; a package has the choice: `dfc run MODEL.dfcpkg "
+            "--pipeline 2 --engine onnxruntime --on processes`"
+        )
+        raise DfcError("Q006", message, help=help)
 
 
 def check_place(on: str | None, stages: str | None) -> None:
@@ -292,11 +310,9 @@ class _Job:
     memory: str | None = None
     origin: str = ""
 
-    def run(self, model: str, stages: str | None) -> _Ran:
-        from dfc.emit.onnx_stages import is_stages
-
-        if is_stages(model):
-            return self.stages(model, stages)
+    def run(self, model: str, stages: str | None, staged: bool) -> _Ran:
+        if staged:
+            return self.stages(model)
         engines = (self.engine or "").split(",")
         if len(engines) > 1 and not stages:
             help = "with --pipeline N, each of N stages may have its own"
@@ -365,14 +381,9 @@ class _Job:
         results, measured = found
         return _Ran(compiled.graph, ", ".join(names), self.origin, results, measured)
 
-    def stages(self, folder: str, stages: str | None) -> _Ran:
+    def stages(self, folder: str) -> _Ran:
         from dfc.cli.pipelined import run_stages
 
-        if stages or self.engine or self.device != "cpu" or self.memory:
-            message = f"`{folder}` is cut into its stages already, and runs in ONNX Runtime"
-            raise DfcError(
-                "Q006", message, help="leave out --pipeline, --engine, --device, --memory"
-            )
         graph, results, measured = run_stages(
             folder, self.inputs, self.microbatches, self.trace, self.force, self.say
         )

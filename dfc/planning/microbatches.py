@@ -40,6 +40,18 @@ def checked_batch(graph: Graph, given: str | None) -> str | None:
     return given
 
 
+def no_batch(graph: Graph, microbatches: int) -> DfcError:
+    """The error for microbatches of what has no batch, or several sizes that could be it."""
+    known = sorted({s for v in graph.inputs for s in v.type.symbols})
+    if known:
+        have, help = f"inputs have {', '.join(known)}", f'say which it is: batch="{known[0]}"'
+    else:
+        have = "all sizes of the inputs are fixed"
+        help = 'trace it with dynamic_shapes=({0: torch.export.Dim("B")}, ...), or microbatches=1'
+    message = f"there is no batch to be cut into {microbatches} microbatches: {have}"
+    return DfcError("N051", message, help=help, status=2)
+
+
 def batch_dim(value: Value, batch: str | None) -> int | None:
     """Which dimension of a value is the batch, None for a value that every item shares.
 

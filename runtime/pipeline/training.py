@@ -35,7 +35,7 @@ from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.interpret import bind_inputs
 from dfc.ir.types import TensorType
 from dfc.planning.actions import SELECTIVE, Action, Kind, Program
-from dfc.planning.microbatches import batch_dims, checked_batch, cut, least_of
+from dfc.planning.microbatches import batch_dims, checked_batch, cut, least_of, no_batch
 from dfc.planning.recompute import recomputing
 from dfc.planning.simulate import Costs
 from dfc.planning.stages import HOST
@@ -158,8 +158,12 @@ class Trainer:
             stage_of, schedule, microbatches = stages_of_plan(
                 stage_of, graph, schedule, microbatches
             )
-        schedule, microbatches = schedule or "1f1b", microbatches or 8
+        schedule = schedule or "1f1b"
         self.model = model = staged_model(graph, stage_of, loss, targets)
+        self.batch = checked_batch(model.graph, batch)
+        if self.batch is None and (microbatches or 1) > 1:
+            raise no_batch(model.graph, microbatches or 1)
+        microbatches = microbatches or (1 if self.batch is None else 8)
         self.reduction, self.microbatches, self.seed = reduction, microbatches, seed
         some, room = what_recomputes(recompute, memory, len(model.parts))
         if ranks is None and schedule == AUTO:
@@ -167,7 +171,6 @@ class Trainer:
         alike = isinstance(devices, str) or len(set(devices)) == 1
         self.programs = Programs(schedule, len(model.parts), microbatches, chunks, some, room,
                                  ranks, alike and self._moves and not sequential)  # fmt: skip
-        self.batch = checked_batch(model.graph, batch)
         self._dims = batch_dims(model.graph, self.batch, microbatches)
         count = 1 + max(self.programs.placement)
         self.devices = device_names(one_each(devices, count, "devices", "ranks"))
