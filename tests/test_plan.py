@@ -20,7 +20,7 @@ from dfc.lang.units import byte_count
 from dfc.planning.catalogue import CATALOGUE, known_device
 from dfc.planning.cost import default_sizes, work_of
 from dfc.planning.machine import Wire
-from dfc.planning.model import Wish, modelled
+from dfc.planning.model import Limits, Wish, modelled
 from dfc.planning.pipeline import plan
 from dfc.planning.schedules import schedule
 from dfc.planning.simulate import Costs, Link, simulate
@@ -272,6 +272,14 @@ def test_a_number_that_is_none_is_told_once(number: str) -> None:
     with pytest.raises(DfcError) as e:
         plan_of("O0", target=text)
     assert [d.code for d in e.value.diagnostics] == ["P005"]
+
+
+def test_a_pin_to_a_device_that_cannot_run_it_says_so(tower: Graph) -> None:
+    two = machine(2)
+    half = replace(two, devices=(two.devices[0], replace(two.devices[1], dtypes=("bf16",))))
+    first = next(iter(tower.nodes))
+    with pytest.raises(DfcError, match=r"N047.*pinned to `gpu1`, .* it does not compute in f32"):
+        plan(tower, half, limits=Limits({first: "gpu1"}))
 
 
 def test_a_plan_keeps_the_step_that_chose_it(tower: Graph) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from types import TracebackType
@@ -16,7 +17,8 @@ class Progress:
     with Progress() as say:
         say("tracing")
 
-    What the user's code prints meanwhile is no data: it goes to stderr, too.
+    What the user's code prints meanwhile is no data: it goes to stderr, too, and so does what
+    libraries print from C (HiGHS leaves some of its own).
     """
 
     def __init__(self) -> None:
@@ -25,9 +27,11 @@ class Progress:
         self._live: Any = None
         self._task: Any = None
         self._timer: threading.Timer | None = None
+        self._kept: int | None = None
 
     def __enter__(self) -> Progress:
         self._stdout, sys.stdout = sys.stdout, sys.stderr
+        self._kept = _turned(self._stdout)
         return self
 
     def __call__(self, what: str) -> None:
@@ -49,7 +53,9 @@ class Progress:
     def result(self, text: str) -> None:
         """A line of data, on stdout, before all is done."""
         self._stop()
+        _turned_back(self._kept)
         print(text, file=self._stdout, flush=True)
+        self._kept = _turned(self._stdout)
 
     def _stop(self) -> None:
         self._cancel()
@@ -64,6 +70,8 @@ class Progress:
         tb: TracebackType | None,
     ) -> None:
         self._stop()
+        _turned_back(self._kept)
+        self._kept = None
         sys.stdout = self._stdout
 
     def _spin(self, what: str) -> None:
@@ -87,6 +95,31 @@ class Progress:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _turned(stdout: Any) -> int | None:
+    """Turn the process' stdout to stderr, for what is not printed by Python; a copy of it, None
+    where one of them is closed."""
+    stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:
+        return None
+    try:
+        os.dup2(2, 1)
+    except OSError:
+        os.close(kept)
+        return None
+    return kept
+
+
+def _turned_back(kept: int | None) -> None:
+    import ctypes
+
+    if kept is not None:
+        ctypes.CDLL(None).fflush(None)  # what C still holds was printed meanwhile
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _line(what: str) -> None:

@@ -143,7 +143,8 @@ def modelled(
 
     `measured` gives the seconds of a node that was timed, in place of the model's; they are those
     of devices of the kind `measured_on`, of all of them where it is empty.
-    Raises:  DfcError N047 for a node that no device can run, N048 for limits that contradict.
+    Raises:  DfcError N047 for a node that no device can run, or not the one that it is pinned to;
+             N046 for a pin to no device, N048 for limits that contradict.
     """
     groups, group_of, root = _grouped(graph, sizes)
     works = tuple(tuple(work_of(n, sizes) for n in nodes) for nodes in groups)
@@ -236,6 +237,10 @@ def _pins(
             raise DfcError("N046", f"{named(node)} is pinned to `{name}`, which is no device",
                            help=help)  # fmt: skip
         at = names.index(name)
+        why = limits.supports(node, machine.devices[at])
+        if why is not None:
+            message = f"{named(node)} is pinned to `{name}`, which cannot run it: {why}"
+            raise DfcError("N047", message)
         other = found.setdefault(group_of[node], at)
         if other != at:
             message = f"{named(node)} is pinned to `{name}`, and to `{names[other]}`"
