@@ -23,6 +23,7 @@ from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.training import Trainer
 from tests.training_models import (
     MODELS,
+    B,
     adamw,
     captured,
     close,
@@ -162,6 +163,17 @@ def test_an_engine_that_writes_over_nothing_gives_the_same(monkeypatch: Any) -> 
     assert all(map(torch.equal, weights, other_weights))
 
 
+class Scaled(nn.Module):
+    """Multiplies by a number of its data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.a(x) * x[0, 0].item()).square().mean()
+
+
 class Noisy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -189,6 +201,10 @@ def test_what_cannot_be_trained_is_refused_before_it_runs() -> None:
         with pytest.raises(DfcError) as e:
             Trainer(three, **{"optimizer": adamw, **settings})
         assert e.value.code == code
+    scaled = dfc.trace(Scaled(), (torch.randn(2, 4),))
+    with pytest.raises(DfcError, match=r"reads `uf0`, a number that data tell") as e:
+        _ = StagedModel(scaled, evenly(scaled, 1)).parts[0].cut
+    assert e.value.code == "N070"
     noisy = dfc.trace(Noisy(), (torch.randn(2, 4),))
     with pytest.raises(DfcError, match="random") as e:
         StagedModel(noisy, evenly(noisy, 1))
@@ -216,6 +232,36 @@ def test_a_failing_action_is_named_and_the_next_step_is_whole() -> None:
         assert e.value.code == "K050"
         loss, expected = reference(model, args, 2)
         torch.testing.assert_close(trainer.backward(*args), loss)
+        close({n: p.grad for n, p in trainer.parameters.items()}, expected)
+
+
+class Decides(nn.Module):
+    """Doubles where a test of its data says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        h = self.a(x).relu()
+        if bool((x > -9).all()):
+            h = h * 2
+        return F.cross_entropy(self.b(h), y)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_was_decided_on_data_is_checked_in_every_microbatch(recompute: bool) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = Decides(), (torch.randn(4, 6), torch.randint(3, (4,)))
+    graph = dfc.trace(model, (x, y), dynamic_shapes=({0: B}, {0: B}))
+    loss, expected = reference(model, (x, y), 2)
+    other = x.clone()
+    other[-1] = -10  # the model would not double
+    with Trainer(graph, evenly(graph, 2), microbatches=2, optimizer=adamw, threads=1,
+                 recompute=recompute) as trainer:  # fmt: skip
+        with pytest.raises(DfcError, match="microbatch 1: the model was traced for True here"):
+            trainer.step(other, y)
+        torch.testing.assert_close(trainer.backward(x, y), loss)
         close({n: p.grad for n, p in trainer.parameters.items()}, expected)
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import dfc
 from dfc.capture import training
+from dfc.errors import DfcError
 from dfc.runtime.pipeline import differentiated
 from dfc.runtime.pipeline.staged_folder import read_staged, write_staged
 from dfc.runtime.pipeline.staged_model import StagedModel
@@ -32,6 +34,24 @@ def test_a_model_that_was_written_trains_as_the_one_that_wrote_it(tmp_path: Path
         assert torch.equal(first.step(*args), second.step(*args))
         for n, p in first.parameters.items():
             assert torch.equal(p, second.parameters[n]), n
+
+
+def test_what_is_checked_on_data_is_known_where_it_is_read(tmp_path: Path) -> None:
+    class Decides(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.ones(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.w * x if bool((x > 0).all()) else self.w - x).mean()
+
+    x = torch.tensor([1.0, 2.0, 3.0])
+    graph = dfc.trace(Decides(), (x,))
+    told = json.loads(json.dumps(write_staged(tmp_path, StagedModel(graph, evenly(graph, 1)))))
+    with Trainer(read_staged(tmp_path, told), microbatches=1, optimizer=adamw) as trainer:
+        trainer.step(x)
+        with pytest.raises(DfcError, match="traced for True here"):
+            trainer.step(-x)
 
 
 def test_a_stage_is_differentiated_when_its_graph_is_asked_for(

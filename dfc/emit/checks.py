@@ -11,15 +11,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from dfc.errors import DfcError
+from dfc.ir.expr import call
 from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.tree import LEAF, Leaf, Seq
 from dfc.planning.engine import Runner
 
+_PLAIN: dict[str, Any] = dict.fromkeys(("dtype", "layout", "device", "pin_memory"))
 _CHECKS = ("aten._assert_scalar.", "aten._assert_async.")
 
 
-def lift_checks(graph: Graph) -> tuple[Graph, list[str]]:
-    """The graph with each assertion's condition as a last output, and their messages."""
+def lift_checks(graph: Graph, *, tensors: bool = False) -> tuple[Graph, list[str]]:
+    """The graph with each assertion's condition as a last output, and their messages.
+
+    Conditions on sizes are numbers, or `tensors` as the others.
+    """
     if not any(node.op.startswith(_CHECKS) for node in graph.nodes):
         return graph, []
     lifted = graph.copy()
@@ -27,7 +32,7 @@ def lift_checks(graph: Graph) -> tuple[Graph, list[str]]:
     messages: list[str] = []
     for node in lifted.nodes:
         if node.op.startswith(_CHECKS):
-            flags.append(_condition(lifted, node))
+            flags.append(_condition(lifted, node, tensors))
             place = f" (traced from {node.loc})" if node.loc else ""
             messages.append(f"{node.attributes.get('assert_msg') or 'assertion failed'}{place}")
             lifted.erase(node)
@@ -38,13 +43,17 @@ def lift_checks(graph: Graph) -> tuple[Graph, list[str]]:
     return lifted, messages
 
 
-def _condition(graph: Graph, node: Node) -> Value:
+def _condition(graph: Graph, node: Node, tensors: bool) -> Value:
     if node.op.startswith("aten._assert_async."):
         tensor = node.inputs[0]
         assert isinstance(tensor, Value)
         return tensor
     value = node.attributes["self"]
-    return graph.add("torch.scalar", [], {"value": value}, before=node, loc=node.loc).result
+    op, attributes = "torch.scalar", {"value": value}
+    if tensors:
+        op, attributes = "aten.scalar_tensor.default", {"s": call("where", value, 1, 0), **_PLAIN}
+    made = graph.add(op, [], attributes, before=node, stage=node.stage, loc=node.loc)
+    return made.result
 
 
 def checked(run: Runner, outputs: int, messages: list[str]) -> Runner:

@@ -337,7 +337,10 @@ class _Emitter:
         key = _symbol(name)
         for r in node.results:
             if isinstance(r.type, ScalarType):
-                self.sizes[key] = self.env[r]
+                held = self.env[r]
+                if r.type.name == "bool":  # a symbol is a number, and torch's SymBool equals none
+                    held = self.fx.call_function(torch.sym_ite, (held, 1, 0))
+                self.sizes[key] = held
                 return
             if isinstance(r.type, TensorType):
                 for dim, size in enumerate(r.type.shape):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
+from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.slice import slice_graph
 from dfc.ir.tree import LEAF, Seq
@@ -79,6 +80,7 @@ class Cut:
 def cut(joint: Differentiated) -> Cut:
     """Cut a joint graph, which then gives sums of gradients.
 
+    Raises:  DfcError N070 for a backward pass that reads a number.
     Ensures: F reads no tangent; each backward node is in I or in W, and B does what both do, with
              operators that make several gradients left whole.
     """
@@ -156,9 +158,26 @@ def _part(
     outer = [r for n in graph.nodes if n in nodes for r in n.results]
     twin = dict(zip(outer, inner, strict=True))
     read = {r for r in outer if any(u not in nodes for u in r.users)}
+    _check_numbers(part)
     gives = [r for r in outer if r in (read if wanted is None else wanted)]
     part.set_outputs([twin[r] for r in gives], Seq("tuple", (LEAF,) * len(gives)))
     return Part(part, tuple(takes), tuple(gives))
+
+
+def _check_numbers(part: Graph) -> None:
+    """Refuse a part that reads a number which another part took from data: tensors alone are kept.
+
+    Raises:  DfcError N070.
+    """
+    known = {s for v in part.inputs for s in v.type.symbols}
+    known |= {b.symbol for n in part.walk() for b in n.binds}
+    for node in part.nodes:
+        for name in sorted(node.symbols - known):
+            raise DfcError(
+                "N070", f"the backward pass of `{node.op}` ({node.loc or 'unknown place'}) reads "
+                f"`{name}`, a number that data tell: it is given tensors alone",
+                help="let the model read the tensor itself, without `.item()`",
+            )  # fmt: skip
 
 
 def split_masked(graph: Graph) -> dict[Value, Value]:

@@ -7,12 +7,15 @@ in one process and in several take the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dfc.capture.loss import loss_of, with_loss
+from dfc.emit.checks import lift_checks
 from dfc.emit.trainable import trainable
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
+from dfc.ir.tree import LEAF, Seq
 from dfc.ir.types import TensorType
 from dfc.planning.stages import StageGraph, split
 from dfc.runtime.pipeline.differentiated import (
@@ -33,7 +36,8 @@ class StagedModel:
     `graph` is called like the model, targets last; `inputs` says which value of the stages stands
     for which of its inputs; `masks` are inputs of the stages alone. `read` are the types of the
     weights that some stage trains, `state` the buffers that the model writes to, with what it
-    writes. `parts` makes the differentiated stages, where they are at hand already.
+    writes, `checks` what must be true for the model to be what was traced, and what to say where it
+    is not. `parts` makes the differentiated stages, where they are at hand already.
     Raises:  DfcError N050 for stages that are not convex or numbered, N07x for what cannot be
              trained.
     """
@@ -50,13 +54,15 @@ class StagedModel:
         inner = self.graph.copy()
         _write_stages(graph, inner, stage_of)
         self.stage_of = [n.stage for _, n in zip(self.graph.nodes, inner.nodes, strict=True)]
+        inner, self.checks = _with_checks(inner)
         self.masks = masked(inner)
         self.inputs = dict(zip(self.graph.inputs, inner.inputs, strict=False))
         self.loss = loss_of(inner)
         self._trainable = {p.name: p for p in trainable(inner)}
         self.state = _state(inner)
-        inner.set_outputs([self.loss, *self.state.values()])
-        stages = split(inner, {n: n.stage for n in inner.nodes if n.stage is not None})
+        inner.set_outputs([self.loss, *self.state.values(), *self.checks])
+        parted = split(inner, {n: n.stage for n in inner.nodes if n.stage is not None})
+        stages = [_of_tensors(s) for s in parted]
         weights = list(self._trainable)
         _check_state(self.state, stages)
         self.parts = (
@@ -80,6 +86,30 @@ class StagedModel:
         Raises:  DfcError K021 for a model without numbers.
         """
         return {name: _data(self.graph.parameters[name]) for name in self.state}
+
+
+def _of_tensors(stage: StageGraph) -> StageGraph:
+    """The stage without the numbers that it gives: it reads them itself, as sizes."""
+    gives = [v for v in stage.gives if isinstance(v.type, TensorType)]
+    if len(gives) == len(stage.gives):
+        return stage
+    outputs = [v for v in stage.graph.outputs if isinstance(v.type, TensorType)]
+    stage.graph.set_outputs(outputs, Seq("tuple", (LEAF,) * len(outputs)))
+    return replace(stage, gives=tuple(gives))
+
+
+def _with_checks(graph: Graph) -> tuple[Graph, dict[Value, str]]:
+    """The graph without assertions, and what they asserted, with their messages.
+
+    Why:  the parts of a stage are what makes its results and gradients, and assertions make none.
+    """
+    lifted, messages = lift_checks(graph, tensors=True)
+    n = len(graph.outputs)
+    checks = dict(zip(lifted.outputs[n:], messages, strict=True))
+    if checks:
+        mutations = [(m.target, m.value) for m in lifted.mutations]
+        lifted.set_outputs(lifted.outputs[:n], graph.output_tree, mutations)
+    return lifted, checks
 
 
 def _data(p: Parameter) -> torch.Tensor:

@@ -62,6 +62,7 @@ class TrainedStage:
         recomputes: str | None = None,
         drawn: Collection[Value] = (),
         state: Mapping[Value, tuple[str, torch.Tensor]] | None = None,
+        checks: Mapping[Value, str] | None = None,
     ) -> None:
         import torch
 
@@ -83,6 +84,7 @@ class TrainedStage:
         self._written = {out: name for out, (name, _) in mine.items()}
         self.state = dict(mine.values())
         self._changed = dict(self.state)
+        self._checks = {out: checks[v] for v, out in self._given if v in checks} if checks else {}
         self._tangents = [
             (t, readers.get(v) or (Gradient(v, HOST),))
             for v, t in zip(stage.stage.gives, joint.tangents, strict=True)
@@ -170,6 +172,9 @@ class TrainedStage:
         known = dict(zip(joint.inputs, (values[v] for v in self.stage.stage.takes), strict=True))
         known.update((v, self._changed[name]) for name, v in joint.state.items())
         self._runs[Kind.F](known, self._weights)
+        for condition, message in self._checks.items():
+            if not bool(known[condition]):
+                raise DfcError("K023", message)
         self._changed.update((name, known[out]) for out, name in self._written.items())
         found = {v: known[out] for v, out in self._given}
         self._keep(b, known, self._kept)

@@ -231,7 +231,8 @@ class Trainer:
             readers, kinds, drawn = self.model.readers, self.programs.kinds, self.model.masks
             state = {v: (name, buffers[name].to(device, copy=True))
                      for name, v in self.model.state.items() if v in part.stage.gives}  # fmt: skip
-            found.append(TrainedStage(part, weights, readers, build, kinds, again, drawn, state))
+            found.append(TrainedStage(part, weights, readers, build, kinds, again, drawn, state,
+                                      self.model.checks))  # fmt: skip
         return found
 
     def measure(self, given: Sequence[Mapping[Any, Any]], repeats: int = 2) -> Costs:
