@@ -274,6 +274,32 @@ def test_a_number_that_is_none_is_told_once(number: str) -> None:
     assert [d.code for d in e.value.diagnostics] == ["P005"]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "room", "told"),
+    [
+        (torch.float32, 0.30, "`quantize int8`, with which its parameters take 6"),
+        (torch.bfloat16, 0.30, "`quantize int4`, with which its parameters take 3"),
+        (torch.bfloat16, 0.60, "`quantize int8`, with which its parameters take 6"),
+        (torch.bfloat16, 0.20, None),
+    ],
+)
+def test_what_quantizing_would_do_is_told_by_the_weights_own_type(
+    dtype: torch.dtype, room: float, told: str | None
+) -> None:
+    with torch.device("meta"):
+        layers = [nn.Linear(512, 512) for _ in range(24)]
+        model, x = nn.Sequential(*layers).to(dtype), torch.ones(1, 512, dtype=dtype)
+    graph = dfc.trace(model, (x,))
+    whole = sum(p.nbytes for p in model.parameters())
+    one = machine(1, memory=(room * whole + 8192) / 0.9)
+    with pytest.raises(DfcError, match="N060") as e:
+        plan(graph, one)
+    if told is None:
+        assert "quantize" not in str(e.value)
+    else:
+        assert told in str(e.value)
+
+
 def test_a_pin_to_a_device_that_cannot_run_it_says_so(tower: Graph) -> None:
     two = machine(2)
     half = replace(two, devices=(two.devices[0], replace(two.devices[1], dtypes=("bf16",))))

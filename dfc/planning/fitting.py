@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dfc.errors import DfcError
+from dfc.ir.graph import Parameter
+from dfc.ir.types import TensorType
 from dfc.lang.units import amount_text
+from dfc.planning.cost import bytes_of
 from dfc.planning.machine import RESERVE, Device, Machine
 from dfc.planning.model import Modelled, Wish
 from dfc.planning.partition import Effort, partition
@@ -15,7 +18,8 @@ from dfc.planning.tier_plan import stream_hops, streamed_instead
 _QUICK = Effort(seconds=3.0, gap=0.02)
 _ROUNDED = 1.001  # what is told with four digits is still enough
 _MOST = 64  # devices that are tried
-_BITS = (("int8", 1 / 4), ("int4", 1 / 8))  # of float32
+# Bytes of a quantized weight: its code, and its part of a float32 scale, of a row or of 64 weights.
+_QUANTIZED = (("int8", 1.01), ("int4", 0.5625))
 
 
 def refusal(
@@ -54,7 +58,7 @@ def refusal(
         ways.append(_smaller(wish))
     else:
         ways += [
-            _fewer_bits(problem, need, room),
+            _fewer_bits(model, need, room),
             _streamed(model, machine),
             streamed_instead(model, machine),
         ]
@@ -88,10 +92,20 @@ def _more(roomy: Problem, model: Modelled, device: Device, count: int) -> str:
     return ""
 
 
-def _fewer_bits(problem: Problem, need: float, room: float) -> str:
-    """Whether quantized weights would do, by their share of what the stage holds."""
-    name = next((name for name, share in _BITS if need * share <= room), None)
-    return f"`quantize {name}`, if the weights are float32" if name else ""
+def _fewer_bits(model: Modelled, need: float, room: float) -> str:
+    """Whether quantized weights would do, by their share of what all weights take."""
+    nodes = (n for group in model.groups for n in group)
+    weights = {v: v.type for n in nodes for v in n.operands if isinstance(v, Parameter)}
+    total = sum(bytes_of(v, model.sizes) for v in weights)
+    for name, each in _QUANTIZED:
+        saved = sum(
+            bytes_of(v, model.sizes) * max(0.0, 1 - each / t.dtype.itemsize)
+            for v, t in weights.items()
+            if isinstance(t, TensorType) and t.dtype.is_float and t.rank > 1
+        )
+        if need * (total - saved) <= room * total:
+            return f"`quantize {name}`, with which its parameters take {_bytes(total - saved)}"
+    return ""
 
 
 def _streamed(model: Modelled, machine: Machine) -> str:
