@@ -22,9 +22,10 @@ from dfc.recipe.quantities import weight_bytes
 from dfc.rewrite.pass_ import Context, find_pass
 from dfc.runtime.engines import find_engine
 from dfc.runtime.kernels.graph import are_built, kernels
-from dfc.runtime.kernels.grouped import are_packed, in_one_piece, register
+from dfc.runtime.kernels.grouped import are_packed, floats, in_one_piece, register
 from dfc.runtime.kernels.linear import pack_w8
 
+NO_DEVICE = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 RUNS = (  # where each expert's rows end: one without rows, one with one, none behind, one for all
     [2, 2, 3, 7], [0, 0, 0, 7], [7, 7, 7, 7], [1, 2, 4, 5],
 )  # fmt: skip
@@ -132,6 +133,42 @@ def test_other_types_agree(to: str, dtype: torch.dtype) -> None:
         y, (want,) = run(small, inputs), interpret(small, inputs)
         assert y.dtype == dtype
         assert relative(y.double(), want.double()) < (1e-5 if dtype == torch.float64 else 0.02)
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_DEVICE])]
+)
+def test_pytorchs_grouped_product_of_bfloat16_gives_zeros_behind_the_last_row(device: str) -> None:
+    random = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(s, generator=random).to(device) for s in ((7, 24), (4, 16, 24)))
+    for ends in (torch.tensor(e, device=device) for e in (*RUNS, [0, 0, 0, 0])):
+        y = floats(x.bfloat16(), ends, weight.bfloat16())
+        want = floats(x.bfloat16().double(), ends, weight.bfloat16().double())
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.double(), want, rtol=0.01, atol=0.01)
+        assert not y[int(ends[-1]) :].any()
+
+
+def test_pytorchs_own_grouped_product_is_one_of_experts() -> None:
+    x, ends = torch.randn(7, 32).bfloat16(), torch.tensor([2, 2, 7], dtype=torch.int32)
+    weight = torch.randn(3, 64, 32).bfloat16()
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(weight)
+
+        def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+            return F.grouped_mm(x, self.weight.transpose(1, 2), offs=ends)
+
+    graph = dfc.trace(Own(), (x, ends))
+    assert [n.op for n in graph.nodes][-1] == "aten._grouped_mm.default"
+    for options in ({}, {"scheme": "weights"}, {"to": "int4"}):
+        small = graph.copy()
+        assert find_pass("quantize", options).run(small, Context()) == 1
+        y = run(small, [x, ends])
+        assert relative(y.double(), interpret(graph, [x, ends])[0].double()) < 0.2
+        assert relative(y.double(), interpret(small, [x, ends])[0].double()) < 0.01
 
 
 def test_torch_compile_sees_one_operator() -> None:

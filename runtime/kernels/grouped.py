@@ -18,7 +18,8 @@ from dfc.runtime.kernels.linear import Bound, is_packed
 from dfc.runtime.kernels.memory import huge
 
 _ALIGNED = 64  # bytes: what the kernels read at once
-_BY_ONE_KERNEL = 8  # bf16: what sizes are multiples of
+_FIRST_CAPABILITY = (8, 0)  # of PyTorch's own grouped product
+_MULTIPLES = 8  # of numbers of bf16: its rows begin at 16 bytes
 _FLOATS = "grouped_linear_floats(Tensor x, Tensor ends, Tensor weight) -> Tensor"
 _PACKED = "grouped_linear_packed(Tensor x, Tensor ends, Tensor packed, int n) -> Tensor"
 _CODES = (
@@ -90,12 +91,22 @@ class BoundExperts:
 
 def floats(x: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
     """Rows times weights [E, N, K] that were unpacked to floats of x's type."""
-    _, n, k = weight.shape
-    if x.is_cuda and x.dtype is torch.bfloat16 and not (n % _BY_ONE_KERNEL or k % _BY_ONE_KERNEL):
+    n = weight.shape[1]
+    if _has_one_kernel(weight):
         y = torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=ends.to(torch.int32))
         behind = torch.arange(x.shape[0], device=x.device) >= ends[-1]
         return y.masked_fill_(behind.unsqueeze(-1), 0)
     return by_expert(x, ends, n, lambda e, rows: torch.mm(rows, weight[e].T))
+
+
+def _has_one_kernel(weight: Tensor) -> bool:
+    """Whether PyTorch multiplies all runs at once, and asks the host for nothing."""
+    whole = not any(size % _MULTIPLES for size in weight.shape[1:])
+    if weight.dtype is not torch.bfloat16 or not whole or not weight.shape[0]:
+        return False
+    return (
+        not weight.is_cuda or torch.cuda.get_device_capability(weight.device) >= _FIRST_CAPABILITY
+    )
 
 
 def codes(
