@@ -171,6 +171,46 @@ def test_a_metric_that_raises_names_its_line(run: Run, here: Path) -> None:
     assert "net.py:35" in done.err
 
 
+STREAMED = """
+import torch
+from net import *
+
+def stream():
+    print("opened")
+    for seed in range(3):
+        torch.manual_seed(seed)
+        yield torch.randn(3, 8)
+
+def torn():
+    yield torch.randn(3, 8)
+    raise OSError("the share is gone")
+
+def near(run, data):
+    return sum(float(run(x).abs().sum()) for x in data)
+"""
+
+
+def test_data_that_a_function_yields_is_read_as_often_as_it_is_wanted(run: Run, here: Path) -> None:
+    (here / "streamed.py").write_text(STREAMED)
+    (here / "s.dfc").write_text("""dfc 1
+data val
+metric near on val, lower is better
+recipe s {
+  require near <= 2 * baseline
+  fold_batch_norm
+  quantize int8 using val with scheme=static, smallest=1
+}
+""")
+    command = ["compile", f"{here}/net.py:build", "-r", here / "s.dfc", "--engine", "eager"]
+    command += ["--metric", f"near={here}/streamed.py:near", "--data"]
+    done = run(*command, f"val={here}/streamed.py:stream", "-o", "s.dfcpkg")
+    assert done.status == 0, done.err
+    assert (done.out + done.err).count("opened") >= 3  # by calibration, and by the metric twice
+    torn = run(*command, f"val={here}/streamed.py:torn")
+    assert torn.status == 8
+    assert "streamed.py:13" in torn.err and "OSError: the share is gone" in torn.err, torn.err
+
+
 def test_levels_are_presets(run: Run, here: Path) -> None:
     none = run("compile", MODEL, "-O0", "--engine", "eager", "--json").data["report"]
     assert none["passes"] == [] and none["nodes_before"] == none["nodes_after"]

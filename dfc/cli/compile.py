@@ -52,7 +52,9 @@ def compile(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            "--data", metavar="NAME=FILE.py:FUNCTION", help="Data of the recipe: what it returns."
+            "--data",
+            metavar="NAME=FILE.py:FUNCTION",
+            help="Data of the recipe: what it returns, or yields each time that it is read.",
         ),
     ] = None,
     metric: Annotated[

@@ -6,7 +6,8 @@ here and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -92,8 +93,18 @@ def choose_recipe(
     return Chosen(plan, plan)
 
 
+@dataclass(frozen=True)
+class _Yielded:
+    """What a generator function yields, begun anew each time that it is read."""
+
+    function: Callable[[], Iterator[Any]]
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.function()
+
+
 def named_data(given: Sequence[str] | None) -> dict[str, Any]:
-    """`val=FILE.py:FUNCTION`: what the functions return, by name.
+    """`val=FILE.py:FUNCTION`: what the functions return or yield, by name.
 
     Raises:  DfcError D057, D050, D051; K040 (status 8) when the user's code raises.
     """
@@ -102,6 +113,9 @@ def named_data(given: Sequence[str] | None) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name, place in _pairs("--data", given, "NAME=FILE.py:FUNCTION"):
         function, file = _function("--data", place)
+        if inspect.isgeneratorfunction(function):  # batch after batch: none is kept
+            made[name] = _Yielded(function)
+            continue
         try:
             made[name] = function()
         except DfcError:
