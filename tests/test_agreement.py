@@ -13,9 +13,12 @@ import dfc
 from dfc.emit.onnx_export import compare
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
+from dfc.ir.interpret import interpret
 from dfc.ir.op import lookup
 from dfc.ir.types import DTYPES
 from dfc.ir.verify import verify
+from dfc.ops.rounding import ROUNDED_RTOL
+from dfc.passes.quantize import Quantize
 from dfc.rewrite.agree import judge
 from dfc.rewrite.driver import run_passes
 from dfc.rewrite.pass_ import EXACT, Context, Pass, find_pass
@@ -128,7 +131,7 @@ def test_where_values_are_rounded_a_row_may_go_elsewhere_but_not_many(
     assert judge([x], [original], [witness], rtol=0.05, rounded=True).agrees is right
     graph = dfc.trace(torch.nn.ReLU(), (original,))
     with nullcontext() if right else pytest.raises(DfcError, match="another result for `y`"):
-        compare(graph, [], [original], [x], ["y"], witness=[witness], rounded=0.05)
+        compare(graph, [original], [original], [x], ["y"], witness=[witness], rounded=0.05)
 
 
 def test_an_infinity_is_told_where_values_are_rounded_too() -> None:
@@ -223,3 +226,40 @@ def test_more_samples_find_what_few_do_not() -> None:
     sizes = {p.inputs[0].shape[0] for p in probes.ready(8)}
     assert 1 in sizes and max(sizes) <= 8
     assert [p.label for p in probes.ready(8)] == labels and len(list(probes.ready(3))) == 3
+
+
+def on_the_edge(middle: float) -> tuple[Graph, torch.Tensor]:
+    """A layer that rounds rows to int8, and a row of which 31 of 32 numbers are `middle` steps."""
+    layer = torch.nn.Linear(32, 4, bias=False)
+    weight = torch.full((4, 32), 0.05)
+    weight[:, 0] = 10 / 127
+    layer.weight = torch.nn.Parameter(weight)
+    x = torch.full((1, 32), middle)
+    x[0, 0] = 127
+    graph = dfc.trace(layer.eval(), (x,))
+    Quantize(smallest=1).run(graph, Context())
+    return graph, x
+
+
+@pytest.mark.parametrize(
+    ("middle", "times", "agrees"), [(0.5, 1.0, True), (0.5, 2.0, False), (0.4, 1.08, False)]
+)
+def test_an_engine_may_go_as_far_as_a_rounded_graph_goes_by_itself(
+    middle: float, times: float, agrees: bool
+) -> None:
+    """Values in the middle between two codes get either: here they are 8 % of the result."""
+    graph, x = on_the_edge(middle)
+    generator = torch.Generator().manual_seed(7)
+    last_bit = 1 + 2.0**-23 * torch.randint(0, 2, x.shape, generator=generator)
+    last_bit[0, 0] = 1  # which decides the scale
+
+    def engine(inputs: Any) -> Any:
+        return [times * y for y in interpret(graph, [inputs[0] * last_bit])]
+
+    probes = make_probes(graph, [x], count=1)
+    assert probes.judge(engine, rtol=ROUNDED_RTOL).agrees is False
+    assert probes.judge(engine, rtol=ROUNDED_RTOL, rounded=True).agrees is agrees
+    (probe,) = probes.ready()
+    given = engine(probe.inputs)
+    with nullcontext() if agrees else pytest.raises(DfcError, match="X003"):
+        compare(graph, [x], probe.original or [], given, ["y"], rounded=ROUNDED_RTOL)

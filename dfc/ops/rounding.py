@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # kernel that adds in another order gives some values the next code.
 ROUNDED_RTOL = 0.05
 _ROUNDED_NORM = 1.5  # times the original's own distance from the witness
-_ROUNDED_OWN = 0.3  # an original farther than this proves nothing
+FARTHEST_OWN = 0.3  # an original farther than this proves nothing
 
 
 def rounded_alike(result: Tensor, original: Tensor, witness: Tensor) -> bool:
@@ -26,7 +26,7 @@ def rounded_alike(result: Tensor, original: Tensor, witness: Tensor) -> bool:
     scale = float(witness.double().norm())
     own = float((original.double() - witness.double()).norm())
     error = float((result.double() - witness.double()).norm())
-    return isfinite(scale) and own <= _ROUNDED_OWN * scale and error <= _ROUNDED_NORM * own
+    return isfinite(scale) and own <= FARTHEST_OWN * scale and error <= _ROUNDED_NORM * own
 
 
 def rounds_values(graph: Graph) -> bool:
