@@ -20,6 +20,7 @@ from dfc.capture.torch_export import trace
 from dfc.emit.onnx import build_onnx, input_names, output_names
 from dfc.emit.onnx_export import Written, compare, export_onnx, prove
 from dfc.emit.onnx_run import Session
+from dfc.emit.onnx_ties import ties
 from dfc.errors import DfcError
 from dfc.runtime.engines.onnxruntime_ import ENGINE
 
@@ -342,6 +343,57 @@ def test_a_wrong_result_leaves_no_file(tmp_path: Path) -> None:
     assert (caught.value.code, caught.value.status) == ("X003", 4)
     assert "`output`" in caught.value.message
     assert not list(tmp_path.iterdir())
+
+
+class Picks(nn.Module):
+    """The boxes of the best scores, as detectors have them; untrained, all scores are equal."""
+
+    def __init__(self, equal: bool) -> None:
+        super().__init__()
+        self.score, self.box = nn.Linear(16, 5), nn.Linear(16, 4)
+        if equal:
+            nn.init.zeros_(self.score.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        best = torch.topk(self.score(x).max(-1).values, 6, dim=1).indices
+        return self.box(x.gather(1, best.unsqueeze(-1).expand(-1, -1, 16)))
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_equal_values_where_an_operator_chooses_are_told(tmp_path: Path, equal: bool) -> None:
+    net, given = Picks(equal).eval(), x(2, 40, 16)
+    graph = trace(net, (given,))
+    wrong = [([given], [net(given).detach() + (0 if equal else 1)])]
+    with pytest.raises(DfcError) as caught:
+        export_onnx(graph, tmp_path / "m.onnx", probes=wrong)
+    told = caught.value.render()
+    assert caught.value.code == "X003"
+    assert ("aten.topk.default" in told and "12 values that it reads are equal" in told) == equal
+    assert ("is not defined" in told) == equal
+
+
+@pytest.mark.parametrize(
+    ("pick", "rows", "count"),
+    [
+        (lambda x: x.argmax(1), [[1, 3, 3], [5, 4, 4]], 1),
+        (lambda x: x.argmin(1), [[1, 3, 3], [5, 4, 4]], 1),
+        (lambda x: x.argmax(), [[1, 3, 3], [5, 4, 4]], 0),
+        (lambda x: x.max(1).indices, [[1, 3, 3], [5, 4, 4]], 1),
+        (lambda x: x.max(), [[3, 3, 3]], 0),
+        (lambda x: x.sort(1).indices, [[1, 3, 3], [5, 4, 4]], 2),
+        (lambda x: x.topk(2, largest=False).indices, [[1, 3, 3], [5, 4, 4]], 2),
+        (lambda x: x.topk(1).indices, [[1, 3, 3], [5, 4, 4]], 1),
+        (lambda x: (x * 1e30).argsort(0), [[1, 3], [4, 3]], 1),
+    ],
+)
+def test_what_ties_is_what_is_compared(pick: Any, rows: list[list[int]], count: int) -> None:
+    class Pick(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return pick(x)
+
+    given = torch.tensor(rows, dtype=torch.float32)
+    told = ties(trace(Pick(), (given,)), [given])
+    assert (f"{count} value" in told) if count else not told, told
 
 
 def test_an_op_without_translation_is_named(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfc.counting import counted
+from dfc.emit.onnx_ties import ties
 from dfc.errors import DfcError
 from dfc.ir.expr import symbols
 from dfc.ir.graph import Graph, Value
@@ -289,7 +290,7 @@ def compare(
         raise DfcError(
             "X003",
             f"ONNX Runtime gives another result for `{name}`: {problem}",
-            notes=(where,) if where else (),
+            notes=[x for x in (where, ties(graph, inputs)) if x],
             status=4,
         )
     return worst
