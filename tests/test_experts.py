@@ -24,6 +24,7 @@ from dfc.runtime.engines import find_engine
 from dfc.runtime.kernels.graph import are_built, kernels
 from dfc.runtime.kernels.grouped import are_packed, floats, in_one_piece, register
 from dfc.runtime.kernels.linear import pack_w8
+from tests.tower import memory_of, runner_of
 
 NO_DEVICE = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 RUNS = (  # where each expert's rows end: one without rows, one with one, none behind, one for all
@@ -99,7 +100,7 @@ def test_onnx_agrees_and_is_small(options: dict[str, Any], opset: int, contrib: 
     graph, given = traced()
     small, _ = quantized(graph, **options)
     model = build_onnx(small, opset=opset, contrib=contrib)
-    held = sum(v.const_value.nbytes for v in model.graph.initializers.values())  # type: ignore[union-attr]
+    held = sum(v.const_value.nbytes for v in model.graph.initializers.values())  # type: ignore[misc, union-attr]
     assert held < 0.5 * weight_bytes(graph)
     session = Session(model, small, threads=1)
     for inputs in given:
@@ -225,6 +226,38 @@ def test_a_package_holds_codes(tmp_path: Path) -> None:
         results.append(loaded(x, ends))
     assert sizes[1] < 0.32 * sizes[0]
     assert 0 < relative(results[1], results[0]) < 0.03
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Experts(64, 200) for _ in range(3))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, ends)
+        return x
+
+
+def test_codes_of_experts_are_brought_when_they_are_needed(tmp_path: Path) -> None:
+    x, ends = torch.randn(7, 64), torch.tensor([2, 2, 3, 7])
+    recipe = "dfc 1\nrecipe q { quantize int4 }"
+    dfc.compile(Layers(), (x, ends), recipe=recipe, engine="eager").save(tmp_path / "p")
+    whole = dfc.load(tmp_path / "p")
+    with dfc.load(tmp_path / "p", memory=memory_of(whole, 0.7, [x, ends])) as streamed:
+        assert runner_of(streamed).plan.streamed
+        assert relative(streamed(x, ends), whole(x, ends)) < 1e-5
+
+
+def test_a_layer_of_experts_is_one_of_those_that_are_measured() -> None:
+    x, ends = torch.randn(7, 64), torch.tensor([2, 2, 3, 7])
+    recipe = "dfc 1\nrecipe q { quantize int8 except worst(1) }"
+    made = dfc.compile(Layers(), (x, ends), recipe=recipe, engine="eager").graph
+    assert ops_of(made, "dfc.grouped_linear_w8") == 4 and ops_of(made, "grouped_mm") == 2
+
+
+def ops_of(graph: Graph, name: str) -> int:
+    return sum(name in n.op for n in graph.nodes)
 
 
 def test_experts_are_rounded_to_nearest_whatever_the_method() -> None:
