@@ -249,6 +249,18 @@ class Decides(nn.Module):
         return F.cross_entropy(self.b(h), y)
 
 
+class Counts(nn.Module):
+    """Asserts a number of its data, which PyTorch keeps as a symbol."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 8)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        torch._check(y.max().item() < 3)
+        return F.cross_entropy(self.a(x), y)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_what_was_decided_on_data_is_checked_in_every_microbatch(recompute: bool) -> None:
     torch.manual_seed(0)
@@ -261,6 +273,19 @@ def test_what_was_decided_on_data_is_checked_in_every_microbatch(recompute: bool
                  recompute=recompute) as trainer:  # fmt: skip
         with pytest.raises(DfcError, match="microbatch 1: the model was traced for True here"):
             trainer.step(other, y)
+        torch.testing.assert_close(trainer.backward(x, y), loss)
+        close({n: p.grad for n, p in trainer.parameters.items()}, expected)
+
+
+def test_a_number_that_is_asserted_is_checked_as_well() -> None:
+    torch.manual_seed(0)
+    model, (x, y) = Counts(), (torch.randn(4, 6), torch.tensor([0, 1, 2, 1]))
+    graph = dfc.trace(model, (x, y))
+    assert any(n.op == "aten._assert_scalar.default" for n in graph.nodes)
+    loss, expected = reference(model, (x, y), 1)
+    with Trainer(graph, evenly(graph, 1), microbatches=1, optimizer=adamw, threads=1) as trainer:
+        with pytest.raises(DfcError, match="stage 0 failed on microbatch 0: Runtime assertion"):
+            trainer.step(x, y + 5)
         torch.testing.assert_close(trainer.backward(x, y), loss)
         close({n: p.grad for n, p in trainer.parameters.items()}, expected)
 

@@ -16,6 +16,7 @@ from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Value
 from dfc.ir.slice import slice_graph
 from dfc.ir.tree import LEAF, Seq
+from dfc.ir.types import ScalarType
 from dfc.planning.accumulate import accumulate
 from dfc.planning.actions import FULL
 from dfc.planning.rematerialize import fewest_kept, typical_sizes
@@ -86,15 +87,15 @@ def cut(joint: Differentiated) -> Cut:
     """
     graph = joint.graph
     sums, by_weight = accumulate(graph, joint.weight_gradients)
-    forward = _needed(joint.outputs, ())
+    forward = _needed(joint.graph, joint.outputs, ())
     every = [*(v for v in joint.input_gradients if v), *by_weight.values()]
     results = [*joint.outputs, *every]
     graph.set_outputs(results, Seq("tuple", (LEAF,) * len(results)))
-    both = _part(graph, _needed(every, forward), "B")
+    both = _part(graph, _needed(graph, every, forward), "B")
     moved = split_masked(graph)
     by_input = tuple(v and moved.get(v, v) for v in joint.input_gradients)
-    inputs = _needed((v for v in by_input if v), forward)
-    weights = _needed(by_weight.values(), forward | inputs)
+    inputs = _needed(graph, (v for v in by_input if v), forward)
+    weights = _needed(graph, by_weight.values(), forward | inputs)
     return Cut(
         _part(graph, forward, "F"), _part(graph, inputs, "I"), _part(graph, weights, "W"),
         replace(both, gives=tuple(moved.get(v, v) for v in both.gives)), by_input, sums, by_weight,
@@ -118,7 +119,7 @@ def replay(joint: Differentiated, found: Cut, taken: Collection[Value], way: str
     the way "selective" it keeps instead what makes R cheap, in the fewest bytes. Buffers that are
     written to are kept as they were.
     """
-    forward = _needed(joint.outputs, ())
+    forward = _needed(joint.graph, joint.outputs, ())
     held = frozenset((*taken, *joint.state.values()))
     if way == FULL:
         kept = held
@@ -126,16 +127,25 @@ def replay(joint: Differentiated, found: Cut, taken: Collection[Value], way: str
         mine = {*joint.inputs, *held, *(r for n in forward for r in n.results)}
         free = {*joint.weights.values(), *joint.inputs} - held
         kept = fewest_kept(found.saved & mine, free, typical_sizes(joint.graph))
-    made = _needed(found.saved, (), kept) & forward
+    made = _needed(joint.graph, found.saved, (), kept) & forward
     again = _part(joint.graph, made, "R", found.saved - kept)
     kept |= {v for v in again.takes if v in held}  # also those that only tell it a size
     return Replay(_part(joint.graph, forward, "F", kept.union(joint.outputs)), again, kept)
 
 
 def _needed(
-    values: Iterable[Value], known: Iterable[Node], given: Collection[Value] = ()
+    graph: Graph, values: Iterable[Value], known: Iterable[Node], given: Collection[Value] = ()
 ) -> frozenset[Node]:
-    """The nodes that make these values, without those that are known, and from what is given."""
+    """The nodes that make these values, without those that are known, and from what is given.
+
+    A number that data tell is read by its symbol, and is no operand.
+    """
+    numbers = {
+        b.symbol: n.results[0]
+        for n in graph.nodes
+        for b in n.binds
+        if isinstance(n.results[0].type, ScalarType)
+    }
     found, done = set(), set(known)
     todo = [v for v in values if v not in given]
     while todo:
@@ -144,7 +154,8 @@ def _needed(
             continue
         done.add(node)
         found.add(node)
-        todo += [v for v in node.operands if v not in given]
+        read = [*node.operands, *(numbers[s] for s in node.symbols if s in numbers)]
+        todo += [v for v in read if v not in given]
     return frozenset(found)
 
 
