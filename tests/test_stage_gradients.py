@@ -112,6 +112,31 @@ def test_a_stopped_gradient_stays_stopped(passes: list[str]) -> None:
         close({n: p.grad for n, p in trainer.parameters.items()}, expected)
 
 
+class Written(nn.Module):
+    """Writes over a part of a tensor, in another type and over more rows than it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        h[:, :4] *= h[:, 4:].sigmoid()
+        h[:, 6:] = self.b.weight[0, :2].double() * 2
+        return F.cross_entropy(self.b(h), y)
+
+
+def test_what_is_written_over_a_part_is_trained() -> None:
+    torch.manual_seed(0)
+    model, args = Written(), (torch.randn(6, 6), torch.randint(3, (6,)))
+    graph = dfc.trace(model, args, dynamic_shapes=({0: B}, {0: B}))
+    assert any(n.op == "aten.copy.default" for n in graph.nodes)
+    loss, expected = reference(model, args, 2)
+    with Trainer(graph, evenly(graph, 2), microbatches=2, optimizer=adamw, threads=1) as trainer:
+        torch.testing.assert_close(trainer.backward(*args), loss)
+        close({n: p.grad for n, p in trainer.parameters.items()}, expected)
+
+
 class Padded(nn.Module):
     """Pads images of a batch that varies: backwards, that cuts."""
 

@@ -173,7 +173,25 @@ def _lifted(graph: Graph) -> tuple[Graph, list[Parameter]]:
         copy.replace_uses(held, made)
     for p in list(copy.parameters.values()):
         copy.drop_parameter(p.name)
+    _spell_copies(copy)
     return copy, read
+
+
+def _spell_copies(graph: Graph) -> None:
+    """What is written over a tensor is a cast and an expansion: PyTorch derives those alone."""
+    for node in [n for n in graph.nodes if n.op == "aten.copy.default"]:
+        written, type = node.inputs[1], node.result.type
+        assert isinstance(written, Value) and isinstance(written.type, TensorType)
+        assert isinstance(type, TensorType)
+        at: dict[str, Any] = {"before": node, "stage": node.stage, "loc": node.loc}
+        if written.type.dtype != type.dtype:
+            cast = {"dtype": type.dtype, "layout": None, "device": None, "pin_memory": None,
+                    "non_blocking": False, "memory_format": None}  # fmt: skip
+            written = graph.add("aten._to_copy.default", [written], cast, **at).result
+        size = {"size": list(type.shape), "implicit": False}
+        made = graph.add("aten.expand.default", [written], size, **at).result
+        graph.replace_uses(node.result, made)
+        graph.erase(node)
 
 
 def _is_float(value: Value) -> bool:
