@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfc.errors import DfcError
 from dfc.ir.types import TensorType, Type
-from dfc.ir.weights import SafetensorsData, write_safetensors
+from dfc.ir.weights import SafetensorsData, TensorData, write_safetensors
 from dfc.planning.engine import Runner
 from dfc.planning.stages import StageGraph
 from dfc.runtime.pipeline.lanes import Run, Values
@@ -37,11 +37,12 @@ from dfc.runtime.tiers.stages import (
 )
 
 if TYPE_CHECKING:
-    from dfc.ir.graph import Graph, Parameter
+    from dfc.ir.graph import Graph, Parameter, ParameterData
     from dfc.planning.actions import Action
     from dfc.planning.tiers import Tiers
 
 _FILE = "pipeline.json"
+_LINE = 64  # bytes
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,11 @@ def read_assembly(folder: Path) -> Assembly:
     return made
 
 
-def read_graph(folder: Path, weights: Mapping[str, Sequence[str]], number: int) -> Graph:
-    """A graph of `write_graphs`, its weights mapped from their files."""
+def read_graph(
+    folder: Path, weights: Mapping[str, Sequence[str]], number: int, copied: bool = False
+) -> Graph:
+    """A graph of `write_graphs`, its weights mapped from their files; with `copied`, those that
+    lay in memory when they were written lie there as they did: aligned."""
     from dfc.lang.graph_parser import parse_graph
 
     path = folder / _stage(number)
@@ -164,8 +168,18 @@ def read_graph(folder: Path, weights: Mapping[str, Sequence[str]], number: int) 
     for name, p in graph.parameters.items():
         if name in weights:
             file, key = weights[name]
-            p.data = SafetensorsData(Path(file), key)
+            data = SafetensorsData(Path(file), key)
+            p.data = aligned(name, data) if copied and Path(file).parent == folder else data
     return graph
+
+
+def aligned(name: str, data: ParameterData) -> ParameterData:
+    """Weights as PyTorch aligns its own; files have them anywhere.
+
+    Why:     products of what lies elsewhere are rounded in another order.
+    """
+    x = data.tensor()
+    return TensorData(name, x.clone()) if x.data_ptr() % _LINE else data
 
 
 class Stages:

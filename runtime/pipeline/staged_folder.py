@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from dfc.capture.training import Joint
-from dfc.ir.graph import Graph, ParameterData, Value
-from dfc.ir.weights import TensorData
+from dfc.ir.graph import Graph, Value
 from dfc.planning.stages import StageGraph
 from dfc.runtime.pipeline.differentiated import Differentiated, Flow
-from dfc.runtime.pipeline.folder import read_graph, write_graphs
+from dfc.runtime.pipeline.folder import aligned, read_graph, write_graphs
 from dfc.runtime.pipeline.staged_model import StagedModel
-
-_LINE = 64  # bytes
 
 
 def write_staged(folder: Path, model: StagedModel) -> dict[str, Any]:
@@ -46,7 +43,7 @@ def _parts(
     def joint(number: int) -> Joint:
         graph = read_graph(folder, told["weights"], 1 + number)
         for p in graph.parameters.values():
-            p.data = p.data and _aligned(p.name, p.data)
+            p.data = p.data and aligned(p.name, p.data)
         return _joint(graph, told["joints"][number])
 
     found = []
@@ -90,15 +87,6 @@ def _joint(graph: Graph, roles: Mapping[str, Any]) -> Joint:
         input_gradients=optional(roles["takes"], outputs),
         weight_gradients={name: next(outputs) for name in roles["gradients"]},
     )
-
-
-def _aligned(name: str, data: ParameterData) -> ParameterData:
-    """Weights that are not trained, as PyTorch aligns its own; files have them anywhere.
-
-    Why:     products of what lies elsewhere are rounded in another order.
-    """
-    x = data.tensor()
-    return TensorData(name, x.clone()) if x.data_ptr() % _LINE else data
 
 
 def _present(values: Iterable[Value | None]) -> list[bool]:

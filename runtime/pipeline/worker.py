@@ -115,7 +115,8 @@ class Worker:
             torch.set_num_threads(made.threads[self.rank])
             self.edges = made.routed()
             mine = stages_of(made, self.rank)
-            graphs = {s: read_graph(self.folder, made.weights, s) for s in mine}
+            held = not made.tiers  # what is streamed stays in its file
+            graphs = {s: read_graph(self.folder, made.weights, s, copied=held) for s in mine}
             self.stages = Stages(made, graphs, self.rank, self.device)
         except DfcError as e:
             self._tell("failed", number=0, **error_told(e))
