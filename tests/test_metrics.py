@@ -142,6 +142,15 @@ def test_a_metric_that_returns_nonsense_is_named(value: Any, words: str) -> None
     assert caught.value.code == "K041"
 
 
+def test_a_metric_that_draws_its_number_is_refused_before_the_work() -> None:
+    drawn = iter([0.5, 0.48])
+    text = "dfc 1\nmetric m, higher is better\nrecipe r {\n  maximize m\n}\n"
+    model, args = net()
+    with pytest.raises(DfcError, match=r"`m` returned 0\.5, then 0\.48, for") as caught:
+        dfc.compile(model, args, recipe=text, engine="eager", metrics={"m": lambda _: next(drawn)})
+    assert caught.value.code == "K041" and "with a seed" in str(caught.value)
+
+
 def test_a_metric_that_raises_is_named_with_its_line() -> None:
     def m(run: Any) -> float:
         raise KeyError("labels")

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import dfc
 from dfc.cli import main
 from dfc.errors import DfcError
+from dfc.runtime.pipeline.torchrun import Launched
 from dfc.runtime.pipeline.world import World
 from tests.kept_graph import keep
 from tests.served_store import served_store
@@ -199,6 +200,29 @@ def test_ranks_with_other_plans_or_versions_are_told_apart(differs: str) -> None
     assert sorted(told) == [
         f"N055 rank 0 has {differs} {mine}, rank 1 has other",
         f"N055 rank 1 has {differs} other, rank 0 has {mine}",
+    ]
+
+
+def test_ranks_that_would_cut_a_batch_otherwise_are_told_before_they_are_linked() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)).eval()
+    graph = dfc.trace(model, (torch.ones(4, 8),), dynamic_shapes=({0: torch.export.Dim("B")},))
+    stages = {node: i for i, node in enumerate(graph.nodes)}
+    store = torch.distributed.HashStore()
+    told: list[str] = []
+
+    def start(rank: int) -> None:
+        with pytest.raises(DfcError) as caught:
+            Launched(graph, stages, World(rank, 2, store), microbatches=2 + rank, threads=1)
+        told.append(f"{caught.value.code} {caught.value.message}")
+
+    ranks = [threading.Thread(target=start, args=(rank,)) for rank in range(2)]
+    for t in ranks:
+        t.start()
+    for t in ranks:
+        t.join(timeout=60)
+    assert sorted(told) == [
+        "N055 rank 0 has microbatches 2, rank 1 has 3",
+        "N055 rank 1 has microbatches 3, rank 0 has 2",
     ]
 
 

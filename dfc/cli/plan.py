@@ -273,7 +273,7 @@ def _notes(found: Plan) -> dict[str, str]:
         time = amount_text(sum(s.seconds for s in stages), "time")
         limits = " and ".join(dict.fromkeys(s.limit for s in stages))
         memory = f"{bytes_text(stages[0].memory)} of {bytes_text(stages[0].capacity)}"
-        notes[row] = f"{time} {limits}, {memory}"
+        notes[row] = f"{time} a microbatch ({limits}), {memory}"
     return notes
 
 

@@ -15,13 +15,15 @@ Rows of (sum, weight) do the same for ratios: word errors and words, log-likelih
     def top1(run, data):
         return torch.cat([run(x).argmax(-1) == y for x, y in data])
 
-K040  the user's code raised       K041  what it returned is no number
+K040  the user's code raised
+K041  what it returned is no number, or another one each time
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +33,9 @@ from dfc.errors import DfcError, Diagnostic, Span, did_you_mean
 from dfc.lang.selectors import Selector, worst_of
 from dfc.origin import failure_of, origin_of
 from dfc.recipe.plan import Metric, Plan, Quantity, Test, WhenStep
+
+_QUICK_S = 10.0  # seconds in which a metric is quick: calling it again is no great cost
+_REPEATS = 1e-3  # how far two calls may differ, as a part of the number: kernels add in any order
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,27 @@ class UserMetric:
         """The number, and the scores that it is the mean of where the metric gives them.
 
         A rewritten model may be infinitely bad: it fails what is required of it. The `original` may
-        not, since nothing is worse, and nothing is infinitely good.
+        not, since nothing is worse, and nothing is infinitely good. A metric that is quick is
+        called twice for it: one that draws its number would decide by chance.
 
         Raises:  DfcError K040, K041.
         """
+        began = time.monotonic()
+        found = self._measured(run, original)
+        if original and time.monotonic() - began < _QUICK_S:
+            again = self._measured(run, original).value
+            if not math.isclose(found.value, again, rel_tol=_REPEATS, abs_tol=_REPEATS**2):
+                raise DfcError(
+                    "K041",
+                    f"metric `{self.declared.name}` returned {found.value:g}, then {again:g}, for "
+                    "the same model: nothing can be decided by it",
+                    span=_place(self.function),
+                    help="draw random numbers from a generator that the function makes, with a "
+                    "seed, and go through the same data each time",
+                )
+        return found
+
+    def _measured(self, run: Callable[..., Any], original: bool) -> Measured:
         name = self.declared.name
         code = getattr(self.function, "__code__", None)
         given = (run, self.data) if self.declared.data else (run,)

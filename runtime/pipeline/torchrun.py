@@ -83,7 +83,8 @@ class Launched(Pipeline):
             self.stages, self.edges, self.placement, self.engines, self.threads, self.devices,
             self.tiers,
         )  # fmt: skip
-        has = {**versions(), "model": self.graph.fingerprint(), "plan": made.digest}
+        has = {**versions(), "model": self.graph.fingerprint(), "plan": made.digest,
+               "microbatches": str(self.microbatches)}  # fmt: skip
         self.world.same(has)
         graphs = {s: self.stages[s].graph for s in stages_of(made, self.world.rank)}
         stages = Stages(made, graphs, self.world.rank)
