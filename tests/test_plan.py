@@ -199,6 +199,8 @@ def test_a_picture_tells_the_time_and_what_is_behind_each_row() -> None:
         assert told[note].get("y") == told[name].get("y")
         assert float(told[note].get("x", 0)) > 1000 + float(told[name].get("x", 0))
     assert float(told["in short"].get("y", 0)) < float(picture.get("height", 0))
+    assert {"forward", "backward", "sending"} <= set(told)
+    assert "backward, inputs" not in told, "messages have kinds, and the legend is of boxes"
     thin = [e for e in picture.iter() if e.get("class") == "box thin"]
     assert len(thin) == 8, "messages of a microsecond are seen: without a white edge"
 

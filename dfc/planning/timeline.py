@@ -156,7 +156,8 @@ def _legend(left: int, y: int, simulation: Simulation) -> str:
     words = {Kind.F: "forward", Kind.I: "backward, inputs", Kind.W: "backward, weights",
              Kind.B: "backward", Kind.R: "forward again",
              Kind.S: "cheap operators again"}  # fmt: skip
-    used = {int(k) & ~JOINED for k in simulation.tasks.rows[:, 0].tolist()}
+    tasks, ranks = simulation.tasks, len(simulation.program.ranks)
+    used = {k & ~JOINED for k in tasks.rows[tasks.lane < ranks, 0].tolist()}  # not messages
     parts, x = [], left
     for kind, word in words.items():
         if kind in used:
