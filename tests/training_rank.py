@@ -27,7 +27,7 @@ from dfc.planning.pipeline import plan
 from dfc.runtime.pipeline.training_ranks import RankTrainer
 from dfc.runtime.pipeline.world import World
 from tests.test_looped_plans import machine
-from tests.training_models import adamw, captured, close, evenly, reference, staged, traced
+from tests.training_models import B, adamw, captured, close, evenly, reference, staged, traced
 
 STAGES = {"1f1b": 2, "zb1p": 2, "auto": 2, "gpipe": 2, "interleaved": 4, "interleaved_zb": 4,
           "breadth_first": 4, "zb_v": 4, "dualpipe_v": 4}  # fmt: skip
@@ -152,7 +152,7 @@ def cut_elsewhere(world: World, name: str) -> dict[str, Any]:
     torch.manual_seed(world.rank)
     for p in model.parameters():
         torch.nn.init.normal_(p)
-    other = dfc.trace(model, args)
+    other = dfc.trace(model, args, dynamic_shapes=({0: B}, {0: B}))
     try:
         RankTrainer(other, evenly(other, 2), **options)
     except DfcError as e:

@@ -262,8 +262,8 @@ def compare(
     the largest element, is allowed in any case; with it, a tensor that is as near to float64 in
     norm as the graph itself, also where its numbers move by a bit, agrees as well.
     """
+    from dfc.ops.nudged import farthest
     from dfc.ops.rounding import coarsest
-    from dfc.rewrite.nudged import farthest
 
     worst, problems = 0.0, []
     moved: Sequence[Any] | None = None

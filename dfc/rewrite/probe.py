@@ -18,8 +18,8 @@ from dfc.ir.expr import evaluate
 from dfc.ir.graph import Graph
 from dfc.ir.interpret import bind_inputs, interpret
 from dfc.ir.types import TensorType
+from dfc.ops.nudged import farthest
 from dfc.rewrite.agree import Element, Verdict, judge, worst_elements
-from dfc.rewrite.nudged import farthest
 from dfc.rewrite.pass_ import Numerics
 
 # The model's own kernels against the captured graph's: the same ones, in another layout at most.

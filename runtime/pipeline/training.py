@@ -152,6 +152,7 @@ class Trainer:
         keep_pages()
         if recompute == AUTO and stage_of is not None and not isinstance(stage_of, Mapping):
             recompute = None  # the plan has chosen
+        asked = microbatches or 1  # a plan's are of a size that it knows
         if stage_of is not None and not isinstance(stage_of, Mapping):
             if schedule == AUTO and ranks is None:
                 ranks = stage_of.program.placement
@@ -161,8 +162,8 @@ class Trainer:
         schedule = schedule or "1f1b"
         self.model = model = staged_model(graph, stage_of, loss, targets)
         self.batch = checked_batch(model.graph, batch)
-        if self.batch is None and (microbatches or 1) > 1:
-            raise no_batch(model.graph, microbatches or 1)
+        if self.batch is None and asked > 1:
+            raise no_batch(model.graph, asked)
         microbatches = microbatches or (1 if self.batch is None else 8)
         self.reduction, self.microbatches, self.seed = reduction, microbatches, seed
         some, room = what_recomputes(recompute, memory, len(model.parts))

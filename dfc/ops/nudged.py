@@ -9,13 +9,14 @@ inputs move by their last bit. An engine that is as far from float64 as that is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from dfc.ir.graph import Graph
+from dfc.ir.graph import Graph, Parameter
 from dfc.ir.interpret import interpret
 from dfc.ops.rounding import FARTHEST_OWN
+
+if TYPE_CHECKING:
+    from torch import Generator
 
 _TIMES = 3
 _LARGEST = 2**20  # numbers of a parameter that is moved too: all scales, biases and norms
@@ -29,6 +30,8 @@ def farthest(
 
     Raises:  DfcError K020 when the graph fails.
     """
+    import torch
+
     found = list(original)
     for number in range(_TIMES):
         generator = torch.Generator().manual_seed(seed + number)
@@ -36,7 +39,7 @@ def farthest(
         parameters = {
             p.name: _moved(p.data.tensor(), generator)
             for p in graph.parameters.values()
-            if p.data is not None and p.tensor_type.dtype.is_float and _count(p) <= _LARGEST
+            if _is_moved(p) and p.data is not None
         }
         torch.manual_seed(seed)
         results = interpret(graph, moved, parameters=parameters)
@@ -46,12 +49,15 @@ def farthest(
     return found
 
 
-def _count(parameter: Any) -> int:
-    return int(parameter.tensor_type.numel)
+def _is_moved(parameter: Parameter) -> bool:
+    of = parameter.tensor_type
+    return of.dtype.is_float and isinstance(of.numel, int) and of.numel <= _LARGEST
 
 
-def _moved(x: Any, generator: torch.Generator) -> Any:
+def _moved(x: Any, generator: Generator) -> Any:
     """Floats with up to one unit in the last place more or less."""
+    import torch
+
     if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.element_size() == 1:
         return x
     eps = torch.finfo(x.dtype).eps
@@ -61,6 +67,8 @@ def _moved(x: Any, generator: torch.Generator) -> Any:
 
 def _distance(x: Any, witness: Any) -> float:
     """Of two tensors of floats, in norm, against the witness's; -1 for what is no float."""
+    import torch
+
     if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.shape != witness.shape:
         return -1.0
     scale = float(witness.double().norm())
