@@ -100,6 +100,7 @@ def heeding() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if came:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)  # one that is on its way would end this
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             sys.unraisablehook = hook
     if came:

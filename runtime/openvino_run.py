@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,11 +86,22 @@ class Session:
         return [_memory(t, bindings) for t in self._types]
 
 
-def _compile(model: ir.Model, options: Mapping[str, Any]) -> Any:
+@cache
+def _core() -> Any:
+    """The one that all models of this process share, until it ends.
+
+    Why:  each gives its thread a stack for signals, and as it goes the stack of the one before it:
+          after two that went in the order in which they came, Ctrl-C was a segmentation fault.
+    """
     import openvino as ov
+
+    return ov.Core()
+
+
+def _compile(model: ir.Model, options: Mapping[str, Any]) -> Any:
     from onnxscript import ir
 
-    core = ov.Core()
+    core = _core()
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
     with tempfile.TemporaryDirectory(prefix="dfc-openvino-") as folder:
         path = Path(folder) / "model.onnx"

@@ -404,6 +404,24 @@ def test_an_engine_serves_several_threads_at_once():
                 compare(got, model(x))
 
 
+def test_ctrl_c_is_seen_after_models_that_openvino_ran_are_gone() -> None:
+    """In the order in which they came: it has stacks for signals, and freed the one in use."""
+    code = (
+        "import os, signal, time, torch, dfc\n"
+        "from dfc.runtime.engines import find_engine\n"
+        "x = torch.ones(2)\n"
+        "graph = dfc.trace(torch.nn.Tanh(), (x,))\n"
+        "first, second = (find_engine('openvino').build(graph) for _ in range(2))\n"
+        "first.run([x]), second.run([x])\n"
+        "del first\n"
+        "del second\n"
+        "try: os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
+        "except KeyboardInterrupt: print('seen')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "seen\n"
+
+
 def test_a_missing_library_says_how_to_get_it():
     code = (
         "import sys, importlib.util as u; find = u.find_spec\n"
