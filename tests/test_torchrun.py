@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -224,6 +225,23 @@ def test_ranks_that_would_cut_a_batch_otherwise_are_told_before_they_are_linked(
         "N055 rank 0 has microbatches 2, rank 1 has 3",
         "N055 rank 1 has microbatches 3, rank 0 has 2",
     ]
+
+
+def test_ranks_that_are_given_inputs_of_other_sizes_are_told(
+    given: list[str], tmp_path: Path
+) -> None:
+    """Each says what it has: torchrun ends the other one when the first of them has."""
+    command = shlex.join([sys.executable, "-m", "dfc.cli", *given, "--on", "torchrun"])
+    command = command.replace("B=11", "B=$((RANK + 7))")
+    ran = subprocess.run(
+        [sys.executable, *TORCHRUN, "--no-python", "sh", "-c", command],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert ran.returncode != 0 and not ran.stdout
+    first = "rank 0 has input `input` of size 7x8, rank 1 has 8x8"
+    second = "rank 1 has input `input` of size 8x8, rank 0 has 7x8"
+    assert f"error[N055]: {first}" in ran.stderr or f"error[N055]: {second}" in ran.stderr
+    assert "or the same --size" in ran.stderr
 
 
 _SCRIPT = """

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dfc.compiled import Compiled
     from dfc.ir.graph import Graph, Node
     from dfc.runtime.pipeline.local import Pipeline
+    from dfc.runtime.pipeline.world import World
 
 
 _LINKS = {
@@ -203,6 +204,7 @@ def _maker(
 
         world = World.of_launcher()
         make = partial(Launched, world=world, links=where.links)
+        _require_same_sizes(world, compiled.graph, inputs)
         if stages is None:
             return make, *_placed(compiled, stages, inputs, say)
         placed = agreed_stages(
@@ -224,6 +226,18 @@ def _maker(
     from dfc.runtime.pipeline.local import Pipeline
 
     return Pipeline, *_placed(compiled, stages, inputs, say, memory, microbatches)
+
+
+def _require_same_sizes(world: World, graph: Graph, inputs: Sequence[Any]) -> None:
+    """
+    Raises:  DfcError N055 for a rank that was given inputs of other sizes: those of rank 0 are run.
+    """
+    sizes = {
+        f"input `{v.name}` of size": "x".join(map(str, getattr(x, "shape", ()))) or "1"
+        for v, x in zip(graph.inputs, inputs, strict=True)
+    }
+    help = "give all ranks the same files, or the same --size: rank 0's are run"
+    world.same(sizes, "inputs", help)
 
 
 def _anywhere(use: Sequence[str]) -> list[str]:

@@ -134,8 +134,8 @@ class World:
                 status=2,
             )  # fmt: skip
 
-    def same(self, what: Mapping[str, str], key: str = "has") -> None:
-        """Compare what every rank has.
+    def same(self, what: Mapping[str, str], key: str = "has", help: str | None = None) -> None:
+        """Compare what every rank has; `help` is for one that differs.
 
         Raises:  DfcError N055 that names the first that differs; K058 for one that did not come.
         """
@@ -146,9 +146,8 @@ class World:
                         "N055",
                         f"rank {rank} has {name} {_short(found.get(name))}, "
                         f"rank {self.rank} has {_short(mine)}",
-                        help=_REMEDIES.get(
-                            name, "all ranks need the same model, plan and versions"
-                        ),
+                        help=help
+                        or _REMEDIES.get(name, "all ranks need the same model, plan and versions"),
                     )
 
 
