@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import dfc
-from dfc.emit.onnx_export import compare
+from dfc.emit.onnx_export import compare, export_onnx
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
 from dfc.ir.interpret import interpret
@@ -263,3 +264,59 @@ def test_an_engine_may_go_as_far_as_a_rounded_graph_goes_by_itself(
     given = engine(probe.inputs)
     with nullcontext() if agrees else pytest.raises(DfcError, match="X003"):
         compare(graph, [x], probe.original or [], given, ["y"], rounded=ROUNDED_RTOL)
+
+
+def rare(tail: str) -> tuple[Graph, torch.Tensor]:
+    """A detector that sees nothing: all its results are sigmoids of about 3e-4."""
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)) * 0.1
+    graph = dfc.parse(f"""dfc 1
+graph @f(%x: f32[4, 8]) -> f32[4, 8] {{
+  %b: f32[4, 8] = aten.add.Scalar(%x, other=-8.1, alpha=1)
+  %s: f32[4, 8] = aten.sigmoid.default(%b)
+  {tail}
+  return %y
+}}
+""")
+    verify(graph)
+    return graph, x
+
+
+TAILS = ["%y: f32[4, 8] = aten.alias.default(%s)",
+         "%y: f32[4, 8] = aten.mul.Scalar(%s, other=1000.0)"]  # fmt: skip
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize(
+    ("by", "agrees"), [(1.2e-7, True), (-1.2e-7, True), (3e-6, False), (1.5e-4, False)]
+)
+def test_small_sigmoids_are_exact_to_the_last_place_of_1(
+    tail: str, by: float, agrees: bool
+) -> None:
+    graph, x = rare(tail)
+    scale = 1000 if "1000" in tail else 1
+    probes = make_probes(graph, [x], count=1)
+    (probe,) = probes.ready()
+    given = [(probe.original or [])[0] + scale * by]
+    assert not judge(given, probe.original or [], probe.witness or [], rtol=1e-5).agrees
+    assert probes.judge(lambda inputs: given, rtol=1e-5).agrees is agrees
+    with nullcontext() if agrees else pytest.raises(DfcError, match="X003"):
+        compare(graph, [x], probe.original or [], given, ["y"])
+
+
+def test_without_a_function_that_saturates_small_results_are_as_exact_as_any() -> None:
+    graph, x = norm("f32")[0], torch.full((4, 64), 3e-4)
+    probes = make_probes(graph, [x], count=1)
+    (probe,) = probes.ready()
+    given = [(probe.original or [])[0] * (1 + 4e-4)]
+    assert not probes.judge(lambda inputs: given, rtol=1e-5).agrees
+
+
+def test_small_sigmoids_are_exported_and_wrong_ones_are_not(tmp_path: Path) -> None:
+    graph, x = rare(TAILS[0])
+    (right,) = make_probes(graph, [x], count=1).ready()
+    written = export_onnx(graph, tmp_path / "m.onnx", probes=[right])
+    assert written.proved and 0 < written.worst < 1e-2
+    other = dfc.parse(str(graph).replace("-8.1", "-8.11"))  # 1 % of each result
+    (wrong,) = make_probes(other, [x], count=1).ready()
+    with pytest.raises(DfcError, match="X003"):
+        export_onnx(graph, tmp_path / "n.onnx", probes=[wrong])

@@ -260,27 +260,34 @@ def compare(
     A float agrees when its error is within `rtol`, or within four times what the original itself
     loses against float64; both count by the coarsest floats that the graph computes. `rounded`, of
     the largest element, is allowed in any case; with it, a tensor that is as near to float64 in
-    norm as the graph itself, also where its numbers move by a bit, agrees as well.
+    norm as the graph itself agrees as well. The graph itself is also what it gives where its
+    numbers move (`dfc.ops.nudged`).
     """
     from dfc.ops.nudged import farthest
-    from dfc.ops.rounding import coarsest
+    from dfc.ops.rounding import FARTHEST_OWN, coarsest
 
     worst, problems = 0.0, []
     moved: Sequence[Any] | None = None
     eps = coarsest(graph)
+    far = FARTHEST_OWN if rounded else 1e-2
     drawn = _of_drawn_size(graph) if random else frozenset()
     for i, (want, got) in enumerate(zip(expected, found, strict=True)):
         if i in drawn and (want.dtype, want.dim()) == (got.dtype, got.dim()):
             continue
-        error, problem = _difference(want, got, None, rtol, random, rounded, eps)
+        error, problem = _difference(want, got, None, rtol, random, rounded, eps, far)
         if problem and error is not None:
             if witness is None:
                 witness = _witness(graph, inputs)
             if witness is not None:
-                error, problem = _difference(want, got, witness[i], rtol, random, rounded, eps)
-            if problem and rounded and witness is not None:
-                moved = moved or farthest(graph, inputs, expected, witness, 0)
-                error, problem = _difference(moved[i], got, witness[i], rtol, random, rounded, eps)
+                error, problem = _difference(want, got, witness[i], rtol, random, rounded, eps, far)
+            if problem and witness is not None:
+                moved = moved or farthest(
+                    graph, inputs, expected, witness, 0, rounded=bool(rounded)
+                )
+                if moved[i] is not want:
+                    error, problem = _difference(
+                        moved[i], got, witness[i], rtol, random, rounded, eps, FARTHEST_OWN
+                    )
         if error is not None:
             worst = max(worst, error)
         if problem:
@@ -315,12 +322,19 @@ def _witness(graph: Graph, inputs: Sequence[Any]) -> Sequence[Any] | None:
 
 
 def _difference(
-    want: Any, got: Any, witness: Any, rtol: float, random: bool, rounded: float, eps: float
+    want: Any,
+    got: Any,
+    witness: Any,
+    rtol: float,
+    random: bool,
+    rounded: float,
+    eps: float,
+    far: float,
 ) -> tuple[float | None, str | None]:
     """The error relative to the largest value, None for an exact mismatch; and what is wrong."""
     import torch
 
-    from dfc.ops.rounding import rounded_alike
+    from dfc.ops.rounding import FARTHEST_OWN, rounded_alike
 
     if not isinstance(want, torch.Tensor):
         if want is None:
@@ -362,7 +376,7 @@ def _difference(
         t = witness.double()[finite]
         if bool(torch.isfinite(t).all()):
             # an original this far from float64 proves nothing: the graph itself may be wrong
-            cap = min(0.3, max(0.3 if rounded else 1e-2, 64 * eps)) * scale
+            cap = min(FARTHEST_OWN, max(far, 64 * eps)) * scale
             own = (w - t).abs().max()
             if float(own) <= cap:
                 truth = t

@@ -141,16 +141,18 @@ class Probes:
         return worst
 
     def judge(self, run: Any, rtol: float = 0.0, rounded: bool = False) -> Verdict:
-        """The same for anything that takes flat inputs: an engine's runner. One of a graph that
-        rounds values may be as far off as the graph goes by itself."""
+        """The same for anything that takes flat inputs: an engine's runner. It may be as far off as
+        the graph goes by itself where its numbers move (`dfc.ops.nudged`)."""
         worst = 0.0
         for probe in self.ready():
             torch.manual_seed(self.seed)
             assert probe.original is not None and probe.witness is not None
             results, original, witness = run(clone(probe.inputs)), probe.original, probe.witness
             verdict = judge(results, original, witness, rtol=rtol, rounded=rounded)
-            if rounded and not verdict.agrees:
-                original = farthest(self.graph, probe.inputs, original, witness, self.seed)
+            if not verdict.agrees:
+                original = farthest(
+                    self.graph, probe.inputs, original, witness, self.seed, rounded=rounded
+                )
                 verdict = judge(results, original, witness, rtol=rtol, rounded=rounded)
             if not verdict.agrees:
                 return verdict
