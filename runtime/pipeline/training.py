@@ -21,36 +21,31 @@ weight in the order of stages.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from statistics import median
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dfc.calling import flat_inputs
 from dfc.ending import noticed
 from dfc.errors import DfcError
-from dfc.ir.graph import Graph, Node, Value
-from dfc.ir.interpret import bind_inputs
+from dfc.ir.graph import Graph, Node
 from dfc.ir.types import TensorType
-from dfc.planning.actions import SELECTIVE, Action, Kind, Program
+from dfc.planning.actions import Action, Program
 from dfc.planning.microbatches import batch_dims, checked_batch, cut, least_of, no_batch
-from dfc.planning.recompute import recomputing
 from dfc.planning.simulate import Costs
-from dfc.planning.stages import HOST
 from dfc.planning.torch_device import check_device
 from dfc.runtime.allocation import keep_pages
-from dfc.runtime.pipeline import checkpoint
 from dfc.runtime.pipeline.clipping import norms, shorten, together
-from dfc.runtime.pipeline.differentiated import Differentiated, Gradient
+from dfc.runtime.pipeline.differentiated import Differentiated
 from dfc.runtime.pipeline.dropout import Mask
+from dfc.runtime.pipeline.given_microbatches import given_to, shares_of
 from dfc.runtime.pipeline.homes import Homes
 from dfc.runtime.pipeline.lanes import Step
 from dfc.runtime.pipeline.local import Computing, one_each, rank_threads
 from dfc.runtime.pipeline.optimizer_options import set_options
 from dfc.runtime.pipeline.programs import AUTO, Programs, Shared
+from dfc.runtime.pipeline.resumable import Resumable
 from dfc.runtime.pipeline.sequential import Sequential
+from dfc.runtime.pipeline.stage_costs import Measured, measured, stage_costs
 from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.streams import device_names
 from dfc.runtime.pipeline.trained import TrainedStage, builder
@@ -64,14 +59,6 @@ from dfc.runtime.pipeline.training_choices import (
     what_recomputes,
 )
 from dfc.runtime.pipeline.training_report import TrainingReport
-from dfc.runtime.pipeline.training_state import (
-    State,
-    on_host,
-    optimizer_state,
-    restore,
-    slots_of,
-    write_into,
-)
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +76,7 @@ class Way(Protocol):
     def close(self) -> None: ...
 
 
-class Trainer:
+class Trainer(Resumable):
     """A partitioned model with its optimizers; `step` takes a whole batch.
 
     `graph` may be a `StagedModel`, which several trainers can share: then it has stages and loss.
@@ -237,43 +224,21 @@ class Trainer:
         return found
 
     def measure(self, given: Sequence[Mapping[Any, Any]], repeats: int = 2) -> Costs:
-        """What F, I and W of each stage take here, or F and B, and the bytes that each keeps; where
-        stages are to be chosen that recompute, also what they do selectively."""
-        n = len(self.model.parts)
-        times, saved = self._measured(given, self.programs.to_measure(len(given)), repeats)
-        f = [times[int(Kind.F), s] for s in range(n)]
-        i = [times.get((int(Kind.I), s)) or times[int(Kind.B), s] for s in range(n)]
-        w = [times.get((int(Kind.W), s), 0.0) for s in range(n)]
-        pairs = {(e.source, e.target, 0) for e in self.model.edges if not e.backward}
-        edges = sorted(e for e in pairs if HOST not in e)
-        kept, taken = zip(*(saved[s] for s in range(n)), strict=True)
-        plain = Costs(f, i, w, edges=edges, activations=kept, taken=taken)
-        return self._selective(given, plain) if self.programs.recompute is None else plain
-
-    def _selective(self, given: Sequence[Mapping[Any, Any]], plain: Costs) -> Costs:
-        """The costs with what selective recomputation takes, keeps and makes again."""
-        n = len(self.model.parts)
-        program = recomputing(self.programs.to_measure(len(given)), range(n), SELECTIVE)
-        times, saved = self._measured(given, program, 1)
-        remade, kept = zip(*(saved[s] for s in range(n)), strict=True)
-        remake = [times[int(Kind.S), s] for s in range(n)]
-        return replace(plain, remake=remake, kept=kept, remade=remade)
+        """What the actions of each stage take here, and the bytes that each keeps; where stages are
+        to be chosen that recompute, also what they do selectively."""
+        program = self.programs.to_measure(len(given))
+        selective = self.programs.recompute is None
+        return stage_costs(
+            self.model, program, lambda p, n: self._measured(given, p, n), repeats, selective
+        )
 
     def _measured(
         self, given: Sequence[Mapping[Any, Any]], program: Program, repeats: int
-    ) -> tuple[dict[tuple[int, int], float], dict[int, tuple[int, int]]]:
-        """The median of each kind of action and stage, and what a stage saves and keeps first."""
-        times: dict[tuple[Kind, int], list[float]] = {}
-        before = [t.sums() for t in self.trained] if self._added else []
-        for repeat in range(1 + repeats):
-            step = self._compute(program, given)
-            for span in step.spans if repeat else ():
-                key = span.action.kind, span.action.stage
-                times.setdefault(key, []).append(span.end - span.start)
-        for stage, sums in zip(self.trained, before, strict=False):
-            stage.restore(sums)
-        saved = {t.stage.number: (t.saved_bytes, t.taken_bytes) for t in self.trained}
-        return {(int(kind), s): median(x) for (kind, s), x in times.items()}, saved
+    ) -> Measured:
+        def run() -> Step:
+            return self._compute(program, given)
+
+        return measured(self.trained, run, repeats, keep=bool(self._added))
 
     # a step
 
@@ -336,8 +301,10 @@ class Trainer:
         inputs = dict(zip(self.model.graph.inputs, flat, strict=True))
         least = least_of(self.model.graph, self.batch)
         parts = cut(inputs, self._dims, self.microbatches, least)
-        shares = self._shares(parts)
-        given = self._given(parts, [share / of for share in shares])
+        shares = shares_of(parts, self._dims, self.reduction)
+        given = given_to(
+            self.model, parts, [share / of for share in shares], self._added, self.draw
+        )
         try:
             program = self.programs.of(len(given), lambda: self.measure(given))
             self.last = program, self._compute(program, given, fresh=not self._added)
@@ -367,29 +334,6 @@ class Trainer:
 
     def _run(self, action: Action, values: Mapping[Any, Any]) -> dict[Any, Any]:
         return self._by_stage[action.stage].run(action, values)
-
-    def _shares(self, parts: Sequence[Mapping[Value, Any]]) -> list[float]:
-        """What each microbatch counts for in the loss of its batch."""
-        if self.reduction == "sum":
-            return [1.0] * len(parts)
-        counts = [_items(part, self._dims) for part in parts]
-        return [count / sum(counts) for count in counts]
-
-    def _given(
-        self, parts: Sequence[Mapping[Value, Any]], shares: Sequence[float]
-    ) -> list[dict[Any, Any]]:
-        """The host's values of each microbatch: inputs, masks when asked for, its share."""
-        import torch
-
-        dtype = self.model.loss.tensor_type.dtype.to_torch()
-        found: list[dict[Any, Any]] = []
-        for b, (part, share) in enumerate(zip(parts, shares, strict=True), self._added):
-            sizes = bind_inputs(self.model.graph, list(part.values())) if self.model.masks else {}
-            values = _Given(self, b, sizes)
-            values.update((self.model.inputs[v], x) for v, x in part.items())
-            values[Gradient(self.model.loss, HOST)] = torch.tensor(share, dtype=dtype)
-            found.append(values)
-        return found
 
     def draw(self, mask: Mask, microbatch: int, sizes: Mapping[str, int]) -> torch.Tensor:
         """The mask of a dropout in the step that comes or is under way."""
@@ -425,65 +369,6 @@ class Trainer:
         """
         set_options(self.optimizers, values)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Weights, optimizer slots and options by the parameters' names, however it was cut."""
-        found: dict[str, Any] = on_host(self._state(), copy=True)
-        return found
-
-    def load_state_dict(self, state: State) -> None:
-        """Go on from a state, made by stages like these or others.
-
-        Raises:  DfcError N075 (exit status 2) for parameters that are missing or of another shape.
-        """
-        restore(self.parameters, self._buffers(), self._named_slots(), state)
-        self._homes.changed()
-        self.zero_grad()
-        self.steps, self.seed = int(state["step"]), int(state["seed"])
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the state as a folder, between two steps; an older one there is replaced.
-
-        `model.safetensors` in it is the model's own `state_dict`, by its names and for any program:
-        model.load_state_dict(safetensors.torch.load_file("last/model.safetensors")). Buffers that
-        the model does not save itself are in it too: then say strict=False.
-        Ensures: after `load`, the same stages and program train on as if nothing had been, bit for
-                 bit.
-        Raises:  DfcError D011.. for a place that cannot be written to, N076 for optimizers' options
-                 that are not numbers, words or lists.
-        """
-        checkpoint.write(Path(folder), on_host(self._state()), self.model.graph)
-
-    def load(self, folder: str | os.PathLike[str]) -> None:
-        """Go on from what `save` wrote, in one process or in several, with these stages or others.
-
-        Raises:  DfcError D020.. for a folder that is no checkpoint or was changed, N075 for one of
-                 another model.
-        """
-        self.load_state_dict(checkpoint.read(Path(folder)))
-
-    def load_into(self, model: torch.nn.Module) -> None:
-        """Give a module of PyTorch's the weights as they are now, by their names.
-
-        Raises:  DfcError N075 (exit status 2) for a module that lacks one, or has another shape.
-        """
-        state = self.state_dict()
-        weights = checkpoint.model_state(state["weights"], self.model.graph)
-        write_into(model, weights, state["buffers"])
-
-    def _state(self) -> State:
-        """The state, whose tensors are those that are trained."""
-        weights = {name: p.detach() for name, p in self.parameters.items()}
-        slots = optimizer_state(self._named_slots(), self.parameters)
-        own = {"weights": weights, "buffers": self._buffers(), **slots}
-        return {**own, "step": self.steps, "seed": self.seed}
-
-    def _buffers(self) -> dict[str, torch.Tensor]:
-        """The buffers that the model writes to, as the last step left them."""
-        return {name: x for t in self.trained for name, x in t.state.items()}
-
-    def _named_slots(self) -> Iterable[tuple[str, Any, Any]]:
-        return slots_of(self.parameters, self.optimizers)
-
     def report(self) -> TrainingReport:
         """What the last step took and kept, beside what was predicted.
 
@@ -518,19 +403,3 @@ def check_of(of: int) -> None:
     """Raises:  DfcError N073 for a number that no batch is one of."""
     if of < 1:
         raise DfcError("N073", f"a batch is one of 1 or more, not of {of}", status=2)
-
-
-class _Given(dict[Any, Any]):
-    """A microbatch's values; masks are drawn where they are used, and not kept."""
-
-    def __init__(self, trainer: Trainer, microbatch: int, sizes: Mapping[str, int]) -> None:
-        super().__init__()
-        self.trainer, self.microbatch, self.sizes = trainer, microbatch, sizes
-
-    def __missing__(self, value: Value) -> Any:
-        mask = self.trainer.model.masks[value]
-        return self.trainer.draw(mask, self.microbatch, self.sizes)
-
-
-def _items(part: Mapping[Value, Any], dims: Mapping[Value, int | None]) -> int:
-    return next((x.shape[dims[v]] for v, x in part.items() if dims[v] is not None), 1)

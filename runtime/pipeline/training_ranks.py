@@ -35,6 +35,7 @@ from dfc.planning.actions import Action, Kind, Program
 from dfc.runtime.pipeline import checkpoint
 from dfc.runtime.pipeline.differentiated import Differentiated
 from dfc.runtime.pipeline.lanes import Span, Step
+from dfc.runtime.pipeline.stage_costs import Measured
 from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.training import Trainer, Way
 from dfc.runtime.pipeline.training_exchange import Ranks
@@ -167,7 +168,7 @@ class RankTrainer(Trainer):
 
     def _measured(
         self, given: Sequence[Mapping[Any, Any]], program: Program, repeats: int
-    ) -> tuple[dict[tuple[int, int], float], dict[int, tuple[int, int]]]:
+    ) -> Measured:
         times, saved = super()._measured(given, program, repeats)
         mine = [[[*k, x] for k, x in times.items()], [[s, *x] for s, x in saved.items()]]
         every = self.world.share(f"{self._name}/measured/{next(self._measures)}", mine)
