@@ -10,6 +10,7 @@ from typing import Literal
 from dfc.compress.casting import F32, choose_half, is_cast_up, is_f32, takes_part
 from dfc.compress.magnitudes import largest_magnitudes
 from dfc.compress.processor import declared, processor_of
+from dfc.counting import counted
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Input, Node, Parameter, Value
 from dfc.ir.op import Precision
@@ -163,9 +164,18 @@ class _Reasons:
         where = ""
         if self.dtype == "f16":
             seen, where = largest_magnitudes(graph, ctx, p.calib)
-        for node in self.wishes:
-            if self.wishes[node] != "f32":
-                self._pin(node, _too_large(node, seen, limit, where, self.dtype))
+        pinned: list[str] = []
+        for node in [n for n, wish in self.wishes.items() if wish != "f32"]:
+            reason = _too_large(node, seen, limit, where, self.dtype)
+            if reason is not None:
+                self._pin(node, reason)
+                pinned.append(reason)
+        if pinned:
+            more = len(set(pinned)) - 1
+            verb = "does" if more == 1 else "do"
+            others = f"; {counted(more, 'other value')} {verb} not fit either" if more else ""
+            stay = "stays" if len(pinned) == 1 else "stay"
+            ctx.note(f"autocast: {counted(len(pinned), 'node')} {stay} in f32: {pinned[0]}{others}")
 
 
 def _was_rounded(v: Value) -> bool:

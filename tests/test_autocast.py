@@ -201,6 +201,15 @@ def test_f16_without_anything_to_run_looks_at_weights_and_numbers() -> None:
     kinds = types(graph)
     assert kinds["linear_1"] == "f32" and kinds["linear"] == "f16"
     assert any("!b.weight holds 1e+06" in d.reason for d in ctx.decisions or ())
+    with torch.no_grad():
+        net.c.weight[0, 0] = 1e5
+    graph = dfc.trace(net, (torch.randn(4, 8),))
+    find_pass("autocast", {"dtype": "f16"}).run(graph, ctx)
+    one = "!b.weight holds 1e+06: f16 ends at 65504"
+    assert [n for n in ctx.products["notes"] if "stay" in n] == [
+        f"autocast: 1 node stays in f32: {one}",
+        f"autocast: 2 nodes stay in f32: {one}; 1 other value does not fit either",
+    ]
 
 
 def test_f16_reads_the_data_that_is_named() -> None:
@@ -213,6 +222,9 @@ def test_f16_reads_the_data_that_is_named() -> None:
     batches = [x, torch.randn(4, 8), x]
     compiled = dfc.compile(net, (x,), recipe=text, engine="eager", data={"calib": batches})
     assert types(compiled.graph)["linear_1"] == "f32"
+    (told,) = [n for n in compiled.report.notes if "stay in f32" in n]
+    assert told.startswith("autocast: 2 nodes stay in f32: %mul reaches ")
+    assert told.endswith(" on calib: f16 ends at 65504")
     with pytest.raises(DfcError, match="batch 2 of data `calib`: `x` has"):
         batches = [x, torch.full((4, 8), torch.nan)]
         dfc.compile(net, (x,), recipe=text, engine="eager", data={"calib": batches})
