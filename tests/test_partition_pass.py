@@ -93,6 +93,33 @@ def test_a_recipe_says_how_stages_recompute(tmp_path: Path) -> None:
         dfc.compile(Layers(), ARGS, dynamic_shapes=SHAPES, recipe=wrong, engine="eager")
 
 
+class Counts(Layers):
+    """Layers that count their calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(x) + self.calls
+
+
+@pytest.mark.parametrize(
+    ("options", "noted"),
+    [("max_stages=2", True), ("max_stages=2, train=true", False), ("max_stages=1", False)],
+)
+def test_stages_that_write_to_buffers_are_noted(options: str, noted: bool) -> None:
+    """One stage is the model itself, and training carries its buffers."""
+    text = recipe('pin "layers.0" to gpu0', f"partition on gpu0, gpu1 with {options}")
+    if "max_stages=2" in options:
+        text = text.replace("  partition", '  pin "head" to gpu1\n  partition')
+    made = dfc.compile(Counts(), ARGS, dynamic_shapes=SHAPES, recipe=text, engine="eager")
+    assert made.plan is not None and (len(made.plan.stages) == 2) == ("=2" in options)
+    note = "partition: these stages cannot be run as a pipeline: the model writes to its buffer"
+    assert any(n.startswith(f"{note} `calls`") for n in made.report.notes) == noted
+
+
 def test_the_plan_is_in_the_package_and_read_back_is_the_same(
     compiled: dfc.Compiled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -275,7 +275,7 @@ def _write(
         written["onnx"] = onnx
         count = len(list(Path(onnx).glob("stage_*.onnx")))
         if isinstance(stages, int) and count != stages:
-            fewer = f"{counted(count, 'stage')}, not {stages}: no more of its nodes take time"
+            fewer = f"{counted(count, 'stage')}, not {stages}: no more of its nodes can be apart"
             compiled.report.notes.append(fewer)
 
 

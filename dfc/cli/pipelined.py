@@ -106,7 +106,9 @@ def run_pipelined(
     data["on"], data["devices"] = where.on, devices
     data["link_kind"] = getattr(pipeline, "link_kind", None)  # threads have none
     if stages is not None and count < stages:
-        data["fewer"] = f"{counted(count, 'stage')}, not {stages}: no more of its nodes take time"
+        data["fewer"] = (
+            f"{counted(count, 'stage')}, not {stages}: no more of its nodes can be apart"
+        )
     data["incidents"] = list(getattr(pipeline, "incidents", ()))
     if memory is not None:
         return results, {**data, **host_data(data["stages"], host)}

@@ -17,14 +17,40 @@ if TYPE_CHECKING:
 
 
 def balanced(graph: Graph, stages: int, inputs: Sequence[Any], threads: int = 1) -> dict[Node, int]:
-    """Stages of equal time, fewer where there are not as many nodes that take any.
+    """Stages of equal time, fewer where the graph has not as many nodes that can be apart.
 
     Raises:  DfcError N053 for fewer stages than one.
     """
+    count = min(stages, max(len(graph), 1))
+    return _as_many(_plan(graph, [1e18] * count, inputs, threads, {}), count)
+
+
+def _as_many(found: Plan, wanted: int) -> dict[Node, int]:
+    """The stages of a plan, the longest of which are halved until there are as many as wanted.
+
+    Why:  a plan has no stage by which no other gets shorter; schedules need their number.
+    """
     from dfc.planning.pipeline import stage_of
 
-    count = min(stages, max(len(graph), 1))
-    return stage_of(_plan(graph, [1e18] * count, inputs, threads, {}))
+    placed, model = stage_of(found), found.modelled
+    assert model is not None
+    seconds = dict(enumerate(model.problem.time[:, 0]))
+    stages: list[list[int]] = [[] for _ in found.stages]
+    for group, nodes in enumerate(model.groups):
+        stages[placed[nodes[0]]].append(group)  # groups are in the order of nodes
+
+    while len(stages) < wanted and any(len(groups) > 1 for groups in stages):
+        longest = max(
+            (i for i, groups in enumerate(stages) if len(groups) > 1),
+            key=lambda i: sum(seconds[g] for g in stages[i]),
+        )
+        groups = stages[longest]
+        at = min(
+            range(1, len(groups)),
+            key=lambda k: max(sum(seconds[g] for g in part) for part in (groups[:k], groups[k:])),
+        )
+        stages[longest : longest + 1] = [groups[:at], groups[at:]]
+    return {n: s for s, groups in enumerate(stages) for g in groups for n in model.groups[g]}
 
 
 def balanced_within(

@@ -128,7 +128,7 @@ class Programs:
         if self.stages % chunks:
             raise DfcError(
                 "N073", f"`{name}` has {chunks} stages a rank: {self.stages} cannot be shared out",
-                help=f"cut the model into a multiple of {chunks}", status=2,
+                help=_cut_into(chunks), status=2,
             )  # fmt: skip
         found = schedule(name, self.stages // chunks, m, chunks)
         if not found.trains:
@@ -140,6 +140,13 @@ def _count(ranks: int | Sequence[int]) -> int:
     return ranks if isinstance(ranks, int) else 1 + max(ranks, default=-1)
 
 
+def _cut_into(multiple: int) -> str:
+    return (
+        f"cut the model into a multiple of {multiple} stages; of a model with few nodes `balanced` "
+        "and plans make fewer than asked for"
+    )
+
+
 def _each(stages: int, ranks: int | Sequence[int]) -> int:
     """How many stages each rank has.
 
@@ -147,7 +154,7 @@ def _each(stages: int, ranks: int | Sequence[int]) -> int:
     """
     count = _count(ranks)
     if count < 1 or stages % count:
-        help = f"cut the model into a multiple of {count}" if count > 0 else "there is at least one"
+        help = _cut_into(count) if count > 0 else "there is at least one"
         message = f"{stages} stages cannot be shared out evenly among {count} ranks"
         raise DfcError("N073", message, help=help, status=2)
     return stages // count
