@@ -41,6 +41,8 @@ _LONG = {
     "hubert",
     "unet_dynamic_image",
     "inner_optimiser",
+    "gemma3n",
+    "falcon_h1",
 }
 
 

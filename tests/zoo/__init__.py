@@ -31,6 +31,7 @@ _FAMILIES = (
     "data_dependent",
     "huggingface_audio",
     "huggingface_moe",
+    "huggingface_recent",
     "huggingface_seq2seq",
     "huggingface_ssm",
     "huggingface_text",
