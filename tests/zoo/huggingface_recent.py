@@ -100,8 +100,9 @@ def moonshine() -> Built:
 
     own = {
         "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64,
-        "encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 1, "encoder_num_attention_heads": 4,
-        "decoder_num_attention_heads": 4, "max_position_embeddings": 64, "use_cache": False,
+        "encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 1,
+        "encoder_num_attention_heads": 4, "decoder_num_attention_heads": 4,
+        "max_position_embeddings": 64, "use_cache": False,
     }  # fmt: skip
 
     def make(rows: int, samples: int) -> dict[str, Any]:
