@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR
 
 import dfc
 from dfc.errors import DfcError
@@ -30,9 +30,10 @@ from dfc.runtime.pipeline.clipping import norms, together
 from dfc.runtime.pipeline.optimizer_options import apply_options, changed_options, options_of
 from dfc.runtime.pipeline.training import Trainer
 from dfc.runtime.pipeline.training_processes import ProcessTrainer
+from dfc.runtime.pipeline.training_state import Slots, slots_of
 from tests.test_processes import gone_in_two
 from tests.test_training_processes import same
-from tests.training_models import evenly
+from tests.training_models import by_dimension, evenly
 
 ROOT = Path(__file__).parent.parent
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)
@@ -356,22 +357,51 @@ def test_norms_do_not_depend_on_threads_or_ranks() -> None:
     assert together([1.0, float("inf")]) == float("inf")
 
 
-def test_options_of_several_groups_go_by_their_place() -> None:
-    def made(count: int) -> torch.optim.Optimizer:
-        groups = [{"params": [nn.Parameter(torch.zeros(1))]} for _ in range(count)]
-        return torch.optim.SGD(groups, lr=1.0)
+def test_changed_options_go_by_the_parameters_names() -> None:
+    weights = {name: nn.Parameter(torch.zeros(1)) for name in "abc"}
 
-    here, there, one = made(2), made(2), made(1)
-    before = options_of([here])
+    def made(*groups: str) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{"params": [weights[n] for n in g]} for g in groups], lr=1.0)
+
+    def slots(optimizer: torch.optim.Optimizer) -> list[Slots]:
+        return list(slots_of(weights, [optimizer]))
+
+    here, there, one = made("ab", "c"), made("c", "a"), made("abc")
+    before = options_of(slots(here))
     here.param_groups[1]["lr"] = 0.5
-    changed = changed_options(before, options_of([here]))
-    apply_options([there], changed)
-    assert [g["lr"] for g in there.param_groups] == [1.0, 0.5]
-    with pytest.raises(DfcError, match="2 groups") as e:
-        apply_options([one], changed)
+    changed = changed_options(before, options_of(slots(here)))
+    assert changed == {"c": {"lr": 0.5}}
+    apply_options(slots(there), changed)
+    assert [g["lr"] for g in there.param_groups] == [0.5, 1.0]
+    with pytest.raises(DfcError, match="`a` and `c` are changed apart") as e:
+        apply_options(slots(one), changed)
     assert e.value.code == "N073"
-    apply_options([one, there], [{"lr": 0.1}, {"lr": 0.1}])
-    assert [g["lr"] for o in (one, there) for g in o.param_groups] == [0.1] * 3
+    apply_options(slots(one), {n: {"lr": 0.1} for n in "abc"})
+    assert one.param_groups[0]["lr"] == 0.1
+
+
+def test_groups_of_a_rate_each_keep_theirs_with_a_scheduler_and_loaded(tmp_path: Path) -> None:
+    """Ranks' optimizers, one of biases alone among them, need not have each group."""
+    _, graph, options = traced()
+    finish: list[dict[str, Any]] = []
+    for stages in (2, 3):
+        for kind in (Trainer, ProcessTrainer):
+            placed = halves(graph, stages)
+            with kind(graph, placed, optimizer=by_dimension, **options) as trainer:
+                folder = tmp_path / kind.__name__
+                if folder.exists():
+                    trainer.load(folder)
+                schedulers = [ExponentialLR(o, 0.5) for o in trainer.optimizers]
+                for _ in range(2):
+                    trainer.step(*batch(10))
+                    for scheduler in schedulers:
+                        scheduler.step()
+                trainer.save(folder)
+                finish.append(trainer.state_dict())
+        same(finish[-1], finish[-2])
+        assert finish[-1]["options"] == finish[-2]["options"]
+    rates = {name: options["lr"] for name, options in finish[-1]["options"].items()}
+    assert rates["second.weight"] == 1e-2 / 16 and rates["second.bias"] == 1e-3 / 16
 
 
 def test_no_folder_is_left_in_the_end(

@@ -164,3 +164,10 @@ class Dropped(nn.Module):
 
 def cross_entropy(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(outputs, target)
+
+
+def by_dimension(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Matrices decay, vectors learn slowly: a group of each, where there are any."""
+    matrices = {"params": [p for p in parameters if p.ndim > 1], "lr": 1e-2, "weight_decay": 0.1}
+    vectors = {"params": [p for p in parameters if p.ndim <= 1], "lr": 1e-3, "weight_decay": 0.0}
+    return torch.optim.AdamW([g for g in (matrices, vectors) if g["params"]])

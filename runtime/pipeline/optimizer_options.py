@@ -1,7 +1,9 @@
-"""Options of optimizers, group by group, as other processes are told of them.
+"""Options of optimizers, by the parameters' names, as other processes are told of them.
 
 An optimizer of the trainer's own process stands for those of the ranks: what a script, or a
 scheduler of PyTorch's, changes in it is told to them before the next step.
+
+Why:  a stage's optimizer need not have the groups that one of all parameters has.
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from dfc.errors import DfcError, did_you_mean
 from dfc.runtime.pipeline.named_factory import tupled
+from dfc.runtime.pipeline.training_state import Slots
 
 if TYPE_CHECKING:
     import torch
 
 Options = dict[str, Any]
+Named = Mapping[str, Options]  # of each parameter
 
 
 def set_options(optimizers: Sequence[torch.optim.Optimizer], values: Mapping[str, Any]) -> None:
@@ -35,21 +39,21 @@ def set_options(optimizers: Sequence[torch.optim.Optimizer], values: Mapping[str
             group.update(values)
 
 
-def options_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[Options]:
-    """The options of each group of the first one."""
-    groups = optimizers[0].param_groups
-    return [{k: v for k, v in g.items() if k != "params"} for g in groups]
+def options_of(slots: Iterable[Slots]) -> Named:
+    """The options of each parameter, which are those of its group."""
+    return {n: {k: v for k, v in group.items() if k != "params"} for n, _, group in slots}
 
 
-def changed_options(before: Sequence[Options], now: Sequence[Options]) -> list[Options]:
-    """What has changed in each group.
+def changed_options(before: Named, now: Named) -> dict[str, Options]:
+    """What has changed for each parameter.
 
     Raises:  DfcError N073 for what other processes cannot be told.
     """
-    found = [
-        {k: v for k, v in new.items() if k not in old or old[k] != v}
-        for old, new in zip(before, now, strict=True)
-    ]
+    found = {
+        name: {k: v for k, v in new.items() if k not in before[name] or before[name][k] != v}
+        for name, new in now.items()
+        if new != before[name]
+    }
     try:
         json.dumps(found)
     except TypeError as e:
@@ -59,33 +63,27 @@ def changed_options(before: Sequence[Options], now: Sequence[Options]) -> list[O
     return found
 
 
-def apply_options(
-    optimizers: Sequence[torch.optim.Optimizer], groups: Sequence[Mapping[str, Any]]
-) -> None:
-    """Change what `changed_options` found; groups that changed alike stand for all others.
+def apply_options(slots: Iterable[Slots], changed: Named) -> None:
+    """Change what `changed_options` found in the groups of these parameters.
 
-    Raises:  DfcError N073 for a stage whose optimizer has not as many groups.
+    Raises:  DfcError N073 for a group whose parameters are in several ones elsewhere.
     """
-    alike = all(g == groups[0] for g in groups)
-    for optimizer in optimizers:
-        own = optimizer.param_groups
-        if not alike and len(own) != len(groups):
-            raise DfcError("N073", f"{len(groups)} groups of options were changed, and the "
-                           f"optimizer of a stage has {len(own)}",
-                           help="let the optimizer make as many groups of any parameters",
-                           status=2)  # fmt: skip
-        for i, group in enumerate(own):
-            changed = groups[0] if alike else groups[i]
-            group.update({k: tupled(v) for k, v in changed.items()})
+    groups: dict[int, tuple[Options, list[str]]] = {}
+    for name, _, group in slots:
+        groups.setdefault(id(group), (group, []))[1].append(name)
+    for group, (first, *others) in groups.values():
+        for other in others:
+            if changed.get(other) != changed.get(first):
+                raise DfcError(
+                    "N073", f"the options of `{first}` and `{other}` are changed apart, and the "
+                    "optimizer of their stage has one group for both",
+                    help="let the optimizer choose each parameter's group by that parameter alone",
+                    status=2,
+                )  # fmt: skip
+        group.update({k: tupled(v) for k, v in changed.get(first, {}).items()})
 
 
-def take_options(
-    optimizers: Sequence[torch.optim.Optimizer], each: Iterable[Mapping[str, Any]]
-) -> None:
-    """Take the options on which those of all parameters agree."""
-    options = list(each)
-    for key, value in options[0].items() if options else ():
-        if all(o.get(key) == value for o in options):
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group[key] = value
+def take_options(slots: Iterable[Slots], state: Named) -> None:
+    """Take the options of a state."""
+    for name, _, group in slots:
+        group.update(state.get(name, {}))

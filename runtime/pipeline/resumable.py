@@ -12,6 +12,7 @@ from dfc.runtime.pipeline.homes import Homes
 from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.trained import TrainedStage
 from dfc.runtime.pipeline.training_state import (
+    Slots,
     State,
     on_host,
     optimizer_state,
@@ -49,7 +50,7 @@ class Resumable:
 
         Raises:  DfcError N075 (exit status 2) for parameters that are missing or of another shape.
         """
-        restore(self.parameters, self._buffers(), self._named_slots(), state)
+        restore(self.parameters, self._buffers(), self.named_slots(), state)
         self._homes.changed()
         self.zero_grad()
         self.steps, self.seed = int(state["step"]), int(state["seed"])
@@ -87,7 +88,7 @@ class Resumable:
     def _state(self) -> State:
         """The state, whose tensors are those that are trained."""
         weights = {name: p.detach() for name, p in self.parameters.items()}
-        slots = optimizer_state(self._named_slots(), self.parameters)
+        slots = optimizer_state(self.named_slots(), self.parameters)
         own = {"weights": weights, "buffers": self._buffers(), **slots}
         return {**own, "step": self.steps, "seed": self.seed}
 
@@ -95,5 +96,6 @@ class Resumable:
         """The buffers that the model writes to, as the last step left them."""
         return {name: x for t in self.trained for name, x in t.state.items()}
 
-    def _named_slots(self) -> Iterable[tuple[str, Any, Any]]:
+    def named_slots(self) -> Iterable[Slots]:
+        """Every parameter that is optimized, with its optimizer and group."""
         return slots_of(self.parameters, self.optimizers)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,7 +35,6 @@ from dfc.runtime.pipeline.lanes import Span, Step
 from dfc.runtime.pipeline.linking import meeting
 from dfc.runtime.pipeline.named_factory import told
 from dfc.runtime.pipeline.optimizer_options import (
-    Options,
     changed_options,
     options_of,
     take_options,
@@ -49,10 +48,12 @@ from dfc.runtime.pipeline.training import Trainer, Way, check_of, no_gradients
 from dfc.runtime.pipeline.training_gang import Gang, entry
 from dfc.runtime.pipeline.training_report import TrainingReport
 from dfc.runtime.pipeline.training_state import (
+    Slots,
     State,
     check_state,
     refuse_other,
     refuse_other_optimizer,
+    slots_of,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class ProcessTrainer(Trainer):
 
     `optimizer` travels by its name: a class or function of a module, or a `functools.partial` of
     one with numbers, words and lists. The one in `optimizers` stands for those of the ranks: they
-    take over its options, which schedulers of PyTorch's change, before each step.
+    take over its options, which schedulers of PyTorch's change, before each step, by parameter.
     `checkpoint` is a folder that is written every so many steps; then ranks that are lost are
     started again, `restarts` times in a call at most, and the batches since are repeated from
     copies. `modules` are imported in each rank first: those that declare operators. `links` are
@@ -128,7 +129,7 @@ class ProcessTrainer(Trainer):
         self._log: list[tuple[int, str, Any]] = []  # what was done since, with the step before it
         super().__init__(graph, stage_of, optimizer=optimizer, **options)
         del self.parameters  # see __getattr__
-        self._options: list[Options] = options_of(self.optimizers)
+        self._options = options_of(self.named_slots())
 
     _moves = False  # ranks have the weights of their own stages alone
 
@@ -139,10 +140,16 @@ class ProcessTrainer(Trainer):
         raise DfcError("N078", "parameters and gradients are in the ranks", help=help, status=2)
 
     def _owned(self) -> list[list[torch.nn.Parameter]]:
-        """A parameter that stands for all: its optimizer's options are those of the ranks'."""
+        """What stands for the parameters of all ranks: their names and shapes, and no numbers."""
         import torch
 
-        return [[torch.nn.Parameter(torch.zeros(1, 1))]]
+        names = dict.fromkeys(n for part in self.model.parts for n in part.flow.weights)
+        weights = self.model.weights()
+        self._stand_ins = {n: torch.nn.Parameter(weights[n].to("meta")) for n in names}
+        return [list(self._stand_ins.values())]
+
+    def named_slots(self) -> Iterable[Slots]:
+        return slots_of(self._stand_ins, self.optimizers)
 
     def _mine(self) -> Sequence[Differentiated]:
         return ()  # none of the stages is this process's
@@ -274,12 +281,12 @@ class ProcessTrainer(Trainer):
 
     def _tell_options(self) -> None:
         """Let the ranks have the options of this process's optimizer, which schedulers change."""
-        now = options_of(self.optimizers)
+        now = options_of(self.named_slots())
         if now == self._options:
             return
-        groups = changed_options(self._options, now)
-        self._mended(lambda _: self._gang.ask("options", groups=groups))
-        self._note("options", groups)
+        changed = changed_options(self._options, now)
+        self._mended(lambda _: self._gang.ask("options", changed=changed))
+        self._note("options", changed)
         self._options = now
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -315,8 +322,8 @@ class ProcessTrainer(Trainer):
         self.zero_grad()
         self._mended(lambda _: self._gang.ask("load", folder=str(path)))
         self.steps, self.seed = int(state["step"]), int(state["seed"])
-        take_options(self.optimizers, state["options"].values())
-        self._options = options_of(self.optimizers)
+        take_options(self.named_slots(), state["options"])
+        self._options = options_of(self.named_slots())
         if self.checkpoint is not None:
             self._base, self._log = path, []
             if path != self.checkpoint:
@@ -368,7 +375,7 @@ class ProcessTrainer(Trainer):
             if step < at:
                 continue  # it was saved, and who saved it was lost before it could say so
             if what == "options":
-                self._gang.ask("options", groups=value)
+                self._gang.ask("options", changed=value)
             else:
                 self._repeat(value)
                 self._again = self._gang.ask("update")

@@ -3,7 +3,7 @@
     python -m dfc.runtime.pipeline.training_worker FOLDER RANK BORN HOST PORT
 
 What it is told: join(name), backward(inputs, of, fresh), update, save(folder), load(folder),
-options(groups), link(name), each with a number that the answer repeats: done, failed(error) or
+options(changed), link(name), each with a number that the answer repeats: done, failed(error) or
 broken(why); and abandon, end. The batch follows `backward` over the link from the host.
 """
 
@@ -209,7 +209,7 @@ class TrainingWorker(Worker):
         return {"norm": self._own.norm}
 
     def _do_options(self, command: Message) -> None:
-        apply_options(self._own.optimizers, command["groups"])
+        apply_options(self._own.named_slots(), command["changed"])
 
     def _do_save(self, command: Message) -> None:
         self.doing.set("SAVE")
