@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dfc.compress.grid import Grid
@@ -51,7 +51,8 @@ class Quantize(Pass):
     runs. `static` rounds activations by ranges that calibration data decides (`range`: by default
     all that was seen for what linear layers read, the least square error for convolutions; in
     transformers, `smooth` before it with `multiply=yes`). `auto` is `static`
-    for int8 with data and a convolution, else `dynamic`; and `weights` where the target is a GPU.
+    for int8 with data and a convolution, where no `method` or `group` asks for another form, else
+    `dynamic`; and `weights` where the target is a GPU.
     `fp8` stores eight-bit floats: `dynamic` rounds rows to them too, for GPUs that multiply them
     and by default there alone. Tables and experts get int8 rows: as many bytes, and nearer.
 
@@ -106,6 +107,7 @@ class Quantize(Pass):
             reads = _READS[self.to].format(scheme, self.data)
             ctx.note(_UNREAD.format(self.data, scheme, reads))
         self._check_codes(scheme)
+        self._tell_what_is_not_read(scheme, ctx)
         if self.to == "fp8" and scheme == "dynamic" and not device.computes(ROWS):
             ctx.note(f"quantize: {device}, not in {ROWS}: rounding rows to it only costs time")
         if scheme == "static" and self._fold(graph, ctx):
@@ -158,9 +160,8 @@ class Quantize(Pass):
         if self.method != "rtn" and self.data is None:
             help = "pass it by name: `quantize int4 using calib`"
             raise DfcError("D080", f"the method `{self.method}` needs calibration data", help=help)
-        if self.scheme == "static" and self.data is None:
-            help = "pass it by name: `quantize int8 using calib with scheme=static`"
-            raise DfcError("D080", "the scheme `static` needs calibration data", help=help)
+        if self.scheme == "static":
+            self._check_static()
         if not self.symmetric and self.to != "int4":
             help = "with 256 codes a zero point gains nothing; `symmetric=no` is for int4"
             raise DfcError("D097", f"{self.to} weights have no zero point", help=help)
@@ -168,6 +169,34 @@ class Quantize(Pass):
             self._check_float8()
         elif self.format != "e4m3":
             raise DfcError("D097", f"`format` is for fp8, not for {self.to}")
+
+    def _check_static(self) -> None:
+        """Refuse what calibrated layers have no form of."""
+        words = ""
+        if self.to != "int8":
+            words = f"`scheme=static` is for int8: {self.to} has `weights` and `dynamic`"
+        elif self.method != "rtn":
+            words = f"`method={self.method}` is for `weights` and `dynamic`, not for `static`"
+        elif self.group is not None:
+            words = "`group` is for `weights` and `dynamic`: `static` has a scale for each `per`"
+        if words:
+            raise DfcError("D097", words)
+        if self.data is None:
+            help = "pass it by name: `quantize int8 using calib with scheme=static`"
+            raise DfcError("D080", "the scheme `static` needs calibration data", help=help)
+
+    def _tell_what_is_not_read(self, scheme: str, ctx: Context) -> None:
+        """Options that say what this scheme has no place for: it may be one of several tried."""
+        static, fp8 = scheme == "static", self.to == "fp8"
+        given = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
+        reads = {
+            "range": static, "correct": static, "per": static or fp8,
+            "activations": not static and not fp8,
+        }  # fmt: skip
+        unread = [n for n, read in reads.items() if not read and given[n][0] != given[n][1]]
+        if unread:
+            what = f"`{scheme}` {self.to} does not read"
+            ctx.note(f"quantize: {what} `{'`, `'.join(unread)}`: it makes no difference here")
 
     def _check_codes(self, scheme: str) -> None:
         """Refuse codes that this scheme does not make."""
@@ -187,8 +216,6 @@ class Quantize(Pass):
             words = "`group` is for int8 and int4: fp8 has a scale for each output (`per`)"
         elif self.method != "rtn":
             words = f"`method={self.method}` is for int8 and int4: fp8 is rounded to nearest"
-        elif self.scheme == "static":
-            words = "`scheme=static` is for int8: fp8 has `weights` and `dynamic`"
         if words:
             raise DfcError("D097", words)
 
@@ -201,7 +228,8 @@ class Quantize(Pass):
         if self.to == "fp8":
             return "dynamic" if device.computes(ROWS) else "weights"
         has_convs = any(w.is_conv and not _not_calibrated(w) for w in found)
-        if self.to == "int8" and self.data is not None and has_convs:
+        plain = self.to == "int8" and self.method == "rtn" and self.group is None
+        if plain and self.data is not None and has_convs:
             return "static"
         return "weights" if device.kind == "cuda" else "dynamic"
 
@@ -348,8 +376,10 @@ class Quantize(Pass):
         found: dict[Any, Rounded] = {}
         linear = [w for w in layers if _is_linear(w)]
         rest = [w for w in layers if w not in linear]
-        if self.method != "rtn" and any(w.is_experts for w in rest):
-            ctx.note(f"quantize: experts are rounded to nearest: `{self.method}` is not for them")
+        for what in ("experts", "convolutions") if self.method != "rtn" else ():
+            if any(w.is_experts if what == "experts" else w.is_conv for w in rest):
+                words = f"rounded to nearest: `{self.method}` is not for them"
+                ctx.note(f"quantize: {what} are {words}")
         for method, part in ((self.method, linear), ("rtn", rest)):
             encode = find("method", method, "encode")
             for convs in (False, True):

@@ -232,6 +232,9 @@ def test_pairs_of_codes_fit_sums_of_16_bits_where_they_are_asked_for(group: int 
         ({"symmetric": False}, "D097", "no zero point"),
         ({"codes": "seven"}, "D097", "`codes=seven` is for `scheme=static`"),
         ({"to": "int4", "codes": "pairs"}, "D097", "not for int4"),
+        ({"to": "int4", "scheme": "static", "data": "d"}, "D097", "int4 has `weights` and"),
+        ({"method": "gptq", "scheme": "static", "data": "d"}, "D097", "not for `static`"),
+        ({"group": 32, "scheme": "static", "data": "d"}, "D097", "a scale for each `per`"),
     ],
 )
 def test_what_cannot_be_done_is_refused(options: dict[str, Any], code: str, said: str) -> None:
@@ -239,6 +242,31 @@ def test_what_cannot_be_done_is_refused(options: dict[str, Any], code: str, said
     with pytest.raises(DfcError) as refused:
         find_pass("quantize", options).run(g, Context())
     assert refused.value.code == code and said in refused.value.message
+
+
+def test_what_makes_no_difference_is_told() -> None:
+    g, _ = graph()
+    _, ctx, _ = quantized(g, scheme="weights", per="tensor", range="mse", activations="int8")
+    (told,) = ctx.products["notes"]
+    assert "`weights` int8 does not read `range`, `per`" in told
+    _, ctx, _ = quantized(g, to="fp8", scheme="weights", per="tensor", correct=False)
+    (told,) = ctx.products["notes"]
+    assert "`weights` fp8 does not read `correct`" in told
+
+
+def test_a_method_or_a_group_is_not_left_out_where_ranges_could_be_calibrated() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(32, 64, 1), nn.Flatten(), nn.Linear(256, 64)).eval()
+    x = torch.randn(8, 32, 4)
+    found = {}
+    for options in ("", " with method=gptq", " with group=32"):
+        recipe = f"dfc 1\ndata d\nrecipe q {{ quantize int8 using d{options} }}"
+        c = dfc.compile(net, (x,), recipe=recipe, data={"d": [(x,)] * 4}, engine="eager")
+        found[options] = ops(c.graph), c.report.notes
+    assert "dfc.quantize" in found[""][0]  # calibrated
+    for options in (" with method=gptq", " with group=32"):
+        assert "dfc.linear_w8" in found[options][0] and "dfc.quantize" not in found[options][0]
+    assert any("convolutions are rounded to nearest" in n for n in found[" with method=gptq"][1])
 
 
 def test_a_model_without_weights_is_refused_by_layer_and_module() -> None:
