@@ -93,6 +93,19 @@ def test_the_layer_that_does_least_goes() -> None:
     torch.testing.assert_close(interpret(small, [X])[0], shorter(X))
 
 
+@pytest.mark.parametrize("weak", [(2, 3), (0, 1, 2)], ids=str)
+def test_layers_that_follow_each_other_go_together(weak: tuple[int, ...]) -> None:
+    net = Net().eval()
+    with torch.no_grad():
+        for i in weak:
+            net.layers[i].up.weight *= 0.01  # type: ignore[union-attr,operator]
+    small = prune(dfc.trace(net, (X,)), what="layers", ratio=len(weak) / 4)
+    shorter = copy.deepcopy(net)
+    shorter.layers = nn.ModuleList(b for i, b in enumerate(net.layers) if i not in weak)
+    torch.testing.assert_close(interpret(small, [X])[0], shorter(X))
+    assert len(small.parameters) == len([*shorter.parameters()])
+
+
 class Uneven(nn.Module):
     def __init__(self) -> None:
         super().__init__()

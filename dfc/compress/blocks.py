@@ -120,7 +120,7 @@ def remove_blocks(graph: Graph, p: Any, ctx: Context) -> int:
             ctx.decided(at, "pruned", f"{b.path} goes: {score}", b.entry)
         else:
             ctx.decided(at, KEPT, f"{b.path} matters more: {score}")
-    for b in blocks:
+    for b in reversed(blocks):  # the last first: what it was given may go after it
         if b in going:
             _remove(graph, b)
     after = work_of(graph, ctx.examples, device)
