@@ -2,6 +2,7 @@
 #include "threads.h"
 
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <new>
 
@@ -35,20 +36,60 @@ struct alignas(64) Share {  // on a line of its own, which its thread writes to 
   }
 };
 
+int64_t now() {  // in nanoseconds
+  return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Whether a thread does better without the others, because they do not come.
+// Why:  OpenMP waits for all its threads, even where nothing is left to do. One whose core another
+//       program has comes when it is its turn, after milliseconds; one row of a layer takes a twentieth
+//       of one.
+class Patience {
+ public:
+  // How long to work alone before the others are asked.
+  int64_t alone(int64_t now) const { return now < until_ ? least(until_ - now, waited_) : 0; }
+
+  // What was shared by `threads` began, left this thread with nothing to do, and ended.
+  void learn(int64_t threads, int64_t began, int64_t done, int64_t ended) {
+    const int64_t worked = done - began, waited = ended - done;
+    worked_ += worked;
+    if (waited < LONG || waited < AT_WORK * worked) return;
+    if (waited > (threads - 1) * worked_) {  // more than what they spared this one
+      waited_ = waited;
+      until_ = ended + least(TIMES * waited, MOST);
+    }
+    worked_ = 0;
+  }
+
+ private:
+  static constexpr int64_t LONG = 500'000;  // threads that slept have come by then
+  static constexpr int64_t AT_WORK = 4;     // so long they may be busy with what they took last
+  static constexpr int64_t TIMES = 32;      // asking again may cost as much as it did
+  static constexpr int64_t MOST = 1'000'000'000;
+  int64_t until_ = 0, waited_ = 0;
+  int64_t worked_ = 0;  // since the last wait
+};
+
+thread_local Patience patience;
+
 struct Work {
   Task task;
   const void* what;
   int64_t chunk;
   Share* shares;
   int32_t count;  // of shares
-  std::atomic<int32_t> threads;  // that have begun
+  const Patience* caller;  // of the thread that asked for it, which has the first share
+  std::atomic<int32_t> others;  // that have begun
+  int64_t done;  // when the caller found nothing more to do
 };
 
 // What each thread does: a share of its own from the front, then half of what another has left.
 // Why:  tasks side by side are read without a stop, and the last to finish is not waited for.
 void take(void* data) {
   Work& work = *static_cast<Work*>(data);
-  const int32_t own = work.threads.fetch_add(1, std::memory_order_relaxed);
+  const bool called = work.caller == &patience;
+  const int32_t own = called ? 0 : 1 + work.others.fetch_add(1, std::memory_order_relaxed);
+  if (own >= work.count) return;
   int64_t begin, end;
   for (int32_t i = 0; i < work.count;) {
     Share& share = work.shares[(own + i) % work.count];
@@ -61,6 +102,7 @@ void take(void* data) {
       i = 0;
     }
   }
+  if (called) work.done = now();
 }
 
 thread_local Scratch of_shares;
@@ -81,19 +123,26 @@ uint8_t* Scratch::at_least(int64_t bytes) {
 }
 
 void spread(int32_t threads, int64_t count, int64_t chunk, Task task, const void* what) {
-  threads = int32_t(least(threads, (count + chunk - 1) / chunk));
+  const int32_t parts = int32_t(least(threads, (count + chunk - 1) / chunk));
   const GompParallel run = openmp.load(std::memory_order_acquire);
   uint8_t* memory = nullptr;
-  if (run && threads > 1) memory = of_shares.at_least(threads * int64_t(sizeof(Share)));
+  if (run && parts > 1) memory = of_shares.at_least(parts * int64_t(sizeof(Share)));
   if (!memory) {
     for (int64_t i = 0; i < count; ++i) task(what, i);
     return;
   }
+  int64_t began = now(), first = 0;
+  for (const int64_t end = began + patience.alone(began); first < count && began < end; began = now())
+    for (const int64_t next = least(first + chunk, count); first < next; ++first) task(what, first);
+  if (first == count) return;
   Share* const shares = reinterpret_cast<Share*>(memory);
-  for (int64_t i = 0; i < threads; ++i)
-    new (shares + i) Share{{Share::pair(count * i / threads, count * (i + 1) / threads)}};
-  Work work{task, what, chunk, shares, threads, {0}};
+  const auto at = [&](int64_t i) { return first + (count - first) * i / parts; };
+  for (int64_t i = 0; i < parts; ++i) new (shares + i) Share{{Share::pair(at(i), at(i + 1))}};
+  Work work{task, what, chunk, shares, parts, &patience, {0}, 0};
+  // All threads, also those that get nothing: libgomp ends those that a smaller team leaves out, and
+  // starts new ones for the next.
   run(take, &work, unsigned(threads), 0);
+  patience.learn(parts, began, work.done, now());
 }
 
 }  // namespace dfc
