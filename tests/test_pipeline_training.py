@@ -222,6 +222,53 @@ def test_what_cannot_be_trained_is_refused_before_it_runs() -> None:
         StagedModel(plain, evenly(plain, 1), loss=lambda y: y.detach().mean())
 
 
+class Picks(nn.Module):
+    """Keeps the rows that its data choose, as a detector does: nobody knows how many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        return self.b(y[y.sum(-1) > 0])
+
+
+def picking() -> tuple[Picks, torch.Tensor, Graph]:
+    torch.manual_seed(0)
+    model, x = Picks(), torch.randn(6, 4)
+    return model, x, dfc.trace(model, (x,))
+
+
+@pytest.mark.parametrize("split", [None, "aten.gt.Scalar", "aten.index.Tensor"])
+def test_a_loss_of_results_whose_size_data_decide(split: str | None) -> None:
+    model, x, graph = picking()
+    ops = [n.op for n in graph.nodes]
+    first = ops.index(split) if split else len(ops)
+    stages = {n: int(i >= first) for i, n in enumerate(graph.nodes)}
+    with Trainer(graph, stages, loss=lambda y: y.square().mean() + y.sum() / y.shape[0],
+                 optimizer=adamw, microbatches=1, threads=1) as trainer:  # fmt: skip
+        loss = trainer.backward(x)
+        y = model(x)
+        assert 0 < len(y) < len(x)
+        wanted = y.square().mean() + y.sum() / y.shape[0]
+        wanted.backward()
+        torch.testing.assert_close(loss, wanted.detach())
+        close({n: p.grad for n, p in trainer.parameters.items()},
+              {n: p.grad for n, p in model.named_parameters()})  # fmt: skip
+
+
+def test_a_loss_cannot_branch_on_what_data_decide_nor_a_stage_give_it_back() -> None:
+    _, _, graph = picking()
+    with pytest.raises(DfcError, match="takes another way by `u0 > 3`") as e:
+        StagedModel(graph, evenly(graph, 1), loss=lambda y: y.sum() if y.shape[0] > 3 else y.mean())
+    assert e.value.code == "N074"
+    last = {n: int(n.results[:1] == graph.outputs) for n in graph.nodes}
+    with pytest.raises(DfcError, match=r"the derivative of %index, f32\[u0, 4\]") as e:
+        Trainer(graph, last, loss=lambda y: y.mean(), optimizer=adamw)
+    assert e.value.code == "N070"
+
+
 def test_a_failing_action_is_named_and_the_next_step_is_whole() -> None:
     model, args = captured("mlp")
     with Trainer(staged("mlp", 2), microbatches=2, optimizer=adamw, threads=1) as trainer:

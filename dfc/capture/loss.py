@@ -25,8 +25,8 @@ def with_loss(graph: Graph, loss: Callable[..., Any], targets: Sequence[TensorTy
     """A copy that returns `loss(outputs, *targets)`: its nodes are the graph's, then the loss's.
 
     The targets become arguments `target`, `target_1`, ... after the model's own.
-    Raises:  DfcError N074 for a loss that is not one float, or that reads tensors of its own, and
-             for targets that are no types.
+    Raises:  DfcError N074 for a loss that is not one float, that reads tensors of its own or
+             branches on a size which data decide, and for targets that are no types.
     """
     copy = graph.copy()
     types = [_type(t) for t in targets]
@@ -40,6 +40,8 @@ def with_loss(graph: Graph, loss: Callable[..., Any], targets: Sequence[TensorTy
     copy.arguments = (*copy.arguments, *(Argument(v.name, LEAF) for v in extra))
     outputs = list(copy.outputs)
     table = SymbolTable(copy.ranges)
+    for name in sorted({s for v in outputs for s in v.type.symbols} - set(copy.ranges)):
+        table.add_unbacked(name)
     traced = _traced(loss, graph.output_tree, len(outputs), [*outputs, *extra], table)
     names = Names()
     names.known.update(table.known)
@@ -70,6 +72,7 @@ def _traced(
 ) -> fx.GraphModule:  # fmt: skip
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     def run(*leaves: Any) -> Any:
         built = tree.build(structure, iter(leaves[:count]), {})
@@ -87,8 +90,15 @@ def _traced(
                         dtype=v.tensor_type.dtype.to_torch())
             for v in values
         ]  # fmt: skip
-        with fx.traceback.preserve_node_meta(), _Lines():
-            return make_fx(run)(*fakes)
+        try:
+            with fx.traceback.preserve_node_meta(), _Lines():
+                return make_fx(run)(*fakes)
+        except GuardOnDataDependentSymNode as e:
+            raise DfcError(
+                "N074", f"the loss takes another way by `{e.cond}`, which data decide",
+                help="use `y.shape[0]` instead of `len(y)`, and torch.where instead of `if`",
+                status=2,
+            ) from e  # fmt: skip
 
 
 class _Lines(TorchFunctionMode):

@@ -66,10 +66,12 @@ def joint_graph(
 
     `outputs` says which outputs the loss depends on; the others are not differentiated.
     Needs:   no data of weights and `state`; the other parameters keep theirs.
-    Raises:  DfcError N070 for an operator that PyTorch cannot differentiate, N071 for one that
+    Raises:  DfcError N070 for an operator that PyTorch cannot differentiate, or an output whose
+             derivative has a size that only the graph's own data tell; N071 for an operator that
              draws random numbers.
     """
     refuse_random(graph)
+    _refuse_unknown_sizes(graph, outputs)
     lifted, parameters = _lifted(graph)
     table = SymbolTable(lifted.ranges)
     wanted = [w and _is_float(v) for v, w in zip(graph.inputs, inputs, strict=True)]
@@ -160,6 +162,20 @@ def refuse_random(graph: Graph) -> None:
                 "N071", f"`{node.op}` ({node.loc or 'unknown place'}) draws random numbers, which "
                 "a partitioned model would draw in another order",
                 help="dropout is the one such operator that can be trained in stages",
+            )  # fmt: skip
+
+
+def _refuse_unknown_sizes(graph: Graph, outputs: Sequence[bool]) -> None:
+    """
+    Raises:  DfcError N070.
+    """
+    known = {s for v in graph.inputs for s in v.type.symbols}
+    for v in (v for v, o in zip(graph.outputs, outputs, strict=True) if o):
+        if unknown := sorted(v.type.symbols - known):
+            raise DfcError(
+                "N070", f"the derivative of %{v.name}, {v.type}, cannot come back from another "
+                f"stage: data decide `{unknown[0]}`",
+                help="let the stage end before or after what has such a size",
             )  # fmt: skip
 
 

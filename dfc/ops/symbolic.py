@@ -86,6 +86,17 @@ class SymbolTable:
         self._by_name[name] = self.env.create_symintnode(made, hint=size, source=source)
         self._names[made] = symbol(name)
 
+    def add_unbacked(self, name: str) -> None:
+        """A size that data decide: any number from 0 on.
+
+        Needs:   a table of dynamic sizes.
+        """
+        assert self.env is not None
+        with self.env.ignore_fresh_unbacked_symbols():  # no operator of the trace makes it
+            made = self.env.create_unbacked_symint()
+        self._by_name[name] = made
+        self._names[made.node.expr] = symbol(name)
+
     @property
     def known(self) -> Mapping[Any, Scalar]:
         """torch's symbols, by our names."""
