@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dfc
+from dfc.capture import torch_export
 
 
 class _Model(torch.nn.Module):
@@ -36,8 +37,14 @@ def _loop(x):
     return y
 
 
+def _list(x):
+    return torch.tensor([float(v) for v in x.tolist()]) + x
+
+
 @pytest.mark.parametrize("engine", ["eager", "onnxruntime"])
-@pytest.mark.parametrize("function", [_branch, _integer, _number, _loop], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function", [_branch, _integer, _number, _loop, _list], ids=lambda f: f.__name__
+)
 def test_other_data_are_computed_or_refused(function, engine):
     model = _Model(function).eval()
     x = torch.tensor([0.5, 2.0, 1.0])
@@ -56,7 +63,61 @@ def test_other_data_are_computed_or_refused(function, engine):
         torch.testing.assert_close(got, model(other))
 
 
-def test_numbers_from_a_list_are_refused():
-    model = _Model(lambda x: torch.tensor([float(v) for v in x.tolist()]) + x).eval()
-    with pytest.raises(dfc.DfcError):
-        dfc.compile(model, (torch.randn(3),), engine="eager")
+def _all_large(x):
+    torch._check((x > -9).all().item())
+    return x * 2
+
+
+def _none_small(x):
+    torch._check(not (x < -9).any().item())
+    return x * 2
+
+
+def _one_number(x):
+    torch._check(x[0].int().item() == 1)
+    return x * 2
+
+
+def _as_many_as_rows(x):
+    torch._check(x[0].int().item() == x.shape[0] - 2)
+    return x * 2
+
+
+@pytest.mark.parametrize("engine", ["eager", "onnxruntime"])
+@pytest.mark.parametrize(
+    "function", [_all_large, _none_small, _one_number, _as_many_as_rows], ids=lambda f: f.__name__
+)
+def test_what_the_model_checks_is_checked(function, engine):
+    """torch knows the number from then on, and drops what reads it."""
+    model, x = _Model(function).eval(), torch.tensor([1.0, 2.0, 3.0])
+    shapes = {"x": {0: torch.export.Dim("N", min=2)}} if "rows" in function.__name__ else None
+    compiled = dfc.compile(model, (x,), engine=engine, dynamic_shapes=shapes)
+    torch.testing.assert_close(compiled(x), x * 2)
+    bad = torch.tensor([2.0, -10.0, 3.0])
+    with pytest.raises(RuntimeError):
+        model(bad)
+    with pytest.raises(dfc.DfcError, match=r"this is (True|1|N - 2)\b|Ne\(u0, 1\)") as e:
+        compiled(bad)
+    assert e.value.code == "K023"
+
+
+def test_a_number_read_twice_is_checked_once():
+    def twice(x):
+        n, m = x[0].int(), x[0].int()
+        a, b = n.item(), n.item()
+        torch._check(a == 1)
+        return x * a + b + m.item()
+
+    graph = dfc.trace(_Model(twice).eval(), (torch.tensor([1.0, 2.0]),))
+    ops = [n.op for n in graph.nodes]
+    assert ops.count("aten._local_scalar_dense.default") == 1
+    assert (
+        dfc.trace(_Model(lambda x: x * torch.tensor(3).item()).eval(), (torch.ones(2),)).notes == []
+    )
+
+
+def test_a_check_that_strict_mode_drops_is_reported(monkeypatch):
+    strict = [a for a in torch_export.ATTEMPTS if a.name == "strict"]
+    monkeypatch.setattr(torch_export, "ATTEMPTS", strict)
+    notes = dfc.trace(_Model(_all_large).eval(), (torch.ones(3),)).notes
+    assert len(notes) == 2 and "torch.export dropped the check" in notes[1]

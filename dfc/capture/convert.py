@@ -19,9 +19,9 @@ from dfc.capture.places import user_frame
 from dfc.errors import DfcError
 from dfc.ir.expr import Expr, Scalar, call, symbol, symbols
 from dfc.ir.gradients import carries_gradient
-from dfc.ir.graph import Bind, Graph, Input, Loc, ParameterData, Value
+from dfc.ir.graph import Bind, Graph, Input, Loc, Parameter, ParameterData, Value
 from dfc.ir.op import lookup
-from dfc.ir.types import FLOAT, INT, TensorType, Type, dtype_of
+from dfc.ir.types import DTYPES, FLOAT, INT, TensorType, Type, dtype_of
 from dfc.ops.aten import ASSERTIONS, AtenOp, complete
 from dfc.ops.symbolic import identifier
 
@@ -174,47 +174,83 @@ class Converter:
             value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
         )
         if is_number and not bound:
-            if isinstance(value, (int, float)) and self.reads_tensor(node):
-                return self.specialised(node, value)
-            return self.names.scalar(value)
+            known = self.names.scalar(value)
+            if reads_tensor(node) and not (self.read_before(node) or self.is_constant(node)):
+                return self.specialised(node, known)
+            return known
         if not isinstance(target, torch._ops.OpOverload):
             raise DfcError("T022", f"`{target}` has no place in a graph")
         return self.operator(node, target)
 
-    def reads_tensor(self, node: fx.Node) -> bool:
-        """Whether this is `x.item()`, whose value was taken for a constant while tracing."""
-        return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in (
-            "aten::item",
-            "aten::_local_scalar_dense",
-        )
+    def read_before(self, node: fx.Node) -> bool:
+        """Whether the same `x.item()` stands earlier."""
+        users = cast(fx.Node, node.args[0]).users
+        return any(u in self.env and reads_tensor(u) for u in users)
 
-    def specialised(self, node: fx.Node, value: int | float) -> Scalar:
-        """Keep the number as it was traced, and check at run time that it still is that."""
-        kind = "uf" if isinstance(value, float) else "u"
-        name = self.names.fresh(kind)
+    def is_constant(self, node: fx.Node) -> bool:
+        """Whether what is read is made of the model's own numbers alone."""
+        todo, seen = [self.env[cast(fx.Node, node.args[0])]], set()
+        while todo:
+            v = todo.pop()
+            if v.node is None:
+                if not (isinstance(v, Parameter) and v.kind == "constant"):
+                    return False
+            elif not v.node.pure:
+                return False
+            elif v.node not in seen:
+                seen.add(v.node)
+                todo += v.node.operands
+        return True
+
+    def specialised(self, node: fx.Node, value: Scalar) -> Scalar:
+        """Keep the number as it was traced, or as `torch._check` says that it is, and check at run
+        time that it is so.
+
+        Why:  torch puts what a check says in place of the number, and its own assertions then hold
+              whatever the data are.
+        """
+        traced = node.meta["val"]
         source = self.env[node.args[0]]  # type: ignore[index]
         loc = self.location(node)
+        is_bool = source.tensor_type.dtype == DTYPES["bool"] and value in (0, 1)
+        expected = bool(value) if is_bool else int(value) if isinstance(value, bool) else value
+        message = (
+            f"the model was traced for {expected} here, and decides by it"
+            if isinstance(traced, (int, float))
+            else f"the model takes it that this is {expected}"
+        )
+        if is_bool:
+            self.assert_tensor(source, bool(expected), message, loc)
+            return value
+        is_float = isinstance(traced, (float, torch.SymFloat))
+        name = self.names.fresh("uf" if is_float else "u")
         self.graph.add(
             "aten._local_scalar_dense.default",
             [source],
             {},
-            types=(FLOAT if kind == "uf" else INT,),
+            types=(FLOAT if is_float else INT,),
             names=[self.name("item")],
             binds=(Bind(name),),
             loc=loc,
         )
-        expected = int(value) if isinstance(value, bool) else value
         self.graph.add(
             "aten._assert_scalar.default",
             [],
-            {
-                "self": call("eq", symbol(name), expected),
-                "assert_msg": f"the model was traced for {expected} here, and decides by it",
-            },
+            {"self": call("eq", symbol(name), expected), "assert_msg": message},
             types=(),
             loc=loc,
         )
         return value
+
+    def assert_tensor(self, tensor: Value, holds: bool, message: str, loc: Loc | None) -> None:
+        """Check at run time that a tensor of one bool holds, or that it does not."""
+        if not holds:
+            tensor = self.graph.add(
+                "aten.logical_not.default", [tensor], names=[self.name("logical_not")], loc=loc
+            ).result
+        self.graph.add(
+            "aten._assert_async.msg", [tensor], {"assert_msg": message}, types=(), loc=loc
+        )
 
     def attribute_tensor(self, node: fx.Node) -> Any:
         owner: Any = self.module
@@ -394,6 +430,14 @@ class Converter:
             low, high = self.names.ranges.get(str(s), (-(2**63), None))
             found.append(Bind(name, low, high))
         return tuple(found)
+
+
+def reads_tensor(node: fx.Node) -> bool:
+    """Whether this is `x.item()`."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in (
+        "aten::item",
+        "aten::_local_scalar_dense",
+    )
 
 
 def _is_place(path: Sequence[Any]) -> bool:

@@ -14,7 +14,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from dfc.capture.attempts import quiet
 from dfc.capture.call_structure import constant, tree_of
-from dfc.capture.convert import Converter, Names, refuse_leaked
+from dfc.capture.convert import Converter, Names, reads_tensor, refuse_leaked
 from dfc.capture.wishes import DimWish, Request
 from dfc.errors import DfcError
 from dfc.ir.expr import Expr, Scalar, symbol
@@ -46,9 +46,21 @@ def build_graph(request: Request, program: ExportedProgram, used: Request) -> Gr
     _outputs(program, converter)
     for note in request.notes:
         graph.notes.append(note)
+    if _dropped_checks(program):
+        graph.notes.append("the model checks a value that it reads from a tensor: torch.export "
+                           "dropped the check, so that nothing tells when it fails")  # fmt: skip
     if request.model.training:
         graph.notes.append("the model is in training mode: call `.eval()` first for inference")
     return graph
+
+
+def _dropped_checks(program: Any) -> bool:
+    """Whether torch knows more numbers from `torch._check` than the program still reads."""
+    ranges = program.range_constraints.items()
+    known = sum(str(s).startswith(("u", "zuf")) and r.lower == r.upper for s, r in ranges)
+    nodes = program.graph.nodes
+    read = sum(reads_tensor(n) and not n.meta.get("unbacked_bindings") for n in nodes)
+    return bool(known > read)
 
 
 def _needs_functionalizing(program: Any) -> bool:
