@@ -33,7 +33,7 @@ from dfc.runtime.pipeline.training_processes import ProcessTrainer
 from dfc.runtime.pipeline.training_state import Slots, slots_of
 from tests.test_processes import gone_in_two
 from tests.test_training_processes import same
-from tests.training_models import by_dimension, evenly
+from tests.training_models import by_dimension, captured, evenly, staged
 
 ROOT = Path(__file__).parent.parent
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)
@@ -355,6 +355,21 @@ def test_norms_do_not_depend_on_threads_or_ranks() -> None:
     expected = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
     assert together(found.values()) == pytest.approx(float(expected), rel=1e-6)
     assert together([1.0, float("inf")]) == float("inf")
+
+
+def test_complex_numbers_travel_and_a_rank_without_weights_clips_nothing() -> None:
+    _, args = captured("spectral")
+    model = staged("spectral", 3)
+    assert [bool(part.flow.weights) for part in model.parts] == [True, False, True]
+    options: dict[str, Any] = {"clip": 1e-3, "microbatches": 4, "threads": 3}
+    with (
+        Trainer(model, optimizer=ADAMW, **options) as threads,
+        ProcessTrainer(model, optimizer=ADAMW, **options) as processes,
+    ):
+        for _ in range(2):
+            assert torch.equal(processes.step(*args), threads.step(*args))
+            assert processes.norm == threads.norm
+        same(processes.state_dict(), threads.state_dict())
 
 
 def test_changed_options_go_by_the_parameters_names() -> None:

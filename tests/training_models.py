@@ -91,6 +91,22 @@ class Branches(nn.Module):
         return F.cross_entropy(self.c(a + b) + b[:, :3], y)
 
 
+class Spectral(nn.Module):
+    """Complex numbers go from stage to stage; of the complex weights one is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.filter = nn.Parameter(torch.randn(5, dtype=torch.complex64))
+        fixed = torch.randn(5, dtype=torch.complex64)
+        self.fixed = nn.Parameter(fixed, requires_grad=False)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        f = torch.fft.rfft(torch.tanh(self.first(x))) * self.filter
+        x = torch.fft.irfft(f * self.fixed + 0.1 * f.conj(), n=8)
+        return F.mse_loss(self.last(x), y)
+
+
 Made = tuple[nn.Module, tuple[Any, ...]]
 
 
@@ -99,6 +115,7 @@ MODELS: dict[str, Callable[[], Made]] = {
     "tied": lambda: (Tied(), (torch.randint(31, (10, 6)), torch.randint(31, (10, 6)))),
     "unet": lambda: (UNet(), (torch.randn(10, 2, 8, 8), torch.randn(10, 2, 8, 8))),
     "branches": lambda: (Branches(), (torch.randn(10, 8), torch.randint(3, (10,)))),
+    "spectral": lambda: (Spectral(), (torch.randn(10, 8), torch.randn(10, 8))),
 }
 
 

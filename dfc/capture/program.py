@@ -354,7 +354,8 @@ class _Parameters:
         aliases = tuple(n for n in self.aliases.get(id(tensor), ()) if n != name)
         declared = names.type_of(tensor)
         assert isinstance(declared, TensorType)
-        own = "parameter" if tensor.requires_grad or not tensor.is_floating_point() else "frozen"
+        fixed = declared.dtype.has_derivative and not tensor.requires_grad
+        own = "frozen" if fixed else "parameter"
         kind = {InputKind.PARAMETER: own, InputKind.BUFFER: "buffer"}.get(spec.kind, "constant")
         data: ParameterData | None = None
         refuse_leaked(name, tensor)

@@ -74,7 +74,7 @@ def joint_graph(
     _refuse_unknown_sizes(graph, outputs)
     lifted, parameters = _lifted(graph)
     table = SymbolTable(lifted.ranges)
-    wanted = [w and _is_float(v) for v, w in zip(graph.inputs, inputs, strict=True)]
+    wanted = [w and _has_derivative(v) for v, w in zip(graph.inputs, inputs, strict=True)]
     wanted += [p.name in set(weights) for p in parameters]
     _, fakes = _fakes(lifted, table, wanted)
     traced = _traced(to_fx(lifted), fakes, list(outputs))
@@ -94,7 +94,7 @@ class Derivatives:
         refuse_random(graph)
         lifted, parameters = _lifted(graph)
         self._names = [p.name for p in parameters]
-        wanted = [w and _is_float(v) for v, w in zip(graph.inputs, inputs, strict=True)]
+        wanted = [w and _has_derivative(v) for v, w in zip(graph.inputs, inputs, strict=True)]
         wanted += [name in set(weights) for name in self._names]
         self._mode, self._leaves = _fakes(lifted, SymbolTable(lifted.ranges), wanted)
         # in the mode what the graph makes itself (aten.arange) is without numbers as well
@@ -210,8 +210,8 @@ def _spell_copies(graph: Graph) -> None:
         graph.erase(node)
 
 
-def _is_float(value: Value) -> bool:
-    return isinstance(value.type, TensorType) and value.type.dtype.is_float
+def _has_derivative(value: Value) -> bool:
+    return isinstance(value.type, TensorType) and value.type.dtype.has_derivative
 
 
 def _fakes(

@@ -32,7 +32,7 @@ class TrainableGraph(nn.Module):
         self._dfc_graph = graph
         module = to_fx(graph)
         self._dfc_trained: dict[str, nn.Parameter] = {}
-        asks = any(p.kind == "parameter" and p.tensor_type.dtype.is_float
+        asks = any(p.kind == "parameter" and p.tensor_type.dtype.has_derivative
                    for p in graph.parameters.values())  # fmt: skip
         chosen = set(trainable(graph, frozen=not asks))
         for i, p in enumerate(graph.parameters.values()):
@@ -76,7 +76,7 @@ def _register(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 
 def trainable(graph: Graph, frozen: bool = False) -> Sequence[Parameter]:
-    """Float parameters that are read, and constants that are a layer's weights.
+    """Float and complex parameters that are read, and constants that are a layer's weights.
 
     With `frozen` those too that ask for no gradient.
     """
@@ -89,6 +89,6 @@ def trainable(graph: Graph, frozen: bool = False) -> Sequence[Parameter]:
     written = {m.target for m in graph.mutations}
     return [
         p for p in graph.parameters.values()
-        if p.use_count and p.tensor_type.dtype.is_float and p not in written
+        if p.use_count and p.tensor_type.dtype.has_derivative and p not in written
         and (p.kind in kinds or (p.kind == "constant" and p in weights))
     ]  # fmt: skip

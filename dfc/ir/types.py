@@ -34,6 +34,10 @@ class DType:
         return self.kind == "complex"
 
     @property
+    def has_derivative(self) -> bool:
+        return self.is_float or self.is_complex
+
+    @property
     def is_integer(self) -> bool:
         return self.kind in ("int", "uint")
 

@@ -56,7 +56,7 @@ def saved_values(graph: Graph, sizes: Sizes) -> dict[Node, Saved]:
     for node in graph.nodes:
         if not any(v in differs for v in node.operands):
             continue
-        floats = [r for r in node.results if _is_float(r)]
+        floats = [r for r in node.results if _has_derivative(r)]
         differs.update(floats)
         if floats:
             read = dict.fromkeys(map(shown, _read(node, differs)))
@@ -111,9 +111,9 @@ def _read(node: Node, differs: Set[Value]) -> list[Value]:
         others = (operands[:i] + operands[i + 1 :] for i in range(len(operands)))
         return [v for v, rest in zip(operands, others, strict=True) if differs & {*rest}]
     if rule == "indices":
-        return [v for v in operands if not _is_float(v)]
+        return [v for v in operands if not _has_derivative(v)]
     if rule == "operands":
-        return [v for v in operands if _is_float(v)]
+        return [v for v in operands if _has_derivative(v)]
     return [*(operands if rule == "all" else ()), *node.results]
 
 
@@ -129,5 +129,5 @@ def _own(node: Node, sizes: Sizes) -> float:
     return rows * bytes_of(made, sizes) / max(number(made.type.shape[-1], sizes), 1.0)
 
 
-def _is_float(value: Value) -> bool:
-    return isinstance(value.type, TensorType) and value.type.dtype.is_float
+def _has_derivative(value: Value) -> bool:
+    return isinstance(value.type, TensorType) and value.type.dtype.has_derivative

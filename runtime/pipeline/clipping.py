@@ -56,5 +56,6 @@ def shorten(parameters: Iterable[torch.nn.Parameter], norm: float, most: float) 
     import torch
 
     scale = most / (norm + 1e-6)
-    if not scale >= 1:
-        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if gradients and not scale >= 1:  # a rank need not have any
+        torch._foreach_mul_(gradients, scale)
