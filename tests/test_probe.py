@@ -69,3 +69,48 @@ def test_a_versions_own_standard_is_computed_once_for_all_engines(
     assert len([e for e in compiled.report.engines if e.p50_ms is not None]) > 1
     own = [g for g in computed if any(n.op == "dfc.linear_w8" for n in g.walk())]
     assert len(own) == 2 and len(computed) == 4  # the example and other values
+
+
+class Masked(nn.Module):
+    """Looks in Python whether its mask leaves anything out, unless it is traced."""
+
+    def __init__(self, while_traced: bool, ones: float) -> None:
+        super().__init__()
+        self.while_traced, self.ones = while_traced, ones
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        traced = torch.compiler.is_exporting()
+        if self.while_traced if traced else bool(mask.all()):
+            return x * self.ones
+        return x * mask
+
+
+SOME = torch.tensor([[1, 0, 1, 1, 0, 0], [0, 1, 0, 0, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("while_traced", "ones", "mask", "told"),
+    [
+        (False, 2.0, SOME, True),  # the trace is wrong of ones
+        (False, 1.0, SOME, False),
+        (True, 1.0, torch.ones_like(SOME), True),  # the trace has no mask
+        (False, 1.0, torch.ones_like(SOME), False),
+        (True, 1.0, torch.ones(2, 6), True),
+        (False, 2.0, SOME * 2, False),  # no mask
+    ],
+)
+def test_a_mask_that_sends_the_model_another_way_than_its_trace_is_told(
+    while_traced: bool, ones: float, mask: torch.Tensor, told: bool
+) -> None:
+    model, x = Masked(while_traced, ones).eval(), torch.randn(2, 6)
+    compiled = dfc.compile(model, (x, mask), engine="eager")
+    notes = [n for n in compiled.report.notes if "is for values of `mask` like the example's" in n]
+    assert bool(notes) is told
+    assert not told or "output 0[" in notes[0]
+
+
+def test_a_mask_for_which_the_trace_is_wrong_is_refused_as_the_example() -> None:
+    args = (torch.randn(2, 6), torch.ones_like(SOME))
+    with pytest.raises(dfc.DfcError, match="with the example: output 0") as e:
+        dfc.compile(Masked(False, 2.0).eval(), args, engine="eager")
+    assert e.value.code == "T010" and "as for a mask of ones" in str(e.value)

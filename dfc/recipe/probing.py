@@ -31,7 +31,7 @@ def make(
 
     from dfc.calling import flat_inputs
     from dfc.ir.weights import on_host
-    from dfc.rewrite.probe import make_probes
+    from dfc.rewrite.probe import make_probes, other_masks
 
     inputs = [on_host(x) for x in flat_inputs(graph, args or (), kwargs or {})]
     if any(isinstance(x, torch.Tensor) and x.is_meta for x in inputs):
@@ -47,6 +47,9 @@ def make(
         run_original = original_runner(model, graph, args or (), kwargs or {})
     probes = make_probes(graph, inputs, run_original=run_original)
     _settle_size_one(graph, probes, report, say)
+    names, masked = other_masks(graph, inputs)
+    if names and run_original is not None:
+        probes.look_aside(names, masked)
     return probes
 
 

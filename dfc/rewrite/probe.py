@@ -192,6 +192,23 @@ class Probes:
                     continue
             yield probe
 
+    def look_aside(self, names: Sequence[str], inputs: Sequence[Any]) -> None:
+        """Note it when the model gives other results than its graph for other values of these
+        inputs: it then looks at them in Python, and takes another way than it took while traced.
+
+        Why:  the graph is right for data like the example, so it is not refused.
+        """
+        try:
+            self._compute(Probe("", clone(inputs)))
+        except DfcError as e:
+            if e.code == "T010":
+                shown = ", ".join(f"`{n}`" for n in names)
+                found = e.message.partition(": ")[2]
+                self.notes.append(
+                    f"the captured graph is for values of {shown} like the example's: for others "
+                    f"the model takes another way than it takes while traced ({found})"
+                )
+
     def _compute(self, probe: Probe) -> None:
         """The captured graph's results, the witness's, and the model's own when it is at hand."""
         torch.manual_seed(self.seed)
@@ -208,7 +225,8 @@ class Probes:
                     "T010",
                     f"the captured graph gives other results than the model with {probe.label}: "
                     f"{verdict.difference}",
-                    help="please report the model; `engine` and `passes` play no part in this",
+                    help="its code may take another way while it is traced, as for a mask of ones; "
+                    "else please report the model: `engine` and `passes` play no part in this",
                     status=3,
                 )
         probe.original, probe.witness = captured, witness
@@ -251,6 +269,27 @@ def make_probes(
     while count is not None and len(probes) < count:
         probes.append(_further(graph, inputs, len(probes), seed))
     return Probes(graph, probes, seed, run_original=run_original)
+
+
+def other_masks(graph: Graph, inputs: Sequence[Any]) -> tuple[list[str], list[Any]]:
+    """The example with masks of ones where it leaves something out, and the other way about; and
+    the names of these inputs, which are none without masks.
+
+    Why:  models look in Python whether a mask leaves anything out, and probes draw their values
+          from the example's: all ones stay all ones, and some zeros stay some.
+    """
+    names, made = [], clone(inputs)
+    for i, (v, x) in enumerate(zip(graph.inputs, inputs, strict=True)):
+        if not isinstance(x, torch.Tensor) or x.dim() < 2 or not x.numel() or x.is_complex():
+            continue
+        ones = x == 1
+        if not bool((ones | (x == 0)).all()) or not bool(ones.any()):
+            continue
+        made[i] = torch.ones_like(x)
+        if bool(ones.all()):
+            made[i].reshape(-1)[-1] = 0
+        names.append(v.name)
+    return names, made
 
 
 def _affordable(graph: Graph, sizes: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
