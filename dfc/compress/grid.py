@@ -6,6 +6,7 @@ A group is some neighbours in a row of a linear layer's weights, or the whole ro
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SHRINKS = tuple(1 - i / 40 for i in range(21))  # shares of the full range that a search tries
+_PIECE = 32_000  # weights that are searched at once: two copies stay in a core's cache, and each op
+#                  in its own thread (PyTorch divides ops of 32 768 numbers and more)
+_MOST_THREADS = 8  # what is Python of a step is done by one of them at a time
 
 
 @dataclass(frozen=True)
@@ -47,47 +51,81 @@ class Grid:
         return self.group or inputs
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Scale and zero [N] for weights [N, width]: of the full range, or of the share of it with
-        the least weighted squared error. `importance` is a number for each column, or the Hessian
-        of the columns [width, width].
-        """
+        """Scale and zero [N] for weights [N, width]: of the full range, or those of `search`."""
         if importance is None:
-            return self._ranged(w, 1.0)
+            return self._ranged(*self._ends(w), 1.0)
+        return self.search(w, importance)
+
+    def search(self, w: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scale and zero [N] for the share of the full range with the least squared error, which
+        `importance` weighs: a number for each column, or the Hessian of the columns [width, width].
+
+        Cost:  seven passes over the weights for each share, in pieces that stay in a cache.
+        """
         import torch
 
-        best, kept = torch.full((w.shape[0],), torch.inf), self._ranged(w, 1.0)
-        for shrink in SHRINKS:
-            scale, zero = self._ranged(w, shrink)
-            change = self.value(self.code(w, scale, zero), scale, zero) - w
-            weighted = change * importance if importance.dim() == 1 else change @ importance
-            error = (weighted * change).sum(dim=1)
-            better = error < best
-            best = torch.where(better, error, best)
-            kept = (torch.where(better, scale, kept[0]), torch.where(better, zero, kept[1]))
-        return kept
+        if importance is not None and importance.dim() == 2:
+            return self._searched(w, importance)  # a product of matrices takes all threads itself
+        pieces = torch.split(w.detach(), max(_PIECE // w.shape[1], 1))
+        if len(pieces) == 1:
+            return self._searched(w, importance)
+        with ThreadPoolExecutor(min(torch.get_num_threads(), _MOST_THREADS)) as pool:
+            found = list(pool.map(lambda piece: self._searched(piece, importance), pieces))
+        scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return scale, zero
 
-    def _ranged(self, w: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
+    def _searched(self, w: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+        import torch
+
+        w = w.contiguous()
+        scales, zeros = self._ranged(*self._ends(w), torch.tensor(SHRINKS, dtype=w.dtype)[:, None])
+        errors, change = torch.empty_like(scales), torch.empty_like(w)
+        for scale, zero, error in zip(scales[..., None], zeros[..., None], errors, strict=True):
+            self.nearest(w, scale, zero, out=change)
+            if not self.symmetric:
+                change.sub_(zero)
+            change.mul_(scale).sub_(w)
+            torch.sum(_squared(change, importance), dim=1, out=error)
+        best = errors.argmin(dim=0, keepdim=True)  # the first of several
+        return scales.gather(0, best)[0], zeros.gather(0, best)[0]
+
+    def _ends(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """What the full range is made of: the lowest and the highest of each row [N]; of symmetric
+        grids the largest size, and the finest scale that there may be.
+        """
+        import torch
+
+        least, most = w.amin(dim=1), w.amax(dim=1)
+        if not self.symmetric:
+            return least.clamp(max=0), most.clamp(min=0)
+        most = torch.maximum(most, -least)
+        return pair_scales(w).to(w.dtype) if self.pairs else torch.zeros_like(most), most
+
+    def _ranged(self, least: Tensor, most: Tensor, shrink: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Scale and zero for a share of the full range; or [shares, N] for [shares, 1]."""
         import torch
 
         if self.symmetric:
-            scale = shrink * w.abs().amax(dim=1) / self.high
-            if self.pairs:
-                scale = torch.maximum(scale, pair_scales(w).to(scale.dtype))
+            scale = torch.maximum(shrink * most / self.high, least)
             zero = torch.zeros_like(scale)
         else:
-            least = shrink * w.amin(dim=1).clamp(max=0)
-            most = shrink * w.amax(dim=1).clamp(min=0)
-            scale = (most - least) / (self.high - self.low)
-            zero = torch.round(-least / torch.where(scale == 0, 1.0, scale))
+            low, high = shrink * least, shrink * most
+            scale = (high - low) / (self.high - self.low)
+            zero = torch.round(-low / torch.where(scale == 0, 1.0, scale))
         return torch.where(scale == 0, torch.ones_like(scale), scale), zero
 
-    def code(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """The nearest codes, as floats: [N, width] or [N]."""
+    def nearest(self, w: Tensor, scale: Tensor, zero: Tensor, out: Tensor | None = None) -> Tensor:
+        """The nearest codes, as floats; scale and zero are of a shape that goes with w's."""
         import torch
 
+        codes = torch.div(w, scale, out=out).round_()
+        return (codes if self.symmetric else codes.add_(zero)).clamp_(self.low, self.high)
+
+    def code(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The nearest codes of [N, width] or [N], for a scale and zero of [N]."""
         if w.dim() == 2:
             scale, zero = scale[:, None], zero[:, None]
-        return (torch.round(w / scale) + zero).clamp(self.low, self.high)
+        return self.nearest(w, scale, zero)
 
     def value(self, code: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         if code.dim() == 2:
@@ -107,6 +145,14 @@ class Grid:
             found.append(self.fit(w[:, start : start + width], some))
         scales, zeros = zip(*found, strict=True)
         return torch.stack(scales, dim=1), torch.stack(zeros, dim=1)
+
+
+def _squared(change: Tensor, importance: Tensor | None) -> Tensor:
+    """Squared errors, weighed, in the place of the errors where that is possible."""
+    if importance is None:
+        return change.square_()
+    weighted = change * importance if importance.dim() == 1 else change @ importance
+    return weighted.mul_(change)
 
 
 @dataclass(frozen=True)
@@ -134,9 +180,13 @@ def on_grid(w: Tensor, grid: Grid, scale: Tensor, zero: Tensor) -> Rounded:
     import torch
 
     width, k = grid.width(w.shape[1]), w.shape[1]
-    wide = [t.repeat_interleave(width, dim=1)[:, :k] for t in (scale, zero)]
-    codes = (torch.round(w / wide[0]) + wide[1]).clamp(grid.low, grid.high)
-    return Rounded(grid, codes.to(torch.int32), scale, None if grid.symmetric else zero)
+    codes = torch.empty(w.shape, dtype=torch.int32)
+    rows = max(_PIECE // max(k, 1), 1)
+    parts = (torch.split(t, rows) for t in (w, codes, scale, zero))
+    for part, to, *per_group in zip(*parts, strict=True):
+        wide = (t.repeat_interleave(width, dim=1)[:, :k] for t in per_group)
+        to.copy_(grid.nearest(part, *wide))
+    return Rounded(grid, codes, scale, None if grid.symmetric else zero)
 
 
 def round_to_nearest(w: Tensor, grid: Grid) -> Rounded:

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from dfc.compress.weighted import Weighted
 
-_CHUNK = 1 << 22  # weights whose ranges are searched at once: what fits in a cache
-
 
 def encode(
     graph: Graph, layers: Sequence[Weighted], grid: Grid, ctx: Context, data: str | None
@@ -42,15 +40,8 @@ def matrix_of(layer: Weighted) -> Tensor:
 
 
 def round_weight(w: Tensor, grid: Grid, dtype: DType) -> Rounded:
-    """A matrix on the grid, for scales as they will be stored beside weights of a dtype.
-
-    Rows are searched in pieces: memory stays that of a few of them.
-    """
-    import torch
-
-    rows = max(_CHUNK // max(w.shape[1], 1), 1)
-    parts = [_ranges(part, grid) for part in torch.split(w, rows)]
-    scale, zero = (torch.cat(p) for p in zip(*parts, strict=True))
+    """A matrix on the grid, for scales as they will be stored beside weights of a dtype."""
+    scale, zero = _ranges(w, grid)
     return on_grid(w, grid, storable(scale, dtype).to(w.dtype), zero)
 
 
@@ -60,13 +51,10 @@ def _ranges(w: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
     (n, k), width = w.shape, grid.width(w.shape[1])
     whole = k // width * width
-    search = grid.bits < 8  # at 8 bits the full range is within a few per cent of the best
-    importance = torch.ones(width, dtype=w.dtype) if search else None
-    scale, zero = grid.fit(w[:, :whole].reshape(-1, width), importance)
-    scale, zero = scale.reshape(n, -1), zero.reshape(n, -1)
+    # at 8 bits the full range is within a few per cent of the best
+    fit = grid.search if grid.bits < 8 else grid.fit
+    scale, zero = (t.reshape(n, -1) for t in fit(w[:, :whole].reshape(-1, width)))
     if whole < k:
-        rest = torch.ones(k - whole, dtype=w.dtype) if search else None
-        more = grid.fit(w[:, whole:], rest)
-        scale = torch.cat([scale, more[0][:, None]], dim=1)
-        zero = torch.cat([zero, more[1][:, None]], dim=1)
+        rest = fit(w[:, whole:])
+        scale, zero = (torch.column_stack(t) for t in zip((scale, zero), rest, strict=True))
     return scale, zero
