@@ -194,3 +194,44 @@ def test_a_buffer_lies_in_one_stage() -> None:
     stages = {n: int(i > 0) for i, n in enumerate(graph.nodes)}
     with pytest.raises(DfcError, match="stage 0 reads the buffer !seen, which stage 1 writes"):
         StagedModel(graph, stages)
+
+
+def test_no_microbatch_is_of_one_value_a_channel() -> None:
+    """PyTorch refuses one: its variance, which the buffers would hold, is no number."""
+    size = torch.export.Dim("B", min=1, max=64)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 1)).train()
+    x, y = torch.randn(5, 4), torch.randn(5, 1)
+    graph = dfc.trace(model, (x,), dynamic_shapes=({0: size},))
+    assert any("`B` is at least 2: batch norm" in note for note in graph.notes)
+    stages = {n: int(i > 1) for i, n in enumerate(graph.nodes)}
+    options: dict[str, Any] = {"loss": F.mse_loss, "targets": ["f32[B, 1]"], "microbatches": 4}
+    with Trainer(graph, stages, optimizer=SGD, **options) as trainer:
+        trainer.step(x, y)
+        found = trainer.state_dict()["buffers"]
+        with pytest.raises(DfcError, match=r"K015.*`B` is 1"):
+            trainer.step(x[:1], y[:1])
+    for part in (x[:3], x[3:]):
+        model(part)
+    torch.testing.assert_close(found["1.running_var"], model[1].running_var)
+    torch.testing.assert_close(found["1.running_mean"], model[1].running_mean)
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape", "low", "requires"),
+    [
+        (nn.BatchNorm1d(3), (4, 3), 2, ""),
+        (nn.BatchNorm1d(3), (4, 3, 2), 1, ""),
+        (nn.BatchNorm1d(3).eval(), (4, 3), 1, ""),
+        (nn.BatchNorm2d(3), (4, 3, 5, 1), 1, "lt(1, B*S)"),
+    ],
+)
+def test_sizes_of_batch_norm(
+    norm: nn.Module, shape: tuple[int, ...], low: int, requires: str
+) -> None:
+    sizes = {0: torch.export.Dim("B", min=1, max=64)}
+    if requires:
+        sizes[2] = torch.export.Dim("S", min=1, max=64)
+    graph = dfc.trace(norm, (torch.randn(shape),), dynamic_shapes=(sizes,))
+    assert graph.ranges["B"] == (low, 64)
+    assert [str(r) for r in graph.requires] == ([requires] if requires else [])

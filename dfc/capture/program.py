@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from dfc.capture.attempts import quiet
+from dfc.capture.batch_norm_sizes import need_several_values
 from dfc.capture.call_structure import constant, tree_of
 from dfc.capture.convert import Converter, Names, reads_tensor, refuse_leaked
 from dfc.capture.wishes import DimWish, Request
@@ -41,6 +42,7 @@ def build_graph(request: Request, program: ExportedProgram, used: Request) -> Gr
     graph.arguments = arguments
     graph.ranges = _ranges(graph, names)
     graph.requires = _guards(program, graph, names)
+    need_several_values(graph)
     for condition in graph.requires[:3]:
         request.notes.append(f"the sizes must satisfy `{condition}`: the model's own code needs it")
     _outputs(program, converter)
