@@ -83,10 +83,17 @@ def test_threads_that_do_not_come_are_left_alone_for_a_while(shared: Shared) -> 
     assert [shared.asks() for _ in range(5)] == [True] * 5
 
 
-def test_one_wait_in_long_work_changes_nothing(shared: Shared) -> None:
-    assert shared.asks(works_s=0.3)
-    assert shared.asks(waits_s=0.02)
+def test_one_wait_in_much_work_changes_nothing(shared: Shared) -> None:
+    for _ in range(200):
+        assert shared.asks(works_s=0.001)
+    assert shared.asks(waits_s=0.005)
     assert shared.asks()
+
+
+def test_a_run_in_which_the_core_was_taken_is_not_much_work(shared: Shared) -> None:
+    assert shared.asks(works_s=0.3)
+    assert shared.asks(waits_s=0.1)
+    assert not shared.asks()
 
 
 def test_threads_may_be_busy_with_what_they_took_last(shared: Shared) -> None:

@@ -52,7 +52,7 @@ class Patience {
   // What was shared by `threads` began, left this thread with nothing to do, and ended.
   void learn(int64_t threads, int64_t began, int64_t done, int64_t ended) {
     const int64_t worked = done - began, waited = ended - done;
-    worked_ += worked;
+    worked_ += least(worked, LONG);  // or its own core was taken
     if (waited < LONG || waited < AT_WORK * worked) return;
     if (waited > (threads - 1) * worked_) {  // more than what they spared this one
       waited_ = waited;
@@ -79,8 +79,8 @@ struct Work {
   Share* shares;
   int32_t count;  // of shares
   const Patience* caller;  // of the thread that asked for it, which has the first share
-  std::atomic<int32_t> others;  // that have begun
-  int64_t done;  // when the caller found nothing more to do
+  int64_t* done;  // when that one found nothing more to do
+  alignas(64) std::atomic<int32_t> others;  // that have begun: written to while the rest is read
 };
 
 // What each thread does: a share of its own from the front, then half of what another has left.
@@ -102,7 +102,7 @@ void take(void* data) {
       i = 0;
     }
   }
-  if (called) work.done = now();
+  if (called) *work.done = now();
 }
 
 thread_local Scratch of_shares;
@@ -138,11 +138,12 @@ void spread(int32_t threads, int64_t count, int64_t chunk, Task task, const void
   Share* const shares = reinterpret_cast<Share*>(memory);
   const auto at = [&](int64_t i) { return first + (count - first) * i / parts; };
   for (int64_t i = 0; i < parts; ++i) new (shares + i) Share{{Share::pair(at(i), at(i + 1))}};
-  Work work{task, what, chunk, shares, parts, &patience, {0}, 0};
+  int64_t done = 0;
+  Work work{task, what, chunk, shares, parts, &patience, &done, {0}};
   // All threads, also those that get nothing: libgomp ends those that a smaller team leaves out, and
   // starts new ones for the next.
   run(take, &work, unsigned(threads), 0);
-  patience.learn(parts, began, work.done, now());
+  patience.learn(parts, began, done, now());
 }
 
 }  // namespace dfc
