@@ -269,6 +269,40 @@ def test_a_loss_cannot_branch_on_what_data_decide_nor_a_stage_give_it_back() -> 
     assert e.value.code == "N070"
 
 
+class Repeats(Picks):
+    def forward(self, x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        return self.a(x).repeat(int(n.item()), 1).mean()
+
+
+class Chunks(Picks):
+    """Takes rows by eights, and as many as there are weights: two for up to eight rows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.pad(self.a(x), (0, 0, 0, -x.shape[0] % 8)).view(-1, 8, 4)
+        y = torch.cat([y[:1], y])
+        return torch.einsum("cd,ckl->dkl", torch.ones(2, 3), y).mean()
+
+
+def test_what_pytorch_cannot_differentiate_is_said_in_the_graphs_words() -> None:
+    x = torch.randn(6, 4)
+
+    def cut(graph: Graph) -> object:
+        return StagedModel(graph, evenly(graph, 1)).parts[0].cut
+
+    with pytest.raises(DfcError, match=r"it depends on `Eq\(u0, 0\)`, which data decide") as e:
+        cut(dfc.trace(Repeats(), (x, torch.tensor(3))))
+    assert e.value.code == "N070"
+    (note,) = e.value.diagnostics[0].notes
+    assert note.startswith("the model reads a number from data at ")
+    assert "test_pipeline_training.py:" in note
+    rows = torch.export.Dim("rows", min=2, max=64)
+    with pytest.raises(DfcError, match=r"test_pipeline_training.py:\d+: einsum.*rows") as e:
+        cut(dfc.trace(Chunks(), (x,), dynamic_shapes=({0: rows},)))
+    help = e.value.diagnostics[0].help or ""
+    assert e.value.code == "N070" and "fixed sizes" in help
+    assert cut(dfc.trace(Chunks(), (x,)))  # as it says
+
+
 def test_a_failing_action_is_named_and_the_next_step_is_whole() -> None:
     model, args = captured("mlp")
     with Trainer(staged("mlp", 2), microbatches=2, optimizer=adamw, threads=1) as trainer:

@@ -7,6 +7,7 @@ gradient they compute.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,13 +16,15 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from dfc.capture.convert import Converter, Names
 from dfc.emit.fx import to_fx
+from dfc.emit.places import place_of
 from dfc.errors import DfcError
 from dfc.ir.graph import Argument, Graph, Loc, Parameter, Value
 from dfc.ir.tree import LEAF, Seq
-from dfc.ir.types import TensorType
+from dfc.ir.types import ScalarType, TensorType
 from dfc.ops.symbolic import SymbolTable, identifier
 
 
@@ -77,7 +80,7 @@ def joint_graph(
     wanted = [w and _has_derivative(v) for v, w in zip(graph.inputs, inputs, strict=True)]
     wanted += [p.name in set(weights) for p in parameters]
     _, fakes = _fakes(lifted, table, wanted)
-    traced = _traced(to_fx(lifted), fakes, list(outputs))
+    traced = _traced(lifted, fakes, list(outputs), table)
     return _converted(traced, graph, parameters, table, set(weights), state)
 
 
@@ -96,9 +99,10 @@ class Derivatives:
         self._names = [p.name for p in parameters]
         wanted = [w and _has_derivative(v) for v, w in zip(graph.inputs, inputs, strict=True)]
         wanted += [name in set(weights) for name in self._names]
-        self._mode, self._leaves = _fakes(lifted, SymbolTable(lifted.ranges), wanted)
+        self._graph, self._table = graph, SymbolTable(lifted.ranges)
+        self._mode, self._leaves = _fakes(lifted, self._table, wanted)
         # in the mode what the graph makes itself (aten.arange) is without numbers as well
-        with self._mode, torch.enable_grad(), _refused(), _differentiable():
+        with self._mode, torch.enable_grad(), _refused(self._graph, self._table), _differentiable():
             self._results = to_fx(lifted)(*self._leaves)
         self.outputs = [isinstance(x, torch.Tensor) and x.requires_grad for x in self._results]
 
@@ -112,7 +116,7 @@ class Derivatives:
         leaves = [x for x in self._leaves if x.requires_grad]
         found: dict[int, Any] = {}
         if chosen and leaves:
-            with self._mode, _refused(), _differentiable():
+            with self._mode, _refused(self._graph, self._table), _differentiable():
                 ones = [torch.ones_like(x) for x in chosen]
                 gradients = torch.autograd.grad(
                     chosen, leaves, ones, retain_graph=True, allow_unused=True
@@ -124,15 +128,37 @@ class Derivatives:
 
 
 @contextmanager
-def _refused() -> Iterator[None]:
+def _refused(graph: Graph, table: SymbolTable) -> Iterator[None]:
     """
-    Raises:  DfcError N070 for what PyTorch refuses.
+    Raises:  DfcError N070 for what PyTorch refuses, in the graph's own words.
     """
     try:
         yield
+    except GuardOnDataDependentSymNode as e:
+        why = f"it depends on `{_in_our_names(str(e.cond), table)}`, which data decide"
+        help = "let the number be a fixed one, or keep the computation in tensors"
+        read = [n for n in graph.walk() if n.binds and isinstance(n.result.type, ScalarType)]
+        notes = [f"the model reads a number from data at {n.loc}" for n in read if n.loc]
+        raise _cannot(e, why, help, notes[:3]) from e
     except (RuntimeError, NotImplementedError) as e:
-        why = str(e).partition("\n")[0]  # PyTorch's own stack may follow
-        raise DfcError("N070", f"PyTorch cannot differentiate the graph: {why}") from e
+        text = str(e).partition("\n")[0]  # PyTorch's own stack may follow
+        why = _in_our_names(text, table)
+        varies = "capture the model with fixed sizes, without `dynamic_shapes`"
+        raise _cannot(e, why, varies if why != text else None) from e
+
+
+def _cannot(e: Exception, why: str, help: str | None, notes: Sequence[str] = ()) -> DfcError:
+    place = place_of(e)
+    at = f" at {place}" if place else ""
+    message = f"PyTorch cannot differentiate the graph{at}: {why}"
+    return DfcError("N070", message, help=help, notes=tuple(notes))
+
+
+def _in_our_names(text: str, table: SymbolTable) -> str:
+    """PyTorch's words, with the sizes called as in the graph."""
+    for theirs, ours in table.known.items():
+        text = re.sub(rf"\b{theirs}\b", str(ours), text)
+    return text
 
 
 @contextmanager
@@ -243,8 +269,12 @@ def _(x: torch.Tensor) -> torch.Tensor:
 _boundary.register_autograd(lambda ctx, gradient: torch.ops.dfc.boundary(gradient))
 
 
-def _traced(module: fx.GraphModule, fakes: list[Any], outputs: list[bool]) -> fx.GraphModule:
+def _traced(
+    graph: Graph, fakes: list[Any], outputs: list[bool], table: SymbolTable
+) -> fx.GraphModule:
     from torch._functorch.aot_autograd import aot_export_joint_simple
+
+    module = to_fx(graph)
 
     def forward(*leaves: Any) -> list[Any]:
         results = fx.Interpreter(module).run(*leaves)
@@ -252,7 +282,7 @@ def _traced(module: fx.GraphModule, fakes: list[Any], outputs: list[bool]) -> fx
         return [torch.ops.dfc.boundary(x) for x in kept]
 
     meta = fx.traceback.preserve_node_meta()
-    with _refused(), torch.enable_grad(), _differentiable(), meta:
+    with _refused(graph, table), torch.enable_grad(), _differentiable(), meta:
         traced = aot_export_joint_simple(forward, tuple(fakes), trace_joint=True)
     assert isinstance(traced, fx.GraphModule)
     return traced
