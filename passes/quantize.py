@@ -61,8 +61,8 @@ class Quantize(Pass):
               is left. A table that several layers share is stored once.
     Keeps:    inputs, outputs, names of values; biases and norms; layers below `smallest` weights.
     Cost:     `rtn`: a few passes over each weight, one at a time.
-    Raises:   DfcError D002 for a model without weights, D096 when nothing is left to quantize, D097
-              for a group that no layer could have.
+    Raises:   DfcError D002 for a model without weights, D090 for numbers that are NaN or infinite,
+              D096 when nothing is left to quantize, D097 for what no layer could have.
     Source:   reference of the storage: ONNX Runtime's MatMulNBits.
     """
 

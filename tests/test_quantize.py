@@ -279,6 +279,19 @@ def test_a_model_without_weights_is_refused_by_layer_and_module() -> None:
     assert "of `emb`: the parameter !emb.weight has no numbers" in refused.value.message
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("to", ["int8", "int4", "fp8"])
+def test_weights_that_are_no_numbers_are_refused_by_layer(to: str, number: float) -> None:
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
+    with torch.no_grad():
+        net[2].weight[3, 5] = number
+    g = dfc.trace(net, (torch.randn(4, 64),))
+    with pytest.raises(DfcError, match=r"of `2`: 1 of 2048 weights in !2\.weight are NaN") as e:
+        find_pass("quantize", {"to": to}).run(g, Context())
+    assert e.value.code == "D090"
+    assert quantized(g, to=to, exclude=parse_selector('"2"'))[2] == 1
+
+
 def test_files_shrink(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, ids = Net().eval(), torch.randint(0, 300, (2, 7))

@@ -95,7 +95,7 @@ def test_masked_scores_are_not_seen(masked):
 def test_numbers_that_are_none_are_refused_by_name(bad):
     x = normal(10)
     x[3] = bad
-    with pytest.raises(DfcError, match="%x has 1 numbers that are NaN or infinite"):
+    with pytest.raises(DfcError, match="1 number that is NaN or infinite in %x"):
         seen(x)
 
 

@@ -181,7 +181,7 @@ def test_activations_that_are_no_numbers_are_named():
         def forward(self, x):
             return self.b(1 / (self.a(x) * 0))
 
-    with pytest.raises(DfcError, match=r"%\w+ has \d+ numbers that are NaN or infinite"):
+    with pytest.raises(DfcError, match=r"\d+ numbers that are NaN or infinite in %\w+"):
         quantized(traced(Divides(), 4), data(4))
 
 
@@ -241,3 +241,14 @@ def test_layers_of_other_floats_are_refused_by_name(dtype):
     assert "layer %linear of `0`: it computes with f" in str(e.value)
     made = dfc.compile(net, (x,), recipe=f"{text}\n}}\n", data={"calib": [x]}, engine="eager")
     assert any(n.op == "dfc.linear_w8" for n in made.graph.nodes)
+
+
+def test_a_recipe_does_not_go_on_without_the_layer_that_reads_no_numbers():
+    net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    x = torch.full((4, 16), 1e38)
+    with torch.no_grad():
+        net[0].weight.fill_(1.0)
+    recipe = "dfc 1\ndata d\nrecipe q { quantize int8 using d with scheme=static }"
+    with pytest.raises(DfcError, match=r"128 numbers that are NaN or infinite in %\w+ of `1`") as e:
+        dfc.compile(net, (x / 1e38,), recipe=recipe, data={"d": [x]}, engine="eager")
+    assert e.value.code == "D090"

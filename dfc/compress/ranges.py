@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dfc.counting import counted
 from dfc.errors import DfcError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Histogram:
 
     Values that masks have moved away, and -inf, are left out.
     Ensures:  the counts do not depend on how the values were cut into batches.
-    Raises:   DfcError K042 for NaN or infinity.
+    Raises:   DfcError D090 for NaN or infinity.
     """
 
     def __init__(self, name: str) -> None:
@@ -80,8 +81,9 @@ class Histogram:
             low, high = (float(b) for b in torch.aminmax(x))
         if not (math.isfinite(low) and math.isfinite(high)):
             bad = int((~torch.isfinite(x)).sum())
-            message = f"{self.name} has {bad} numbers that are NaN or infinite"
-            raise DfcError("K042", message, help="leave this layer out, or look at its input")
+            what = counted(bad, "number that is", "numbers that are")
+            message = f"calibration gives {what} NaN or infinite in {self.name}"
+            raise DfcError("D090", message, help="leave this layer out, or look at its input")
         self._cover(low, high)
         numbers = torch.floor(x * 2.0**-self.exponent).to(torch.int32) - self.first
         self.counts += torch.bincount(numbers, minlength=len(self.counts))

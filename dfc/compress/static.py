@@ -52,7 +52,7 @@ def apply(graph: Graph, layers: Sequence[Node], options: Options, ctx: Context) 
     """Quantize layers and what lies between them; how many layers there were.
 
     Needs:   convolutions and linear layers with constant weights; batch norms folded.
-    Raises:  what reading the data raises; DfcError K042 for values that are no numbers.
+    Raises:  what reading the data raises; DfcError D090 for values that are no numbers.
     """
     wanted = set(layers)
     if not wanted:
@@ -78,11 +78,17 @@ def apply(graph: Graph, layers: Sequence[Node], options: Options, ctx: Context) 
 # Ranges
 
 
+def _told(value: Value) -> str:
+    """A value as errors name it: with the module that makes it."""
+    node = value.node
+    return f"%{value.name} of `{node.loc.module}`" if node and node.loc else f"%{value.name}"
+
+
 def _calibrated(
     graph: Graph, region: Region, batches: Batches, ctx: Context
 ) -> dict[Point, Histogram]:
     """One reading of the data: values that share a scale share a histogram."""
-    histograms = {p: Histogram(f"%{p.value.name}") for p in region.leaders()}
+    histograms = {p: Histogram(_told(p.value)) for p in region.leaders()}
     observers = {p.value: histograms[p.leader] for p in region.points.values()}
     observe(graph, batches, observers, ctx, "static")
     return histograms

@@ -6,6 +6,7 @@ share is quantized once, or not at all.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dfc.errors import DfcError
@@ -227,16 +228,27 @@ def _why_not(weight: Parameter, uses: list[Use], written: set[Value]) -> str | N
 
 
 def check_numbers(found: list[Weighted]) -> None:
-    """Refuse a model without weights.
+    """Refuse a model without weights, and weights that no code stands for.
 
-    Raises:  DfcError D002 that names the first layer and its module path.
+    Raises:  DfcError D002 and D090 that name the first layer and its module path.
     """
+    import torch
+
     for w in found:
         if w.weight.data is None:
             raise DfcError(
                 "D002",
                 f"{described(w.node)}: the parameter !{w.weight.name} has no numbers to quantize",
                 help="the model is on the meta device: give it weights first",
+            )
+        numbers = w.weight.data.tensor()
+        if not math.isfinite(numbers.sum(dtype=torch.float64)):
+            bad = numbers.numel() - int(torch.isfinite(numbers).sum())
+            raise DfcError(
+                "D090",
+                f"{described(w.node)}: {bad} of {numbers.numel()} weights in !{w.weight.name} "
+                "are NaN or infinite",
+                help="no code stands for them: mend the model, or leave the layer out by `except`",
             )
 
 
