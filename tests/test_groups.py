@@ -184,6 +184,36 @@ def test_a_key_head_takes_its_query_heads_along(repeat: str) -> None:
     assert_equals_zeroed(graph, args, "heads")
 
 
+class OneKeyHead(nn.Module):
+    """Query heads that share the only key head, as rows beside the tokens."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(32, n) for n in (32, 8, 8, 32))
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, s, _ = x.shape
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.how == "einsum":
+            scores = torch.einsum("bthd,bsd->bhts", q.view(b, s, 4, 8), k).softmax(-1)
+            y = torch.einsum("bhts,bsd->bthd", scores, v)
+        else:
+            y = torch.bmm(torch.bmm(q.view(b, s * 4, 8), k.transpose(1, 2)).softmax(-1), v)
+        return self.o(y.reshape(b, s, 32))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("how", ["rows", "einsum"])
+def test_query_heads_of_one_key_head_are_heads(how: str) -> None:
+    torch.manual_seed(0)
+    args = (torch.randn(2, 5, 32),)
+    graph = trace(OneKeyHead(how), *args)
+    found = {g.kind: g for g in find_groups(graph).prunable}
+    assert found["heads"].size == 4 and found["heads"].exact
+    assert {p.name for p, _ in found["heads"].members} == {"q.weight", "q.bias", "o.weight"}
+    assert_equals_zeroed(graph, args, "heads")
+
+
 def test_rotary_embedding_ties_the_halves_of_a_head() -> None:
     args = (torch.randn(2, 5, 32), torch.randn(5, 8), torch.randn(5, 8))
     sizes = [

@@ -89,6 +89,7 @@ class Analysis:
     makers: list[Use] = field(default_factory=list)
     readers: list[Use] = field(default_factory=list)
     batches: list[Dims] = field(default_factory=list)  # of products of two activations
+    rows: list[Dims] = field(default_factory=list)  # of each of those, the left one's own
     heads: list[Axis] = field(default_factory=list)  # what counts heads, for sure
     constant: set[Value] = field(default_factory=set)
 

@@ -78,6 +78,7 @@ def _product(a: Analysis, node: Node, left: Any, right: Any) -> Dims:
             a.makes(xs[-2], node, left, len(xs) - 2)
     else:
         a.batches.append(batch)
+        a.rows.append(xs[-2:-1])
         for axis in (xs[-1], *out):
             _inside_head(axis)
     return (*batch, *out)
@@ -257,6 +258,8 @@ def _einsum_uses(
             shared = set(words[0]) & set(words[1]) & set(result)
             first = a.of(values[0])
             a.batches.append(tuple(first[words[0].index(x)] for x in words[0] if x in shared))
+            own = [x for x in words[0] if x not in words[1] and x in result]
+            a.rows.append(tuple(first[words[0].index(x)] for x in own))
             for word, v in zip(words, values, strict=True):
                 for x, axis in zip(word, a.of(v), strict=True):
                     if x not in shared:

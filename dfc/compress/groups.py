@@ -129,9 +129,14 @@ def find_groups(graph: Graph) -> Groups:
 
 
 def _heads(analysis: Analysis) -> Iterator[Axis]:
-    """The outermost factor of each attention's batch that can go."""
-    for batch in analysis.batches:
+    """The outermost factor of each attention's batch that can go; without one, what stands beside
+    tokens in the rows: query heads that share one key head.
+    """
+    for batch, rows in zip(analysis.batches, analysis.rows, strict=True):
         open_ = [x for axis in batch for x in factors(axis) if not x.frozen and x.size != 1]
+        parts = [x for axis in rows for x in factors(axis) if x.size != 1]
+        if not open_ and any(x.frozen for x in parts):
+            open_ = [x for x in parts if not x.frozen]
         yield from open_[:1]
     for axis in analysis.heads:
         yield from [x for x in factors(axis) if x.size != 1][:1]
