@@ -372,21 +372,26 @@ class Quantize(Pass):
         return others
 
     def _encode(self, graph: Graph, layers: list[Weighted], ctx: Context) -> dict[Any, Rounded]:
-        """Codes by weight. By every method, all but linear layers are rounded to nearest."""
+        """Codes by weight. What a method is not for is rounded to nearest."""
         found: dict[Any, Rounded] = {}
-        linear = [w for w in layers if _is_linear(w)]
-        rest = [w for w in layers if w not in linear]
+        taken = [w for w in layers if self._method(w) == self.method]
+        rest = [w for w in layers if w not in taken]
         for what in ("experts", "convolutions") if self.method != "rtn" else ():
             if any(w.is_experts if what == "experts" else w.is_conv for w in rest):
                 words = f"rounded to nearest: `{self.method}` is not for them"
                 ctx.note(f"quantize: {what} are {words}")
-        for method, part in ((self.method, linear), ("rtn", rest)):
+        for method, part in ((self.method, taken), ("rtn", rest)):
             encode = find("method", method, "encode")
             for convs in (False, True):
                 some = [w for w in part if w.is_conv is convs]
                 if some:
                     found |= encode(graph, some, self.grid(some[0]), ctx, self.data)
         return found
+
+    def _method(self, layer: Weighted) -> str:
+        """The method that a layer's codes are found by."""
+        fits = _is_linear(layer) or (layer.is_experts and self.method == "gptq")
+        return self.method if fits else "rtn"
 
     def _told(self, layer: Weighted, stored: Stored, found: Rounded) -> str:
         from dfc.compress.rtn import matrix_of
@@ -395,9 +400,8 @@ class Quantize(Pass):
         w = matrix_of(layer)
         error = float((found.weight - w).norm() / w.norm().clamp(min=1e-30))
         tied = f", shared by {len(layer.uses)} layers" if len(layer.uses) > 1 else ""
-        method = self.method if _is_linear(layer) else "rtn"
         return (
-            f"{found.grid} by {method}: {before} -> {stored.nbytes} bytes{tied}, "
+            f"{found.grid} by {self._method(layer)}: {before} -> {stored.nbytes} bytes{tied}, "
             f"off by {100 * error:.2g} %"
         )
 

@@ -260,13 +260,13 @@ def ops_of(graph: Graph, name: str) -> int:
     return sum(name in n.op for n in graph.nodes)
 
 
-def test_experts_are_rounded_to_nearest_whatever_the_method() -> None:
-    """Calibration is for what all rows reach; the note says so."""
+def test_awq_rounds_experts_to_nearest() -> None:
+    """And the note says so."""
     graph, given = traced()
     made, ctx = graph.copy(), Context(decisions=[], data={"calib": [tuple(given[0])]})
-    p = find_pass("quantize", {"to": "int4", "method": "gptq", "data": "calib"})
+    p = find_pass("quantize", {"to": "int4", "method": "awq", "data": "calib"})
     assert p.run(made, ctx) == 2
-    assert any("experts are rounded to nearest: `gptq`" in note for note in ctx.products["notes"])
+    assert any("experts are rounded to nearest: `awq`" in note for note in ctx.products["notes"])
     told = [d.reason for d in ctx.decisions or () if d.outcome == "quantized"]
     assert len(told) == 2 and all("symmetric by rtn" in t for t in told)
     plain, _ = quantized(graph, to="int4")

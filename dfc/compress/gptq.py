@@ -6,15 +6,19 @@ Source:  Frantar et al., arXiv 2210.17323. Columns by falling importance ("act-o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dfc.compress.grid import Grid, Rounded, rounded_of, rounded_state
+from dfc.compress.grid import Grid, Rounded, below_one_another, rounded_of, rounded_state
 from dfc.compress.hessian import DAMPING, Factor, Hessian, factor
-from dfc.compress.sequential import Group, State, groups_of, layer_by_layer
+from dfc.compress.rtn import nearest
+from dfc.compress.sequential import Group, State, groups_of, layer_by_layer, lies_turned
 from dfc.compress.sweep import BLOCK, sweep
+from dfc.compress.weighted import weight_read
 from dfc.counting import counted
+from dfc.errors import DfcError
 from dfc.rewrite.pass_ import Context
 
 if TYPE_CHECKING:
@@ -22,6 +26,9 @@ if TYPE_CHECKING:
 
     from dfc.compress.weighted import Weighted
     from dfc.ir.graph import Graph, Parameter
+
+
+_FEW = 8  # an expert that fewer rows reach than an eighth of its inputs is rounded to nearest
 
 
 @dataclass(frozen=True)
@@ -62,11 +69,12 @@ def gptq(
 def encode(
     graph: Graph, layers: Sequence[Weighted], grid: Grid, ctx: Context, data: str | None
 ) -> Mapping[Parameter, Rounded]:
-    """The weights of linear layers [N, K] on the grid; each sees what those before it give.
+    """The weights of linear layers and experts on the grid; each sees what those before it give.
 
     Raises:  DfcError D080..D084 for data that does not fit; D090..D092, with the layer's name, for
              activations that are NaN, inputs that are all 0, and a Hessian that has no inverse.
-    Memory:  a float copy of the weights that are done, and one Hessian.
+    Memory:  a float copy of the weights that are done, and one Hessian; of experts two, whatever
+             their number: batches wait while one expert after the other is solved.
     """
     from dfc.compress.calibrate import batches_of
 
@@ -78,42 +86,94 @@ def encode(
 
 
 class _Solved:
-    """The codes of each weight, as they are found."""
+    """The codes of each weight, as they are found; of experts, one below the other."""
 
     def __init__(self, grid: Grid, ctx: Context) -> None:
         self.grid = grid
         self.ctx = ctx
-        self.key = f"{grid} {Gptq()}"
+        self.key = f"{grid} {Gptq()} {_FEW}"
         self.found: dict[Parameter, Rounded] = {}
         self.told: dict[Parameter, str] = {}
+        self.experts: dict[Parameter, list[tuple[Rounded, int, bool]]] = {}  # rows; by gptq or not
+        self.latest: dict[Parameter, tuple[Rounded, int, bool]] = {}
 
     def solve(self, group: Group, hessian: Hessian) -> None:
         for p in group.weights.values():
-            assert p.data is not None
-            self.found[p], used = gptq(p.data.tensor(), hessian, self.grid)
+            if group.ends is not None:
+                self._add(group, p, *self._expert(group.matrix(p), hessian))
+                continue
+            self.found[p], used = gptq(group.matrix(p), hessian, self.grid)
             self._tell(group, p, _told(hessian, used))
 
+    def _expert(self, w: Tensor, hessian: Hessian) -> tuple[Rounded, int, bool]:
+        """What few rows reach, or none that can be solved for, is rounded to nearest."""
+        if hessian.tokens >= hessian.inputs / _FEW:
+            with contextlib.suppress(DfcError):
+                return gptq(w, hessian, self.grid)[0], hessian.tokens, True
+        return nearest(w.float(), self.grid), hessian.tokens, False
+
+    def _add(self, group: Group, weight: Parameter, made: Rounded, rows: int, solved: bool) -> None:
+        """One expert more of a weight."""
+        parts = self.experts.setdefault(weight, [])
+        self.latest[weight] = made, rows, solved
+        parts.append(self.latest[weight])
+        if group.is_last:
+            self.found[weight] = below_one_another([p[0] for p in parts])
+            self._tell(group, weight, _told_experts([p[1:] for p in parts]))
+            del self.experts[weight]
+
     def weights(self, group: Group) -> dict[str, Tensor]:
-        dtypes = {p: p.tensor_type.dtype.to_torch() for p in group.weights.values()}
-        return {p.name: self.found[p].weight.to(dtype) for p, dtype in dtypes.items()}
+        if not group.is_last:
+            return {}
+        given = {}
+        for p in group.weights.values():
+            sizes, w = p.tensor_type.shape, self.found[p].weight
+            if group.ends is not None:
+                w = w.reshape(int(sizes[0]), -1, w.shape[1])  # type: ignore[arg-type]
+                w = w.transpose(1, 2).contiguous() if lies_turned(p, group.layers) else w
+            given[p.name] = w.to(p.tensor_type.dtype.to_torch())
+        return given
 
     def state(self, group: Group) -> State:
+        words: dict[str, str] = {}
         tensors: dict[str, Tensor] = {}
         for p in group.weights.values():
-            tensors |= rounded_state(p.name, self.found[p])
-        return {p.name: self.told[p] for p in group.weights.values()}, tensors
+            if group.ends is None:
+                made, words[p.name] = self.found[p], self.told[p]
+            else:
+                made, rows, solved = self.latest[p]
+                words[p.name] = f"{rows} {solved}"
+            tensors |= rounded_state(p.name, made)
+        return words, tensors
 
     def load(self, group: Group, state: State) -> None:
         words, tensors = state
         for p in group.weights.values():
-            self.found[p] = rounded_of(p.name, self.grid, tensors)
+            made = rounded_of(p.name, self.grid, tensors)
+            if group.ends is not None:
+                rows, solved = words[p.name].split()
+                self._add(group, p, made, int(rows), solved == "True")
+                continue
+            self.found[p] = made
             self._tell(group, p, words[p.name])
 
     def _tell(self, group: Group, weight: Parameter, told: str) -> None:
         self.told[weight] = told
         for layer in group.layers:
-            if layer.inputs[1] is weight:
+            if weight_read(layer) is weight:
                 self.ctx.decided(layer, "calibrated", told)
+
+
+def _told_experts(parts: Sequence[tuple[int, bool]]) -> str:
+    """On how many rows experts were rounded, and which were rounded to nearest instead."""
+    solved = [rows for rows, by_gptq in parts if by_gptq]
+    few = [rows for rows, by_gptq in parts if not by_gptq]
+    told = f"{len(solved)} of {counted(len(parts), 'expert')}"
+    if solved:
+        told += f" on {min(solved)} to {max(solved)} rows each"
+    if few:
+        told += f"; {len(few)} to nearest, which at most {counted(max(few), 'row')} reached"
+    return told
 
 
 def _told(hessian: Hessian, used: Factor) -> str:

@@ -5,7 +5,7 @@ A group is some neighbours in a row of a linear layer's weights, or the whole ro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -193,6 +193,15 @@ def round_to_nearest(w: Tensor, grid: Grid) -> Rounded:
     """The plain method: each weight to the nearest value, ranges from the weights alone."""
     w = w.float()
     return on_grid(w, grid, *grid.fit_groups(w))
+
+
+def below_one_another(parts: Sequence[Rounded]) -> Rounded:
+    """The rows of several weights on one grid."""
+    import torch
+
+    codes, scale = torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts])
+    zeros = [p.zero for p in parts if p.zero is not None]
+    return Rounded(parts[0].grid, codes, scale, torch.cat(zeros) if zeros else None)
 
 
 def rounded_state(name: str, found: Rounded) -> dict[str, Tensor]:

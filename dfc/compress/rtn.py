@@ -45,6 +45,11 @@ def round_weight(w: Tensor, grid: Grid, dtype: DType) -> Rounded:
     return on_grid(w, grid, storable(scale, dtype).to(w.dtype), zero)
 
 
+def nearest(w: Tensor, grid: Grid) -> Rounded:
+    """A matrix on the grid, for scales in the matrix's own type."""
+    return on_grid(w, grid, *_ranges(w, grid))
+
+
 def _ranges(w: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Scale and zero [N, G]: all groups of equal width at once, as rows of their own."""
     import torch

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dfc.compress.calibrate import is_by_token, padding_mask
 from dfc.compress.hessian import Hessian
+from dfc.compress.weighted import EXPERTS, weight_read
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.interpret import stepwise
@@ -31,22 +32,66 @@ LINEAR = "aten.linear.default"
 
 @dataclass(frozen=True)
 class Group:
-    """Linear layers that read one value: what they see in calibration is the same."""
+    """Linear layers that read one value: what they see in calibration is the same.
+
+    Or one expert of them: its rows are those of `x` from the end of the expert before to its own,
+    and besides, as many as it has inputs of the mean of all experts' rows.
+    Why:  with fewer rows than four times its inputs, what an expert saw says too little: GPTQ on it
+          alone is up to twice as far off as the nearest values, with the others' never by a tenth.
+    """
 
     x: Value
     layers: tuple[Node, ...]
+    ends: Value | None = None
+    expert: int = 0
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        return (self.x,) if self.ends is None else (self.x, self.ends)
 
     @property
     def weights(self) -> dict[str, Parameter]:
-        """Their weights by name; layers may share one."""
-        return {w.name: w for w in map(weight_of, self.layers) if w is not None}
+        """Their weights by name, of all experts; layers may share one."""
+        return {w.name: w for w in map(weight_read, self.layers)}
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the weights are complete with this one."""
+        first = next(iter(self.weights.values()))
+        return self.ends is None or self.expert == first.tensor_type.shape[0] - 1
+
+    def matrix(self, weight: Parameter) -> Tensor:
+        """One of the weights, of this expert, as [outputs, inputs]."""
+        assert weight.data is not None
+        w = weight.data.tensor()
+        if self.ends is None:
+            return w
+        return w[self.expert].T if lies_turned(weight, self.layers) else w[self.expert]
+
+    def rows(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
+        """What the layers see of the values that they read."""
+        if ends is None:
+            return x
+        start = int(ends[self.expert - 1]) if self.expert else 0
+        return x[start : int(ends[self.expert])]
+
+    def rows_of_all(self, x: Tensor, ends: Tensor) -> Tensor:
+        """What all experts see."""
+        return x[: int(ends[-1])]
 
     @property
     def inputs(self) -> int:
         """How many numbers the layers read of each token."""
-        size = next(iter(self.weights.values())).tensor_type.shape[1]
+        weight = next(iter(self.weights.values()))
+        at = 1 if self.ends is None or lies_turned(weight, self.layers) else 2
+        size = weight.tensor_type.shape[at]
         assert isinstance(size, int), "a parameter's shape has no symbols"
         return size
+
+
+def lies_turned(weight: Parameter, layers: Sequence[Node]) -> bool:
+    """Whether experts' weights lie with their inputs first, [experts, inputs, outputs]."""
+    return any(n.inputs[1] is weight for n in layers)
 
 
 def weight_of(layer: Node) -> Parameter | None:
@@ -63,27 +108,38 @@ def described(layer: Node) -> str:
 
 
 def groups_of(graph: Graph, layers: Iterable[Node]) -> list[Group]:
-    """The layers by what they read, in the order in which that is computed.
+    """The layers by what they read, in the order in which that is computed; each expert by itself.
 
     A weight that several layers share belongs to the first of them.
     Needs:  layers of the graph itself, not of one nested in it.
     """
     place = {n: i for i, n in enumerate(graph.nodes)}
-    found: dict[Value, list[Node]] = {}
+    found: dict[tuple[Value, Value | None], list[Node]] = {}
     seen: set[Parameter] = set()
     for layer in sorted(layers, key=place.__getitem__):
-        weight, x = weight_of(layer), layer.inputs[0]
+        of_experts = layer.op in EXPERTS
+        weight = weight_read(layer) if of_experts else weight_of(layer)
         if weight is None or weight in seen:
             continue
-        assert isinstance(x, Value)
+        x, ends = layer.inputs[0], layer.inputs[2] if of_experts else None
+        assert isinstance(x, Value) and (ends is None or isinstance(ends, Value))
         seen.add(weight)
-        found.setdefault(x, []).append(layer)
+        found.setdefault((x, ends), []).append(layer)
     inputs = list(graph.inputs)
 
-    def order(x: Value) -> int:
-        return place[x.node] if x.node is not None else inputs.index(x) - len(inputs)
+    def order(group: Group) -> int:
+        """When all that it reads is known."""
+        return max(
+            place[v.node] if v.node is not None else inputs.index(v) - len(inputs)
+            for v in group.reads
+        )
 
-    return [Group(x, tuple(found[x])) for x in sorted(found, key=order)]
+    groups = []
+    for (x, ends), some in found.items():
+        experts = 1 if ends is None else weight_read(some[0]).tensor_type.shape[0]
+        assert isinstance(experts, int)
+        groups += [Group(x, tuple(some), ends, e) for e in range(experts)]
+    return sorted(groups, key=order)
 
 
 class Prefix:
@@ -109,6 +165,11 @@ class Prefix:
     def reach(self, x: Value) -> Iterator[Tensor]:
         """The value in each batch; values are asked for in the order of their computation."""
         return (run.reach(x) for run in self._runs)
+
+    def seen(self, group: Group, of_all: bool = False) -> Iterator[Tensor]:
+        """What a group's layers read in each batch, or what all experts do."""
+        rows = group.rows_of_all if of_all else group.rows
+        return (rows(*map(run.reach, group.reads)) for run in self._runs)
 
 
 def _digest(x: Any) -> str:
@@ -171,24 +232,37 @@ def layer_by_layer(
     With a journal, what was solved before a kill is not solved again.
     Needs:   groups as `groups_of` gives them.
     Raises:  DfcError D090..D092 of a group, with its layers' names.
-    Cost:    one run of the batches; one Hessian at a time.
+    Cost:    one run of the batches; one Hessian at a time, of experts that of all too.
     """
     prefix = Prefix(graph, batches)
     done = _Done(ctx.journal, graph, prefix, method) if ctx.journal else None
     total = len(groups) * prefix.batches
+    common: tuple[tuple[Value, ...], Hessian] | None = None  # what is read, by all experts
     for number, group in enumerate(groups):
         if done is None or not done.load(number, group):
             hessian = Hessian(group.inputs)
             try:
-                for seen, x in enumerate(prefix.reach(group.x), 1):
+                for seen, x in enumerate(prefix.seen(group), 1):
                     hessian.update(x)
                     ctx.progress(number * prefix.batches + seen, total)
+                if group.ends is not None:
+                    if common is None or common[0] != group.reads:
+                        common = group.reads, _of_all(group, prefix)
+                    hessian.lean_on(common[1])
                 method.solve(group, hessian)
             except DfcError as e:
                 raise _named(e, group) from None
             if done is not None:
                 done.save(number, group)
         prefix.weights.update(method.weights(group))
+
+
+def _of_all(group: Group, prefix: Prefix) -> Hessian:
+    """The Hessian of all experts' rows."""
+    found = Hessian(group.inputs)
+    for x in prefix.seen(group, of_all=True):
+        found.update(x)
+    return found
 
 
 class _Done:

@@ -121,7 +121,7 @@ def find_weighted(graph: Graph) -> tuple[list[Weighted], dict[Node, str]]:
     for node in graph.nodes:
         use = _use(node)
         if use is not None:
-            uses.setdefault(_weight(node), []).append(use)
+            uses.setdefault(weight_read(node), []).append(use)
         elif node.op in _OTHERS and any(isinstance(v, Parameter) for v in node.operands):
             kept[node] = _OTHERS[node.op]
     written = {m.target for m in graph.mutations}
@@ -193,7 +193,7 @@ def _is_transposed(x: Value) -> bool:
     return x.node.op in _TRANSPOSED and rank == 2
 
 
-def _weight(node: Node) -> Parameter:
+def weight_read(node: Node) -> Parameter:
     """The constant that a use reads, perhaps through a transposition."""
     found = node.inputs[{EMBEDDING: 0, _ADDMM: 2}.get(node.op, 1)]
     assert isinstance(found, Value)
