@@ -11,6 +11,7 @@ from torch import fx
 from torch.overrides import TorchFunctionMode
 
 from dfc.capture.convert import Converter, Names
+from dfc.capture.own_gradients import own_gradients
 from dfc.capture.places import package_path
 from dfc.errors import DfcError
 from dfc.ir import tree
@@ -42,7 +43,9 @@ def with_loss(graph: Graph, loss: Callable[..., Any], targets: Sequence[TensorTy
     table = SymbolTable(copy.ranges)
     for name in sorted({s for v in outputs for s in v.type.symbols} - set(copy.ranges)):
         table.add_unbacked(name)
-    traced = _traced(loss, graph.output_tree, len(outputs), [*outputs, *extra], table)
+    with own_gradients() as found:
+        traced = _traced(loss, graph.output_tree, len(outputs), [*outputs, *extra], table)
+    copy.own_gradients += tuple(dict.fromkeys(found))
     names = Names()
     names.known.update(table.known)
     converter = Converter(copy, traced, names)

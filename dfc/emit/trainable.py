@@ -9,6 +9,7 @@ from torch import nn
 
 from dfc.calling import build_outputs, flat_inputs
 from dfc.emit.fx import to_fx
+from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Parameter
 
 # op -> which operands are its weights: what is trained of constants that passes have made
@@ -29,6 +30,7 @@ class TrainableGraph(nn.Module):
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()
+        refuse_own_gradients(graph)
         self._dfc_graph = graph
         module = to_fx(graph)
         self._dfc_trained: dict[str, nn.Parameter] = {}
@@ -73,6 +75,21 @@ def _register(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
     while hasattr(root, free):
         free += "_"
     root.register_parameter(free, parameter)
+
+
+def refuse_own_gradients(graph: Graph) -> None:
+    """
+    Raises:  DfcError N079 (exit status 2) for a graph of code that defines gradients itself.
+    """
+    if graph.own_gradients:
+        more = len(graph.own_gradients) - 1
+        told = f"{graph.own_gradients[0]}{f' (and {more} more)' if more else ''}"
+        message = f"the model defines gradients itself, which its graph does not know: {told}"
+        help = (
+            "a torch.library.custom_op with register_autograd keeps its gradient; one that is "
+            "straight through may be written as x + (f(x) - x).detach(); hooks are to be removed"
+        )
+        raise DfcError("N079", message, help=help, status=2)
 
 
 def trainable(graph: Graph, frozen: bool = False) -> Sequence[Parameter]:

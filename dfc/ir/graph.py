@@ -77,6 +77,8 @@ class Graph:
         self._targets: tuple[Value, ...] = ()
         # What capture wants the user to know: restrictions, another way taken. No part of equality.
         self.notes: list[str] = []
+        # What the captured code says of its gradients itself, and nodes do not. No part of text.
+        self.own_gradients: tuple[str, ...] = ()
         self.result = Node(self, RESULT, (), NO_ATTRIBUTES)
 
     # reading
@@ -389,6 +391,7 @@ class Graph:
         """A copy, and which value of it stands for which of ours."""
         other = Graph(self.name, self.arguments, self.output_tree, dict(self.ranges), self.requires)
         other.notes += self.notes
+        other.own_gradients = self.own_gradients
         twin: dict[Value, Value] = {}
         for v in self._inputs:
             twin[v] = other.add_input(v.name, v.type)

@@ -96,6 +96,7 @@ def _read(entry: Path, graph: Graph) -> tuple[Graph, int] | None:
     except (DfcError, OSError, ValueError, KeyError):
         return None
     after.notes += graph.notes
+    after.own_gradients = graph.own_gradients
     os.utime(entry)
     return after, int(facts["changes"])
 

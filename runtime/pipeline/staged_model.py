@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfc.capture.loss import loss_of, with_loss
 from dfc.emit.checks import lift_checks
-from dfc.emit.trainable import trainable
+from dfc.emit.trainable import refuse_own_gradients, trainable
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.tree import LEAF, Seq
@@ -39,7 +39,7 @@ class StagedModel:
     writes, `checks` what must be true for the model to be what was traced, and what to say where it
     is not. `parts` makes the differentiated stages, where they are at hand already.
     Raises:  DfcError N050 for stages that are not convex or numbered, N07x for what cannot be
-             trained.
+             trained, as a model that defines gradients itself.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class StagedModel:
         parts: Callable[[Sequence[StageGraph]], list[Differentiated]] | None = None,
     ) -> None:
         self.graph = with_loss(graph, loss, targets) if loss else graph
+        refuse_own_gradients(self.graph)
         inner = self.graph.copy()
         _write_stages(graph, inner, stage_of)
         self.stage_of = [n.stage for _, n in zip(self.graph.nodes, inner.nodes, strict=True)]

@@ -1,0 +1,69 @@
+"""Gradients that code defines itself: a graph of its forward pass knows nothing of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+
+
+def hooks_of(model: torch.nn.Module) -> list[str]:
+    """What waits for the gradients of modules and parameters, in words."""
+    found = []
+    for name, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            found.append(f"a backward hook of {f'`{name}`' if name else 'the model'}")
+    for name, p in model.named_parameters():
+        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+            found.append(f"a hook of the parameter `{name}`")
+    return found
+
+
+@contextmanager
+def own_gradients() -> Iterator[list[str]]:
+    """While code is traced: its functions with a backward of their own, and hooks of tensors.
+
+    Why:  each function's `forward` is watched, since code may have kept its `apply` before.
+    """
+    found: list[str] = []
+    functions = [c for c in _below(torch.autograd.Function) if "forward" in vars(c)]
+    forwards = {c: vars(c)["forward"] for c in functions if not _of_torch(c)}
+    hook = torch.Tensor.register_hook
+
+    def registered(self: torch.Tensor, made: Any) -> Any:
+        if not _of_torch(made):
+            found.append("a hook that the code registers on a tensor")
+        return hook(self, made)  # type: ignore[no-untyped-call]
+
+    torch.Tensor.register_hook = registered  # type: ignore[method-assign]
+    for function in forwards:
+        said = f"`{function.__name__}`, a torch.autograd.Function"
+        function.forward = staticmethod(_noting(function.forward, found, said))
+    try:
+        yield found
+    finally:
+        for function, forward in forwards.items():
+            function.forward = forward
+        torch.Tensor.register_hook = hook  # type: ignore[method-assign]
+
+
+def _below(kind: Any) -> Iterator[Any]:
+    for function in kind.__subclasses__():
+        yield function
+        yield from _below(function)
+
+
+def _of_torch(x: Any) -> bool:
+    return (getattr(x, "__module__", None) or "").startswith("torch.")
+
+
+def _noting(run: Callable[..., Any], found: list[str], what: str) -> Callable[..., Any]:
+    @wraps(run)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        found.append(what)
+        return run(*args, **kwargs)
+
+    return noted
