@@ -57,6 +57,31 @@ def test_onnx_runtime_reads_channels_by_four(conv, channels, tmp_path):
     assert float((got - want).abs().max()) <= 1.01 * float((want.unique().diff()).min())
 
 
+@pytest.mark.parametrize("cut", ["chunk", "split", "unbind"])
+def test_layers_read_any_part_of_what_is_cut(cut, tmp_path):
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 16, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(16, 8, 1)
+
+        def forward(self, x):
+            x = torch.relu(self.a(x))
+            left, right = {
+                "chunk": lambda: x.chunk(2, 1),
+                "split": lambda: x.split([8, 8], 1),
+                "unbind": lambda: x.view(-1, 2, 8, *x.shape[2:]).unbind(1),
+            }[cut]()
+            return self.c(torch.cat([left[..., 2:, 2:], self.b(right)], 1))
+
+    graph = traced(Parts(), 3, 12, 12)
+    made = quantized(graph, data(3, 12, 12))
+    (x,) = data(3, 12, 12, n=1)
+    assert distance(graph, made, x) < 1e-3
+    got, ops = ran(made, x, tmp_path)
+    assert ops["QLinearConv"] == 3
+    torch.testing.assert_close(got, interpret(made, [x])[0], rtol=0, atol=0.02)
+
+
 def test_an_activation_is_the_end_of_a_range():
     graph = quantized(tiny())
     assert not any(n.op in ("aten.relu.default", "aten.relu6.default") for n in graph.nodes)

@@ -162,10 +162,10 @@ def _feeds(made: Value, needed: set[Node]) -> bool:
 
 
 def _in_order(graph: Graph, entries: set[Value]) -> Iterator[Value]:
-    """Inputs that are rounded, then what every node makes."""
+    """Inputs that are rounded, then what every node makes, all parts of what is cut among it."""
     yield from (v for v in graph.inputs if v in entries)
     for node in graph.nodes:
-        yield from node.results[:1]
+        yield from node.results
 
 
 def _add_points(region: Region, made: Value) -> None:
