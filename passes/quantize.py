@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from dfc.compress.gathered_experts import group_gathered
 from dfc.compress.grid import Grid
 from dfc.compress.processor import Processor, declared, processor_of
 from dfc.compress.weighted import (
@@ -100,6 +101,7 @@ class Quantize(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> int:
         self._check_options()
+        grouped = group_gathered(graph, self._is_meant(graph))
         found, kept = find_weighted(graph)
         device = processor_of(ctx.target)
         scheme = self._scheme(found, device)
@@ -118,7 +120,7 @@ class Quantize(Pass):
         if not chosen:
             if self._is_done(graph):
                 ctx.note("quantize: the layers that it could take read codes already")
-                return 0
+                return grouped
             raise self._nothing(kept)
         check_numbers(chosen)
         self._tell_what_stays(graph, chosen, kept, ctx)
@@ -127,7 +129,7 @@ class Quantize(Pass):
         if scheme == "static":
             return self._calibrate(graph, wanted, ctx)
         self._quantize(graph, wanted, scheme, ctx)
-        return quota.done
+        return quota.done or grouped
 
     def _fold(self, graph: Graph, ctx: Context) -> int:
         """A norm behind a layer is part of its weights: it decides their ranges."""
@@ -254,6 +256,12 @@ class Quantize(Pass):
 
     # Choosing
 
+    def _is_meant(self, graph: Graph) -> Callable[[Node], bool]:
+        """Whether the step's words leave a node in."""
+        only = set(self.select.nodes_left(graph) if self.select else graph.nodes)
+        only -= set(self.exclude.nodes_left(graph) if self.exclude else ())
+        return only.__contains__
+
     def _chosen(
         self, graph: Graph, found: list[Weighted], kept: dict[Node, str], scheme: str
     ) -> list[Weighted]:
@@ -306,9 +314,8 @@ class Quantize(Pass):
         self, graph: Graph, chosen: list[Weighted], kept: Mapping[Node, str], ctx: Context
     ) -> None:
         """Name the largest layer that stays for another reason than the user's own words."""
-        part = set(self.select.nodes_left(graph) if self.select else graph.nodes)
-        part -= set(self.exclude.nodes_left(graph) if self.exclude else ())
-        bytes_ = {n: _float_bytes(n.operands) for n in kept if n in part}
+        meant = self._is_meant(graph)
+        bytes_ = {n: _float_bytes(n.operands) for n in kept if meant(n)}
         stays = sum(bytes_.values())
         share = stays / max(1, stays + _float_bytes(w.weight for w in chosen))
         if share >= _TOLD:
