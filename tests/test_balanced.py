@@ -39,6 +39,36 @@ def test_there_are_as_many_stages_as_asked_for(stages: int) -> None:
     assert len(split(graph, placed)) == stages  # each is convex
 
 
+class Watched(nn.Module):
+    """A running mean that is read long before it is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+        self.register_buffer("mean", torch.zeros(64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layers[0](x) - self.mean
+        x = torch.tanh(self.layers[2](torch.tanh(self.layers[1](x))))
+        self.mean.lerp_(x.detach().mean(0), 0.1)
+        return self.layers[3](x).square().mean()
+
+
+@pytest.mark.parametrize("stages", [2, 3, 20])
+def test_who_reads_and_who_writes_a_buffer_share_a_stage(stages: int) -> None:
+    model = Watched()
+    graph = dfc.trace(model, ARGS, dynamic_shapes=SHAPES)
+    placed = balanced(graph, stages, ARGS)
+    assert len(set(placed.values())) == stages or stages == 20
+    with Trainer(graph, placed, microbatches=1, optimizer=torch.optim.SGD) as trainer:
+        for _ in range(2):
+            trainer.backward(*ARGS)
+            trainer.update()
+            trainer.zero_grad()
+        assert trainer.state_dict()["buffers"]["mean"].abs().sum() > 0
+
+
 def test_a_schedule_of_two_stages_a_rank_trains_a_model_of_few_nodes() -> None:
     model = nn.Sequential(nn.Linear(64, 2), nn.Tanh(), nn.Linear(2, 2))
     graph = dfc.trace(model, ARGS, dynamic_shapes=SHAPES)

@@ -126,3 +126,39 @@ def test_what_the_help_says_has_the_same_gradient(
         trainer.backward(X)
         found = {n: p.grad for n, p in trainer.parameters.items() if p.grad is not None}
     close(found, {n: p.grad for n, p in whole.named_parameters() if p.grad is not None})
+
+
+class Under(nn.Module):
+    """Batch norm, and a spectral norm whose power iteration writes buffers, under `no_grad`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+        self.last = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        with torch.no_grad():
+            scale = torch.sin(self.first(y)) + y.square()
+        return self.last(self.norm(y) * scale).square().mean()
+
+
+def test_nothing_flows_through_what_is_computed_under_no_grad() -> None:
+    """Also where the model writes to buffers."""
+    graph, whole = traced(Under()), Under()
+    with Trainer(graph, evenly(graph, 1), optimizer=adamw, microbatches=1) as trainer:
+        for _ in range(2):
+            whole.zero_grad()
+            loss = whole(X)
+            loss.backward()
+            torch.testing.assert_close(trainer.backward(X), loss.detach())
+            found = {n: p.grad for n, p in trainer.parameters.items() if p.grad is not None}
+            expected = {n: p.grad for n, p in whole.named_parameters() if p.grad is not None}
+            assert found.keys() == expected.keys()
+            for name, gradient in expected.items():
+                torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+            trainer.set_options(lr=0.0, weight_decay=0.0)
+            trainer.update()  # takes over the buffers
+        for name, held in trainer.state_dict()["buffers"].items():
+            torch.testing.assert_close(held, whole.get_buffer(name))

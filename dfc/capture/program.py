@@ -16,6 +16,7 @@ from dfc.capture.attempts import quiet
 from dfc.capture.batch_norm_sizes import need_several_values
 from dfc.capture.call_structure import constant, tree_of
 from dfc.capture.convert import Converter, Names, reads_tensor, refuse_leaked
+from dfc.capture.no_gradients import keep_out_gradients
 from dfc.capture.wishes import DimWish, Request
 from dfc.errors import DfcError
 from dfc.ir.expr import Expr, Scalar, symbol
@@ -31,6 +32,7 @@ def build_graph(request: Request, program: ExportedProgram, used: Request) -> Gr
         # torch loses the module path of constants made inside modules: offer both names.
         for name, tensor in list(program.constants.items()):
             program.constants.setdefault(name.rpartition(".")[2], tensor)
+        keep_out_gradients(program.graph_module)
         with quiet():
             program = program.run_decompositions({})
     graph = Graph("main")

@@ -39,17 +39,20 @@ def _as_many(found: Plan, wanted: int) -> dict[Node, int]:
     for group, nodes in enumerate(model.groups):
         stages[placed[nodes[0]]].append(group)  # groups are in the order of nodes
 
-    while len(stages) < wanted and any(len(groups) > 1 for groups in stages):
-        longest = max(
-            (i for i, groups in enumerate(stages) if len(groups) > 1),
-            key=lambda i: sum(seconds[g] for g in stages[i]),
-        )
-        groups = stages[longest]
-        at = min(
-            range(1, len(groups)),
-            key=lambda k: max(sum(seconds[g] for g in part) for part in (groups[:k], groups[k:])),
-        )
-        stages[longest : longest + 1] = [groups[:at], groups[at:]]
+    def length(groups: Sequence[int]) -> float:
+        return float(sum(seconds[g] for g in groups))
+
+    def cuts(groups: Sequence[int]) -> list[int]:
+        sides = [(k, set(groups[:k]), set(groups[k:])) for k in range(1, len(groups))]
+        whole = [set(t) for t in model.problem.together]
+        return [k for k, a, b in sides if not any(t & a and t & b for t in whole)]
+
+    while len(stages) < wanted and any(map(cuts, stages)):
+        i = max((i for i, groups in enumerate(stages) if cuts(groups)),
+                key=lambda i: length(stages[i]))  # fmt: skip
+        groups = stages[i]
+        at = min(cuts(groups), key=lambda k: max(length(groups[:k]), length(groups[k:])))
+        stages[i : i + 1] = [groups[:at], groups[at:]]
     return {n: s for s, groups in enumerate(stages) for g in groups for n in model.groups[g]}
 
 

@@ -165,7 +165,7 @@ def modelled(
     if wish.recompute in ("auto", "selective"):
         some = _kept(graph, saved, counted, group_of, sizes)
     live = live_bytes(graph, sizes)
-    pins, together = _pins(limits, group_of, machine), _together(limits, group_of)
+    pins, together = _pins(limits, group_of, machine), _together(graph, limits, group_of)
     names = tuple(named(nodes[0]) for nodes in groups)
     problem = Problem(
         time,
@@ -248,8 +248,16 @@ def _pins(
     return found
 
 
-def _together(limits: Limits, group_of: Mapping[Node, int]) -> tuple[tuple[int, ...], ...]:
-    groups = (tuple(sorted({group_of[n] for n in nodes})) for nodes in limits.together)
+def _together(
+    graph: Graph, limits: Limits, group_of: Mapping[Node, int]
+) -> tuple[tuple[int, ...], ...]:
+    """What must share a stage: what limits say, and who reads and who writes a buffer."""
+    written = [
+        [m.value.node, *(n for n in graph.nodes if m.target in n.operands)]
+        for m in graph.mutations if m.value.node is not None
+    ]  # fmt: skip
+    every = (*limits.together, *written)
+    groups = (tuple(sorted({group_of[n] for n in nodes})) for nodes in every)
     return tuple(group for group in groups if len(group) > 1)
 
 
