@@ -425,7 +425,11 @@ def _is_table(w: Weighted) -> bool:
 def _not_calibrated(w: Weighted) -> str | None:
     """Why a layer has no calibrated form, if it has none; tables are rounded by weights alone."""
     dtype = w.weight.tensor_type.dtype.name
-    if dtype == "f32" or _is_table(w) or w.is_experts:
+    if _is_table(w) or w.is_experts:
+        return None
+    if any(isinstance(u.x, Parameter) for u in w.uses):
+        return "what it reads is constant"
+    if dtype == "f32":
         return None
     return f"it computes with {dtype}, calibrated layers with f32: `scheme=dynamic` takes it"
 

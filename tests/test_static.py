@@ -82,6 +82,39 @@ def test_layers_read_any_part_of_what_is_cut(cut, tmp_path):
     torch.testing.assert_close(got, interpret(made, [x])[0], rtol=0, atol=0.02)
 
 
+def test_branches_whose_activations_follow_together():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(3, 8, k, padding=k // 2) for k in (1, 3, 5))
+            self.head = nn.Conv2d(24, 8, 1)
+
+        def forward(self, x):
+            found = [conv(x) for conv in self.convs]
+            return self.head(torch.cat([torch.relu(y) for y in found], 1))
+
+    graph = traced(Branches(), 3, 12, 12)
+    made = quantized(graph, data(3, 12, 12))
+    assert distance(graph, made, data(3, 12, 12)[0]) < 1e-3
+
+
+def test_a_layer_of_constants_stays_in_floats():
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.places = nn.Buffer(torch.randn(16, 4))
+            self.up, self.down = nn.Linear(4, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.down(x + self.up(self.places))
+
+    graph = dfc.trace(Biased().eval(), (torch.randn(16, 16),))
+    ctx = Context(data={"calib": [torch.randn(16, 16)]}, decisions=[])
+    step = find_pass("quantize", {"data": "calib", "scheme": "static"})
+    assert step.run(graph, ctx) == 1
+    assert any(d.reason == "what it reads is constant" for d in ctx.decisions)
+
+
 def test_an_activation_is_the_end_of_a_range():
     graph = quantized(tiny())
     assert not any(n.op in ("aten.relu.default", "aten.relu6.default") for n in graph.nodes)

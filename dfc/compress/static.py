@@ -145,8 +145,13 @@ def _tell_constant(ranges: Mapping[Point, Range], data: str, ctx: Context) -> No
 def _round_values(graph: Graph, region: Region, ranges: Mapping[Point, Range]) -> dict[Node, float]:
     """Put the pairs in; the scale of what each layer reads."""
     inputs = {n: region.points[source_of(_first(n))] for n in region.layers}
-    nodes = list(graph.nodes)
-    following = dict(zip(nodes, [*nodes[1:], None], strict=True))
+    clips = {p.value.node for p in region.points.values() if p.value is not p.made}
+    following: dict[Node | None, Node | None] = {}  # of what stays, where the pairs are put
+    after = None
+    for node in graph.reversed_nodes:
+        following[node] = after
+        after = after if node in clips else node
+    following[None] = after  # inputs
     constants: dict[tuple[Point, Range], tuple[float, Parameter, Parameter]] = {}
     scales: dict[Point, float] = {}
     for point in region.points.values():
@@ -155,8 +160,7 @@ def _round_values(graph: Graph, region: Region, ranges: Mapping[Point, Range]) -
         if key not in constants:
             constants[key] = _scale_of(graph, point, range)
         scales[point], scale, zero = constants[key]
-        made = point.made.node
-        _round_one(graph, region, point, scale, zero, following[made] if made else nodes[0])
+        _round_one(graph, region, point, scale, zero, following[point.made.node])
     return {n: scales[p] for n, p in inputs.items()}
 
 
