@@ -114,7 +114,8 @@ def factor(hessian: Hessian, damping: float = DAMPING, by_importance: bool = Fal
 
     dead = hessian.dead
     if bool(dead.all()):
-        raise DfcError("D091", f"all its {hessian.inputs} inputs were 0 in calibration")
+        help = "calibrate on data that reaches it, or leave the layer out by `except`"
+        raise DfcError("D091", f"all its {hessian.inputs} inputs were 0 in calibration", help=help)
     h = (hessian.sum + hessian.sum.T) / 2
     h[dead, dead] = 1
     diagonal = h.diagonal().clone()
