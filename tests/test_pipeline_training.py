@@ -137,6 +137,32 @@ def test_a_microbatch_is_no_smaller_than_the_batch_may_be() -> None:
     assert torch.equal(*losses)
 
 
+class Copies(nn.Module):
+    """A weight, a constant and an input that are copied before they are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 4)), torch.ones(4)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        weight, bias, skip = self.weight.clone(), self.bias.clone(), x.clone()
+        return F.mse_loss(torch.tanh(x @ weight + bias) @ weight.T + skip, y)
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_stages_hand_on_what_they_only_copy(kept: int) -> None:
+    torch.manual_seed(0)
+    model, args = Copies(), (torch.randn(6, 4), torch.randn(6, 4))
+    graph = dfc.trace(model, args, dynamic_shapes=({0: B}, {0: B}))
+    nodes = list(graph.nodes)
+    assert [n.op for n in nodes[:3]] == ["aten.clone.default"] * 3
+    loss, expected = reference(model, args, 3)
+    with Trainer(graph, {n: int(i >= kept) for i, n in enumerate(nodes)}, microbatches=3,
+                 optimizer=adamw) as trainer:  # fmt: skip
+        torch.testing.assert_close(trainer.backward(*args), loss)
+        close({n: p.grad for n, p in trainer.parameters.items()}, expected)
+
+
 class Unwilling(Engine):
     """Runs as eager does, and writes over nothing."""
 

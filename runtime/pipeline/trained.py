@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dfc.errors import DfcError
-from dfc.ir.graph import Graph, Value
+from dfc.ir.graph import Graph, Parameter, Value
 from dfc.planning.actions import AGAIN, Action, Kind
 from dfc.planning.backward import Part, replay
 from dfc.planning.engine import Donating, Runner
@@ -80,6 +80,12 @@ class TrainedStage:
             for w in [weights[name]]
         }
         self._given = list(zip(stage.stage.gives, joint.outputs, strict=True))
+        # weights and constants that the stage hands on
+        constants = [v for v in joint.outputs if isinstance(v, Parameter)]
+        self._as_they_are: dict[Value, torch.Tensor] = {
+            v: v.data.tensor() for v in constants if v.data is not None
+        }
+        self._as_they_are |= {v: self._weights[v] for v in joint.outputs if v in self._weights}
         mine = {out: state[v] for v, out in self._given if v in state} if state else {}
         self._written = {out: name for out, (name, _) in mine.items()}
         self.state = dict(mine.values())
@@ -171,6 +177,7 @@ class TrainedStage:
         joint = self.stage.joint
         known = dict(zip(joint.inputs, (values[v] for v in self.stage.stage.takes), strict=True))
         known.update((v, self._changed[name]) for name, v in joint.state.items())
+        known.update(self._as_they_are)
         self._runs[Kind.F](known, self._weights)
         for condition, message in self._checks.items():
             if not bool(known[condition]):
