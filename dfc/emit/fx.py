@@ -100,11 +100,18 @@ class _Emitter:
         self.passed_by: set[fx.Node] = set()  # what kernels read the operands of
         self.outer = outer
 
+    def _argument(self, name: str) -> fx.Node:
+        """An argument that is called what its node is: `input` becomes `input_1` in fx, and the
+        code would read another argument of that name."""
+        made = self.fx.placeholder(name)
+        made.target = made.name
+        return made
+
     def module(self) -> fx.GraphModule:
         for name in self.outer:
-            self.sizes[_symbol(name)] = self.fx.placeholder(name)
+            self.sizes[_symbol(name)] = self._argument(name)
         for v in self.graph.inputs:
-            self.env[v] = self.fx.placeholder(_python_name(v.name))
+            self.env[v] = self._argument(_python_name(v.name))
         self.bind_inputs()
         for i, p in enumerate(self.graph.parameters.values()):
             if p.use_count and p not in self.visiting:
