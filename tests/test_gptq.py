@@ -233,6 +233,23 @@ def test_bad_calibration_names_the_layer(graph: Graph) -> None:
         assert e.value.code == "D090"
 
 
+def test_a_layer_that_reads_zeros_alone_is_rounded_to_nearest_and_told(graph: Graph) -> None:
+    idle = graph.copy()
+    name = "model.layers.0.post_attention_layernorm.weight"
+    idle.parameters[name].data = TensorData(name, torch.zeros(32))
+    found, _, ctx = run_step(idle, STEP.format("gptq"))
+    told = [d for d in ctx.decisions if d.reason.startswith("to nearest: all its inputs were 0")]
+    assert len(told) == 3  # gate, up, and down, which multiplies what they give
+    plain, _, _ = run_step(idle, STEP.format("rtn"))
+    name = "model.layers.0.mlp.gate_proj.weight"
+    codes, scales = (
+        [g.parameters[f"{name}.{part}"].data.tensor() for g in (found, plain)]
+        for part in ("codes", "scale")
+    )
+    assert torch.equal(*scales)
+    assert float((codes[0] != codes[1]).float().mean()) < 0.01  # scales are rounded to f16 later
+
+
 def test_few_tokens_are_told(graph: Graph) -> None:
     _, _, ctx = run_step(graph, STEP.format("gptq"), [tokens()[:, :16]])
     told = [d.reason for d in ctx.decisions if d.outcome == "calibrated"]

@@ -71,8 +71,9 @@ def encode(
 ) -> Mapping[Parameter, Rounded]:
     """The weights of linear layers and experts on the grid; each sees what those before it give.
 
-    Raises:  DfcError D080..D084 for data that does not fit; D090..D092, with the layer's name, for
-             activations that are NaN, inputs that are all 0, and a Hessian that has no inverse.
+    Layers whose inputs are all 0, and experts that few rows reach, are rounded to nearest.
+    Raises:  DfcError D080..D084 for data that does not fit; D090, D092, with the layer's name, for
+             activations that are NaN, and a Hessian that has no inverse.
     Memory:  a float copy of the weights that are done, and one Hessian; of experts two, whatever
              their number: batches wait while one expert after the other is solved.
     """
@@ -101,6 +102,11 @@ class _Solved:
         for p in group.weights.values():
             if group.ends is not None:
                 self._add(group, p, *self._expert(group.matrix(p), hessian))
+                continue
+            if bool(hessian.dead.all()):  # as the first values that a decoder of DETR attends to
+                self.found[p] = nearest(group.matrix(p).float(), self.grid)
+                told = f"to nearest: all its inputs were 0 on {counted(hessian.tokens, 'token')}"
+                self._tell(group, p, told)
                 continue
             self.found[p], used = gptq(group.matrix(p), hessian, self.grid)
             self._tell(group, p, _told(hessian, used))
