@@ -62,6 +62,18 @@ def hooked(x: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def switched_off(x: torch.Tensor) -> torch.Tensor:
+    """Captured below autograd, where nothing says that gradients are off."""
+    with torch.no_grad():
+        scale = x.abs().amax()
+    return torch.func.grad(lambda z: z.square().sum())(x) / scale
+
+
+def switched_off_by_a_decorator(x: torch.Tensor) -> torch.Tensor:
+    largest = torch.no_grad()(lambda: x.abs().amax())
+    return torch.func.grad(lambda z: z.square().sum())(x) / largest()
+
+
 def with_module_hook() -> nn.Module:
     model = Net(torch.tanh)
     model.last.register_full_backward_hook(lambda module, given, got: None)
@@ -79,6 +91,8 @@ def with_parameter_hook() -> nn.Module:
     [
         (lambda: Net(Rounded.apply), r"`Rounded`, a torch\.autograd\.Function"),
         (lambda: Net(hooked), "a hook that the code registers on a tensor"),
+        (lambda: Net(switched_off), r"code under `torch\.no_grad\(\)`"),
+        (lambda: Net(switched_off_by_a_decorator), r"code under `torch\.no_grad\(\)`"),
         (with_module_hook, "a backward hook of `last`"),
         (with_parameter_hook, r"a hook of the parameter `last\.weight`"),
     ],
@@ -107,6 +121,17 @@ def test_a_loss_that_defines_its_gradient_is_refused() -> None:
 
     with pytest.raises(DfcError, match=r"N079.*`Rounded`"):
         Trainer(graph, evenly(graph, 1), optimizer=adamw, loss=loss, targets=["f32[4, 2]"])
+
+
+def test_a_model_that_differentiates_in_forward_is_trained() -> None:
+    model = Net(lambda x: torch.func.grad(lambda z: z.pow(3).sum())(x))
+    graph = traced(model)
+    assert any("below autograd" in note for note in graph.notes)
+    model(X).backward()
+    with Trainer(graph, evenly(graph, 2), optimizer=adamw, microbatches=1) as trainer:
+        trainer.backward(X)
+        found = {n: p.grad for n, p in trainer.parameters.items() if p.grad is not None}
+    close(found, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
 
 
 @pytest.mark.parametrize(

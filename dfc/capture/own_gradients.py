@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
 import torch
+
+_PARTS = ("torch.nn.", "torch.optim.", "torch.distributions.")  # of which models are made
 
 
 def hooks_of(model: torch.nn.Module) -> list[str]:
@@ -48,6 +51,38 @@ def own_gradients() -> Iterator[list[str]]:
         for function, forward in forwards.items():
             function.forward = forward
         torch.Tensor.register_hook = hook  # type: ignore[method-assign]
+
+
+@contextmanager
+def without_gradients() -> Iterator[list[str]]:
+    """While code is traced below autograd: whether the model's own switches gradients off, which
+    nothing in such a graph says."""
+    found: list[str] = []
+    entered = torch.no_grad.__enter__
+
+    def enter(self: torch.no_grad) -> None:
+        if _is_the_models(_caller()):
+            found.append("code under `torch.no_grad()`, in a model that differentiates in forward")
+        entered(self)
+
+    torch.no_grad.__enter__ = enter  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        torch.no_grad.__enter__ = entered  # type: ignore[method-assign]
+
+
+def _caller() -> str:
+    """The module whose code enters a context, or calls what is decorated with it."""
+    frame = sys._getframe(2)
+    while frame.f_back and frame.f_globals.get("__name__") == "torch.utils._contextlib":
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__"))
+
+
+def _is_the_models(module: str) -> bool:
+    """Whether code belongs to models, not to what traces them."""
+    return not module.startswith(("torch.", "dfc.")) or module.startswith(_PARTS)
 
 
 def _below(kind: Any) -> Iterator[Any]:

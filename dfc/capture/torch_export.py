@@ -16,7 +16,7 @@ import torch
 
 from dfc.capture.attempts import ATTEMPTS
 from dfc.capture.call_structure import flat_leaves, register_caches, register_example
-from dfc.capture.own_gradients import hooks_of, own_gradients
+from dfc.capture.own_gradients import hooks_of, own_gradients, without_gradients
 from dfc.capture.program import build_graph
 from dfc.capture.refusal import bad_call, counting_norm, raised_by_user_code, refusal, user_error
 from dfc.capture.wishes import DynamicShapes, Request, enlarge, wishes_of
@@ -86,9 +86,11 @@ def _capture(request: Request) -> Graph:
         before = list(request.notes)
         example = request if attempt.name == "static" else used
         try:
-            with own_gradients() as found:
+            with own_gradients() as found, without_gradients() as switched:
                 program = attempt.run(example)
             graph = build_graph(request, program, example)
+            if attempt.name == "below autograd":
+                found += switched
             graph.own_gradients = tuple(dict.fromkeys([*found, *hooks_of(request.model)]))
         except Exception as e:
             request.notes[:] = before
