@@ -26,9 +26,12 @@ def test_actors_run_the_same_ranks_and_are_replaced() -> None:
             equal(pipeline, args)
             before = pipeline.pids
             assert len(set(before) | {os.getpid()}) == 3
+            own = os.getpriority(os.PRIO_PROCESS, 0)
+            assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in before] == [own, own]
             told = struck(pipeline, 1, signal.SIGKILL, args)
             equal(pipeline, args)  # a rank that had no more to do is started again for it
-            assert pipeline.pids[0] == before[0] and pipeline.pids[1] != before[1]
+            replaced = [a != b for a, b in zip(pipeline.pids, before, strict=True)]
+            assert replaced == [False, True], pipeline.incidents
             assert "rank 1 lost" in told
             ranks = pipeline.pids
         assert gone(ranks, 60)
