@@ -298,6 +298,7 @@ class ProcessLanes:
             self.crew.bury(rank)
         asked = {r: m for r, m in self.crew.members.items() if m.loaded}
         self.crew.tell({"do": "abandon"}, list(asked))
+        waiting: dict[int, str] = {}
         until = time.monotonic() + self._patience()
         while asked and time.monotonic() < until:
             try:
@@ -308,12 +309,11 @@ class ProcessLanes:
                     asked.pop(rank, None)
                 continue
             if found is not None and found[1]["did"] == "abandoned":
-                asked.pop(found[0], None)
+                rank, message = found
+                asked.pop(rank, None)
+                if message["what"] in ("RECV", "SEND"):
+                    waiting[rank] = f"rank {rank} waits in {message['doing']}"
         for rank in asked:
             self.crew.bury(rank)  # deaf: it is started again
         self._unlink()
-        return [
-            f"rank {m.rank} waits in {m.doing}"
-            for m in self.crew.members.values()
-            if m.what in ("RECV", "SEND")
-        ]
+        return [waiting[rank] for rank in sorted(waiting)]

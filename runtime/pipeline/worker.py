@@ -65,7 +65,8 @@ class Worker:
                     self._step(command)
                 case "abandon":
                     self._drop()
-                    self._tell("abandoned")
+                    self._tell("abandoned")  # and in what
+                    self.doing.set("idle")  # else what it was in takes too long
                 case _:
                     return
 
