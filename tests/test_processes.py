@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from dfc.runtime.pipeline.folder import assembly, read_assembly, write_assembly
 from dfc.runtime.pipeline.messages import Layout
 from dfc.runtime.pipeline.processes import Processes
 from dfc.runtime.pipeline.routes import stage_edges
-from dfc.runtime.pipeline.spawn import Spawner, owner_is_gone, private_folder
+from dfc.runtime.pipeline.spawn import owner_is_gone, private_folder
 from dfc.runtime.pipeline.world import World
 from tests.fair_clock import FairClock
 from tests.kept_graph import keep
@@ -263,23 +263,6 @@ def test_a_killed_rank_is_named_restarted_and_nothing_is_lost(
     equal(pipeline, args)  # a rank that had no more to do is started again for the next step
     assert pipeline.pids[rank] != before[rank]  # the other too, if it was deaf for seconds
     assert f"rank {rank} lost" in told and "SIGKILL" in told
-
-
-def test_a_rank_that_computes_as_another_is_lost_waits_for_it_without_a_deadline() -> None:
-    """It gives up between two actions, and was taken to be in the first as long as it waited."""
-    args = (torch.randn(64, 160, 512),)
-    graph = dfc.trace(Heavy().eval(), args, dynamic_shapes=({0: B},))
-    last = list(graph.nodes)[-1]
-    placed = {n: int(n is last) for n in graph.nodes}
-    late = partial(Spawner, entry=("tests.late_rank",))
-    # Each takes some 0.3 s on rank 0, which is in the first of them when rank 1 is killed.
-    with Processes(graph, placed, microbatches=2, threads=1, launcher=late) as pipeline:
-        equal(pipeline, args)
-        before = pipeline.pids
-        assert "rank 1 lost" in struck(pipeline, 1, signal.SIGKILL, args)
-        equal(pipeline, args)
-        replaced = [a != b for a, b in zip(pipeline.pids, before, strict=True)]
-        assert replaced == [False, True], pipeline.incidents
 
 
 def test_large_values_survive_a_killed_rank() -> None:
