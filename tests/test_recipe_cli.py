@@ -9,6 +9,7 @@ import pytest
 import dfc
 from dfc.cli.steps import parse_pipeline
 from dfc.recipe.plan import Hole
+from dfc.recipe.sources import plan_of, plan_of_passes
 from tests.command import Run
 
 NET = """
@@ -34,6 +35,10 @@ def build():
 def val():
     torch.manual_seed(1)
     return [(torch.randn(3, 8), 0)]
+
+
+def batches():
+    return [torch.randn(3, 8)]
 
 
 def empty():
@@ -267,6 +272,20 @@ def test_pipelines_read_values_as_recipes_do() -> None:
     assert dict(first.options) == {}  # type: ignore[union-attr]
     again = parse_pipeline("cse,dce,cse").steps
     assert [s.label for s in again] == ["cse", "dce", "cse_2"]  # type: ignore[union-attr]
+
+
+def test_data_of_a_pipeline_are_passed_by_their_names(run: Run, here: Path) -> None:
+    steps = "quantize{to=int8,scheme=static,data=calib,embeddings=no}"
+    plan = parse_pipeline(steps)
+    assert plan.data == ("calib",) and "data calib" in str(plan)
+    assert plan_of(str(plan)).data == ("calib",)
+    assert plan_of_passes([step.build({}) for step in plan.passes()]).data == ("calib",)
+    argv = ("compile", "net.py:build", "-p", steps, "--engine", "eager")
+    missing = run(*argv)
+    assert missing.status == 2 and "error[Q051]" in missing.err and "calib" in missing.err
+    done = run(*argv, "--data", "calib=net.py:batches", "-o", "m.dfcpkg")
+    assert done.status == 0, done.err
+    assert "data calib" in (here / "m.dfcpkg" / "recipe.dfc").read_text()
 
 
 def test_a_selector_of_a_pipeline_is_told_in_the_whole_text(run: Run, here: Path) -> None:

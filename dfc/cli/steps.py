@@ -40,6 +40,7 @@ def parse_pipeline(text: str) -> Plan:
              something.
     """
     from dfc.lang.source import Source
+    from dfc.recipe.options import data_of
     from dfc.recipe.plan import Plan
 
     if len(text) > MAX_TEXT:
@@ -67,7 +68,8 @@ def parse_pipeline(text: str) -> Plan:
         steps.append(_step(text, label, name, body, problems))
     if problems:
         raise DfcError.of(problems)
-    return Plan("main", tuple(steps))
+    read = [name for s in steps for name in data_of(pass_classes()[s.name], s.options)]
+    return Plan("main", tuple(steps), data=tuple(dict.fromkeys(read)))
 
 
 def _step(
@@ -115,11 +117,12 @@ def _read(
     try:
         x = parse_expression(source)
         if isinstance(x, s.Call) and x.name.name == "tune" and x.arguments and not x.keywords:
-            return (Hole(hole, tuple(convert(hint, a, source) for a in x.arguments)),)
+            values = (convert(hint, a, source, _named(a)) for a in x.arguments)
+            return (Hole(hole, tuple(values)),)
         choices = pass_classes()[name].auto.get(hole.rpartition(".")[2])
         if isinstance(x, s.Word) and x.name == "auto" and choices:
             return (Hole(hole, tuple(choices)),)
-        found = convert(hint, x, source)
+        found = convert(hint, x, source, _named(x))
         if isinstance(found, Selector):  # what is wrong with it is told in the whole text
             found = replace(found, source=Source(text, _FILE))
         return (found,)
@@ -132,6 +135,13 @@ def _read(
         return [
             replace(d, span=replace(d.span, text=text) if d.span else None) for d in e.diagnostics
         ]
+
+
+def _named(x: Any) -> tuple[str, ...]:
+    """A word where data are wanted: a pipeline declares them by naming them."""
+    from dfc.lang import syntax as s
+
+    return (x.name,) if isinstance(x, s.Word) else ()
 
 
 def _pieces(text: str, low: int, high: int) -> Iterator[tuple[int, int]]:

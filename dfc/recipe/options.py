@@ -41,6 +41,13 @@ def _fields_of(cls: Any) -> Mapping[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
+def data_of(cls: type[Pass], options: Mapping[str, Any]) -> list[str]:
+    """The data that a pass reads by these options: a recipe would declare them."""
+    hints = fields_of(cls)
+    wanted = [n for n in options if Data in (hints[n], *typing.get_args(hints[n]))]
+    return [options[n] for n in wanted if isinstance(options[n], str)]
+
+
 def part_field(cls: type[Pass]) -> str | None:
     """The option that restricts a pass to a part of the model; None when it has none."""
     hints = fields_of(cls)

@@ -141,16 +141,19 @@ class ReadyStep(PassStep):
 
 def plan_of_passes(passes: Any) -> Plan:
     """A plan of passes in order: names, classes, or `Pass` objects."""
+    from dfc.recipe.options import data_of
     from dfc.rewrite.pass_ import as_pass
 
     made: list[PassStep] = []
     seen: dict[str, int] = {}
+    read: list[str] = []
     for p in passes:
         found = as_pass(p)
+        read += data_of(type(found), _options(found))
         seen[found.name] = seen.get(found.name, 0) + 1
         label = found.name if seen[found.name] == 1 else f"{found.name}_{seen[found.name]}"
         made.append(ReadyStep(label, found.name, _options(found), ready=found))
-    return Plan("main", tuple(made))
+    return Plan("main", tuple(made), data=tuple(dict.fromkeys(read)))
 
 
 def _options(p: Any) -> dict[str, Any]:
