@@ -77,6 +77,11 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(home), name)
 
 
+def __dir__() -> list[str]:
+    """What completion offers: the names that are for users, loaded or not."""
+    return sorted({*globals(), *__all__})
+
+
 @atexit.register
 def _end() -> None:
     """After Ctrl-C a script that uses dfc ends soon."""

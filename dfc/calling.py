@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from dfc.counting import counted
 from dfc.errors import DfcError
 from dfc.ir import tree
 from dfc.ir.expr import Expr, evaluate
@@ -65,14 +66,16 @@ def _bind(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
     given: dict[str, Any] = {a.name: _MISSING for a in graph.arguments}
     if len(args) > len(names):
         raise _refuse(
-            "K012", f"the graph takes {len(names)} positional arguments, got {len(args)}", graph
+            "K012",
+            f"the model takes {counted(len(names), 'positional argument')}, got {len(args)}",
+            graph,
         )
     given.update(zip(names, args, strict=False))
     for name, value in kwargs.items():
         if name not in given:
             if value is None:
                 continue  # an argument that was left out while tracing, left out again
-            raise _refuse("K012", f"the graph has no argument `{name}`", graph)
+            raise _refuse("K012", f"the model has no argument `{name}`", graph)
         if given[name] is not _MISSING:
             raise _refuse("K012", f"the argument `{name}` is given twice", graph)
         given[name] = value
@@ -104,9 +107,9 @@ def check_inputs(graph: Graph, leaves: Sequence[Any], labels: Sequence[str]) -> 
             if isinstance(x, torch.Tensor) or not isinstance(x, (int, float, bool)):
                 raise DfcError("K013", f"`{label}` must be a number, got {_brief(x)}", status=2)
         elif not isinstance(x, torch.Tensor):
-            raise DfcError(
-                "K013", f"`{label}` must be a tensor {v.type}, got {_brief(x)}", status=2
-            )
+            help = "convert it by torch.as_tensor" if hasattr(x, "__array__") else None
+            message = f"`{label}` must be a tensor {v.type}, got {_brief(x)}"
+            raise DfcError("K013", message, help=help, status=2)
         else:
             _check_type(v, x, label)
         checked.append(x)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dfc.calling import build_outputs, flat_checked, flat_inputs, own_outputs
 from dfc.counting import counted
@@ -26,7 +28,9 @@ class Compiled:
     """What `dfc.compile` and `dfc.load` return.
 
     Buffers that the model writes to live here: each call continues from the last one's state.
-    Results never share memory with inputs or weights.
+    Results never share memory with inputs or weights, and have no gradients. Threads may call one
+    at once where the model writes to no buffers. A copy by `copy.deepcopy` has the same weights and
+    a state of its own; to another process it goes as a package.
     """
 
     def __init__(
@@ -62,6 +66,24 @@ class Compiled:
             f"<dfc.Compiled: {counted(len(self.graph), 'node')}, run by {self.engine.name}{where}>"
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
+        """What runs is shared: it keeps nothing from one call to the next."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        shared = vars(self)
+        twin.__dict__.update(shared, _state={k: v.clone() for k, v in self._state.items()})
+        twin.report = deepcopy(self.report, memo)
+        return twin
+
+    def __copy__(self) -> Compiled:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(vars(self))
+        return twin
+
+    def __reduce__(self) -> NoReturn:
+        help = "write it by `compiled.save(path)`, and `dfc.load(path)` it there"
+        raise DfcError("K024", "a compiled model cannot be pickled", help=help, status=2)
+
     def _initial_state(self) -> dict[str, Any]:
         """The current value of each mutated parameter."""
         return {
@@ -78,9 +100,11 @@ class Compiled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; inputs that lie elsewhere are moved to its device, results stay there.
 
+        Warns:   when an input asks for a gradient, which would end here unseen.
         Raises:  DfcError K010..K016 when the arguments do not fit, K family when running fails.
         """
         inputs = flat_inputs(self.graph, args, kwargs)
+        _warn_of_gradients(inputs)
         # Copied before the state is written back: a result may be what is written to.
         results = own_outputs(self.run_flat(inputs), inputs, self.owned)
         for m, value in zip(self.graph.mutations, results[self._outputs :], strict=True):
@@ -333,6 +357,15 @@ class Compiled:
 
     def __str__(self) -> str:
         return str(self.report)
+
+
+def _warn_of_gradients(inputs: Sequence[Any]) -> None:
+    """Where autograd is on, and a layer before this one would be trained through it."""
+    import torch
+
+    if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in inputs):
+        text = "a compiled model gives no gradients to its inputs: call it under torch.no_grad()"
+        warnings.warn(text, stacklevel=3)
 
 
 def emitted_path(stem: str | os.PathLike[str], format: str, options: Mapping[str, Any]) -> str:

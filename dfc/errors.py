@@ -11,8 +11,9 @@ the raiser knows better:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 _STATUS = {"P": 2, "Q": 2, "R": 2, "D": 2, "T": 3, "X": 3, "V": 4, "K": 8, "N": 2}
 
@@ -115,16 +116,29 @@ class DfcError(Exception):
         error.args = (error.render(),)
         return error
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as it is: pools of processes hand errors on so, and wait forever for others."""
+        return _restored, (type(self), self.args, self.__dict__)
+
     @property
     def code(self) -> str:
+        """That of the first diagnostic, as in `P002`."""
         return self.diagnostics[0].code
 
     @property
     def message(self) -> str:
+        """What is wrong, of the first diagnostic, without place and help."""
         return self.diagnostics[0].message
 
     def render(self) -> str:
+        """All diagnostics as text: place, code, message, the line, notes, help."""
         return "\n".join(d.render() for d in self.diagnostics)
+
+
+def _restored(cls: type[DfcError], args: tuple[Any, ...], facts: Mapping[str, Any]) -> DfcError:
+    error = cls.__new__(cls, *args)
+    error.__dict__.update(facts)
+    return error
 
 
 def did_you_mean(word: str, known: Sequence[str], count: int = 1) -> str | None:

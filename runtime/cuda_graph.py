@@ -20,6 +20,7 @@ from dfc.emit.checks import checked, lift_checks
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
 from dfc.planning.engine import Engine, Runner
+from dfc.runtime.modes import as_captured
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +92,7 @@ class Replayed:
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         import torch
 
-        with self._turn, torch.cuda.device(self.device), torch.no_grad():
+        with self._turn, torch.cuda.device(self.device), as_captured():
             stream = torch.cuda.current_stream()
             if self._done is not None:
                 stream.wait_event(self._done)

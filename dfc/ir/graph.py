@@ -382,6 +382,10 @@ class Graph:
         for node in nodes:
             node.graph = self
 
+    def __deepcopy__(self, memo: object) -> Graph:
+        """A copy; nodes are linked, and one after the other would be too deep for Python."""
+        return self.copy()
+
     def copy(self) -> Graph:
         """An independent graph that shares the parameters' data."""
         other, _ = self.copy_with_map()

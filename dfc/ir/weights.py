@@ -37,6 +37,12 @@ class TensorData(ParameterData):
         self._version = _version(tensor)
         self._digest: str | None = None
 
+    def __deepcopy__(self, memo: object) -> TensorData:
+        return self  # a copy of the tensor would have another version
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TensorData, (self._name, self.tensor())
+
     def tensor(self) -> torch.Tensor:
         if _version(self._watched) != self._version:
             raise DfcError(

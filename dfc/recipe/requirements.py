@@ -26,10 +26,12 @@ class RequirementMissed(DfcError):
         self.diagnostics = tuple(Diagnostic("Q050", _message(r)) for r in missed)
         self.args = (self.render(),)
         self.compiled = compiled
+        self.report = None if compiled is None else compiled.report
 
-    @property
-    def report(self) -> Any:
-        return self.compiled.report
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process is told, and gets the report; what was compiled stays here."""
+        make, (cls, args, facts) = super().__reduce__()
+        return make, (cls, args, {**facts, "compiled": None})
 
 
 def _message(r: RequirementReport) -> str:

@@ -48,16 +48,15 @@ class Eager(Engine):
     def build_donating(
         self, graph: Graph, device: str, threads: int | None, donated: Collection[Value]
     ) -> Runner:
-        import torch
-
         from dfc.runtime.allocation import keep_pages
+        from dfc.runtime.modes import as_captured
 
         if device == "cpu":
             keep_pages()
         module = self.module(graph, device, donated)
 
         def run(inputs: Sequence[Any]) -> list[Any]:
-            with torch.no_grad():
+            with as_captured():
                 return self.results(module(*inputs))
 
         return run

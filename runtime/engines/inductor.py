@@ -13,6 +13,7 @@ from typing import Any
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
 from dfc.planning.engine import Engine, Runner
+from dfc.runtime.modes import as_captured
 
 # What torch.compile's mode "max-autotune" sets; its CUDA graphs are `:cuda_graph`.
 MAX_AUTOTUNE = {"max_autotune": True, "coordinate_descent_tuning": True}
@@ -69,7 +70,7 @@ class Inductor(Engine):
         )
 
         def run(inputs: Sequence[Any]) -> list[Any]:
-            with torch.no_grad(), patch:
+            with as_captured(), patch:
                 return list(compiled(*inputs))
 
         return checked(run, len(graph.outputs), messages)

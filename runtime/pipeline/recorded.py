@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfc.planning.actions import Program
 from dfc.runtime.cuda_graph import CudaGraph, copied_to, recording_errors, signature
+from dfc.runtime.modes import as_captured
 from dfc.runtime.pipeline.lanes import Lanes, Step, Values
 from dfc.runtime.pipeline.streams import Clock, DeviceSpans, Streams, clock
 
@@ -82,7 +83,7 @@ class RecordedSteps:
         import torch
 
         key = id(program), *(signature(x) for part in given for x in part.values())
-        with self._turn, torch.cuda.device(self.device), torch.no_grad():
+        with self._turn, torch.cuda.device(self.device), as_captured():
             found = self._recorded.get(key)
             stream = torch.cuda.current_stream()
             if self._stream is not None and self._stream != stream:

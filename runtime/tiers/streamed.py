@@ -16,6 +16,7 @@ from dfc.errors import DfcError
 from dfc.ir.graph import Parameter
 from dfc.planning.tiers import Tiers
 from dfc.planning.weight_blocks import Block, Cut
+from dfc.runtime.modes import as_captured
 from dfc.runtime.tiers.cycle import Cycle
 from dfc.runtime.tiers.slots import Carrier, Load, pieces_of
 
@@ -76,9 +77,7 @@ class Streamed:
 
         Raises:  DfcError K071 when the weights' files are not what they were, K076 when closed.
         """
-        import torch
-
-        with self._lock, torch.no_grad():
+        with self._lock, as_captured():
             self._check_open()
             self.carrier.begin()
             if not self.cycle.between_passes:  # the last pass was ended by an error
