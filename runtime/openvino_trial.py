@@ -66,11 +66,11 @@ def _remembered(path: Path, options: Mapping[str, Any]) -> str:
         return _death(path, options)
     entry = folder / _key(path, options)
     try:
-        return entry.read_text()
+        return entry.read_text(encoding="utf-8")
     except OSError:
         death = _death(path, options)
-    with contextlib.suppress(OSError), tempfile.NamedTemporaryFile("w", dir=folder) as new:
-        new.write(death)
+    with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=folder) as new:
+        new.write(death.encode())
         new.flush()
         os.link(new.name, entry)  # whole, or not there
     return death
@@ -90,7 +90,7 @@ def _key(path: Path, options: Mapping[str, Any]) -> str:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith("flags")), platform.machine())

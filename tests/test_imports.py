@@ -236,6 +236,21 @@ def test_exceptions_are_caught_by_name(path: Path) -> None:
     assert len(lines) <= BROAD.get(name, 0), f"{name}: lines {lines} catch everything"
 
 
+def without_encoding(path: Path) -> Iterator[int]:
+    """Text of files in the encoding of whoever's terminal it is: not the same everywhere."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            given = [k.arg for k in node.keywords] + [ast.unparse(a) for a in node.args]
+            is_text = node.func.attr in ("read_text", "write_text")
+            if is_text and not {"encoding", "'utf-8'"} & {*given}:
+                yield node.lineno
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_read_as_utf8(path: Path) -> None:
+    assert not [*without_encoding(path)]
+
+
 # Speed
 
 

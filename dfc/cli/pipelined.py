@@ -290,7 +290,7 @@ def step(
 
         names = [f"rank {r}" for r in range(len(pipeline.threads))]
         with publish_file(Path(trace), force=force) as temp:
-            temp.write_text(json.dumps(report.trace(names)))
+            temp.write_text(json.dumps(report.trace(names)), encoding="utf-8")
     return results, {
         "stages": [
             {"nodes": len(s.graph), "rank": rank, "device": pipeline.devices[rank],

@@ -45,7 +45,7 @@ def grammar() -> lark.Lark:
     """The grammar, loaded once for each process: lark's own cache would unpickle a shared file."""
     import lark
 
-    text = (Path(__file__).parent / "grammar.lark").read_text()
+    text = (Path(__file__).parent / "grammar.lark").read_text(encoding="utf-8")
     return lark.Lark(
         text, start="document", parser="lalr", lexer="basic", strict=True, maybe_placeholders=True,
             )  # fmt: skip

@@ -19,7 +19,8 @@ def start_time(pid: int) -> int:
     except (ProcessLookupError, OverflowError):
         return -1
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        fields = stat.rpartition(")")[2].split()
     except OSError:  # no /proc on this system
         return 0
     return -1 if fields[0] in "ZX" else int(fields[19])
@@ -30,6 +31,6 @@ def here() -> str:
     """Eight digits for this boot of this machine and its process numbers (a container's own)."""
     parts = [platform.node()]
     with suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8"))
         parts.append(os.readlink("/proc/self/ns/pid"))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]

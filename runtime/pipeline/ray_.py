@@ -207,7 +207,7 @@ def _children(pid: int | str) -> list[int]:
     found = []
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):  # the thread has ended
-            found += [int(child) for child in file.read_text().split()]
+            found += [int(child) for child in file.read_text(encoding="utf-8").split()]
     return found
 
 

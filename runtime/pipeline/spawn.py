@@ -102,14 +102,15 @@ def private_folder(within: Path | None = None) -> tempfile.TemporaryDirectory[st
         if owner_is_gone(left):
             shutil.rmtree(left, ignore_errors=True)
     made = tempfile.TemporaryDirectory(prefix="dfc-ranks-", ignore_cleanup_errors=True)
-    (Path(made.name) / _OWNER).write_text(f"{os.getpid()} {start_time(os.getpid())} {here()}")
+    owner = f"{os.getpid()} {start_time(os.getpid())} {here()}"
+    (Path(made.name) / _OWNER).write_text(owner, encoding="utf-8")
     return made
 
 
 def owner_is_gone(folder: Path) -> bool:
     """Whether a folder is a private one of this user's, and the process that made it has ended."""
     with suppress(OSError, ValueError):  # it is no such folder, or another user's
-        pid, began, where = (folder / _OWNER).read_text().split()
+        pid, began, where = (folder / _OWNER).read_text(encoding="utf-8").split()
         own = folder.lstat().st_uid == os.geteuid() and where == here()
         return own and start_time(int(pid)) != int(began)
     return False
