@@ -37,10 +37,6 @@ def val():
     return [(torch.randn(3, 8), 0)]
 
 
-def batches():
-    return [torch.randn(3, 8)]
-
-
 def empty():
     raise FileNotFoundError("no such data set")
 
@@ -51,6 +47,10 @@ def accuracy(run, data):
 
 def broken(run, data):
     return data[7]
+
+
+def batches():
+    return [torch.randn(3, 8)]
 """
 RECIPE = """dfc 1
 data val
