@@ -107,3 +107,12 @@ def test_what_is_always_zero_has_a_scale():
 
 def test_softmax_has_the_scale_of_its_own():
     assert UNIT.affine() == (1 / 256, 0)
+
+
+def test_zeros_do_not_let_entropy_clip_the_rest():
+    """A ReLU's many zeros are exact in every range: numbers beside them decide."""
+    for x in (normal(20_000).relu(), (normal(20_000) - 1.5).relu(), (-normal(20_000)).relu() * -1):
+        h = seen(x)
+        assert error(x, RANGES["entropy"](h)) < 10 * error(x, RANGES["mse"](h))
+    empty = seen(torch.zeros(5))
+    assert RANGES["entropy"](empty) == empty.whole == Range(0.0, 0.0)
