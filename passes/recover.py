@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from dfc.emit.trainable import TrainableGraph
 
 
+_MERGE = (
+    "the module computes with the weights that it was given: train those in place; what "
+    "parametrizations and adapters add is copied into them first (`weight.data.copy_(merged)`)"
+)
+
+
 @dataclass(frozen=True)
 class Recover(Pass):
     """Let a function that the caller passes by name train the weights, and read them back.
@@ -50,12 +56,19 @@ class Recover(Pass):
 
         module = TrainableGraph(graph.copy())
         self._train(function, module, given)
+        self._check_in_place(module)
         changed = self._changed(graph, module)
         for name, tensor in changed.items():
             p = graph.parameters[name]
             ctx.decided(p, "trained", f"by `{self.function}`")
             p.data = TensorData(name, tensor)
-        if not changed:
+        others = _others(module)
+        if others and not changed:
+            message = f"function `{self.function}` added {others}, and changed no weight"
+            raise DfcError("K040", message, help=_MERGE, status=8)
+        if others:
+            ctx.note(f"recover: {others}, which `{self.function}` added, are left aside")
+        elif not changed:
             ctx.note(
                 f"recover: `{self.function}` changed no weight of the module that it was given"
             )
@@ -111,6 +124,13 @@ class Recover(Pass):
             help = "train the module that it is given, in place; what it returns is left aside"
             raise DfcError("K040", message, help=help, status=8)
 
+    def _check_in_place(self, module: TrainableGraph) -> None:
+        """Refuse a module with another tensor in a weight's place: the graph never reads that."""
+        moved = module.displaced()
+        if moved:
+            message = f"function `{self.function}` put something else in the place of `{moved[0]}`"
+            raise DfcError("K040", message, help=_MERGE, status=8)
+
     def _changed(self, graph: Graph, module: TrainableGraph) -> dict[str, Tensor]:
         """The weights that are not what they were, all of them checked before any is taken."""
         import torch
@@ -133,3 +153,12 @@ class Recover(Pass):
             if not torch.equal(old, new):
                 found[name] = new.clone()
         return found
+
+
+def _others(module: TrainableGraph) -> str:
+    """Parameters that are no weights of the graph, in words; none: an empty text."""
+    own = {id(p) for p in module.weights().values()}
+    found = [n for n, p in module.named_parameters() if id(p) not in own]
+    if len(found) < 2:
+        return "".join(f"the new parameter `{n}`" for n in found)
+    return f"the new parameters `{found[0]}` and {len(found) - 1} more"

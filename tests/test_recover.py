@@ -157,6 +157,48 @@ def test_what_a_function_must_not_do_is_told_with_what_to_do() -> None:
     )
 
 
+class Halved(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+def test_what_is_put_beside_or_in_the_place_of_weights_is_told() -> None:
+    """The graph computes with its own weights: what adapters add would be lost in silence."""
+
+    def parametrized(module: nn.Module, data: Any) -> None:
+        nn.utils.parametrize.register_parametrization(module.up, "weight", Halved())
+        distil(module, data)
+
+    def replaced(module: nn.Module, data: Any) -> None:
+        module.up.weight = nn.Parameter(torch.zeros(32, 8))
+
+    def adapted(module: nn.Module, data: Any) -> None:
+        module.low = nn.Linear(8, 2)
+
+    def merged(module: nn.Module, data: Any) -> None:
+        nn.utils.parametrize.register_parametrization(module.up, "weight", Halved())
+        nn.utils.parametrize.remove_parametrizations(module.up, "weight")
+
+    def helped(module: nn.Module, data: Any) -> None:
+        module.teacher = nn.Linear(4, 4)
+        distil(module, data)
+
+    for train, said in (
+        (parametrized, "in the place of `up.weight`"), (replaced, "in the place of `up.weight`"),
+        (adapted, "added the new parameters `low.weight` and 1 more, and changed no weight"),
+    ):  # fmt: skip
+        with pytest.raises(DfcError) as error:
+            compiled("recover by distil using texts", train)
+        assert error.value.code == "K040" and said in str(error.value), train
+        assert "copy_" in str(error.value.diagnostics[0].help)
+    found = compiled("recover by distil using texts", merged)
+    torch.testing.assert_close(
+        found.graph.parameters["up.weight"].data.tensor(), Net().up.weight.detach() / 2
+    )
+    found = compiled(f"{PRUNE}recover by distil using texts", helped)
+    assert any("teacher.weight` and 1 more, which `distil` added" in n for n in found.report.notes)
+
+
 def test_a_function_or_data_that_was_not_passed_is_named() -> None:
     with pytest.raises(DfcError, match="function `distil` is not passed") as error:
         compiled("recover by distil using texts")

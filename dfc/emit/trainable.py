@@ -34,6 +34,7 @@ class TrainableGraph(nn.Module):
         self._dfc_graph = graph
         module = to_fx(graph)
         self._dfc_trained: dict[str, nn.Parameter] = {}
+        self._dfc_places: dict[str, tuple[nn.Module, str]] = {}
         asks = any(p.kind == "parameter" and p.tensor_type.dtype.has_derivative
                    for p in graph.parameters.values())  # fmt: skip
         chosen = set(trainable(graph, frozen=not asks))
@@ -45,12 +46,20 @@ class TrainableGraph(nn.Module):
             del module._buffers[f"p{i}"]
             module.register_parameter(f"p{i}", own)
             self._dfc_trained[p.name] = own
-            _register(self, p.name, own)
+            self._dfc_places[p.name] = _register(self, p.name, own)
         self._dfc_run = [module]  # in a list: its parameters are ours already, by better names
 
     def weights(self) -> Mapping[str, nn.Parameter]:
         """The parameters by the names that they have in the graph."""
         return self._dfc_trained
+
+    def displaced(self) -> list[str]:
+        """The weights that are no longer where they were: what is there instead is never read."""
+        places = self._dfc_places.items()
+        return [
+            name for name, (module, attribute) in places
+            if module._parameters.get(attribute) is not self._dfc_trained[name]
+        ]  # fmt: skip
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs = flat_inputs(self._dfc_graph, args, kwargs)
@@ -59,8 +68,8 @@ class TrainableGraph(nn.Module):
         return build_outputs(self._dfc_graph, inputs, iter(outputs))
 
 
-def _register(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put a parameter where its dotted name says."""
+def _register(root: nn.Module, name: str, parameter: nn.Parameter) -> tuple[nn.Module, str]:
+    """Put a parameter where its dotted name says; the module and the attribute that it became."""
     path = name.split(".")
     while len(path) > 1:
         inner = root._modules.get(path[0])
@@ -75,6 +84,7 @@ def _register(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
     while hasattr(root, free):
         free += "_"
     root.register_parameter(free, parameter)
+    return root, free
 
 
 def refuse_own_gradients(graph: Graph) -> None:
