@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dfc.compress.axes import Axis
 from dfc.compress.batches import batches_of
 from dfc.compress.choice import counts, counts_by_time, keep_best
+from dfc.compress.dimensions import BEFORE
 from dfc.compress.groups import Group, Groups, find_groups
 from dfc.compress.importance import by_activation, by_magnitude, by_taylor
 from dfc.compress.reconstruction import by_reconstruction
@@ -128,6 +129,7 @@ class Prune(Pass):
 
     def _refused(self, refused: Sequence[tuple[Group, str]]) -> DfcError:
         several = [(g, reason) for g, reason in refused if g.size > 1]
+        several.sort(key=lambda each: BEFORE not in each[1])  # the reason that can be mended, first
         notes = [f"`{g.name}`: {g.size} {g.kind}: {reason}" for g, reason in several[:_SHOWN]]
         if len(several) > _SHOWN:
             notes.append(f"and {len(several) - _SHOWN} more")
@@ -139,6 +141,8 @@ class Prune(Pass):
         else:
             message = f"what `{self.select}` selects makes no {what} of its own"
         help = "`dfc explain MODEL --pass prune` lists every group, and why others stay"
+        if any(BEFORE in reason for _, reason in refused):
+            help = f"{BEFORE}: compile the model anew, with the steps in this order"
         return DfcError("Q071", message, span=self._span(), notes=tuple(notes), help=help)
 
     def _nothing_left(self, chosen: Sequence[Group]) -> DfcError:

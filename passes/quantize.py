@@ -15,6 +15,7 @@ from dfc.compress.weighted import (
     check_numbers,
     described,
     find_weighted,
+    reads_codes,
 )
 from dfc.compress.weights import Stored, find, forget, read_codes, store
 from dfc.errors import DfcError
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 
 _SMALLEST = 1024
 _SMALLEST_GROUP = 16
-_READERS = (
-    "dfc.linear_w", "dfc.linear_f8", "dfc.grouped_linear_w", "dfc.embedding_w", "dfc.dequantize",
-)  # fmt: skip
 _UNREAD = "quantize: the data `{}` was not read: `{}` rounds by the numbers at hand, {}"
 _READS = {  # what would read it
     "int8": "`scheme=static` by data; `minimize latency` and `scheme=tune({0}, static)` in the "
@@ -40,6 +38,7 @@ _READS = {  # what would read it
     "fp8": "as fp8 always does",
 }
 _TOLD = 0.25  # of the weights' bytes that stay floats: a file shrinks by less than one expects
+_ROUNDING = ("linear", "experts")  # what may read rows that are rounded to int8
 _DEFAULT_GROUP = 32  # of four bits: with one scale a row they lose too much
 
 
@@ -194,6 +193,7 @@ class Quantize(Pass):
         reads = {
             "range": static, "correct": static, "per": static or fp8,
             "activations": not static and not fp8,
+            "codes": static or fp8 or self._multiplied(scheme) == "int8",
         }  # fmt: skip
         unread = [n for n, read in reads.items() if not read and given[n][0] != given[n][1]]
         if unread:
@@ -243,16 +243,24 @@ class Quantize(Pass):
             f"{device}, not in {ROWS}; `scheme=weights` stores weights alone, and runs everywhere"
         )
 
+    def _multiplied(self, scheme: str) -> str:
+        """What linear layers multiply."""
+        if self.activations != "auto":
+            return self.activations
+        return "int8" if scheme == "dynamic" else "float"
+
     @property
     def bits(self) -> int:
         return 4 if self.to == "int4" else 8
 
-    def grid(self, layer: Weighted | None = None) -> Grid:
-        """Where the weights of a layer may lie."""
+    def grid(self, layer: Weighted, activations: str = "float") -> Grid:
+        """Where the weights of a layer may lie; what multiplies floats has all codes."""
         group = self.group or (None if self.bits == 8 else _DEFAULT_GROUP)
-        if layer is not None and layer.is_conv:
-            group = None
-        return Grid(self.bits, group, self.symmetric, self.codes == "pairs")
+        rounds = activations == "int8" and any(u.kind in _ROUNDING for u in layer.uses)
+        return Grid(
+            self.bits, None if layer.is_conv else group, self.symmetric,
+            rounds and self.codes == "pairs",
+        )  # fmt: skip
 
     # Choosing
 
@@ -326,7 +334,7 @@ class Quantize(Pass):
 
     def _is_done(self, graph: Graph) -> bool:
         """Whether the graph reads codes already: a second run finds nothing to do."""
-        return any(n.op.startswith(_READERS) for n in graph.nodes)
+        return any(map(reads_codes, graph.nodes))
 
     def _nothing(self, kept: Mapping[Node, str]) -> DfcError:
         where = f" in `{self.select}`" if self.select else ""
@@ -348,10 +356,8 @@ class Quantize(Pass):
         layers = [as_linear(graph, w) for w in wanted]
         if self.to == "fp8":
             layers = self._as_floats(graph, layers, scheme, ctx)
-        activations = self.activations
-        if activations == "auto":
-            activations = "int8" if scheme == "dynamic" else "float"
-        found = self._encode(graph, layers, ctx)
+        activations = self._multiplied(scheme)
+        found = self._encode(graph, layers, activations, ctx)
         for layer in layers:
             stored = store(graph, layer, found[layer.weight])
             for use in layer.uses:
@@ -378,7 +384,9 @@ class Quantize(Pass):
             forget(graph, layer.weight)
         return others
 
-    def _encode(self, graph: Graph, layers: list[Weighted], ctx: Context) -> dict[Any, Rounded]:
+    def _encode(
+        self, graph: Graph, layers: list[Weighted], activations: str, ctx: Context
+    ) -> dict[Any, Rounded]:
         """Codes by weight. What a method is not for is rounded to nearest."""
         found: dict[Any, Rounded] = {}
         taken = [w for w in layers if self._method(w) == self.method]
@@ -389,10 +397,11 @@ class Quantize(Pass):
                 ctx.note(f"quantize: {what} are {words}")
         for method, part in ((self.method, taken), ("rtn", rest)):
             encode = find("method", method, "encode")
-            for convs in (False, True):
-                some = [w for w in part if w.is_conv is convs]
-                if some:
-                    found |= encode(graph, some, self.grid(some[0]), ctx, self.data)
+            by_grid: dict[Grid, list[Weighted]] = {}
+            for w in part:
+                by_grid.setdefault(self.grid(w, activations), []).append(w)
+            for grid, some in by_grid.items():
+                found |= encode(graph, some, grid, ctx, self.data)
         return found
 
     def _method(self, layer: Weighted) -> str:

@@ -20,6 +20,7 @@ from dfc.compress.sequential import (
 )
 from dfc.compress.sparse import Sparsity, magnitude, sparsegpt, wanda
 from dfc.compress.sweep import BLOCK
+from dfc.compress.weighted import CONVOLUTIONS, EXPERTS, reads_codes
 from dfc.counting import counted
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node, Parameter
@@ -55,6 +56,7 @@ class Sparsify(Pass):
     name = "sparsify"
     numerics = CHANGES
     idempotent = False
+    not_after = ("quantize",)
     phrases = {"": "select", "except": "exclude", "using": "data", "by": "method"}  # noqa: RUF012
     auto = {"method": ("wanda", "sparsegpt")}  # noqa: RUF012
 
@@ -62,7 +64,7 @@ class Sparsify(Pass):
     select: Selector | None = None  # only layers in this part of the model
     exclude: Selector | None = None  # and not in this
     method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
-    ratio: float = 0.5  # the share of zeros, when there is no pattern
+    ratio: float | None = None  # the share of zeros; a half, where no pattern says it
     pattern: str = ""  # "2:4": 2 weights of every 4 neighbours stay
     damping: float = DAMPING  # of sparsegpt: the share of the Hessian's mean diagonal
 
@@ -81,17 +83,37 @@ class Sparsify(Pass):
             ctx.decided(layer, KEPT, reason)
         layers = [n for n in layers if n not in left]
         self._check_divides(layers, sparsity)
+        self._tell(graph, ctx)
         groups = groups_of(graph, layers)
         return _put(graph, groups, self._sparse(graph, groups, sparsity, ctx), sparsity, ctx)
 
+    def _tell(self, graph: Graph, ctx: Context) -> None:
+        """What one might expect to become sparse and does not, and options that nothing reads."""
+        meant = set(self.select.nodes_left(graph)) if self.select else set(graph.nodes)
+        meant -= set(self.exclude.nodes_left(graph)) if self.exclude else set()
+        coded = sum(reads_codes(n) for n in graph.nodes if n in meant)
+        if coded:
+            what = counted(coded, "layer reads", "layers read")
+            ctx.note(f"sparsify: {what} codes and stay as they are: sparsify before `quantize`")
+        others = [n for n in graph.nodes if n in meant and n.op in CONVOLUTIONS | EXPERTS]
+        if others:
+            more = f" and {len(others) - 1} more" if others[1:] else ""
+            what = f"{described(others[0])}{more} stay dense"
+            ctx.note(f"sparsify: it takes linear layers alone, no convolutions or experts: {what}")
+        unread = ["damping"] if self.method != "sparsegpt" and self.damping != DAMPING else []
+        unread += [f"using {self.data}"] if self.method == "magnitude" and self.data else []
+        if unread:
+            ctx.note(f"sparsify: `{self.method}` does not read `{'`, `'.join(unread)}`")
+
     def _sparsity(self) -> Sparsity:
         if not self.pattern:
-            if not 0 < self.ratio < 1:
+            ratio = 0.5 if self.ratio is None else self.ratio
+            if not 0 < ratio < 1:
                 raise DfcError(
-                    "D095", f"`ratio` is a number between 0 and 1, got {self.ratio:g}",
+                    "D095", f"`ratio` is a number between 0 and 1, got {ratio:g}",
                     help="ratio=0.5 sets half of each layer's weights to 0",
                 )  # fmt: skip
-            return Sparsity(self.ratio)
+            return Sparsity(ratio)
         found = re.fullmatch(r"(\d+):(\d+)", self.pattern)
         kept, of = (int(found[1]), int(found[2])) if found else (0, 0)
         if not 0 < kept < of or BLOCK % of:
@@ -99,6 +121,10 @@ class Sparsify(Pass):
                 "D095", f"`pattern` says how many of how many weights stay, got `{self.pattern}`",
                 help='try "2:4" or "4:8"; the second number is a power of two up to 128',
             )  # fmt: skip
+        if self.ratio not in (None, 1 - kept / of):
+            message = f"`pattern={self.pattern}` sets {1 - kept / of:.0%} to 0, `ratio` "
+            help = "give one of them: a pattern says both how many become 0 and where"
+            raise DfcError("D095", f"{message}{self.ratio:.0%}", help=help)
         return Sparsity(zeros=of - kept, of=of)
 
     def _check_divides(self, layers: list[Node], sparsity: Sparsity) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import dfc
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph
+from dfc.rewrite.pass_ import Context, find_pass
 from tests.pruned import Net, X, compiled, prune, shape
 
 
@@ -96,3 +97,13 @@ def test_what_changes_the_rest_is_taken_only_when_asked_for() -> None:
     error = refused(graph, '"a"')
     assert "what=width" in "".join(error.diagnostics[0].notes)
     assert shape(prune(graph, '"a"', what="width", ratio=0.5), "norm.weight") == (16,)
+
+
+@pytest.mark.parametrize("options", [{"smallest": 1}, {"smallest": 1, "scheme": "static"}])
+def test_what_reads_codes_is_to_be_pruned_before(graph: Graph, options: dict[str, Any]) -> None:
+    data = {"data": "calib"} if "scheme" in options else {}
+    coded = graph.copy()
+    find_pass("quantize", options | data).run(coded, Context(data={"calib": [X]}))
+    error = refused(coded)
+    assert error.code == "Q071" and "reads codes in `layers" in error.diagnostics[0].notes[0]
+    assert "`prune` goes before `quantize`" in str(error.diagnostics[0].help)

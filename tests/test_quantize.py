@@ -254,6 +254,25 @@ def test_what_makes_no_difference_is_told() -> None:
     assert "`weights` fp8 does not read `correct`" in told
 
 
+def test_what_multiplies_floats_has_all_codes() -> None:
+    """Pairs of codes are for 16-bit sums: elsewhere they would only cost accuracy."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(32, 64, 1), nn.Flatten(), nn.Linear(256, 64)).eval()
+    convs = dfc.trace(net, (torch.randn(8, 32, 4),))
+    table, _ = graph()
+    kept = {"0.weight.codes", "emb.weight.codes"}
+    for g, tied in ((convs, False), (table, True)):
+        full, pairs = (quantized(g, codes=c)[0] for c in ("full", "pairs"))
+        for name, p in full.parameters.items():
+            if name.endswith(".codes"):
+                same = torch.equal(p.data.tensor(), pairs.parameters[name].data.tensor())
+                assert same == (name in kept and not tied), name
+    floats, _, _ = quantized(convs, scheme="weights")
+    same, ctx, _ = quantized(convs, scheme="weights", codes="pairs")
+    assert str(floats) == str(same)
+    assert "`weights` int8 does not read `codes`" in ctx.products["notes"][0]
+
+
 def test_a_method_or_a_group_is_not_left_out_where_ranges_could_be_calibrated() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv1d(32, 64, 1), nn.Flatten(), nn.Linear(256, 64)).eval()

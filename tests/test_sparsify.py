@@ -20,7 +20,7 @@ from dfc.ir.interpret import interpret
 from dfc.ir.verify import verify
 from dfc.ir.weights import TensorData
 from dfc.rewrite.journal import Journal
-from dfc.rewrite.pass_ import Context
+from dfc.rewrite.pass_ import Context, find_pass
 from tests.test_gptq import layer
 from tests.tiny_models import CALIB, run_step, tiny_llama, tokens
 
@@ -251,6 +251,8 @@ def test_padding_is_not_seen() -> None:
         ("sparsify using calib with ratio=0", "D095", "between 0 and 1, got 0"),
         ('sparsify using calib with pattern="4:2"', "D095", "got `4:2`"),
         ('sparsify using calib with pattern="half"', "D095", "got `half`"),
+        ('sparsify by magnitude with pattern="2:4", ratio=0.9', "D095", "50% to 0, `ratio` 90%"),
+        ('sparsify by magnitude with pattern="1:4", ratio=0.5', "D095", "75% to 0, `ratio` 50%"),
         ('sparsify using calib with pattern="2:6"', "D095", "power of two"),
         (
             'sparsify "**.q_proj" using calib with pattern="2:64"', "D095",
@@ -266,6 +268,29 @@ def test_what_cannot_be_is_refused(graph: Graph, text: str, code: str, words: st
     with pytest.raises(DfcError) as e:
         run_step(graph, text)
     assert e.value.code == code and words in str(e.value)
+
+
+def test_layers_that_stay_dense_are_told(graph: Graph) -> None:
+    """What was quantized before, and what is no linear layer, would be left in silence."""
+    with pytest.raises(DfcError, match="`sparsify` cannot come after `quantize`"):
+        dfc.compile(
+            tiny_llama(), (tokens(),), recipe="dfc 1\nrecipe r {\n quantize int8\n sparsify\n}\n"
+        )
+    half, _, _ = run_step(graph, 'quantize int8 on "model.layers.0.**" with smallest=1')
+    told: dict[str, Any] = {}
+    find_pass("sparsify", {"method": "magnitude", "data": "calib", "damping": 0.5}).run(
+        half, Context(products=told)
+    )
+    first, second = told["notes"]
+    assert "7 layers read codes and stay as they are" in first and "before `quantize`" in first
+    assert "`magnitude` does not read `damping`, `using calib`" in second
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 8)
+    ).eval()
+    told.clear()
+    pictures = dfc.trace(net, (torch.ones(1, 3, 4, 4),))
+    find_pass("sparsify", {"method": "magnitude"}).run(pictures, Context(products=told))
+    assert "no convolutions or experts: layer %conv2d of `0` stay" in told["notes"][0]
 
 
 def test_activations_that_overflow_are_blamed_on_the_layer(graph: Graph) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dfc.compress.axes import Axis, find, freeze, leaf, leaves, unite
+from dfc.compress.weighted import reads_codes
 from dfc.ir.expr import Size
 from dfc.ir.graph import Graph, Node, Parameter, Value
 from dfc.ir.types import TensorType
@@ -19,6 +20,7 @@ from dfc.ir.types import TensorType
 Dims = tuple[Axis, ...]
 Sizes = Callable[[Axis], Size]  # the new size of an axis
 Rule = Callable[["Analysis", Node], "Sequence[Dims] | None"]
+BEFORE = "`prune` goes before `quantize`"
 RULES: dict[str, Rule] = {}  # by the op's name without its overload, or with it
 
 _SAME_PLACE: dict[
@@ -127,6 +129,8 @@ class Analysis:
         made = found(self, node) if found is not None and not node.graphs else None
         if made is None or not _fits(node, made):
             reason = f"no rule says how `{short(node.op)}` treats sizes{place(node)}"
+            if reads_codes(node) or node.op == "dfc.quantize":
+                reason = f"`{short(node.op)}` reads codes{place(node)}: {BEFORE}"
             for v in operands:
                 self._freeze(v, reason)
             made = [self._fresh(r, reason) for r in node.results]

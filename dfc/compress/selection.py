@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from dfc.compress.sequential import LINEAR, weight_of
+from dfc.compress.weighted import reads_codes
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
 from dfc.lang.selectors import Selector
@@ -29,6 +30,8 @@ def linear_layers(
             left[node] = "excluded by the step"
         elif node not in own:
             left[node] = "it lies in a nested graph, which calibration does not reach"
+        elif weight is None and any(v.node and reads_codes(v.node) for v in node.operands):
+            left[node] = "it reads codes already: this step goes before `quantize`"
         elif weight is None:
             left[node] = "its weight is computed, not a constant"
         elif weight in written:

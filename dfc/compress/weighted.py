@@ -41,6 +41,18 @@ _OTHERS = {
 }
 
 
+_READERS = (
+    "dfc.linear_w", "dfc.linear_f8", "dfc.grouped_linear_w", "dfc.embedding_w",
+)  # fmt: skip
+
+
+def reads_codes(node: Node) -> bool:
+    """Whether a node reads a quantized weight: itself, or to give it to a layer in floats."""
+    if node.op == "dfc.dequantize":
+        return isinstance(node.inputs[0], Parameter) and node.inputs[0].tensor_type.rank > 1
+    return node.op.startswith(_READERS)
+
+
 @dataclass(frozen=True)
 class Use:
     """One node that reads a weight: as a linear layer, a table of rows, a convolution, or a linear
