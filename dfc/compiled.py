@@ -251,6 +251,7 @@ class Compiled:
         a mapping gives each node its own.
         Raises:  DfcError X family when an op has no translation or the results differ.
         """
+        from dfc.compress.integers import saturating
         from dfc.emit.onnx_export import export_onnx
         from dfc.emit.onnx_stages import export_stages
         from dfc.planning.microbatches import batch_of
@@ -259,7 +260,14 @@ class Compiled:
         probes = [(p.inputs, p.original) for p in self.standard().ready()]
         options |= {"probes": probes, "force": force, "contrib": contrib}
         if stages is None:
-            export_onnx(self.graph, path, **options)
+            try:
+                export_onnx(self.graph, path, **options)
+            except DfcError as e:
+                why = saturating(self.graph) if e.code == "X003" else ""
+                if not why:
+                    raise
+                one = e.diagnostics[0]
+                raise DfcError(one.code, one.message, notes=(*one.notes, why), status=4) from e
             return
         placed = self._stages(stages)
         export_stages(

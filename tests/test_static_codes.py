@@ -8,9 +8,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import dfc
+from dfc.compiled import Compiled
+from dfc.compress import integers
 from dfc.compress.integers import encoded, scales_of
+from dfc.compress.processor import Processor
+from dfc.emit import onnx_export
+from dfc.errors import DfcError
 from dfc.ir.interpret import interpret
+from dfc.recipe.bench import Ready
 from dfc.recipe.plan import Device, Target
+from dfc.report import Report
+from dfc.rewrite.agree import Verdict
 from dfc.rewrite.pass_ import Context
 from dfc.runtime.engines import find_engine
 from tests.static_nets import data, quantized, ran, tiny, traced
@@ -95,3 +103,30 @@ def test_a_decoders_codes_differ_between_engines_at_their_edges_alone(engine):
         assert torch.all((steps % 1 - 0.5).abs() < 1e-3)
         if len(steps):
             break
+
+
+@pytest.mark.parametrize("dots", [True, False])
+def test_where_codes_saturate_is_said_with_what_to_do(monkeypatch, dots):
+    """A wrong result of a runtime says little of where it comes from."""
+    here = Processor("this processor", "cpu", frozenset({"f32", *["i8"] * dots}))
+    monkeypatch.setattr(integers, "this_processor", lambda: here)
+    assert not integers.saturating(quantized(tiny(), codes="pairs"))
+    told = integers.saturating(quantized(tiny(), codes="full"))
+    assert bool(told) != dots
+    wrong = Verdict(0.5, "off by 0.5")
+    graph, engine = quantized(tiny(), codes="full"), find_engine("onnxruntime")
+    assert str(Ready(graph, engine, None, wrong).wrong).endswith(told)
+    if told:
+        assert "of layer %conv2d" in told and "`codes=pairs`" in told
+        failed = DfcError("X003", "another result", notes=("probe 0",))
+        monkeypatch.setattr(onnx_export, "export_onnx", raising(failed))
+        with pytest.raises(DfcError) as refused:
+            Compiled(graph, engine, None, Report()).export("m.onnx")
+        assert refused.value.diagnostics[0].notes == ("probe 0", told)
+
+
+def raising(error):
+    def function(*args, **options):
+        raise error
+
+    return function

@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dfc.compress.processor import Processor
+from dfc.compress.processor import Processor, this_processor
+from dfc.compress.weighted import described
+from dfc.ir.graph import Graph, Node, Parameter, Value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,6 +77,31 @@ def _pair_sums(w: Tensor) -> Tensor:
         for sign in (rows.clamp(min=0), (-rows).clamp(min=0)):
             found = torch.maximum(found, (sign[:, 0::2] + sign[:, 1::2]).amax(1))
     return found
+
+
+def saturating(graph: Graph) -> str:
+    """Where calibrated layers saturate in runtimes on this machine, and what to do; or nothing."""
+    if this_processor().computes("i8"):
+        return ""
+    for node in graph.nodes:
+        read = [v.node for v in node.inputs[:2] if isinstance(v, Value) and v.node is not None]
+        if [n.op for n in read] != ["dfc.dequantize"] * 2 or is_depthwise(node):
+            continue
+        codes = read[1].inputs[0]
+        if not isinstance(codes, Parameter) or codes.data is None:
+            continue
+        if float(_pair_sums(codes.data.tensor()).max()) > _PAIR:
+            return (
+                f"{this_processor().words} adds products of 8-bit integers in 16 bits, which those "
+                f"of {described(node)} overflow: `codes=auto` or `codes=pairs` keeps them small"
+            )
+    return ""
+
+
+def is_depthwise(node: Node) -> bool:
+    """One input channel for each group."""
+    shape = node.inputs[1].tensor_type.shape  # type: ignore[union-attr]
+    return len(shape) > 2 and shape[1] == 1 and node.attributes.get("groups", 1) > 1
 
 
 def encoded(w: Tensor, scale: Tensor) -> Codes:

@@ -19,7 +19,7 @@ from dfc.compress.bias import (
     first_samples,
 )
 from dfc.compress.calibrate import Batches, batches_of, observe
-from dfc.compress.integers import Codes, encoded, scales_of, weight_bits
+from dfc.compress.integers import Codes, encoded, is_depthwise, scales_of, weight_bits
 from dfc.compress.processor import processor_of
 from dfc.compress.ranges import RANGES, Histogram, Range
 from dfc.compress.region import Point, Region, find_region, input_of, reads_rounded, source_of
@@ -239,12 +239,6 @@ def _store_weights(
         graph.set_inputs_of(node, [node.inputs[0], read, *node.inputs[2:]])
         ctx.decided(node, "quantized", f"static int8, weights `{bits}`: {why}")
     return made
-
-
-def is_depthwise(node: Node) -> bool:
-    """One input channel for each group."""
-    shape = node.inputs[1].tensor_type.shape  # type: ignore[union-attr]
-    return len(shape) > 2 and shape[1] == 1 and node.attributes.get("groups", 1) > 1
 
 
 def _weight_scale(node: Node, w: Tensor, scale: float, bits: str, per_channel: bool) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dfc.compiled import Compiled, with_state_inputs
+from dfc.compress.integers import saturating
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Parameter
 from dfc.ir.types import TensorType
@@ -39,6 +40,7 @@ FINALISTS = ("inductor:cuda_graph",)
 FLOATS = ("eager:floats", "eager:floats:cuda_graph")
 # A graph of 16 bits without its casts, the type told to OpenVINO, which casts where it pays.
 HINTED = ("openvino:hint",)
+_IN_INTEGERS = ("onnxruntime", "openvino")  # engines that multiply calibrated codes
 _KEPT = 6  # runners; each may hold the weights in a form of its own
 
 Progress = Callable[[str], None]
@@ -55,7 +57,10 @@ class Ready:
 
     @property
     def wrong(self) -> str | None:
-        return None if self.verdict is None or self.verdict.agrees else str(self.verdict.difference)
+        if self.verdict is None or self.verdict.agrees:
+            return None
+        why = saturating(self.graph) if self.engine.name.startswith(_IN_INTEGERS) else ""
+        return f"{self.verdict.difference}{why and f'; {why}'}"
 
 
 @dataclass
