@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,13 @@ COMMUTATIVE = frozenset(
     """add mul maximum minimum eq ne logical_and logical_or logical_xor bitwise_and bitwise_or
     bitwise_xor""".split()  # noqa: SIM905
 )
+
+
+def commutes(base: str, alpha: Any = None) -> bool:
+    """Whether an op's first two operands may change places: those of `a + 2 * b` may not."""
+    return base in COMMUTATIVE and alpha in (None, 1)
+
+
 # Attributes that count dimensions, from the end when negative.
 _DIMENSIONS = frozenset({"dim", "dims", "dim0", "dim1", "start_dim", "end_dim", "axis"})
 _ONE_MORE = frozenset({"unsqueeze", "stack"})  # they count those of the result
@@ -120,7 +128,9 @@ class Constant(Pattern):
                 return False
             if found is None:
                 return False
-            return near(found, self.value) if self.near else found == self.value
+            if self.near or found != self.value:
+                return self.near and near(found, self.value)
+            return found != 0 or math.copysign(1, found) == math.copysign(1, self.value)
         return not isinstance(x, (Value, tuple)) and attribute_key(x) == attribute_key(self.value)
 
 
@@ -199,7 +209,7 @@ class Apply(Pattern):
         inside = {**env, NODES: (*env[NODES], node)}
         patterns = tuple(_relative(p, node, name) for p, name in zip(patterns, named, strict=True))
         yield from _all(patterns, values, inside, m)
-        if self.base in COMMUTATIVE and len(self.arguments) >= 2:
+        if len(self.arguments) >= 2 and commutes(self.base, argument(node, "alpha")):
             swapped = (patterns[1], patterns[0], *patterns[2:])
             yield from _all(swapped, values, inside, m)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import replace as replaced
 from typing import Any
 
 from dfc.errors import DfcError, Diagnostic
@@ -24,7 +25,7 @@ from dfc.ir.types import TensorType
 from dfc.ir.verify import verify
 from dfc.ir.weights import TensorData
 from dfc.lang import syntax as s
-from dfc.rewrite.deciding import Facts
+from dfc.rewrite.deciding import Facts, shown
 from dfc.rewrite.match import Attempt, Compiled, Match, Refusal
 from dfc.rewrite.pass_ import EXACT
 from dfc.rewrite.prove_build import Choices, Left, build_left
@@ -37,7 +38,7 @@ from dfc.rewrite.prove_sample import Case, Refused, Spec, Unbuildable, case_of
 from dfc.rewrite.prove_sums import order_decides
 from dfc.rewrite.prove_types import Variation, symbolic, variations
 from dfc.rewrite.replace import Order, replace
-from dfc.rewrite.rule import Rule
+from dfc.rewrite.rule import Rule, is_scoped
 
 STRUCTURES = 24  # graphs of one pattern that are tried for the first sample; half for others
 MAX_SECONDS = 30.0  # of processor time for one rule
@@ -175,7 +176,7 @@ class _Prover:
         rank, found = max(refusals, key=lambda r: r[0], default=(0, "nothing matches"))
         if rank == 2 and isinstance(found, str):
             message = f"the right side cannot be written: {found}"
-            return self.problem("R024", message, "both sides must have the same types", sample.at)
+            return self.problem("R024", message, None, sample.at)
         why = found.reason if isinstance(found, Refusal) else found
         if rank == 1:
             why = f"no graph of the pattern uses all that it gives, and of the others: {why}"
@@ -186,17 +187,22 @@ class _Prover:
     def elsewhere(
         self, case: Case, first: dict[str, int], others: list[dict[str, int]], main: bool
     ) -> None:
-        """What the sample stands for, in the first structure; every third in another as well.
+        """What the sample stands for, in the first structure; every third in another as well, and
+        other element types in each that differs from it in one choice of ops.
 
         Of samples beyond the first, half: they show other structures.
         """
         rest = others[1::5][:3] or others[:1]
+        apart = [o for o in others if len(o) == 1 and not next(iter(o)).endswith("~")]
         for i, variation in enumerate((*variations(case), *symbolic(case))):
             if not main and (i % 2 or variation.ranges):
                 continue
             self.structure(variation, first)
             if rest and not variation.ranges and (variation.care != QUICK or i % 3 == 0):
                 self.structure(variation, rest[i % len(rest)])
+            if variation.care != QUICK:
+                for other in apart:
+                    self.structure(replaced(variation, care=QUICK), other)
 
     def refuses(self, sample: s.Sample, case: Case) -> None:
         """Every structure that uses all of the sample must be refused, by a condition or an op."""
@@ -214,16 +220,21 @@ class _Prover:
             if not isinstance(self.rewritten(built), Graph):
                 self.tally.refused += 1
                 continue
-            raise _Wrong(
-                self.problem(
-                    "R023",
-                    "the sample is rewritten, and should be refused",
-                    "say in `where` what the sample lacks, or take the sample out",
-                    sample.at,
-                )
+            problem = self.problem(
+                "R023",
+                "the sample is rewritten, and should be refused",
+                "say in `where` what the sample lacks, or take the sample out",
+                sample.at,
             )
+            raise _Wrong(replaced(problem, notes=self.bound(built)))
         if not tried:
             raise Unbuildable(f"the sample shows nothing: {why}")
+
+    def bound(self, left: Left) -> tuple[str, ...]:
+        """What each name stood for: a commutative op may have given them otherwise than meant."""
+        match = self.match(left)
+        names = match.env.items() if match is not None else ()
+        return tuple(f"`{name}` is {shown(x)}" for name, x in names if not is_scoped(name))
 
     # One graph
 
@@ -312,7 +323,13 @@ class _Prover:
         done = replace(match, graph, Order(graph), {}, RunBuilder)
         if isinstance(done, str):
             return done
-        verify(graph, types=done.made if check else False)
+        try:
+            verify(graph, types=done.made if check else False)
+        except DfcError as e:
+            if _is_valid(left.graph):
+                wrong = self.problem("R024", f"the right side is no graph: {e.message}")
+                raise _Wrong(wrong) from e
+            return e.message  # sizes in symbols that the left side does not take, either
         return graph
 
     def run_plan(self, variation: Variation, left: Left, right: Graph, plan: Plan) -> None:
@@ -349,6 +366,14 @@ class _Prover:
             return interpret(left.graph, list(inputs.values()), double=True)
         except DfcError:  # an op that float64 does not have, and that mixes with others
             return expected
+
+
+def _is_valid(graph: Graph) -> bool:
+    try:
+        verify(graph)
+    except DfcError:
+        return False
+    return True
 
 
 _HELP = {

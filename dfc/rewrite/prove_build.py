@@ -24,7 +24,7 @@ from dfc.lang.wording import expression_text
 from dfc.ops.aten import AtenOp
 from dfc.rewrite.construct import _bound, overloads
 from dfc.rewrite.deciding import NEAR
-from dfc.rewrite.patterns import COMMUTATIVE, signature
+from dfc.rewrite.patterns import commutes, signature
 from dfc.rewrite.prove_run import RunBuilder, element_count
 from dfc.rewrite.prove_sample import Case, Refused, Spec, Unbuildable
 from dfc.rewrite.rule import CONSTANTS, Rule, is_scoped
@@ -206,7 +206,10 @@ class _Writer:
             else:
                 found.append(self.value(item, f"{place}[{i}]"))
         if any(isinstance(v, Free) for v in found):
-            raise Unbuildable(f"the sample does not say what stands in `{expression_text(x)}`")
+            raise Unbuildable(
+                f"the sample does not say what stands in `{expression_text(x)}`; "
+                "in a list, `_` needs a name that the sample gives"
+            )
         return tuple(found)
 
     def tail(self, name: str, place: str) -> tuple[Any, ...]:
@@ -240,7 +243,7 @@ class _Writer:
         named = {k.name.name: self.value(k.value, f"{place}.{k.name.name}") for k in x.keywords}
         bare = x.name.name.removeprefix("aten.")
         values = len(given) > 1 and all(isinstance(v, Value) for v in given[:2])
-        if values and bare in COMMUTATIVE and self.choices.take("swap", 2):
+        if values and commutes(bare, named.get("alpha")) and self.choices.take("swap", 2):
             given[:2] = given[1::-1]
         reasons: list[str] = []
         for bound in self.bindings(x.name.name if "." in bare else bare, given, named, place):

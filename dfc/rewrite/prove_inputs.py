@@ -63,6 +63,12 @@ def _wide(dtype: torch.dtype, shape: Sequence[int], g: torch.Generator) -> torch
     return (sign * 10**power).to(dtype)
 
 
+def _near_zero(dtype: torch.dtype, shape: Sequence[int], g: torch.Generator) -> torch.Tensor:
+    """All elements small, as beside an `eps` that they are usually much larger than."""
+    x = _normal(dtype, shape, g)
+    return x * 1e-3 if dtype.is_floating_point else x
+
+
 def _small(dtype: torch.dtype, shape: Sequence[int], g: torch.Generator) -> torch.Tensor:
     """Whole and half numbers, many of them equal: ties in rounding and in comparing."""
     if dtype == torch.bool:
@@ -151,6 +157,7 @@ _EVERYWHERE = (
     Kind("-1 everywhere", _filled(-1.0)),
     Kind("numbers of many magnitudes", _wide),
     Kind("halves and whole numbers", _small),
+    Kind("numbers near 0.001", _near_zero),
     Kind("denormal numbers", _denormal),
     Kind("the largest and smallest finite numbers", _extreme),
     Kind("inf, -inf and NaN among random numbers", _sprinkled(_INF, -_INF, _NAN), finite=False),
@@ -190,7 +197,7 @@ def plans(names: Mapping[str, TensorType], care: str = THOROUGH) -> Iterator[Pla
         yield Plan(f"every input = {everywhere[-1].words}", other=everywhere[-1], seed=2)
         return
     if care == BRIEF:
-        for kind in (everywhere[0], everywhere[4], *everywhere[7:]):
+        for kind in dict.fromkeys((everywhere[0], everywhere[4], *everywhere[-2:])):
             yield Plan(f"every input = {kind.words}", other=kind, seed=2)
         yield Plan("random inputs, transposed in memory", layout="transposed", seed=3)
         return

@@ -10,7 +10,9 @@ from typing import Any
 from dfc.ir.types import DTYPES, TensorType
 from dfc.lang import syntax as s
 from dfc.lang.wording import expression_text
-from dfc.rewrite.rule import CONSTANTS
+from dfc.rewrite.conditions import evaluate
+from dfc.rewrite.deciding import Facts, Undecided
+from dfc.rewrite.rule import CONSTANTS, walk
 
 MAX_ELEMENTS = 200_000  # of one tensor of a sample
 MAX_RANK = 12
@@ -86,10 +88,10 @@ def _number(x: s.Expr, sizes: dict[str, int]) -> Any:
         return sizes.setdefault(x.name, (5, 7, 3, 6, 4)[len(sizes) % 5] + 6 * (len(sizes) // 5))
     if isinstance(x, s.Several):
         return tuple(_number(i, sizes) for i in x.items)
-    if isinstance(x, s.Unary) and x.op == "-":
-        return -_number(x.operand, sizes)
-    if isinstance(x, s.Binary) and x.op in ("+", "-", "*", "/", "//", "%"):
-        a, b = _number(x.left, sizes), _number(x.right, sizes)
-        ways = {"+": a + b, "-": a - b, "*": a * b}
-        return ways[x.op] if x.op in ways else a / b if x.op == "/" else a // b
+    if isinstance(x, s.Unary | s.Binary) and not any(isinstance(w, s.Call) for w in walk(x)):
+        names = {w.name: _number(w, sizes) for w in walk(x) if isinstance(w, s.Word)}
+        try:
+            return evaluate(x, names, Facts())
+        except Undecided as e:
+            raise Unbuildable(str(e)) from None
     raise Unbuildable(f"`{expression_text(x)}` is no constant")

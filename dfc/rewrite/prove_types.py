@@ -6,6 +6,7 @@ both are tried: all equal ones changed together, and each on its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -98,13 +99,48 @@ def _sizes_together(case: Case) -> Iterator[Variation]:
         for new in _other_sizes(old):
             for numbers in (True, False) if _has_number(case, old) else (False,):
                 made = _changed(case, _resized, old, new, numbers)
-                if _elements(made) <= LARGE:
-                    yield Variation(f"sizes {old} changed to {new}", made)
+                yield from _followed(case, Variation(f"sizes {old} changed to {new}", made))
     for grow in (lambda d: 2 * d + 1, lambda d: 5 * d + 2):
         made = _changed(case, _all_resized, grow, values)
-        if _elements(made) <= LARGE:
-            yield Variation("larger sizes", made)
+        yield from _followed(case, Variation("larger sizes", made))
     yield Variation("all sizes 1", _changed(case, _all_resized, lambda d: 1, values))
+
+
+def _followed(case: Case, variation: Variation) -> Iterator[Variation]:
+    """A change of sizes, if they are no more than `LARGE`; once more with the numbers changed that
+    are a product of neighbouring sizes, as those of `view(x, [2 * 3, 4])` are."""
+    if _elements(variation.case) > LARGE:
+        return
+    yield variation
+    products = _products(case, variation.case)
+    made = {**variation.case}
+    for name, given in case.items():
+        numbers = given if isinstance(given, tuple) else (given,)
+        if any(type(x) is int and x in products for x in numbers):
+            now = variation.case[name]
+            now = now if isinstance(now, tuple) else (now,)
+            changed = tuple(
+                products.get(old, new) if type(old) is int else new
+                for old, new in zip(numbers, now, strict=True)
+            )
+            made[name] = changed if isinstance(given, tuple) else changed[0]
+    if made != variation.case:
+        yield replace(variation, label=f"{variation.label}, and their products", case=made)
+
+
+def _products(before: Case, after: Case) -> dict[int, int]:
+    """What products of neighbouring sizes of one tensor become; without those that stay."""
+    found: dict[int, int] = {}
+    for name, given in before.items():
+        new = after[name]
+        if not isinstance(given, Spec) or not isinstance(new, Spec):
+            continue
+        for i in range(given.type.rank):
+            for j in range(i + 2, given.type.rank + 1):
+                old_sizes, new_sizes = given.type.shape[i:j], new.type.shape[i:j]
+                if old_sizes != new_sizes:
+                    found.setdefault(math.prod(old_sizes), math.prod(new_sizes))  # type: ignore[arg-type]
+    return found
 
 
 def _other_sizes(old: int) -> list[int]:
@@ -150,9 +186,8 @@ def _sizes_alone(case: Case) -> Iterator[Variation]:
                     continue
                 shape = (*given.type.shape[:i], new, *given.type.shape[i + 1 :])
                 changed = replace(given, type=given.type.with_shape(shape))
-                yield Variation(
-                    f"dimension {i} of {name} changed to {new}", {**case, name: changed}
-                )
+                label = f"dimension {i} of {name} changed to {new}"
+                yield from _followed(case, Variation(label, {**case, name: changed}))
 
 
 def _ranks(case: Case) -> Iterator[Variation]:
@@ -203,6 +238,11 @@ def _numbers(case: Case) -> Iterator[Variation]:
                 for mark in ("", "constant"):
                     spec = Spec(TensorType(first.dtype, shape), mark)
                     yield Variation(f"{name} a tensor, {spec}", {**case, name: spec})
+    if sum(isinstance(g, float) for g in case.values()) > 1:
+        # What two numbers give together may be more than a type can hold, or nothing.
+        for label, factor in (("large", 1e30), ("small", 1e-30)):
+            made = {n: g * factor if isinstance(g, float) else g for n, g in case.items()}
+            yield Variation(f"numbers 1e30 times as {label}", made, BRIEF)
 
 
 def _other_values(given: Given) -> list[Any]:
@@ -217,8 +257,13 @@ def _other_values(given: Given) -> list[Any]:
         return [
             d for d in map(DTYPES.__getitem__, ("f16", "bf16", "f32", "f64", "i64")) if d != given
         ]
-    if isinstance(given, tuple) and len(given) > 1 and all(type(x) is int for x in given):
-        return [given[::-1], given[1:] + given[:1]]
+    if isinstance(given, tuple) and given and all(type(x) is int for x in given):
+        orders = [given[::-1], given[1:] + given[:1]]
+        others = (-1, 0, 1, 2) if len(given) == 1 else (-1, 1, 2)  # sizes of 0: see `_sizes`
+        changed = [
+            (*given[:i], n, *given[i + 1 :]) for i, x in enumerate(given) for n in (*others, x + 1)
+        ]
+        return [o for o in dict.fromkeys([*orders, *changed]) if o != given]
     return []
 
 
