@@ -107,3 +107,26 @@ def test_what_reads_codes_is_to_be_pruned_before(graph: Graph, options: dict[str
     error = refused(coded)
     assert error.code == "Q071" and "reads codes in `layers" in error.diagnostics[0].notes[0]
     assert "`prune` goes before `quantize`" in str(error.diagnostics[0].help)
+
+
+def test_activations_and_norms_are_no_layers() -> None:
+    """They keep sizes, and have no weights or small ones: they would be the first to go."""
+
+    class Staged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.ReLU())
+            self.net = Net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(self.stem(x))  # type: ignore[no-any-return]
+
+    graph = dfc.trace(Staged().eval(), (X,))
+    ctx = Context(decisions=[])
+    small = prune(graph, ctx=ctx, what="layers", ratio=0.5)
+    left = [n for n in small.nodes if n.op == "aten.linear.default"]
+    assert len(left) == 2 + 2 * 2 and sum("relu" in n.op for n in small.nodes) == 1 + 2
+    kept = " ".join(d.reason for d in ctx.decisions or ())
+    assert "layer stem.2: it multiplies by no weights" in kept
+    error = refused(graph, '"stem.**"', what="layers")
+    assert error.code == "Q071" and "next to nothing" in " ".join(error.diagnostics[0].notes)

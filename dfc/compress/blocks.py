@@ -60,6 +60,9 @@ def find_blocks(graph: Graph) -> list[Block]:
 
 def _bounded(block: Block, analysis: Analysis) -> Block:
     """Find what enters and leaves a block."""
+    if all(x.tensor_type.rank < 2 for x in block.parameters):
+        block.reason = "it multiplies by no weights: removing it saves next to nothing"
+        return block
     own = {r for n in block.nodes for r in n.results}
     members = set(block.nodes)
     leaving = [r for n in block.nodes for r in n.results if not set(r.users) <= members]
