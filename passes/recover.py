@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dfc.errors import DfcError, did_you_mean
-from dfc.ir.graph import Graph
+from dfc.ir.graph import Graph, Parameter
 from dfc.ir.weights import TensorData
 from dfc.origin import failure_of
 from dfc.rewrite.pass_ import CHANGES, Context, Data, Pass
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dfc.emit.trainable import TrainableGraph
 
 
+_SPARSE = 0.2  # the share of zeros from which on a matrix counts as sparse
 _MERGE = (
     "the module computes with the weights that it was given: train those in place; what "
     "parametrizations and adapters add is copied into them first (`weight.data.copy_(merged)`)"
@@ -58,6 +59,13 @@ class Recover(Pass):
         self._train(function, module, given)
         self._check_in_place(module)
         changed = self._changed(graph, module)
+        filled = [n for n, new in changed.items() if _is_filled(graph.parameters[n], new)]
+        if filled:
+            more = f" and {len(filled) - 1} more" if filled[1:] else ""
+            ctx.note(
+                f"recover: `{self.function}` filled the zeros of `{filled[0]}`{more}, which was "
+                "sparse: put back 0 after each step where it was 0 (`p.data.mul_(mask)`)"
+            )
         for name, tensor in changed.items():
             p = graph.parameters[name]
             ctx.decided(p, "trained", f"by `{self.function}`")
@@ -153,6 +161,13 @@ class Recover(Pass):
             if not torch.equal(old, new):
                 found[name] = new.clone()
         return found
+
+
+def _is_filled(before: Parameter, after: Tensor) -> bool:
+    """Whether a matrix that had many zeros, as `sparsify` makes them, has lost most of them."""
+    assert before.data is not None
+    zeros, left = (float((t == 0).float().mean()) for t in (before.data.tensor(), after))
+    return before.tensor_type.rank > 1 and _SPARSE <= zeros < 1 and left < zeros / 2
 
 
 def _others(module: TrainableGraph) -> str:

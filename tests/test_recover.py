@@ -199,6 +199,20 @@ def test_what_is_put_beside_or_in_the_place_of_weights_is_told() -> None:
     assert any("teacher.weight` and 1 more, which `distil` added" in n for n in found.report.notes)
 
 
+def test_zeros_that_training_fills_are_told() -> None:
+    def kept(module: nn.Module, data: Any) -> None:
+        masks = {p: p != 0 for p in module.parameters() if p.dim() > 1}
+        distil(module, data)
+        for p, mask in masks.items():
+            p.data.mul_(mask)
+
+    for train, lost in ((distil, True), (kept, False)):
+        steps = 'sparsify "up" by magnitude\nrecover by distil using texts'
+        notes = compiled(steps, train).report.notes
+        told = [n for n in notes if "filled the zeros of `up.weight`, which was sparse" in n]
+        assert bool(told) == lost
+
+
 def test_a_function_or_data_that_was_not_passed_is_named() -> None:
     with pytest.raises(DfcError, match="function `distil` is not passed") as error:
         compiled("recover by distil using texts")
