@@ -33,7 +33,7 @@ def original_runner(
         pending = [x for x in inputs if isinstance(x, torch.Tensor)]
         numbers = iter([x for x in inputs if not isinstance(x, torch.Tensor)])
         for i, x in zip(tensors, pending, strict=True):
-            made[i] = x.to(leaves[i].device) if leaves[i].is_cuda else x
+            made[i] = (x.to(leaves[i].device) if leaves[i].is_cuda else x).detach()
         if any(not isinstance(x, torch.Tensor) for x in inputs):
             _fill_numbers(made, graph, numbers)
         call_args, call_kwargs = copy.deepcopy(pytree.tree_unflatten(made, spec))
