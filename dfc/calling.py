@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from dfc.capture.caches import know_outputs, register_caches
 from dfc.counting import counted
 from dfc.errors import DfcError
 from dfc.ir import tree
@@ -24,8 +25,9 @@ _MISSING = object()
 def flat_inputs(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """The graph's inputs, in order, from a call like the model's.
 
-    Raises:  DfcError K010..K016 (exit status 2) for what does not fit.
+    Raises:  DfcError K010..K017 (exit status 2) for what does not fit.
     """
+    register_caches()
     given = _bind(graph, args, kwargs)
     leaves: list[Any] = []
     labels: list[str] = []
@@ -41,7 +43,7 @@ def flat_inputs(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 def sizes_of_call(graph: Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, int]:
     """The sizes of the graph's dynamic dimensions in a call like the model's.
 
-    Raises:  DfcError K010..K016 (exit status 2) for what does not fit.
+    Raises:  DfcError K010..K017 (exit status 2) for what does not fit.
     """
     bindings = bind_inputs(graph, flat_inputs(graph, args, kwargs))
     return {name: size for name, size in bindings.items() if name in graph.ranges}
@@ -177,6 +179,8 @@ def build_outputs(graph: Graph, inputs: Sequence[Any], leaves: Iterator[Any]) ->
     bindings: dict[str, Any] = {}
     if not isinstance(graph.output_tree, Leaf):
         bindings = bind_inputs(graph, inputs)
+        register_caches()
+        know_outputs(graph.output_tree)
     return tree.build(graph.output_tree, leaves, bindings)
 
 

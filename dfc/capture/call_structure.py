@@ -11,9 +11,10 @@ from typing import Any
 
 import torch.utils._pytree as pytree
 
+from dfc.capture.caches import cache_context
 from dfc.ir import tree
 from dfc.ir.expr import Expr
-from dfc.ir.tree import LEAF, Const, Map, Named, Opaque, Seq, Structure, Tree
+from dfc.ir.tree import CACHE, LEAF, Const, Map, Named, Opaque, Seq, Structure, Tree
 from dfc.ir.types import DTYPES, DType
 
 # torch keys named tuples by collections.namedtuple itself, and has the class in the context.
@@ -33,6 +34,8 @@ def tree_of(spec: pytree.TreeSpec, leaf: Callable[[], object | None]) -> Tree:
         return Map(tuple(map(plain_key, context)), items)
     cls = context if kind is _NAMED_TUPLE else kind
     name = class_name(cls)
+    if name == CACHE:
+        return Named(name, cache_context(context[1]), items)
     text = _context_text(kind, context)
     _register(cls, kind, name, text, context)
     return Named(name, text, items)
@@ -133,26 +136,6 @@ def register_dataclass(cls: type) -> None:
         import torch
 
         torch.export.register_dataclass(cls, serialized_type_name=class_name(cls))
-
-
-def register_caches() -> None:
-    """Make transformers' key-value caches known, when transformers is in use."""
-    import sys
-
-    if "transformers" not in sys.modules:
-        return
-    from transformers import DynamicCache, EncoderDecoderCache
-    from transformers.integrations.executorch import register_dynamic_cache_export_support
-
-    if DynamicCache not in pytree.SUPPORTED_NODES:
-        register_dynamic_cache_export_support()  # type: ignore[no-untyped-call]
-    if EncoderDecoderCache not in pytree.SUPPORTED_NODES:
-        pytree.register_pytree_node(
-            EncoderDecoderCache,
-            lambda c: ([c.self_attention_cache, c.cross_attention_cache], ["self", "cross"]),
-            lambda children, _: EncoderDecoderCache(*children),
-            serialized_type_name="transformers.cache_utils.EncoderDecoderCache",
-        )
 
 
 def flat_leaves(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:

@@ -14,6 +14,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from dfc.capture.attempts import quiet
 from dfc.capture.batch_norm_sizes import need_several_values
+from dfc.capture.caches import forgetful_note, hollow_caches
 from dfc.capture.call_structure import constant, tree_of
 from dfc.capture.convert import Converter, Names, reads_tensor, refuse_leaked
 from dfc.capture.no_gradients import keep_out_gradients
@@ -33,7 +34,7 @@ def build_graph(request: Request, program: ExportedProgram, used: Request) -> Gr
         for name, tensor in list(program.constants.items()):
             program.constants.setdefault(name.rpartition(".")[2], tensor)
         keep_out_gradients(program.graph_module)
-        with quiet():
+        with quiet(), hollow_caches():
             program = program.run_decompositions({})
     graph = Graph("main")
     names = Names()
@@ -48,7 +49,7 @@ def build_graph(request: Request, program: ExportedProgram, used: Request) -> Gr
     for condition in graph.requires[:3]:
         request.notes.append(f"the sizes must satisfy `{condition}`: the model's own code needs it")
     _outputs(program, converter)
-    for note in request.notes:
+    for note in [*dict.fromkeys(request.notes), *forgetful_note(graph.output_tree)]:
         graph.notes.append(note)
     if _dropped_checks(program):
         graph.notes.append("the model checks a value that it reads from a tensor: torch.export "

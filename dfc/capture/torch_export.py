@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from dfc.capture.attempts import ATTEMPTS
-from dfc.capture.call_structure import flat_leaves, register_caches, register_example
+from dfc.capture.caches import refuse_forgetful, register_caches
+from dfc.capture.call_structure import flat_leaves, register_example
 from dfc.capture.own_gradients import hooks_of, own_gradients, without_gradients
 from dfc.capture.program import build_graph
 from dfc.capture.refusal import bad_call, counting_norm, raised_by_user_code, refusal, user_error
@@ -50,6 +51,8 @@ def trace(
         raise bad_call(module, e) from e
     register_example([*args, given])
     register_caches()
+    for value in (*args, *given.values()):
+        refuse_forgetful(value)
     leaves, spec = flat_leaves(args, given)
     leaves = apart(leaves)
     args, given = spec.unflatten(leaves)
@@ -58,13 +61,18 @@ def trace(
 
 
 def apart(leaves: Sequence[Any]) -> list[Any]:
-    """Examples without repetition: torch.export would take one tensor given twice for one input."""
+    """Examples without repetition, which torch.export would take for one input, and without a
+    history of their own: a cache that the model has just filled has one, and cannot be copied."""
     seen: set[int] = set()
     found: list[Any] = []
     for x in leaves:
         repeated = isinstance(x, torch.Tensor) and id(x) in seen
         seen.add(id(x))
-        found.append(x.detach().clone() if repeated else x)
+        if repeated:
+            x = x.detach().clone()
+        elif isinstance(x, torch.Tensor) and not x.is_leaf:
+            x = x.detach()
+        found.append(x)
     return found
 
 

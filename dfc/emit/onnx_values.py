@@ -17,6 +17,8 @@ from dfc.ir.graph import Graph, Parameter, Value
 from dfc.ir.tree import Seq, paths
 from dfc.ir.types import TensorType, Type
 
+_PAST = "past_key_values."
+
 
 def typed(root: Root, name: str, type: Type) -> Val:
     value = symbolic_value(root.opset)
@@ -54,9 +56,16 @@ def input_names(graph: Graph) -> list[str]:
 
 
 def output_names(graph: Graph) -> list[str]:
-    """A name for each flat output, then `<target>.new` for each mutation."""
+    """A name for each flat output, then `<target>.new` for each mutation.
+
+    A cache that comes back is `present.0.key`: runtimes of decoders look for that name, and
+    `past_key_values.0.key` is the input's.
+    """
     prefix = "output" if isinstance(graph.output_tree, Seq) else ""
-    names = [p or "output" for p in paths(graph.output_tree, prefix)]
+    names = [
+        f"present.{p.removeprefix(_PAST)}" if p.startswith(_PAST) else p or "output"
+        for p in paths(graph.output_tree, prefix)
+    ]
     by_input = dict(zip(graph.inputs, input_names(graph), strict=True))
     return names + [f"{by_input.get(m.target, m.target.name)}.new" for m in graph.mutations]
 

@@ -72,6 +72,10 @@ class Named:
 Tree = Leaf | Const | Seq | Map | Named
 LEAF = Leaf()
 
+# transformers' caches: their leaves are named by layer, as exporters of decoders name them.
+CACHE = "transformers.cache_utils.DynamicCache"
+PAIR_OF_CACHES = "transformers.cache_utils.EncoderDecoderCache"
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -92,6 +96,10 @@ def register(cls: type, structure: Structure) -> None:
     _BY_NAME[structure.name] = structure
 
 
+def is_known(name: str) -> bool:
+    return name in _BY_NAME
+
+
 class Record(dict[str, Any]):
     """What a result of an unknown class becomes: its fields, by key and by attribute."""
 
@@ -104,9 +112,14 @@ class Record(dict[str, Any]):
 
 def record(context: str, parts: Sequence[object]) -> Record:
     """The parts by field name where the context names them, else by position."""
-    fields = json.loads(context)
-    named = isinstance(fields, list) and len(fields) == len(parts)
-    return Record(zip(map(str, fields if named else range(len(parts))), parts, strict=True))
+    return Record(zip(map(str, _fields(context, len(parts))), parts, strict=True))
+
+
+def _fields(context: str, count: int) -> Sequence[object]:
+    """The names of that many parts, or their positions."""
+    found = json.loads(context)
+    named = found.get("fields") if isinstance(found, dict) else found
+    return named if isinstance(named, list) and len(named) == count else range(count)
 
 
 def children(tree: Tree) -> tuple[Tree, ...]:
@@ -122,17 +135,30 @@ def paths(tree: Tree, prefix: str) -> Iterator[str]:
     if isinstance(tree, Leaf):
         yield prefix
         return
+    if isinstance(tree, Named) and tree.name in (CACHE, PAIR_OF_CACHES):
+        yield from _cache_paths(tree, prefix, "")
+        return
     for key, child in zip(_keys(tree), children(tree), strict=True):
         yield from paths(child, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _cache_paths(cache: Tree, prefix: str, part: str) -> Iterator[str]:
+    """`past.0.key` of a decoder's cache; `past.0.decoder.key` and `past.0.encoder.key` of both."""
+    start = f"{prefix}." if prefix else ""
+    if isinstance(cache, Named) and cache.name == PAIR_OF_CACHES:
+        for item, name in zip(cache.items, ("decoder.", "encoder."), strict=True):
+            yield from _cache_paths(item, prefix, name)
+        return
+    for side, name in zip(children(cache), ("key", "value"), strict=True):
+        for layer, tensor in enumerate(children(side)):
+            yield from paths(tensor, f"{start}{layer}.{part}{name}")
 
 
 def _keys(tree: Tree) -> Sequence[object]:
     if isinstance(tree, Map):
         return tree.keys
     if isinstance(tree, Named):
-        fields = json.loads(tree.context)
-        if isinstance(fields, list) and len(fields) == len(tree.items):
-            return fields
+        return _fields(tree.context, len(tree.items))
     return range(len(children(tree)))
 
 
@@ -164,11 +190,13 @@ def _same(a: object, b: object) -> bool:
 
 def _brief(value: object) -> str:
     shape = getattr(value, "shape", None)
-    return (
-        f"a {type(value).__name__} of shape {list(shape)}"
-        if shape is not None
-        else repr(value)[:80]
-    )
+    if shape is not None:
+        return f"a {type(value).__name__} of shape {list(shape)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} of {', '.join(map(str, value))}"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return repr(value)[:80]
 
 
 def _parts(tree: Seq | Map | Named, value: object, path: str) -> Sequence[object]:
@@ -184,13 +212,14 @@ def _parts(tree: Seq | Map | Named, value: object, path: str) -> Sequence[object
         expected = f"a dict with the keys {', '.join(map(repr, tree.keys))}"
     else:
         structure = _BY_CLASS.get(type(value))
-        if isinstance(value, Record):
-            return list(value.values())
+        fields = [str(k) for k in _keys(tree)]
         if structure and structure.name == tree.name:
             parts, context = structure.flatten(value)
             if context == tree.context:
                 return parts
-        expected = f"a `{tree.name}` with the fields seen while tracing"
+        elif isinstance(value, Mapping) and set(value) == set(fields):
+            return [value[k] for k in fields]
+        expected = f"a `{tree.name}` as seen while tracing, or a dict of {', '.join(fields)}"
     raise DfcError("K010", f"`{path}` must be {expected}, got {_brief(value)}")
 
 
