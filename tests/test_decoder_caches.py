@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch.export import Dim
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.modeling_outputs import BaseModelOutput
 
 import dfc
 from dfc.capture.caches import cache_context
@@ -102,7 +103,8 @@ def call(past):
     return type(out.past_key_values).__name__, out.logits, out
 kind, logits, plain = call(past)
 assert "transformers" not in sys.modules and kind == "Record", kind
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.modeling_outputs import BaseModelOutput
 cache = DynamicCache([(past["key_cache"][0], past["value_cache"][0])])
 kind, again, out = call(cache)
 assert kind == "DynamicCache" and torch.equal(logits, again) and torch.equal(out[0], logits)
@@ -188,3 +190,38 @@ def test_a_program_that_is_traced_again_keeps_the_constants_of_its_cache(
     torch.testing.assert_close(found.logits, expected.logits)
     held = expected.past_key_values.layers[0].keys
     torch.testing.assert_close(found.past_key_values.layers[0].keys, held)
+
+
+def test_a_cache_of_another_class_says_what_to_give() -> None:
+    model = llama()
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    with pytest.raises(dfc.DfcError, match="a StaticCache cannot be an argument") as error:
+        dfc.trace(model, (), {"input_ids": ids(1, 1), "past_key_values": cache})
+    assert error.value.status == 2
+
+
+def test_a_cache_of_states_is_refused_in_words() -> None:
+    config = {"vocab_size": 99, "hidden_size": 8, "num_hidden_layers": 1, "state_size": 4}
+    model = model_of("MambaForCausalLM", "MambaConfig", **config)
+    with pytest.raises(dfc.DfcError, match="no keys and values") as error:
+        dfc.trace(model, (), {"input_ids": ids(1, 4), "use_cache": True})
+    assert "use_cache=False" in str(error.value)
+
+
+def test_an_encoder_decoder_cache_of_fixed_sizes_goes_in_and_out() -> None:
+    config = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1}
+    torch.manual_seed(0)
+    model = model_of("T5ForConditionalGeneration", "T5Config", num_heads=4, **config)
+    encoded = BaseModelOutput(torch.randn(1, 6, 32))
+    start = {"encoder_outputs": encoded, "decoder_input_ids": ids(1, 2), "use_cache": True}
+    call = {**start, "decoder_input_ids": ids(1, 1)}
+    with torch.no_grad():
+        call["past_key_values"] = model(**start).past_key_values
+        compiled = dfc.compile(model, (), call, engine="eager", passes=["cse"])
+        found, expected = compiled(**call), model(**call)
+    torch.testing.assert_close(found.logits, expected.logits)
+    past = [
+        f"past_key_values.0.{side}.{x}" for side in ("decoder", "encoder") for x in ("key", "value")
+    ]
+    assert input_names(compiled.graph)[2:] == past
+    assert type(found.past_key_values) is EncoderDecoderCache

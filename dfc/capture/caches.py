@@ -35,7 +35,14 @@ def register_caches() -> None:
             EncoderDecoderCache,
             lambda c: ([c.self_attention_cache, c.cross_attention_cache], ["self", "cross"]),
             lambda children, _: EncoderDecoderCache(*children),
-            serialized_type_name="transformers.cache_utils.EncoderDecoderCache",
+            serialized_type_name=PAIR_OF_CACHES,
+            flatten_with_keys_fn=lambda c: (
+                [
+                    (pytree.GetAttrKey("self_attention_cache"), c.self_attention_cache),
+                    (pytree.GetAttrKey("cross_attention_cache"), c.cross_attention_cache),
+                ],
+                ["self", "cross"],
+            ),
         )
 
     def taken_apart(cache: Any) -> tuple[Sequence[object], str]:
@@ -104,6 +111,27 @@ def cache_context(windows: Sequence[int | None]) -> str:
     if any(w is not None for w in windows):
         return json.dumps({"fields": _FIELDS, "windows": list(windows)})
     return json.dumps(_FIELDS)
+
+
+def check_example(value: Any) -> None:
+    """What cannot be traced of an argument that is a cache.
+
+    Raises:  DfcError T033 (exit status 2) for a class of caches that torch.export does not carry,
+             and what `refuse_forgetful` raises.
+    """
+    import torch.utils._pytree as pytree
+
+    kind: Any = getattr(sys.modules.get("transformers.cache_utils"), "Cache", None)
+    if kind and isinstance(value, kind) and type(value) not in pytree.SUPPORTED_NODES:
+        raise DfcError(
+            "T033",
+            f"a {type(value).__name__} cannot be an argument: torch.export does not know how many "
+            "of its tokens count",
+            help="give a DynamicCache, or let transformers' TorchExportableModuleWithStaticCache "
+            "hold the cache as buffers",
+            status=2,
+        )
+    refuse_forgetful(value)
 
 
 def refuse_forgetful(cache: Any) -> None:

@@ -65,6 +65,12 @@ _CAUSES = (
         "use torch.where or torch.cond instead of `if`, or torch._check to state what holds",
     ),
     (
+        r"pytree flattening function should be applied to DynamicCache",
+        "a cache with layers that are no keys and values, as of state-space models, cannot be "
+        "carried from call to call",
+        "trace with `use_cache=False`",
+    ),
+    (
         r"Unsupported input type|not registered|type <class",
         "an argument or result is of a class that torch does not know",
         "register it by torch.export.register_dataclass or torch.utils._pytree",

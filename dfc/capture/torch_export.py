@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dfc.capture.attempts import ATTEMPTS
-from dfc.capture.caches import refuse_forgetful, register_caches
+from dfc.capture.caches import check_example, register_caches
 from dfc.capture.call_structure import flat_leaves, register_example
 from dfc.capture.own_gradients import hooks_of, own_gradients, without_gradients
 from dfc.capture.program import build_graph
@@ -52,7 +52,7 @@ def trace(
     register_example([*args, given])
     register_caches()
     for value in (*args, *given.values()):
-        refuse_forgetful(value)
+        check_example(value)
     leaves, spec = flat_leaves(args, given)
     leaves = apart(leaves)
     args, given = spec.unflatten(leaves)
