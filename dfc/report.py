@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Any
 
 from dfc.counting import counted
@@ -100,7 +101,7 @@ class TriedReport:
     failed: str = ""
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """The facts of one compilation.
 
@@ -167,6 +168,14 @@ class Report:
         lines += [f"  {requirement_text(r)}" for r in self.requirements]
         lines += [f"  note: {n}" for n in self.notes]
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<dfc report of {self.model}: {self.proof}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the page in a frame, so that its style is its own."""
+        text = escape(self.to_html())
+        return f'<iframe srcdoc="{text}" style="width:100%;height:32em;border:0"></iframe>'
 
     def to_html(self) -> str:
         """One self-contained page."""

@@ -66,6 +66,16 @@ def test_errors_come_back_from_another_process() -> None:
     assert (again.status, again.report, again.compiled) == (5, missed.report, None)
 
 
+def test_a_notebook_shows_the_report_and_the_plan(compiled: dfc.Compiled) -> None:
+    assert repr(compiled.report) == f"<dfc report of Counter: {compiled.report.proof}>"
+    shown = compiled.report._repr_html_()
+    assert shown.count("<") == 2 and "&lt;h1&gt;Counter&lt;/h1&gt;" in shown  # the frame alone
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+    target = "dfc 1\ntarget t { device a : h100 }\n"
+    plan = dfc.plan(model, target, (torch.ones(2, 8),))
+    assert repr(plan) == "<dfc plan main: 1 stage on a>"
+
+
 def test_autocast_around_a_call_changes_nothing(compiled: dfc.Compiled) -> None:
     x = torch.randn(2, 8)
     first, second = copy.deepcopy(compiled), copy.deepcopy(compiled)

@@ -12,6 +12,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from dfc.counting import counted
 from dfc.ir.graph import Graph, Node
 from dfc.planning.actions import Program
 from dfc.planning.candidates import Candidate, best_candidate
@@ -57,7 +58,7 @@ class Stage:
     streams: float = 0.0  # bytes of weights that come for it, as its device does not hold them
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Stages, their schedule, and what the simulator says of a step.
 
@@ -86,6 +87,10 @@ class Plan:
 
     def __str__(self) -> str:
         return described(self)
+
+    def __repr__(self) -> str:
+        where = ", ".join(dict.fromkeys(s.device for s in self.stages))
+        return f"<dfc plan {self.name}: {counted(len(self.stages), 'stage')} on {where}>"
 
     @cached_property
     def simulation(self) -> Simulation:
