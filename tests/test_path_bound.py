@@ -93,3 +93,13 @@ def test_what_it_cannot_judge_has_no_bound() -> None:
     assert path_bound(replace(problem, time=nowhere), 1.0) == 0.0
     slots = [replace(problem.slots[0], kind=d % 3, memory=100.0 + d) for d in range(24)]
     assert path_bound(problem.with_stages(slots), 1.0) == 0.0  # too many sets of devices
+
+
+def test_memory_that_only_a_slow_device_has_is_charged_for_in_full() -> None:
+    """Most of the weights must go where all of them take eleven times as long."""
+    n = 40
+    time = np.tile([1.0, 1.0, 11.0], (n, 1))
+    tensors = tuple(Tensor(v, 0.0, (v + 1,)) for v in range(n - 1))
+    slots = tuple(Slot(kind=d, memory=m) for d, m in enumerate((6.0, 6.0, 100.0)))
+    problem = Problem(time, tensors, slots, np.ones(n), np.zeros(n))
+    assert path_bound(problem, 5.0) == pytest.approx(28 * 11)

@@ -79,6 +79,8 @@ class _Relaxed:
         runs = np.isfinite(self.time)
         whole = float(np.where(runs, self.time, np.inf).min(axis=1).sum())
         self.scale = whole or 1.0
+        slowest = float(np.where(runs, self.time, 0.0).sum(axis=0).max()) / self.scale
+        self.most = 4.0 * max(slowest, 1.0)  # charges that no device's time is worth
         self.time = np.where(runs, self.time / self.scale, _FORBIDDEN)
         self.memory_scale = float(held.sum()) or 1.0
         self.held = held / self.memory_scale
@@ -113,7 +115,7 @@ class _Relaxed:
             top = linprog(
                 np.array([0.0] * (2 * k) + [-1.0]), A_ub=rows, b_ub=np.zeros(len(rows)),
                 A_eq=[[*norm, 0.0]], b_eq=[1.0],
-                bounds=[(0, None)] * k + [(0, 4.0 * c) for c in self.charged] + [(0, None)],
+                bounds=[(0, None)] * k + [(0, self.most * c) for c in self.charged] + [(0, None)],
             )  # fmt: skip
             if top.x is None:
                 break
