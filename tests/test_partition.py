@@ -194,3 +194,12 @@ def test_loads_are_what_nodes_and_tensors_add_up_to(seed: int) -> None:
 def test_thousands_of_nodes_that_are_no_chain() -> None:
     found = partition(residual(random.Random(7), 2600), Effort(seconds=1.0, gap=0.2))
     assert found.gap <= 0.05
+
+
+def test_chains_beside_each_other_are_no_chain() -> None:
+    """Nothing says which comes first, so that cuts in one order are not all there are."""
+    time = np.array([[1.0], [1.0], [2.0], [2.0]])
+    tensors = (Tensor(0, 1.0, (1,)), Tensor(2, 1.0, (3,)))
+    problem = Problem(time, tensors, (Slot(), Slot()), np.ones(4), np.zeros(4))
+    found, best = partition(problem), brute_force(problem)
+    assert best is not None and found.value == best.value == 3.0

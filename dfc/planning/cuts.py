@@ -25,12 +25,15 @@ _STEPS = 60  # halvings: more than a double's 53 bits
 
 
 def is_chain(problem: Problem) -> bool:
-    """Whether every tensor goes to the next node only, and nothing else ties nodes together.
+    """Whether each node hands on to the next one only, and nothing else ties nodes together.
 
+    Parts that hand nothing on could stand in another order, which cuts do not try.
     Where stages hold what comes in, a longer one may hold less: memory does not bound its length.
     """
     simple = not (problem.tied or problem.together or problem.pins)
     simple = simple and not any(slot.taken for slot in problem.slots)
+    handed = {t.producer for t in problem.tensors}
+    simple = simple and len(handed) == max(problem.n - 1, 0)
     return simple and all(t.readers == (t.producer + 1,) for t in problem.tensors)
 
 

@@ -178,6 +178,8 @@ def modelled(
         together,
         tied,
         names,
+        wire=lambda a, b: machine.way(a, b) or Wire(),
+        back=wish.trains,
     )
     return Modelled(problem, tuple(map(tuple, groups)), works, live, pins, sizes, saved, counted)
 
@@ -195,7 +197,7 @@ def on_row(model: Modelled, machine: Machine, row: Sequence[int], wish: Wish) ->
     pins = {v: row.index(d) for v, d in model.pins.items()}
     problem = replace(
         model.problem, time=model.problem.time[:, list(row)],
-        slots=_slots(machine, wish, model.live), pins=pins,
+        slots=_slots(machine, wish, model.live), pins=pins, wire=machine.wire,
     )  # fmt: skip
     return replace(model, problem=problem, pins=pins)
 

@@ -20,7 +20,7 @@ from dfc.planning.ideals import all_ideals, best_chain, prefixes
 from dfc.planning.looped import best_looped
 from dfc.planning.milp import solve_milp
 from dfc.planning.orders import promising_orders
-from dfc.planning.problem import Partition, Problem
+from dfc.planning.problem import Partition, Problem, value_of
 
 _IDEALS = 1200  # pairs of them fit in vectors of a few MB
 _LINEAR = 8000  # nodes times stages: beyond, the linear program finds nothing in any time
@@ -41,6 +41,21 @@ def partition(problem: Problem, effort: Effort = Effort()) -> Partition:
     Raises:  DfcError N030, N031 for an impossible problem; N060 (status 6) when nothing fits.
     """
     problem.check()
+    found = _solved(problem, effort)
+    if not _is_strained(problem, found):
+        return found
+    stage = _solved(problem.with_slowest_links(), effort).stage
+    value = value_of(problem, stage)
+    return replace(found, stage=stage, value=value) if value < found.value else found
+
+
+def _is_strained(problem: Problem, found: Partition) -> bool:
+    """Whether links that no solver sees, between stages that are no neighbours, make it worse."""
+    without = value_of(replace(problem, wire=None), found.stage)
+    return found.value > without * (1 + 1e-9)
+
+
+def _solved(problem: Problem, effort: Effort) -> Partition:
     if problem.looped:
         quick = Effort(1.0, gap=float("inf"))  # even stages are evened out afterwards
         even = best_looped(problem, lambda p: partition(p, quick), effort.seconds, effort.gap)

@@ -5,7 +5,7 @@ The partition is proposed by its bottleneck; the simulator decides what a step t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -19,10 +19,10 @@ from dfc.planning.candidates import Candidate, best_candidate
 from dfc.planning.cost import Sizes, default_sizes
 from dfc.planning.devices import Wanted, price
 from dfc.planning.layouts import check_counts, layouts
-from dfc.planning.machine import Device, Machine
+from dfc.planning.machine import Device, Machine, Wire
 from dfc.planning.model import Limits, Modelled, Wish, modelled
 from dfc.planning.partition import Effort
-from dfc.planning.problem import Loads, Partition, value_of
+from dfc.planning.problem import Loads, Partition, loads, value_of
 from dfc.planning.recompute_choice import best_way
 from dfc.planning.rivals import compared
 from dfc.planning.simulate import Costs, Simulation, simulate
@@ -251,8 +251,12 @@ def _limit(
                     spent["computing" if computing >= moving else "moving"] += took
                 if not device.ahead or took < start:
                     spent["launching"] += start
+    at = model.problem.device_of[slot]
+    into = [x for (_, b), x in load.links.items() if b == at]
+    out = [x for (a, _), x in load.links.items() if a == at]
     links = {
-        "receiving": float(load.receive[slot]), "sending": float(load.send[slot]),
+        "receiving": max(float(load.receive[slot]), *into, 0.0),
+        "sending": max(float(load.send[slot]), *out, 0.0),
         "streaming": float(tiers[slot].pass_seconds) / _HIDDEN if slot in tiers else 0.0,
     }  # fmt: skip
     kinds = spent if load.compute[slot] >= max(links.values()) else links
@@ -281,24 +285,35 @@ def _advice(model: Modelled, machine: Machine, found: Partition) -> tuple[tuple[
     problem = replace(
         model.problem, objective="latency" if model.problem.objective == "latency" else "throughput"
     )
-    now = value_of(problem, found.stage)
+    now, load = value_of(problem, found.stage), loads(problem, found.stage)
     told = []
     for i, device in enumerate(machine.devices):
         time = problem.time.copy()
         time[:, i] /= _MORE
         better = value_of(replace(problem, time=time), found.stage)
         told.append((f"a device like `{device.name}` that is 25 % faster", better))
-    for a, b in dict.fromkeys(pairwise(problem.device_of)):
+    for a, b in dict.fromkeys([*pairwise(problem.device_of), *load.links]):
         slots = list(problem.slots)
         for s, pair in enumerate(pairwise(problem.device_of)):
             if pair == (a, b):
                 slots[s] = replace(slots[s], send=slots[s].send * _MORE)
                 slots[s + 1] = replace(slots[s + 1], receive=slots[s + 1].receive * _MORE)
-        better = value_of(problem.with_stages(slots), found.stage)
+        faster = replace(problem.with_stages(slots), wire=_with_more(machine, (a, b)))
+        better = value_of(faster, found.stage)
         name = f"`{machine.devices[a].name}` to `{machine.devices[b].name}`"
         told.append((f"a link from {name} that is 25 % faster", better))
     gains = [(what, now / b) for what, b in told if b > 0]
     return tuple(sorted((g for g in gains if g[1] > 1.005), key=lambda g: -g[1]))
+
+
+def _with_more(machine: Machine, pair: tuple[int, int]) -> Callable[[int, int], Wire]:
+    """The machine's wires, one of them with 25 % more bandwidth."""
+
+    def wire(a: int, b: int) -> Wire:
+        found = machine.wire(a, b)
+        return replace(found, bandwidth=found.bandwidth * _MORE) if (a, b) == pair else found
+
+    return wire
 
 
 def stage_of(found: Plan) -> dict[Node, int]:

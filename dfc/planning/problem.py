@@ -6,7 +6,7 @@ one device. Stages are convex: a node's stage is never before that of what it re
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -16,6 +16,8 @@ from dfc.errors import DfcError
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from dfc.planning.machine import Wire
 
     Floats = NDArray[np.float64]
     Ints = NDArray[np.int64]
@@ -75,7 +77,9 @@ class Problem:
     it cannot run; `weights[v]` and `activations[v]` are bytes. `pins` gives nodes their device,
     `together` are groups that share a stage, `tied` are (bytes, readers) of parameters that every
     device with a reader holds a copy of (not counted in `weights`). `idle` says that stages may be
-    empty.
+    empty. Solvers take what comes in and goes out to be on the links to the neighbours, which slots
+    know; `wire` is from any device to any other, for what skips stages, and when `back` gradients
+    come on it as well: a partition is worth what these allow.
     """
 
     time: Floats
@@ -92,6 +96,8 @@ class Problem:
     idle: bool = True
     devices: tuple[int, ...] = ()
     apart: bool = False  # pins go by devices, all else by stages
+    wire: Callable[[int, int], Wire] | None = field(default=None, compare=False)
+    back: bool = False
 
     @property
     def n(self) -> int:
@@ -145,8 +151,25 @@ class Problem:
 
     def with_stages(self, slots: Sequence[Slot]) -> Problem:
         """With other slots: as many, or others that are devices of their own."""
-        devices = self.devices if len(slots) == self.stages else ()
-        return replace(self, slots=tuple(slots), devices=devices)
+        same = len(slots) == self.stages
+        devices, wire = (self.devices, self.wire) if same else ((), None)
+        return replace(self, slots=tuple(slots), devices=devices, wire=wire)
+
+    def with_slowest_links(self) -> Problem:
+        """With the slowest links of each device to those before and behind it in place of those to
+        its neighbours, so that solvers leave what skips stages where these matter."""
+        if self.wire is None:
+            return self
+        slots, at = list(self.slots), self.device_of
+        for s, slot in enumerate(self.slots):
+            into = [self.wire(d, at[s]) for d in set(at[:s]) - {at[s]}]
+            out = [self.wire(at[s], d) for d in set(at[s + 1 :]) - {at[s]}]
+            slots[s] = replace(
+                slot, receive=min([slot.receive, *(w.bandwidth for w in into)]),
+                send=min([slot.send, *(w.bandwidth for w in out)]),
+                latency=max([slot.latency, *(w.latency for w in into)]),
+            )  # fmt: skip
+        return self.with_stages(slots)
 
     def check(self) -> None:
         """Raises:  DfcError N030 for nodes out of order, N031 for a pin that cannot be."""
@@ -185,7 +208,9 @@ class Partition:
 class Loads:
     """What each stage does for one microbatch, in seconds, and the bytes that devices hold.
 
-    `shares[s]` is whose time and memory stage s takes: its place in `memory`.
+    `shares[s]` is whose time and memory stage s takes: its place in `memory`. `links` are the
+    seconds of each link (from, to) that something goes over, `path` those of the slowest way of a
+    microbatch through stages: where the problem knows its links.
     """
 
     compute: Floats
@@ -195,6 +220,8 @@ class Loads:
     wait: Floats  # for the first byte that comes in
     stream: Floats  # of devices: the seconds that weights take which the memory does not hold
     shares: tuple[int, ...]
+    links: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    path: float = 0.0
 
     @property
     def latency(self) -> float:
@@ -202,7 +229,8 @@ class Loads:
         import numpy as np
 
         busy = np.maximum(np.bincount(self.shares, weights=self.compute), self.stream)
-        return float(busy.sum() + self.receive.sum() + self.wait.sum())
+        stages = float(busy.sum() + self.receive.sum() + self.wait.sum())
+        return max(stages, self.path)
 
     @property
     def peak(self) -> float:
@@ -211,7 +239,7 @@ class Loads:
 
     @property
     def bottleneck(self) -> float:
-        return float(self.busiest.max(initial=0.0))
+        return max(float(self.busiest.max(initial=0.0)), *self.links.values(), 0.0)
 
     @property
     def busiest(self) -> Floats:
@@ -252,7 +280,34 @@ def loads(problem: Problem, stage: Sequence[int]) -> Loads:
     stream = np.zeros(len(held))
     for d, slot in rooms.items():
         stream[d] = max(held[d] - slot.memory, 0.0) / (slot.stream or INFINITE)
-    return Loads(compute, received / into, sent / out, held, wait, stream, problem.shares)
+    links, path = _on_links(problem, own, reads, compute)
+    return Loads(
+        compute, received / into, sent / out, held, wait, stream, problem.shares, links, path
+    )  # fmt: skip
+
+
+def _on_links(
+    problem: Problem, own: Ints, reads: NDArray[np.bool_], compute: Floats
+) -> tuple[dict[tuple[int, int], float], float]:
+    """The seconds of each link, and those of the slowest way through stages."""
+    import numpy as np
+
+    wire, at = problem.wire, problem.device_of
+    if wire is None:
+        return {}, 0.0
+    crossing = np.zeros((problem.stages, problem.stages))
+    np.add.at(crossing, own, reads * problem.flow.bytes[:, None])
+    links: dict[tuple[int, int], float] = {}
+    arrives = np.zeros(problem.stages)
+    for s, t in np.argwhere(crossing).tolist():  # by producers: those before s are done
+        a, b, size = at[s], at[t], float(crossing[s, t])
+        took = 0.0
+        if a != b:
+            took = wire(a, b).latency + size / wire(a, b).bandwidth
+            for pair in ((a, b), (b, a)) if problem.back else ((a, b),):
+                links[pair] = links.get(pair, 0.0) + size / wire(*pair).bandwidth
+        arrives[t] = max(arrives[t], arrives[s] + compute[s] + took)
+    return links, float((arrives + compute).max(initial=0.0))
 
 
 def _summed(values: Floats, at: Ints, count: int) -> Floats:
