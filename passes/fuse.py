@@ -122,6 +122,9 @@ class _Run:
         self.number = 0
         self.done = 0
         self.skipped: set[tuple[str, Node]] = set()
+        self.refused: set[tuple[str, str, str]] = {
+            (rule.full_name, name, why) for rule, name, why in journal.refused
+        }
 
     def graph(self, graph: Graph) -> int:
         before = self.done
@@ -197,9 +200,10 @@ class _Run:
             found = replace(match, graph, order, folded)
             self.journal.trying = None
             if isinstance(found, str):
-                refusal = (match.rule, name, found)
-                if refusal not in self.journal.refused:
-                    self.journal.refused.append(refusal)
+                refusal = (match.rule.full_name, name, found)
+                if refusal not in self.refused:
+                    self.refused.add(refusal)
+                    self.journal.refused.append((match.rule, name, found))
                 continue
             self.done += 1
             made = tuple(r.name for n in found.made for r in n.results)

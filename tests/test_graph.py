@@ -65,6 +65,13 @@ def test_replace_uses_reaches_lists_and_outputs() -> None:
     verify(graph, types=False)
 
 
+def test_a_node_is_replaced_by_one_value() -> None:
+    graph, (a, b, c) = diamond()
+    graph.replace(b, graph.inputs[0])
+    assert c.inputs == (a.result, graph.inputs[0]) and b.graph is None
+    verify(graph, types=False)
+
+
 def test_replace_uses_where() -> None:
     graph, (a, b, c) = diamond()
     x = graph.inputs[0]

@@ -336,9 +336,9 @@ class Graph:
             new._users[user] = new._users.get(user, 0) + count
         return len(users)
 
-    def replace(self, node: Node, by: Node | Sequence[Value]) -> None:
-        """Let the users of a node read another's results, and erase it."""
-        values = by.results if isinstance(by, Node) else tuple(by)
+    def replace(self, node: Node, by: Node | Value | Sequence[Value]) -> None:
+        """Let the users of a node read another's results, or other values, and erase it."""
+        values = by.results if isinstance(by, Node) else (by,) if isinstance(by, Value) else by
         for old, new in zip(node.results, values, strict=True):
             self.replace_uses(old, new)
         self.erase(node)

@@ -37,12 +37,15 @@ class Failure:
     reason: str
 
 
-def first_failure(conditions: Sequence[s.Expr], env: Env, facts: Facts) -> Failure | None:
-    """The first of the conditions that does not hold, None when all hold."""
+def first_failure(
+    conditions: Sequence[s.Expr], env: Env, facts: Facts, explain: bool = True
+) -> Failure | None:
+    """The first of the conditions that does not hold, None when all hold; what it saw costs as
+    much as deciding it, and is told with `explain` alone."""
     for c in conjunctions(conditions):
         try:
             if not holds(c, env, facts):
-                return Failure(c, _seen(c, env, facts))
+                return Failure(c, _seen(c, env, facts) if explain else "")
         except Undecided as e:
             return Failure(c, str(e))
     return None

@@ -224,7 +224,7 @@ class Attempt:
                     if self.explain:
                         self._note(env, f"%{result.name} is needed, too", None, None, node)
                     return None
-        failure = first_failure(rule.conditions, env, self.facts)
+        failure = first_failure(rule.conditions, env, self.facts, self.explain)
         if failure is not None:
             if self.explain:
                 self._note(env, failure.reason, None, failure.condition, None)
