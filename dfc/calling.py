@@ -96,6 +96,11 @@ def _default(a: Argument) -> Any:
     raise DfcError("K012", f"the argument `{a.name}` is missing", status=2)
 
 
+def allowed(graph: Graph, sizes: Mapping[str, Any]) -> bool:
+    """Whether sizes satisfy what the model's own code needs."""
+    return all(evaluate(condition, sizes) is not False for condition in graph.requires)
+
+
 def check_inputs(graph: Graph, leaves: Sequence[Any], labels: Sequence[str]) -> list[Any]:
     """Check types, sizes and ranges.
 

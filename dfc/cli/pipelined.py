@@ -174,7 +174,7 @@ def _placed_within(
 ) -> tuple[Mapping[Node, int], dict[str, Any]]:
     """Stages of equal time, with what their ranks have to stream for each microbatch."""
     from dfc.planning.balanced import balanced_within
-    from dfc.planning.microbatches import batch_dims, batch_of, cut, least_of
+    from dfc.planning.microbatches import batch_dims, batch_of, parts_of
     from dfc.planning.tier_plan import DISK
     from dfc.runtime.pipeline.local import MICROBATCHES
     from dfc.runtime.tiers.stages import rank_memories
@@ -184,8 +184,7 @@ def _placed_within(
     batch = batch_of(graph)
     count = microbatches or MICROBATCHES
     dims = batch_dims(graph, batch, count)
-    given = dict(zip(graph.inputs, inputs, strict=True))
-    first = cut(given, dims, count, least_of(graph, batch))[0]
+    first = parts_of(graph, batch, inputs, dims, count)[0]
     placed, ranks = balanced_within(graph, memories, [first[v] for v in graph.inputs], DISK)
     return placed, {"placement": ranks}
 
@@ -325,6 +324,8 @@ def _fewer_microbatches(pipeline: Pipeline, made: int) -> dict[str, str]:
     else:
         least = least_of(pipeline.graph, pipeline.batch)
         why = f"each has {least} or more of the batch `{pipeline.batch}`"
+        if needed := pipeline.graph.requires:
+            why += f", and sizes that satisfy `{needed[0]}`"
     return {
         "fewer_microbatches": f"{counted(made, 'microbatch')}, not {pipeline.microbatches}: {why}"
     }

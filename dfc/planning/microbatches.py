@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from dfc.calling import allowed
 from dfc.errors import DfcError
 from dfc.ir.expr import Expr
 from dfc.ir.graph import Graph, Value
+from dfc.ir.interpret import bind_inputs
 from dfc.ir.types import TensorType
 
 if TYPE_CHECKING:
@@ -106,6 +108,20 @@ def cut(
         found.append({k: _part(x, dims[k], start, stop) for k, x in inputs.items()})
         start = stop
     return found
+
+
+def parts_of(
+    graph: Graph, batch: str | None, inputs: Sequence[Any], dims: Mapping[Value, int | None],
+    count: int,
+) -> list[dict[Value, Any]]:  # fmt: skip
+    """A graph's inputs as at most `count` microbatches, as `cut`: as many as have sizes that the
+    graph is true for."""
+    given, least = dict(zip(graph.inputs, inputs, strict=True)), least_of(graph, batch)
+    for n in range(count, 1, -1):
+        parts = cut(given, dims, n, least)
+        if all(allowed(graph, bind_inputs(graph, part.values())) for part in parts):
+            return parts
+    return cut(given, dims, 1, least)
 
 
 def _part(x: Any, dim: int | None, start: int, stop: int) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dfc.calling import allowed
 from dfc.errors import DfcError
 from dfc.ir.expr import evaluate
 from dfc.ir.graph import Graph
@@ -268,7 +269,7 @@ def make_probes(
         other = {s: _other(sizes[s], *graph.ranges[s]) for s in ones}
         other = _affordable(graph, sizes, other)
         for plan in (ones, other):
-            if _allowed(graph, {**sizes, **plan}):
+            if allowed(graph, {**sizes, **plan}):
                 plans.append((_label(plan), plan))
     plans.append(("other values", {}))
     for label, changed in plans[: 2 if count is None else max(count - 1, 0)]:
@@ -306,14 +307,10 @@ def _affordable(graph: Graph, sizes: dict[str, Any], other: dict[str, Any]) -> d
         # Odd ones: what a kernel or a rewrite takes for granted is even.
         least = {s: max(graph.ranges[s][0], 1) + 1 for s in other}
         smaller = {s: max(v // 2 | 1, min(least[s], v)) for s, v in other.items()}
-        if smaller == other or not _allowed(graph, {**sizes, **smaller}):
+        if smaller == other or not allowed(graph, {**sizes, **smaller}):
             break
         other = smaller
     return other
-
-
-def _allowed(graph: Graph, sizes: dict[str, Any]) -> bool:
-    return all(evaluate(r, sizes) is not False for r in graph.requires)
 
 
 def _elements(graph: Graph, sizes: dict[str, Any]) -> int:
@@ -349,7 +346,7 @@ def _further(graph: Graph, inputs: Sequence[Any], number: int, seed: int) -> Pro
                 most = most if high is None else min(most, high)
                 at = torch.randint(max(most - least, 0) + 1, (1,), generator=generator)
                 plan[s] = least + int(at)
-        if _allowed(graph, {**sizes, **plan}):
+        if allowed(graph, {**sizes, **plan}):
             plan = _affordable(graph, sizes, plan)
             break
         plan = {}

@@ -17,7 +17,7 @@ from dfc.lang.units import byte_count
 from dfc.planning.actions import Action, Program
 from dfc.planning.cost import default_sizes
 from dfc.planning.engine import Engine, Runner
-from dfc.planning.microbatches import batch_dim, batch_dims, checked_batch, cut, joined, least_of
+from dfc.planning.microbatches import batch_dim, batch_dims, checked_batch, joined, parts_of
 from dfc.planning.schedules import forward_program
 from dfc.planning.stages import StageGraph, split
 from dfc.planning.tiers import Tiers
@@ -228,8 +228,7 @@ class Pipeline:
 
     def cut(self, inputs: Sequence[Any]) -> list[dict[Value, Any]]:
         """The microbatches: each gives every input of the graph its part."""
-        given = dict(zip(self.graph.inputs, inputs, strict=True))
-        return cut(given, self._dims, self.microbatches, least_of(self.graph, self.batch))
+        return parts_of(self.graph, self.batch, inputs, self._dims, self.microbatches)
 
     def _output_dim(self, out: Value) -> int | None:
         dim = batch_dim(out, self.batch)
