@@ -28,6 +28,7 @@ from dfc.runtime.pipeline.staged_folder import write_staged
 from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.training import Trainer
 from dfc.runtime.pipeline.training_processes import ProcessTrainer
+from tests.bad_optimizers import FailsSecond
 from tests.fair_clock import FairClock
 from tests.test_looped_plans import machine
 from tests.test_processes import gone_in_two
@@ -246,3 +247,20 @@ def test_what_cannot_be_is_told() -> None:
     with pytest.raises(DfcError, match=r"(?s)rank [01]: the optimizer .*ValueError.*_local") as e:
         ProcessTrainer(model, optimizer=_local, microbatches=2, threads=2)
     assert e.value.code == "K057"
+
+
+def test_ranks_that_cannot_save_go_on_and_those_that_ended_say_why(tmp_path: Path) -> None:
+    _, args = captured("mlp")
+    with ProcessTrainer(staged("mlp", 2), optimizer=partial(FailsSecond, lr=0.1), microbatches=2,
+                        threads=2) as trainer:  # fmt: skip
+        trainer.step(*args)
+        (tmp_path / "file").write_text("here")
+        pids = trainer.pids
+        with pytest.raises(DfcError, match="D011"):
+            trainer.save(tmp_path / "file")
+        trainer.backward(*args)
+        assert trainer.pids == pids
+        with pytest.raises(DfcError, match=r"K057.*two is too many"):
+            trainer.update()
+        with pytest.raises(DfcError, match=r"K057.*have ended, since .*two is too many"):
+            trainer.step(*args)

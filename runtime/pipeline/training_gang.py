@@ -37,6 +37,7 @@ class Gang:
         self.crew = Crew(ranks, launcher)
         self.meeting, self.readers = meeting, readers
         self.alive = False
+        self.why: DfcError | None = None  # they have ended
         self._links: Linked | None = None
         self._number = self._linked = 0
         self._abandoned = False
@@ -113,16 +114,20 @@ class Gang:
         return found
 
     def ask(self, do: str, **more: Any) -> list[Message]:
-        """Tell all ranks something, and wait until it is done; one that fails ends all.
+        """Tell all ranks something, and wait until it is done.
 
+        One that fails ends all, since the others have done it; but what cannot be written is not
+        written by any.
         Raises:  DfcError K058 for a rank that is lost, or what a rank says that is wrong.
         """
         self._mend()
         number = self._tell(do, **more)
         try:
             return self._listen(number, "done", _WRITING)
-        except DfcError:
-            self.end()
+        except DfcError as e:
+            if do != "save" or e.code == "K058":
+                self.end()
+                self.why = e
             raise
 
     def _tell(self, do: str, **more: Any) -> int:

@@ -272,7 +272,7 @@ class ProcessTrainer(Trainer):
         program, step = self.last
         _, most, saved, taken, peak = (tuple(column) for column in zip(*self._kept, strict=True))
         allowed = self.programs.limits(program)
-        return TrainingReport(program, step, allowed, most, saved, taken, peak)
+        return TrainingReport(program, step, allowed, most, saved, taken, peak, self.compared)
 
     def set_options(self, **values: Any) -> None:
         """Change options of all optimizers: set_options(lr=1e-4)."""
@@ -366,7 +366,7 @@ class ProcessTrainer(Trainer):
         if self._gang.alive:
             return False
         if self.checkpoint is None:
-            raise DfcError("K058", "the ranks have ended")
+            raise _ended(self._gang.why)
         self._gang.start()
         at = 0
         if self._base is not None:
@@ -390,6 +390,14 @@ class ProcessTrainer(Trainer):
         """End the ranks' processes."""
         self._closed = True
         self._ended()
+
+
+def _ended(why: DfcError | None) -> DfcError:
+    if why is None:
+        return DfcError("K058", "the ranks have ended")
+    help = "make the trainer again and load what was saved; checkpoint=FOLDER goes on by itself"
+    message = f"the ranks have ended, since {why.message}"
+    return DfcError(why.code, message, help=help, status=why.status)
 
 
 def _listed(names: str | Sequence[str]) -> list[str]:
