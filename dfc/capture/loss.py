@@ -102,6 +102,11 @@ def _traced(
                 help="use `y.shape[0]` instead of `len(y)`, and torch.where instead of `if`",
                 status=2,
             ) from e  # fmt: skip
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
+                NotImplementedError) as e:  # fmt: skip
+            given = ", ".join(str(v.type) for v in values)
+            message = f"the loss fails, called with {given}: {type(e).__name__}: {e}"
+            raise DfcError("N074", message, status=2) from e
 
 
 class _Lines(TorchFunctionMode):

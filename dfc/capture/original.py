@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def original_runner(
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, KeyError) as e:
             raise DfcError("K022", f"the model refuses these inputs: {e}") from e
         outputs = [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
-        outputs = _match(graph, outputs, result)
+        outputs = matching(graph, outputs, result)
         inputs_after = [call_leaves[i] for i in tensors]
         values = [v for v in graph.inputs if v.type.__class__.__name__ == "TensorType"]
         after = dict(zip(values, inputs_after, strict=True))
@@ -88,7 +89,7 @@ def _fill_numbers(made: list[Any], graph: Graph, numbers: Any) -> None:
             made[i] = next(numbers)
 
 
-def _match(graph: Graph, tensors: list[Any], result: Any) -> list[Any]:
+def matching(graph: Graph, tensors: list[Any], result: Any) -> list[Any]:
     """The leaves that are values of the graph: tensors, and numbers that depend on data."""
     if len(tensors) == len(graph.outputs):
         return tensors
@@ -133,3 +134,45 @@ def _restore(model: Any, state: Mapping[str, torch.Tensor]) -> None:
                 continue
             if not torch.equal(now.nan_to_num(), before.nan_to_num()):
                 now.copy_(before)
+
+
+class Original:
+    """The model that a graph was captured from, as it was called, and which modules trained."""
+
+    def __init__(
+        self, model: torch.nn.Module, leaves: Sequence[Any], spec: Any, graph: Graph
+    ) -> None:
+        self.model, self.leaves, self.spec = model, leaves, spec
+        self._ops = [n.op for n in graph.nodes]
+        self._training = {name for name, m in model.named_modules() if m.training}
+
+    def is_of(self, graph: Graph) -> bool:
+        """Whether the graph is as it was captured, and the weights are still the model's."""
+        own = dict(self.model.named_parameters())
+        same = all(
+            p.name not in own or own[p.name].is_cuda
+            or (p.data is not None and p.data.tensor().data_ptr() == own[p.name].data_ptr())
+            for p in graph.parameters.values()
+        )  # fmt: skip
+        return same and self._ops == [n.op for n in graph.nodes]
+
+    @contextmanager
+    def as_traced(self) -> Iterator[None]:
+        """In the modes of then; modes and buffers are afterwards what they were before."""
+        modes = [(m, m.training, n in self._training) for n, m in self.model.named_modules()]
+        buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
+        for module, _, then in modes:
+            module.training = then
+        try:
+            yield
+        finally:
+            for module, before, _ in modes:
+                module.training = before
+            with torch.no_grad():
+                for b, held in buffers:
+                    if not same(b, held):
+                        b.copy_(held)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())

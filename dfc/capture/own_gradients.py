@@ -72,6 +72,38 @@ def without_gradients() -> Iterator[list[str]]:
         torch.no_grad.__enter__ = entered  # type: ignore[method-assign]
 
 
+@contextmanager
+def plain_gradients() -> Iterator[None]:
+    """While code is traced: what is checkpointed is computed as it stands, and inference mode is
+    `no_grad`.
+
+    Why:  torch.export hides a reentrant checkpoint's gradients, and does not see inference mode.
+    """
+    from torch.utils.checkpoint import CheckpointFunction
+
+    entered, left = torch.inference_mode.__enter__, torch.inference_mode.__exit__
+
+    def enter(self: Any) -> None:
+        self.instead = torch.no_grad() if self.mode else torch.enable_grad()
+        self.instead.__enter__()
+
+    def leave(self: Any, *error: Any) -> None:
+        self.instead.__exit__(*error)
+
+    def apply(run: Callable[..., Any], keeps_random_state: bool, *args: Any) -> Any:
+        return run(*args)
+
+    torch.inference_mode.__enter__ = enter  # type: ignore[method-assign]
+    torch.inference_mode.__exit__ = leave  # type: ignore[method-assign]
+    CheckpointFunction.apply = staticmethod(apply)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del CheckpointFunction.apply
+        torch.inference_mode.__enter__ = entered  # type: ignore[method-assign]
+        torch.inference_mode.__exit__ = left  # type: ignore[method-assign]
+
+
 def _caller() -> str:
     """The module whose code enters a context, or calls what is decorated with it."""
     frame = sys._getframe(2)

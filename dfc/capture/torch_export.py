@@ -17,7 +17,13 @@ import torch
 from dfc.capture.attempts import ATTEMPTS
 from dfc.capture.caches import check_example, register_caches
 from dfc.capture.call_structure import flat_leaves, register_example
-from dfc.capture.own_gradients import hooks_of, own_gradients, without_gradients
+from dfc.capture.original import Original
+from dfc.capture.own_gradients import (
+    hooks_of,
+    own_gradients,
+    plain_gradients,
+    without_gradients,
+)
 from dfc.capture.program import build_graph
 from dfc.capture.refusal import bad_call, counting_norm, raised_by_user_code, refusal, user_error
 from dfc.capture.wishes import DynamicShapes, Request, enlarge, wishes_of
@@ -57,7 +63,9 @@ def trace(
     leaves = apart(leaves)
     args, given = spec.unflatten(leaves)
     request = Request(module, leaves, spec, wishes_of(module, args, given, dynamic_shapes))
-    return _capture(request)
+    graph = _capture(request)
+    graph.original = Original(module, leaves, spec, graph)
+    return graph
 
 
 def apart(leaves: Sequence[Any]) -> list[Any]:
@@ -94,7 +102,7 @@ def _capture(request: Request) -> Graph:
         before = list(request.notes)
         example = request if attempt.name == "static" else used
         try:
-            with own_gradients() as found, without_gradients() as switched:
+            with own_gradients() as found, without_gradients() as switched, plain_gradients():
                 program = attempt.run(example)
             graph = build_graph(request, program, example)
             if attempt.name == "below autograd":

@@ -61,9 +61,14 @@ class TrainableGraph(nn.Module):
             if module._parameters.get(attribute) is not self._dfc_trained[name]
         ]  # fmt: skip
 
+    def flat(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        """The graph's outputs, then what it writes, for its inputs in order."""
+        found: Sequence[Any] = self._dfc_run[0](*inputs)
+        return found
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs = flat_inputs(self._dfc_graph, args, kwargs)
-        results = self._dfc_run[0](*inputs)
+        results = self.flat(inputs)
         outputs = results[: len(self._dfc_graph.outputs)]
         return build_outputs(self._dfc_graph, inputs, iter(outputs))
 

@@ -79,6 +79,8 @@ class Graph:
         self.notes: list[str] = []
         # What the captured code says of its gradients itself, and nodes do not. No part of text.
         self.own_gradients: tuple[str, ...] = ()
+        # The model it was captured from, a `capture.original.Original`: its copies have none.
+        self.original: Any = None
         self.result = Node(self, RESULT, (), NO_ATTRIBUTES)
 
     # reading

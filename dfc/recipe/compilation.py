@@ -117,6 +117,7 @@ class Compilation:
             from dfc.capture.torch_export import trace
 
             graph = trace(model, () if args is None else args, kwargs, dynamic_shapes)
+            graph.original = None  # probes compare them; weights that passes replace can go
         report.capture_s = time.perf_counter() - start
         report.notes += [*graph.notes, *self.plan.warnings]
         if weights is not None:

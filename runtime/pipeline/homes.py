@@ -35,6 +35,7 @@ class Homes:
             name: torch.nn.Parameter(x.to(at[name][0], copy=True))
             for name, x in weights.items() if name in at
         }  # fmt: skip
+        self._held = {name: p.detach() for name, p in self.parameters.items()}
         self._copies = {
             (name, device): self.parameters[name].detach().to(device, copy=True)
             for name, places in at.items() for device in places[1:]
@@ -42,11 +43,15 @@ class Homes:
 
     def on(self, device: str) -> dict[str, torch.Tensor]:
         """What stages of a device read: weights that are at home there, and copies."""
-        found = {n: p.detach() for n, p in self.parameters.items() if str(p.device) == device}
+        found = {n: x for n, x in self._held.items() if str(x.device) == device}
         found.update((n, x) for (n, d), x in self._copies.items() if d == device)
         return found
 
     def changed(self) -> None:
-        """Write the copies anew."""
+        """Let stages read what parameters are now, of whatever memory: write the copies anew."""
+        for name, held in self._held.items():
+            parameter = self.parameters[name]
+            if parameter.data_ptr() != held.data_ptr():  # `p.data = ...`
+                parameter.data = held.copy_(parameter.detach())
         for (name, _), copy in self._copies.items():
             copy.copy_(self.parameters[name].detach())

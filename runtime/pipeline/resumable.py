@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfc.runtime.pipeline import checkpoint
-from dfc.runtime.pipeline.homes import Homes
 from dfc.runtime.pipeline.staged_model import StagedModel
 from dfc.runtime.pipeline.trained import TrainedStage
 from dfc.runtime.pipeline.training_state import (
@@ -34,7 +33,6 @@ class Resumable:
     optimizers: list[torch.optim.Optimizer]
     steps: int
     seed: int
-    _homes: Homes
 
     def zero_grad(self) -> None:
         """Forget the gradients that were added up: those of another state."""
@@ -51,7 +49,6 @@ class Resumable:
         Raises:  DfcError N075 (exit status 2) for parameters that are missing or of another shape.
         """
         restore(self.parameters, self._buffers(), self.named_slots(), state)
-        self._homes.changed()
         self.zero_grad()
         self.steps, self.seed = int(state["step"]), int(state["seed"])
 

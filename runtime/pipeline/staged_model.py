@@ -125,13 +125,17 @@ def _data(p: Parameter) -> torch.Tensor:
 def _state(graph: Graph) -> dict[str, Value]:
     """What the model writes to its buffers.
 
-    Raises:  DfcError N050 for a model that writes to what it is given.
+    Raises:  DfcError N050 for a model that writes to what it is given, or to a weight.
     """
     found = {}
     for m in graph.mutations:
         if not isinstance(m.target, Parameter) or m.value.node is None:
             raise DfcError("N050", f"the model writes to %{m.target.name}: it cannot be trained in "
                            "stages", help="let it return the new value", status=2)  # fmt: skip
+        if m.target.kind == "parameter":
+            raise DfcError("N050", f"the model writes to its own weight !{m.target.name}, as "
+                           "embeddings with max_norm do: it cannot be trained in stages",
+                           help="let the training loop do so between steps", status=2)  # fmt: skip
         found[m.target.name] = m.value
     return found
 

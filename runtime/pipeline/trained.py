@@ -122,6 +122,7 @@ class TrainedStage:
         self._runs |= {k: _Run(p, self._build, sums) for k, p in changed.items()}
         self.recomputes = recomputes
         self.saved_bytes = self.taken_bytes = 0
+        self._sizes: tuple[Any, ...] = ()
 
     def start(self, limit: int, fresh: bool = True) -> None:
         """Begin a program that keeps at most `limit` microbatches at once.
@@ -145,6 +146,13 @@ class TrainedStage:
         """Go on from there."""
         gradients, self._changed = sums
         self.gradients, self._fresh = dict(gradients), False
+
+    def set_gradient(self, name: str, sum: torch.Tensor | None) -> None:
+        """Go on from another sum of a weight's gradients, or from none."""
+        import torch
+
+        own = self.gradients[name]
+        self.gradients[name] = torch.zeros_like(own) if sum is None else sum.to(own, copy=True)
 
     def commit(self) -> None:
         """Take over what the last step wrote to buffers."""
@@ -178,6 +186,8 @@ class TrainedStage:
         known = dict(zip(joint.inputs, (values[v] for v in self.stage.stage.takes), strict=True))
         known.update((v, self._changed[name]) for name, v in joint.state.items())
         known.update(self._as_they_are)
+        if not self.most:
+            self._begin(tuple(getattr(known[v], "shape", ()) for v in joint.inputs if v in known))
         self._runs[Kind.F](known, self._weights)
         for condition, message in self._checks.items():
             if not bool(known[condition]):
@@ -195,6 +205,11 @@ class TrainedStage:
             raise DfcError("K055", f"stage {self.stage.number} keeps {len(self._alive)} "
                            f"microbatches, the program has {self.limit} at most")  # fmt: skip
         return found
+
+    def _begin(self, sizes: tuple[Any, ...]) -> None:
+        """Of the first microbatch of a step, the largest: other sizes are to be counted anew."""
+        if sizes != self._sizes:
+            self._sizes, self.saved_bytes, self.taken_bytes = sizes, 0, 0
 
     def _again(self, kind: Kind, b: int, values: Mapping[Any, Any]) -> dict[Any, Any]:
         """Make what F did not keep, of what it kept and what the caller gives again."""

@@ -30,13 +30,14 @@ from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
 from dfc.ir.types import TensorType
 from dfc.planning.actions import Action, Program
-from dfc.planning.microbatches import batch_dims, checked_batch, cut, least_of, no_batch
+from dfc.planning.microbatches import batch_dims, checked_batch, no_batch, parts_of
 from dfc.planning.simulate import Costs
 from dfc.planning.torch_device import check_device
 from dfc.runtime.allocation import keep_pages
 from dfc.runtime.pipeline.clipping import norms, shorten, together
 from dfc.runtime.pipeline.differentiated import Differentiated
 from dfc.runtime.pipeline.dropout import Mask
+from dfc.runtime.pipeline.faithful import compare as compare_with_model
 from dfc.runtime.pipeline.given_microbatches import given_to, shares_of
 from dfc.runtime.pipeline.homes import Homes
 from dfc.runtime.pipeline.lanes import Step
@@ -98,13 +99,17 @@ class Trainer(Resumable):
     of activations ("2GiB"), as measured in the first step. By default a plan's.
     `clip` is how long all gradients together may be: longer ones are shortened before the
     optimizers' step, as `clip_grad_norm_` does; `norm` is what they were.
+    Before anything is trained the graph and the model that it was captured from run forward and
+    backward on two items of its example: `compared` says what came out. Dropout drops nothing
+    meanwhile. `compare=False` leaves it out.
     What the model writes to its buffers (batch norm's statistics) is what its microbatches leave
     one after the other, and is taken over by `update`.
     Needs:   convex stages.
     Ensures: dropout is drawn by counters (`seed`, step, operator, microbatch): masks do not depend
              on stages or schedule. Other random operators are refused.
-    Raises:  DfcError N050 for stages, N07x for what cannot be trained, N001.. for schedules, N053
-             for devices, K004 (status 7) for one that is not there.
+    Raises:  DfcError N050 for stages, N07x for what cannot be trained, T010 for a graph that trains
+             something else than its model, N001.. for schedules, N053 for devices, K004 (status 7)
+             for one that is not there.
     """
 
     def __init__(
@@ -129,6 +134,7 @@ class Trainer(Resumable):
         recompute: bool | Collection[int] | str | None = None,
         memory: int | str | None = None,
         clip: float | None = None,
+        compare: bool = True,
     ) -> None:
         import torch
 
@@ -148,11 +154,13 @@ class Trainer(Resumable):
             )
         schedule = schedule or "1f1b"
         self.model = model = staged_model(graph, stage_of, loss, targets)
+        self.reduction = reduction
+        self.compared = self._compared(graph) if compare and isinstance(graph, Graph) else None
         self.batch = checked_batch(model.graph, batch)
         if self.batch is None and asked > 1:
             raise no_batch(model.graph, asked)
         microbatches = microbatches or (1 if self.batch is None else 8)
-        self.reduction, self.microbatches, self.seed = reduction, microbatches, seed
+        self.microbatches, self.seed = microbatches, seed
         some, room = what_recomputes(recompute, memory, len(model.parts))
         if ranks is None and schedule == AUTO:
             ranks = self._ranks_of(devices)
@@ -175,10 +183,15 @@ class Trainer(Resumable):
         self._way: Way = Sequential(model.edges, self._run) if sequential else self._start(each)
         self._placed = self.programs.placement
         self.steps = 0
+        self._gathered: dict[str, tuple[torch.Tensor, int]] = {}  # gradients, as they were then
         self._added = 0  # microbatches whose gradients are added up since the last update
         self.last: tuple[Program, Step] | None = None
 
     # what differs where ranks are processes
+
+    def _compared(self, graph: Graph) -> str:
+        """What can be said of the graph and the model that it was captured from."""
+        return compare_with_model(graph, self.reduction)
 
     _moves = True  # whether stages may change ranks once they are measured
 
@@ -263,7 +276,6 @@ class Trainer(Resumable):
             shorten(self.parameters.values(), self.norm, self.clip)
         for optimizer in self.optimizers:
             optimizer.step()
-        self._homes.changed()
         for stage in self.trained:
             stage.commit()
         self.steps += 1
@@ -298,9 +310,10 @@ class Trainer(Resumable):
         check_of(of)
         if self.parameters and all(p.grad is None for p in self.parameters.values()):
             self._added = 0  # by the optimizers' own `zero_grad`
-        inputs = dict(zip(self.model.graph.inputs, flat, strict=True))
-        least = least_of(self.model.graph, self.batch)
-        parts = cut(inputs, self._dims, self.microbatches, least)
+        self._homes.changed()
+        if self._added:
+            self._take_changed_gradients()
+        parts = parts_of(self.model.graph, self.batch, flat, self._dims, self.microbatches)
         shares = shares_of(parts, self._dims, self.reduction)
         given = given_to(
             self.model, parts, [share / of for share in shares], self._added, self.draw
@@ -309,6 +322,10 @@ class Trainer(Resumable):
             program = self.programs.of(len(given), lambda: self.measure(given))
             self.last = program, self._compute(program, given, fresh=not self._added)
             self._gather()
+            self._gathered = {
+                n: (p.grad, p.grad._version)
+                for n, p in self.parameters.items() if p.grad is not None
+            }  # fmt: skip
         except BaseException:
             self._added = 0
             raise
@@ -348,7 +365,26 @@ class Trainer(Resumable):
                 total = held[0].clone()  # the stage goes on adding to its own
             for other in held[1:]:
                 total = total.add_(other.to(total.device))  # type: ignore[union-attr]
+            if not parameter.requires_grad:  # the caller froze it
+                total = None
             parameter.grad = None if total is None else total.to(parameter.device)
+
+    def _take_changed_gradients(self) -> None:
+        """Go on from what the caller has made of gradients since they were added up."""
+        for name, parameter in self.parameters.items():
+            own, before = parameter.grad, self._gathered.get(name)
+            if own is None and before is None:
+                continue
+            if own is not None and before and own is before[0] and own._version == before[1]:
+                continue
+            first = self._first_reader(name)
+            for t in self.trained:
+                if name in t.gradients:
+                    t.set_gradient(name, own if t.stage.number == first else None)
+
+    def _first_reader(self, name: str) -> int:
+        """The first stage that has a gradient of a weight."""
+        return next(t.stage.number for t in self.trained if name in t.gradients)
 
     def _owned(self) -> list[list[torch.nn.Parameter]]:
         """The parameters of each stage's optimizer: a tied one belongs to its first stage."""
@@ -381,6 +417,7 @@ class Trainer(Resumable):
             program, step, self.programs.limits(program), tuple(t.most for t in self.trained),
             tuple(t.saved_bytes for t in self.trained),
             tuple(t.taken_bytes for t in self.trained), tuple(t.most_bytes for t in self.trained),
+            self.compared,
         )  # fmt: skip
 
     def close(self) -> None:

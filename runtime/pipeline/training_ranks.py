@@ -30,6 +30,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
 from dfc.planning.actions import Action, Kind, Program
 from dfc.runtime.pipeline import checkpoint
@@ -46,6 +47,7 @@ from dfc.runtime.pipeline.world import World
 if TYPE_CHECKING:
     from dfc.planning.pipeline import Plan
 
+_COMPARING = 600.0  # seconds in which rank 0 has run the model
 _numbers = count(1)  # of the trainers of this process: all processes make the same
 
 
@@ -93,6 +95,22 @@ class RankTrainer(Trainer):
         if of_graph != mine[0]:
             return stage_of  # what differs is told when all is compared
         return {n: s for n, s in zip(nodes, stages, strict=True) if s is not None}
+
+    def _compared(self, graph: Graph) -> str:
+        """Rank 0 compares, for all.
+
+        Raises:  DfcError T010 on every rank.
+        """
+        told: list[Any] = []
+        if not self.world.rank:
+            try:
+                told = [super()._compared(graph)]
+            except DfcError as e:
+                told = [e.code, e.message, e.diagnostics[0].help, e.status]
+        first = self.world.share(f"{self._name}/compared", told, _COMPARING)[0]
+        if len(first) > 1:
+            raise DfcError(first[0], first[1], help=first[2], status=first[3])
+        return str(first[0])
 
     _moves = False  # ranks have the weights of their own stages alone
 
@@ -156,12 +174,16 @@ class RankTrainer(Trainer):
         for name, parameter in self.parameters.items():
             if name not in owners:
                 held = [t.gradients[name] for t in self.trained if name in t.gradients]
-                parameter.grad = held[0] if held else None
+                parameter.grad = held[0] if held and parameter.requires_grad else None
                 continue
             total = told[name, owners[name][0]].clone()
             for s in owners[name][1:]:
                 total.add_(told[name, s].to(total.device))
-            parameter.grad = total.to(parameter.device)
+            parameter.grad = total.to(parameter.device) if parameter.requires_grad else None
+
+    def _first_reader(self, name: str) -> int:
+        owners = self._ranks.owners
+        return int(owners[name][0]) if name in owners else super()._first_reader(name)
 
     def _norms(self) -> Mapping[str, float]:
         return self._ranks.tell_norms(super()._norms())
@@ -219,7 +241,8 @@ class RankTrainer(Trainer):
         spans = [_span(row) for _, rows, _ in every for row in rows]
         seconds = max(seconds for _, _, seconds in every)
         step = Step(mine.step.results, spans, seconds, mine.step.bytes)
-        return TrainingReport(mine.program, step, mine.allowed, most, saved, taken, peak)
+        return TrainingReport(mine.program, step, mine.allowed, most, saved, taken, peak,
+                              mine.compared)  # fmt: skip
 
 
 def _span(row: Sequence[Any]) -> Span:

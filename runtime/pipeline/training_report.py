@@ -27,6 +27,7 @@ class TrainingReport:
     saved_bytes: tuple[int, ...]
     taken_bytes: tuple[int, ...]
     peak_bytes: tuple[int, ...]
+    compared: str | None = None  # what can be said of the graph and its model
 
     @cached_property
     def timing(self) -> Report:
@@ -52,4 +53,6 @@ class TrainingReport:
                 f"  stage {s} on rank {rank}: {self.in_flight[s]} of {self.allowed[s]} "
                 f"microbatches in flight, {kept}"
             )
+        if self.compared:
+            lines.append(f"  {self.compared}")
         return "\n".join(lines)

@@ -121,7 +121,8 @@ def refuse_other(parameters: Mapping[str, Any], weights: Mapping[str, Any]) -> N
     extra = sorted(set(weights) - set(parameters))
     if missing or extra:
         said = f"lacks `{missing[0]}`" if missing else f"has `{extra[0]}`, which the model lacks"
-        raise DfcError("N075", f"the state {said}: it is another model's", status=2)
+        help = "a model of which other weights are frozen: `load_into` gives it what was trained"
+        raise DfcError("N075", f"the state {said}: it is another model's", help=help, status=2)
     for name, p in parameters.items():
         if p.shape != weights[name].shape:
             raise DfcError("N075", f"`{name}` is {list(p.shape)} here and "
