@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from dfc.compress.ranges import RANGES, UNIT, Histogram, Range, mse, percentile
+from dfc.compress import ranges
+from dfc.compress.ranges import (
+    RANGES,
+    UNIT,
+    Histogram,
+    Range,
+    _relative_entropy,
+    mse,
+    percentile,
+)
 from dfc.errors import DfcError
 
 
@@ -116,3 +125,46 @@ def test_zeros_do_not_let_entropy_clip_the_rest():
         assert error(x, RANGES["entropy"](h)) < 10 * error(x, RANGES["mse"](h))
     empty = seen(torch.zeros(5))
     assert RANGES["entropy"](empty) == empty.whole == Range(0.0, 0.0)
+
+
+def divergence(values, shares, r):
+    """Bins clipped into a range against what the levels tell of them, bin by bin."""
+    scale, zero = r.affine()
+    inside = [i for i, v in enumerate(values) if r.low <= v <= r.high]
+    p = {i: shares[i] for i in inside}
+    level = {i: min(max(round(values[i] / scale) + zero, 0), 255) for i in inside}
+    bins: dict[int, list[int]] = {}
+    for i in inside:
+        bins.setdefault(level[i], []).extend([i] if p[i] else [])
+    q = {i: sum(shares[j] for j in bins[level[i]]) / max(len(bins[level[i]]), 1) for i in inside}
+    q = {i: x if p[i] else 0.0 for i, x in q.items()}
+    total = sum(q.values())
+    p[inside[0]] += sum(s for v, s in zip(values, shares, strict=True) if v < r.low)
+    p[inside[-1]] += sum(s for v, s in zip(values, shares, strict=True) if v > r.high)
+    return sum(x * math.log(x / max(q[i] / total, 1e-12)) for i, x in p.items() if x)
+
+
+@pytest.mark.parametrize("x", [normal(3000), normal(3000).relu() - 0.3, normal(3000) ** 3])
+def test_entropy_is_what_its_definition_says(x):
+    h = seen(x)
+    values, counts = h.centres().tolist(), h.without_zeros().double()
+    shares = (counts / counts.sum()).tolist()
+    tried = []
+    for r in (Range(-0.5, 1.0), RANGES["entropy"](h), h.whole, Range(-0.3, 0.2)):
+        wanted = divergence(values, shares, r)
+        mine = _relative_entropy(h.centres().numpy(), (counts / counts.sum()).numpy(), r)
+        assert mine == pytest.approx(wanted, rel=1e-9)
+        tried.append(wanted)
+    assert tried[1] == min(tried)
+
+
+def test_a_range_is_tried_once():
+    tried = []
+
+    def loss(values, shares, r):
+        tried.append(r)
+        return r.high
+
+    x = normal(100).abs()
+    ranges._best(seen(x), loss)
+    assert len(tried) == len(set(tried)) == 81
