@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 import types
 from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import dfc
 from dfc.calling import flat_inputs
 from dfc.emit.fx import to_fx
+from dfc.emit.places import place_of
 from dfc.runtime.direct import call_directly, functions
 from dfc.runtime.engines import find_engine
 from tests.zoo import Case, cases
@@ -215,3 +217,16 @@ def test_a_model_calls_the_same_in_all_its_parts() -> None:
     seen, (same,) = called(module, x)
     assert seen == want
     torch.testing.assert_close(same, result, rtol=0, atol=0)
+
+
+def test_what_fails_is_told_by_its_line_and_by_nothing_else(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """fx's own report takes a second of imports, in which a rank of a pipeline seems to hang."""
+    table = nn.Embedding(5, 3)
+    graph = dfc.trace(table, (torch.tensor([1]),))
+    run = find_engine("eager").build(graph)
+    with pytest.raises(IndexError, match="out of range") as e:
+        run([torch.tensor([7])])
+    assert re.search(r"sparse\.py:\d+$", place_of(e.value) or "")
+    assert not capfd.readouterr().err

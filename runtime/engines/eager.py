@@ -53,11 +53,13 @@ class Eager(Engine):
 
         if device == "cpu":
             keep_pages()
-        module = self.module(graph, device, donated)
+        # Not the module itself: where its code fails, fx imports what compiles models, which takes
+        # a second or more, tells standard error, and loses the line.
+        forward = self.module(graph, device, donated).forward
 
         def run(inputs: Sequence[Any]) -> list[Any]:
             with as_captured():
-                return self.results(module(*inputs))
+                return self.results(forward(*inputs))
 
         return run
 

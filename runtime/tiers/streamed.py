@@ -82,7 +82,7 @@ class Streamed:
             self.carrier.begin()
             if not self.cycle.between_passes:  # the last pass was ended by an error
                 self.cycle.restart()
-            return list(self._module(*inputs))
+            return list(self._module.forward(*inputs))
 
     def _check_open(self) -> None:
         if self._closed:
