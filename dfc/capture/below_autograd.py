@@ -94,6 +94,7 @@ def trace_below_autograd(
     with mode:
         traced = make_fx(
             torch.func.functionalize(run, remove="mutations") if functionalize else run,
+            decomposition_table={},  # with none torch 2.14 makes each `detach` an alias
             tracing_mode="real",
             _allow_non_fake_inputs=True,
         )(*fakes, *inputs)

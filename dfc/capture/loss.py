@@ -95,7 +95,8 @@ def _traced(
         ]  # fmt: skip
         try:
             with fx.traceback.preserve_node_meta(), _Lines():
-                return make_fx(run)(*fakes)
+                # With no table torch 2.14 makes each `detach` an alias, through which gradients flow.
+                return make_fx(run, decomposition_table={})(*fakes)
         except GuardOnDataDependentSymNode as e:
             raise DfcError(
                 "N074", f"the loss takes another way by `{e.cond}`, which data decide",
