@@ -95,7 +95,7 @@ def _traced(
         ]  # fmt: skip
         try:
             with fx.traceback.preserve_node_meta(), _Lines():
-                # With no table torch 2.14 makes each `detach` an alias, through which gradients flow.
+                # Without a table torch 2.14 makes `detach` an alias, through which gradients flow.
                 return make_fx(run, decomposition_table={})(*fakes)
         except GuardOnDataDependentSymNode as e:
             raise DfcError(
