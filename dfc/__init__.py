@@ -6,6 +6,7 @@ compiled(*args, **kwargs);  compiled.report;  compiled.save("m.dfcpkg");  compil
 dfc.load("m.dfcpkg");  dfc.parse(str(graph)) == graph
 dfc.plan(graph, "cluster.dfc").stages
 dfc.recipe("small").minimize("latency").apply("simplify")
+dfc.map_rows(table, "m.dfcpkg")
 """
 
 from __future__ import annotations
@@ -30,17 +31,19 @@ if TYPE_CHECKING:
     from dfc.recipe.requirements import RequirementMissed
     from dfc.rewrite.custom import pass_
     from dfc.rewrite.pass_ import CHANGES, EXACT, Context, Data, Pass, close
+    from dfc.rows.tables import map_rows
 
 __version__ = "0.1.0"
 __all__ = [
     "CHANGES", "EXACT", "Compiled", "Context", "Data", "DfcError", "Graph", "Op", "Pass",
-    "RequirementMissed", "Selector", "close", "compile", "engine", "explain", "load", "op",
-    "parse", "pass_", "plan", "recipe", "sensitivity", "trace",
+    "RequirementMissed", "Selector", "close", "compile", "engine", "explain", "load",
+    "map_rows", "op", "parse", "pass_", "plan", "recipe", "sensitivity", "trace",
 ]  # fmt: skip
 
 _HOMES = {
     "compile": "dfc.api",
     "load": "dfc.api",
+    "map_rows": "dfc.rows.tables",
     "parse": "dfc.api",
     "plan": "dfc.api",
     "trace": "dfc.api",

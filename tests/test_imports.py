@@ -29,7 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "recipe",  # runs passes, builds engines, measures
         "reproducer",  # a wrong step as a folder: a graph, numbers and a recipe
         "api lsp",
-        "testing explaining",
+        "testing explaining rows",
         "cli",
         "__main__",
     )

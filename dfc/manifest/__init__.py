@@ -157,6 +157,15 @@ def open_file(folder: AnyPath, path: str) -> int:
         return open_below(root, folder, path)
 
 
+def read_manifest(folder: AnyPath) -> Manifest:
+    """What a folder lists; the files themselves are not looked at.
+
+    Raises:  DfcError D020..D022, D028.
+    """
+    with opened(folder) as root:
+        return parse(_read_manifest(root, folder), folder)
+
+
 def kind_of(folder: AnyPath) -> str | None:
     """What a folder says that it is, None where it says nothing; nothing is checked."""
     path = Path(folder) / NAME
