@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dfc.capture.caches import know_outputs, register_caches
 from dfc.counting import counted
 from dfc.errors import DfcError
 from dfc.ir import tree
+from dfc.ir.caches import know_outputs, register_caches
 from dfc.ir.expr import Expr, evaluate
 from dfc.ir.graph import Argument, Graph, Value
 from dfc.ir.interpret import bind_inputs

@@ -16,9 +16,9 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
 import dfc
-from dfc.capture.caches import cache_context
 from dfc.cli.inputs import input_names
 from dfc.emit.onnx_values import output_names
+from dfc.ir.caches import cache_context
 from tests.zoo.huggingface import TINY, ids, model_of
 
 GROUPED = TINY | {"num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 1}

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch.utils._pytree as pytree
 
-from dfc.capture.caches import cache_context
 from dfc.ir import tree
+from dfc.ir.caches import cache_context
 from dfc.ir.expr import Expr
 from dfc.ir.tree import CACHE, LEAF, Const, Map, Named, Opaque, Seq, Structure, Tree
 from dfc.ir.types import DTYPES, DType

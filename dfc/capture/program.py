@@ -14,12 +14,12 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from dfc.capture.attempts import quiet
 from dfc.capture.batch_norm_sizes import need_several_values
-from dfc.capture.caches import forgetful_note, hollow_caches
 from dfc.capture.call_structure import constant, tree_of
 from dfc.capture.convert import Converter, Names, reads_tensor, refuse_leaked
 from dfc.capture.no_gradients import keep_out_gradients
 from dfc.capture.wishes import DimWish, Request
 from dfc.errors import DfcError
+from dfc.ir.caches import forgetful_note, hollow_caches
 from dfc.ir.expr import Expr, Scalar, symbol
 from dfc.ir.graph import Argument, Graph, ParameterData, Range, Value
 from dfc.ir.tree import Const, leaf_count

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from dfc.capture.attempts import ATTEMPTS
-from dfc.capture.caches import check_example, register_caches
 from dfc.capture.call_structure import flat_leaves, register_example
 from dfc.capture.original import Original
 from dfc.capture.own_gradients import (
@@ -28,6 +27,7 @@ from dfc.capture.program import build_graph
 from dfc.capture.refusal import bad_call, counting_norm, raised_by_user_code, refusal, user_error
 from dfc.capture.wishes import DynamicShapes, Request, enlarge, wishes_of
 from dfc.errors import DfcError
+from dfc.ir.caches import check_example, register_caches
 from dfc.ir.graph import Graph
 
 
