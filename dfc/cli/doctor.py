@@ -29,6 +29,9 @@ _OPTIONAL = {
     "transformers": "pip install 'dfc-compiler[hf]'",
     "openvino": "pip install 'dfc-compiler[openvino]'",
     "pygls": "pip install 'dfc-compiler[lsp]'",
+    "ray": "pip install 'dfc-compiler[ray]'",
+    "pyarrow": "pip install 'dfc-compiler[rows]'",
+    "pyspark": "pip install 'dfc-compiler[spark]'",
 }
 _ALTERNATIVES = {"onnxruntime-gpu": ("onnxruntime",)}
 

@@ -96,7 +96,7 @@ def bind_results(
     names = output_names(graph)[: len(graph.outputs)]
     wanted = outputs if isinstance(outputs, Mapping) else {n: n for n in outputs or names}
     batch = batch_of(graph)
-    results = []
+    results: list[Result] = []
     for name, column in wanted.items():
         if name not in names:
             help = did_you_mean(name, names) or f"its outputs are {', '.join(names)}"
