@@ -56,6 +56,15 @@ def test_every_error_of_a_file_is_told_at_its_place(path: Path) -> None:
         assert d.render().startswith(start) and "^" in d.render()
 
 
+@pytest.mark.parametrize("step", ["correct_bias", "smooth", "pin conv to"])
+def test_an_option_without_default_is_missed_before_anything_runs(step: str) -> None:
+    found = problems(f"recipe r {{\n  {step.removesuffix(' to')}\n  partition\n}}\n")
+    missed = [d for d in found if "it has no default" in d.message]
+    verb, *_, word = step.split() if " " in step else (step, "using")
+    assert [d.help for d in missed] == [f"`{verb} {word} NAME`"]
+    assert missed[0].code == "Q002" and missed[0].span.line == 3
+
+
 def test_on_where_the_part_stands_behind_the_name_is_told_so() -> None:
     (problem,) = problems('recipe r {\n  prune on "up" | op(linear) with ratio=0.3\n}\n')
     assert problem.code == "Q002" and problem.help is not None

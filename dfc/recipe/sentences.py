@@ -13,14 +13,17 @@ from dfc.lang.wording import expression_text
 from dfc.recipe import plan as p
 from dfc.recipe.names import Names
 from dfc.recipe.options import BadValue, convert, fields_of, kind_text, part_field
-from dfc.rewrite.pass_ import EXACT
+from dfc.rewrite.pass_ import EXACT, missing_options
 
 
 def options_of(x: s.Step, cls: Any, label: str, source: Source, names: Names) -> dict[str, Any]:
     """The options that a sentence gives; what is wrong with them is told."""
     fields = fields_of(cls)
     made: dict[str, Any] = {}
-    for name, value in _given(x, cls, fields, source, names).items():
+    given = _given(x, cls, fields, source, names)
+    for d in missing_options(cls, given):
+        names.problems.say(source, d.code, d.message, x.at, d.help)
+    for name, value in given.items():
         try:
             made[name] = option_value(cls, name, fields[name], value, label, source, names)
         except BadValue as e:

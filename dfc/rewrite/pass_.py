@@ -7,12 +7,12 @@ import importlib
 import pkgutil
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, NewType
 
-from dfc.errors import DfcError, did_you_mean
+from dfc.errors import DfcError, Diagnostic, did_you_mean
 from dfc.ir.graph import Graph, Loc, Node, Parameter, Value
 from dfc.lang.wording import value_text
 from dfc.origin import Origin
@@ -305,13 +305,24 @@ def find_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
         if not _fits(value, hints[option]):
             wanted = _type_name(fields[option].type)
             raise DfcError("Q002", f"`{option}` of pass `{name}` is {wanted}, got {value!r}")
-    for option, f in fields.items():
-        if option not in given and f.default is dataclasses.MISSING:
-            phrase = next((w for w, o in cls.phrases.items() if o == option), None)
-            words = f"{name} {phrase} NAME" if phrase else f"{name} with {option}=..."
-            message = f"pass `{name}` needs `{option}`: it has no default"
-            raise DfcError("Q002", message, help=f"`{words}`")
+    if missing := missing_options(cls, given):
+        raise DfcError.of(missing)
     return cls(**given)
+
+
+def missing_options(cls: type[Pass], given: Container[str]) -> list[Diagnostic]:
+    """An error Q002 for each option that has no default and is not given."""
+    found = []
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if f.name in given or f.default is not dataclasses.MISSING:
+            continue
+        phrase = next((w for w, o in cls.phrases.items() if o == f.name), None)
+        words = f"{cls.name} with {f.name}=..."
+        if phrase is not None:
+            words = " ".join(w for w in (cls.name, phrase, "NAME") if w)
+        message = f"pass `{cls.name}` needs `{f.name}`: it has no default"
+        found.append(Diagnostic("Q002", message, None, f"`{words}`"))
+    return found
 
 
 def as_pass(x: str | Pass | type[Pass]) -> Pass:
