@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dfc
-from dfc.ir.graph import Graph
+from dfc.ir.graph import Graph, Node
+from dfc.ir.interpret import interpret
 from dfc.rewrite.pass_ import KEPT, Context, find_pass
+from tests.tiny_models import run_step
 
 ROWS, WIDTH = 100, 32
 VIEW = "it is a view of !table.weight, which others read too: a copy would store it twice"
@@ -99,3 +102,33 @@ def test_quantizing_stores_the_table_once(bits: str) -> None:
     ops = [n.op for n in compiled.graph.nodes if codes[0] in n.operands]
     short = bits.replace("int", "w")
     assert ops == [f"dfc.embedding_{short}", f"dfc.linear_{short}"]
+
+
+class Autoencoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w = nn.Parameter(torch.randn(48, 96) / 10)
+        self.out = nn.Parameter(torch.randn(96, 64) / 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.linear(x, self.w).relu()
+        return F.linear(F.linear(hidden, self.w.t()), self.out.t())
+
+
+def test_a_weight_that_is_read_both_ways_says_so_and_a_turned_one_becomes_codes() -> None:
+    graph = dfc.trace(Autoencoder(), (torch.randn(4, 96),))
+    small, changes, ctx = run_step(graph, "quantize int8 with scheme=weights")
+    assert changes == 1
+    kept = [d.reason for d in ctx.decisions if d.outcome == KEPT]
+    assert kept == ["!w is read both as it lies and transposed"] * 2
+    assert [n.op for n in small.nodes].count("dfc.linear_w8") == 1
+    assert "out" not in small.parameters and not any(n.op == "aten.t.default" for n in last(small))
+    x = torch.randn(4, 96)
+    (y,), (want,) = interpret(small, [x]), interpret(graph, [x])
+    assert 0 < float((y - want).norm() / want.norm()) < 0.01
+
+
+def last(graph: Graph) -> list[Node]:
+    """The last layer and what stands right before it."""
+    return list(graph.nodes)[-2:]

@@ -152,9 +152,10 @@ def _use(node: Node) -> Use | None:
     inputs = node.inputs
     if node.op == EMBEDDING:
         return Use(node, "embedding") if isinstance(inputs[0], Parameter) else None
-    if node.op == LINEAR or node.op in CONVOLUTIONS:
-        kind = "linear" if node.op == LINEAR else "conv"
-        return Use(node, kind) if isinstance(inputs[1], Parameter) else None
+    if node.op in CONVOLUTIONS:
+        return Use(node, "conv") if isinstance(inputs[1], Parameter) else None
+    if node.op == LINEAR:
+        return _product(node, inputs[1], turned=True)
     if node.op in _PRODUCTS:
         return _product(node, inputs[1])
     if node.op == _ADDMM:
@@ -181,15 +182,20 @@ def _experts(node: Node) -> Use | None:
     return Use(node, "experts", rows)
 
 
-def _product(node: Node, weight: object) -> Use | None:
-    """`x @ W`, or `x @ W.T`, with a constant W of two dimensions."""
+def _product(node: Node, weight: object, turned: bool = False) -> Use | None:
+    """`x @ W`, or `x @ W.T`, with a constant W of two dimensions; `turned` turns what is read."""
     if not isinstance(weight, Value):
         return None
-    rows = _is_transposed(weight)
-    source = weight.node.inputs[0] if rows and weight.node else weight
+    transposed = _is_transposed(weight)
+    source = weight.node.inputs[0] if transposed and weight.node else weight
     if not isinstance(source, Parameter) or source.tensor_type.rank != 2:
         return None
-    return Use(node, "linear", rows)
+    return Use(node, "linear", rows=transposed != turned)
+
+
+def _is_written_out(use: Use) -> bool:
+    """Whether a use reads the weight itself, outputs first."""
+    return use.node.op == EMBEDDING or (use.node.op == LINEAR and use.rows)
 
 
 def _is_transposed(x: Value) -> bool:
@@ -282,11 +288,7 @@ def as_linear(graph: Graph, found: Weighted) -> Weighted:
 
     What is already one stays. The copy is a view: nothing is moved.
     """
-    if (
-        found.is_conv
-        or found.is_experts
-        or all(u.node.op in (LINEAR, EMBEDDING) for u in found.uses)
-    ):
+    if found.is_conv or found.is_experts or all(map(_is_written_out, found.uses)):
         return found
     weight = found.weight
     if not found.rows:
@@ -294,7 +296,7 @@ def as_linear(graph: Graph, found: Weighted) -> Weighted:
         weight = graph.add_constant(f"{weight.name}.T", weight.data.tensor().T)
     uses = []
     for u in found.uses:
-        if u.node.op in (LINEAR, EMBEDDING):
+        if _is_written_out(u):
             uses.append(u)
             continue
         made = Builder(graph, u.node).node(LINEAR, u.x, weight, u.bias)
