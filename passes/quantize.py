@@ -117,8 +117,8 @@ class Quantize(Pass):
         for node, reason in kept.items():
             ctx.decided(node, KEPT, reason)
         if not chosen:
-            if self._is_done(graph):
-                ctx.note("quantize: the layers that it could take read codes already")
+            if any(map(reads_codes, graph.nodes)):  # a second run finds nothing to do
+                ctx.note(self._nothing_more(graph, kept))
                 return grouped
             raise self._nothing(kept)
         check_numbers(chosen)
@@ -332,9 +332,14 @@ class Quantize(Pass):
             words = f"{described(first)}: {kept[first]}{others}"
             ctx.note(f"quantize: {share:.0%} of the weights' bytes stay floats: {words}")
 
-    def _is_done(self, graph: Graph) -> bool:
-        """Whether the graph reads codes already: a second run finds nothing to do."""
-        return any(map(reads_codes, graph.nodes))
+    def _nothing_more(self, graph: Graph, kept: Mapping[Node, str]) -> str:
+        """Why a graph that reads codes already stays as it is."""
+        meant = self._is_meant(graph)
+        stays = [f"{described(n)}: {reason}" for n, reason in kept.items() if meant(n)]
+        if not stays:
+            return "quantize: the layers that it could take read codes already"
+        more = f"; and {len(stays) - 1} more" if len(stays) > 1 else ""
+        return f"quantize: nothing is left beside layers that read codes already: {stays[0]}{more}"
 
     def _nothing(self, kept: Mapping[Node, str]) -> DfcError:
         where = f" in `{self.select}`" if self.select else ""
@@ -440,7 +445,10 @@ def _not_calibrated(w: Weighted) -> str | None:
         return "what it reads is constant"
     if dtype == "f32":
         return None
-    return f"it computes with {dtype}, calibrated layers with f32: `scheme=dynamic` takes it"
+    return (
+        f"it computes with {dtype}, calibrated layers with f32: `quantize` belongs before "
+        f"`autocast`; in a model of {dtype}, `scheme=dynamic` takes it"
+    )
 
 
 def _float_bytes(values: Iterable[Value]) -> int:

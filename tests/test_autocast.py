@@ -437,3 +437,13 @@ def test_integer_layers_stay_as_they_are() -> None:
     linears = [n for n in compiled.graph.nodes if n.op == "aten.linear.default"]
     types = [str(n.result.tensor_type.dtype) for n in linears]
     assert types == ["f32", "f32", "bf16"]
+
+
+def test_calibrated_integers_behind_autocast_are_told_their_place() -> None:
+    steps = "autocast f16\n  quantize int8 using calib with scheme=static"
+    with pytest.raises(DfcError, match="`quantize` belongs before `autocast`"):
+        dfc.compile(
+            nn.Linear(64, 64).eval(), (torch.randn(5, 64),), engine="eager",
+            recipe=f"dfc 1\ndata calib\nrecipe r {{\n  {steps}\n}}\n",
+            data={"calib": [torch.randn(5, 64)]},
+        )  # fmt: skip

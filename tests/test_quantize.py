@@ -384,6 +384,16 @@ def test_a_second_quantization_that_finds_nothing_says_so() -> None:
     assert any("read codes already" in n for n in report.notes)
 
 
+def test_a_second_quantization_of_another_part_is_told_why_not() -> None:
+    torch.manual_seed(0)
+    net, ids = Net().eval(), torch.randint(0, 300, (2, 7))
+    steps = 'quantize int8 on "up"\n  quantize int4 on "down" with smallest=1000000'
+    text = f"dfc 1\nrecipe q {{\n  {steps}\n}}\n"
+    notes = dfc.compile(net, (ids,), recipe=text, engine="eager").report.notes
+    why = "layer %linear_1 of `down`: it has 8192 weights, less than `smallest` (1000000)"
+    assert any(n.endswith(f"read codes already: {why}") for n in notes), notes
+
+
 def test_a_model_without_layers_is_told_so() -> None:
     text = "dfc 1\nrecipe q { quantize int8 }"
     with pytest.raises(DfcError, match="no linear layer, convolution or table"):
