@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from dfc.compress.gathered_experts import group_gathered
 from dfc.compress.grid import Grid
 from dfc.compress.processor import Processor, declared, processor_of
+from dfc.compress.selection import tell_nothing_left_out
 from dfc.compress.weighted import (
     Weighted,
     as_linear,
@@ -113,14 +114,14 @@ class Quantize(Pass):
             ctx.note(f"quantize: {device}, not in {ROWS}: rounding rows to it only costs time")
         if scheme == "static" and self._fold(graph, ctx):
             found, kept = find_weighted(graph)
-        chosen = self._chosen(graph, found, kept, scheme)
+        chosen = self._chosen(graph, found, kept, scheme, ctx)
         for node, reason in kept.items():
             ctx.decided(node, KEPT, reason)
         if not chosen:
             if any(map(reads_codes, graph.nodes)):  # a second run finds nothing to do
                 ctx.note(self._nothing_more(graph, kept))
                 return grouped
-            raise self._nothing(kept)
+            raise self._nothing(graph, kept)
         check_numbers(chosen)
         self._tell_what_stays(graph, chosen, kept, ctx)
         quota = Quota(self.limit, self.skip)
@@ -271,7 +272,7 @@ class Quantize(Pass):
         return only.__contains__
 
     def _chosen(
-        self, graph: Graph, found: list[Weighted], kept: dict[Node, str], scheme: str
+        self, graph: Graph, found: list[Weighted], kept: dict[Node, str], scheme: str, ctx: Context
     ) -> list[Weighted]:
         """The weights that are quantized; for the others, `kept` is told why."""
         smallest = self.smallest
@@ -279,6 +280,8 @@ class Quantize(Pass):
             smallest = 0 if scheme == "static" else _SMALLEST
         only = set(self.select.nodes_left(graph)) if self.select else None
         unwanted = set(self.exclude.nodes_left(graph)) if self.exclude else set()
+        if not any(u.node in unwanted for w in found for u in w.uses):
+            tell_nothing_left_out("quantize", graph, self.exclude, ctx)
         chosen = []
         for w in found:
             reason = self._why_not(w, only, unwanted, smallest)
@@ -341,12 +344,13 @@ class Quantize(Pass):
         more = f"; and {len(stays) - 1} more" if len(stays) > 1 else ""
         return f"quantize: nothing is left beside layers that read codes already: {stays[0]}{more}"
 
-    def _nothing(self, kept: Mapping[Node, str]) -> DfcError:
+    def _nothing(self, graph: Graph, kept: Mapping[Node, str]) -> DfcError:
         where = f" in `{self.select}`" if self.select else ""
         but = f" but those in `{self.exclude}`" if self.exclude else ""
         notes = tuple(f"{described(n)}: {reason}" for n, reason in list(kept.items())[:5])
         more = len(kept) - len(notes)
         help = "`dfc select MODEL 'op(linear) | op(embedding)'` lists layers and module paths"
+        help = (self.select and self.select.deeper(graph)) or help
         if not kept:
             message = "the model has no linear layer, convolution or table to quantize"
             return DfcError("D096", message)

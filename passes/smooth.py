@@ -79,7 +79,7 @@ class Smooth(Pass):
 
     def _producers(self, graph: Graph, ctx: Context) -> dict[Group, Producer | None]:
         """The groups that can be smooth, and where their scale is folded; None: a product."""
-        layers, left = linear_layers(graph, self.select, self.exclude)
+        layers, left = linear_layers(self.name, graph, self.select, self.exclude, ctx)
         for layer, reason in left.items():
             ctx.decided(layer, KEPT, reason)
         found: dict[Group, Producer | None] = {}

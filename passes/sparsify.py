@@ -70,7 +70,7 @@ class Sparsify(Pass):
 
     def run(self, graph: Graph, ctx: Context) -> int:
         sparsity = self._sparsity()
-        layers, left = linear_layers(graph, self.select, self.exclude)
+        layers, left = linear_layers(self.name, graph, self.select, self.exclude, ctx)
         chosen = set(layers)
         for layer in layers:
             weight = weight_of(layer)

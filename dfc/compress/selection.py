@@ -9,12 +9,14 @@ from dfc.compress.weighted import reads_codes
 from dfc.errors import DfcError
 from dfc.ir.graph import Graph, Node
 from dfc.lang.selectors import Selector
+from dfc.rewrite.pass_ import Context
 
 
 def linear_layers(
-    graph: Graph, only: Selector | None, exclude: Selector | None
+    name: str, graph: Graph, only: Selector | None, exclude: Selector | None, ctx: Context
 ) -> tuple[list[Node], dict[Node, str]]:
-    """Linear layers with constant weights, in order; and those left out, each with the reason.
+    """Linear layers with constant weights, in order; and those that a step of this name leaves out,
+    each with the reason.
 
     Raises:  DfcError D093 when none is left; D002 when the weights have no numbers.
     """
@@ -41,16 +43,27 @@ def linear_layers(
         else:
             found.append(node)
     if not found:
-        raise _none(only, exclude, left)
+        raise _none(graph, only, exclude, left)
     _check_numbers(found)
+    if not unwanted & left.keys():
+        tell_nothing_left_out(name, graph, exclude, ctx)
     return found, left
 
 
-def _none(only: Selector | None, exclude: Selector | None, left: dict[Node, str]) -> DfcError:
+def tell_nothing_left_out(name: str, graph: Graph, exclude: Selector | None, ctx: Context) -> None:
+    """Tell of an `except` that names no layer where layers may lie inside of what it names."""
+    if exclude and (deeper := exclude.deeper(graph)):
+        ctx.note(f"{name}: `except {exclude}` leaves out no layer: {deeper}")
+
+
+def _none(
+    graph: Graph, only: Selector | None, exclude: Selector | None, left: dict[Node, str]
+) -> DfcError:
     where = f" in `{only}`" if only else ""
     why = f": {next(iter(left.values()))}" if left else ""
     but = f" but those in `{exclude}`" if exclude and left else ""
     help = "`dfc select MODEL 'op(linear)'` lists the linear layers and their module paths"
+    help = (only and only.deeper(graph)) or help
     return DfcError("D093", f"there is no linear layer{where} to work on{but}{why}", help=help)
 
 

@@ -63,6 +63,15 @@ class Selector:
         """The nodes that are selected in a graph that has been rewritten: perhaps none."""
         return Search(graph, strict=False).find(self.what).nodes
 
+    def deeper(self, graph: Graph) -> str | None:
+        """A help text where modules lie inside of those that are named: a path is what its module
+        computes itself.
+        """
+        modules = {n.loc.module for n in graph.walk() if n.loc}
+        paths = [p for p in _paths(self.what) if any(m.startswith(f"{p}.") for m in modules)]
+        shown = ", ".join(f'`"{p}.**"`' for p in paths)
+        return f"{shown} takes what lies inside" if paths else None
+
     def parameters(self, graph: Graph) -> list[Parameter]:
         """The parameters that `param` names, or that selected nodes read.
 
@@ -167,3 +176,12 @@ def worst_of(x: s.Expr) -> list[s.Call]:
     if isinstance(x, s.Binary):
         return worst_of(x.left) + worst_of(x.right)
     return worst_of(x.operand) if isinstance(x, s.Unary) else []
+
+
+def _paths(x: s.Expr) -> list[str]:
+    """The module paths in a selector."""
+    if isinstance(x, s.Text):
+        return [x.value]
+    if isinstance(x, s.Binary):
+        return _paths(x.left) + _paths(x.right)
+    return _paths(x.operand) if isinstance(x, s.Unary) else []
