@@ -136,7 +136,8 @@ class Compiled:
             raise DfcError(
                 "K021",
                 f"the model has no weights (`{missing[0]}` is on the meta device)",
-                help="compile it with weights to run it",
+                help="compile it with its weights: `dfc compile MODEL --weights FILE.safetensors`, "
+                'or dfc.compile(..., weights="FILE.safetensors")',
                 status=2,
             )
 

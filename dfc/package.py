@@ -166,10 +166,14 @@ def attach_held(graph: Graph, path: Path) -> None:
 def attach_weights(graph: Graph, path: Path) -> None:
     """Give parameters without data their numbers from a safetensors file, by name or alias.
 
-    Raises:  DfcError D044 for a file that is not safetensors, D041 for what it lacks.
+    Raises:  DfcError D044 for a file that is not safetensors, D041 for what it lacks, Q055 where
+             every parameter has its numbers.
     """
     from safetensors import SafetensorError, safe_open
 
+    if all(p.data is not None for p in graph.parameters.values()):
+        message = f"the model has all its weights: nothing would be read from {path}"
+        raise DfcError("Q055", message, help="leave the file out", status=2)
     try:
         with safe_open(path, framework="pt") as f:
             held = {k: (f.get_slice(k).get_dtype(), f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118 - not a dict

@@ -174,6 +174,35 @@ def test_compile_graph_text_is_unproved(run: Run, folder: Path, tmp_path: Path) 
     assert verified.status == 0 and "unproved: it holds no weights" in verified.out
 
 
+def test_weights_come_from_a_file(run: Run, folder: Path, package: Path, tmp_path: Path) -> None:
+    """For a graph's text, whose digests they must have, and for a model on the meta device."""
+    text, weights, other = (
+        tmp_path / name for name in ("net.dfc", "a.safetensors", "b.safetensors")
+    )
+    text.write_text(run("show", f"{folder}/net.py:build").out)
+    space: dict[str, Any] = {}
+    exec(NET, space)
+    held = space["build"]()[0].state_dict()
+    save_file(held, weights)
+    save_file({name: x + 1 for name, x in held.items()}, other)
+    expected = run("run", package, "--random", "--size", "B=3", "--json").data["outputs"]
+    for model, size in ((text, ["--size", "B=3"]), (f"{folder}/net.py:meta", [])):
+        out = tmp_path / "n.dfcpkg"
+        done = run("compile", model, "--weights", weights, "-o", out, "--force", "--json",
+                   "--engine", "eager")  # fmt: skip
+        assert done.status == 0, done.err
+        found = run("run", out, "--random", *size, "--json").data["outputs"]
+        for a, b in zip(found, expected, strict=True):
+            assert a["type"] == b["type"] and a["mean"] == pytest.approx(b["mean"], abs=1e-6)
+        if model == text:
+            assert done.data["report"]["proved"]
+            assert any("inputs drawn for it" in note for note in done.data["report"]["notes"])
+    wrong = run("compile", text, "--weights", other)
+    assert wrong.status == 2 and "D042" in wrong.err and "are not those that" in wrong.err
+    given = run("compile", f"{folder}/net.py:build", "--weights", weights)
+    assert given.status == 2 and "the model has all its weights" in given.err
+
+
 def test_compile_a_model_without_weights(run: Run, folder: Path) -> None:
     done = run("compile", f"{folder}/net.py:meta")
     assert done.status == 0 and "unproved" in done.out and "no weights" in done.out

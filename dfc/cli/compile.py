@@ -104,6 +104,14 @@ def compile(
         str | None,
         typer.Option("--print-after", metavar="PASS|all", help="Print the graph, on stderr."),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            metavar="FILE",
+            help="A .safetensors file, for graph text and models on the meta device.",
+        ),
+    ] = None,
     device: Device = "cpu",
     use: Use = None,
     force: Force = False,
@@ -122,7 +130,7 @@ def compile(
       dfc compile encoder.py:build -o encoder.dfcpkg --onnx encoder.onnx
       dfc compile encoder.py:build --onnx encoder.stages --stages 2
       dfc compile encoder.py:build -r small.dfc --data val=data.py:val --metric top1=data.py:top1
-      dfc compile graph.dfc -p 'canonicalize,fuse{rules=attention}' --print-after fuse
+      dfc compile graph.dfc --weights net.safetensors -p 'cse,fuse{rules=norms}' --print-after fuse
     """
     from dfc.cli.outputs import require_apart, require_sources_kept, require_writable
     from dfc.cli.progress import Progress
@@ -134,7 +142,7 @@ def compile(
         raise DfcError("Q006", "--contrib is for a file", help="name it: --onnx FILE")
     named = (("-o", output), ("--onnx", onnx), ("--html", html))
     require_apart(*named)
-    read = [model, recipe, target, *(data or ()), *(metric or ()), *(function or ())]
+    read = [model, recipe, target, weights, *(data or ()), *(metric or ()), *(function or ())]
     require_sources_kept(read, *named)
     require_writable(output, force, folder=True)
     require_writable(onnx, force, folder=parts is not None)
@@ -147,7 +155,18 @@ def compile(
             require_sources_kept(read, (what, path))
             require_writable(path, force, folder=is_folder)
         job = _Job(
-            chosen, data, metric, function, budget, engine, verify, strict, device, reproducers, say
+            chosen,
+            data,
+            metric,
+            function,
+            budget,
+            engine,
+            verify,
+            strict,
+            device,
+            reproducers,
+            say,
+            weights,
         )
         compiled, missed = job.run(model, print_after)
         written: dict[str, str] = {}
@@ -188,6 +207,7 @@ class _Job:
     device: str
     reproducers: str | None
     say: Progress
+    weights: str | None = None
 
     def run(self, model: str, print_after: str | None) -> tuple[Compiled, DfcError | None]:
         """What was compiled, and the error of a requirement that it does not meet."""
@@ -212,7 +232,7 @@ class _Job:
         _check_print_after(print_after, [step.name for step in self.chosen.plan.passes()])
         check_given(self.chosen.plan, self.data, self.metrics, self.functions)
         say(f"loading {model}")
-        source = open_source(model)
+        source = open_source(model, self.weights)
         metrics, data = named_metrics(self.metrics), named_data(self.data)
 
         def show(step: str, graph: Any) -> None:
@@ -237,6 +257,7 @@ class _Job:
                 strict=self.strict,
                 device=self.device,
                 reproducers=self.reproducers,
+                weights=None if source.kind == "graph" else self.weights,  # that has them
                 print_after=show if print_after else None,
                 progress=say,
             )

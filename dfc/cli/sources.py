@@ -57,11 +57,11 @@ def is_package(text: str) -> bool:
     return bool(text) and Path(text).is_dir()
 
 
-def open_source(text: str) -> Source:
-    """Find and load what MODEL names.
+def open_source(text: str, weights: str | None = None) -> Source:
+    """Find and load what MODEL names; `weights` is a safetensors file for graph text.
 
     Raises:  DfcError D050..D052 for what is not there or not right, K040 (status 8) when the
-             user's code raises, D020.. for a package.
+             user's code raises, D020.. for a package; D041, D042, D044 for weights.
     """
     path = Path(text)
     if not text:
@@ -69,7 +69,9 @@ def open_source(text: str) -> Source:
     if path.is_dir():
         return _package(path)
     if path.suffix == ".dfc":
-        return Source(path.stem, "graph", read_graph(path))
+        graph = read_graph(path, weights)
+        args, kwargs = _drawn(graph) if weights is not None else (None, None)
+        return Source(path.stem, "graph", graph, args, kwargs)
     if path.suffix == ".pt2":
         return _exported(path)
     if path.is_file() and path.suffix == ".py":
@@ -85,10 +87,31 @@ def open_source(text: str) -> Source:
     return _factory(place, function)
 
 
-def read_graph(path: Path) -> Graph:
-    """Graph text as a valid graph without numbers.
+def _drawn(graph: Graph) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments at random, for a graph that has numbers and no example to be proved on."""
+    from dfc.cli.inputs import random_inputs
+    from dfc.ir import tree
 
-    Raises:  DfcError P and V families, of status 2; D050 when the file cannot be read.
+    leaves = iter(random_inputs(graph, {}, 0, None))
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for a in graph.arguments:
+        value = tree.build(a.tree, leaves, {})
+        if a.keyword_only:
+            kwargs[a.name] = value
+        else:
+            args.append(value)
+    graph.notes.append(
+        "graph text has no example: it was proved and measured on inputs drawn for it"
+    )
+    return args, kwargs
+
+
+def read_graph(path: Path, weights: str | None = None) -> Graph:
+    """Graph text as a valid graph, with the numbers of a safetensors file or without any.
+
+    Raises:  DfcError P and V families, of status 2; D050 when the file cannot be read; D041 and
+             D044 for weights that are not there, D042 for others than the text's digests name.
     """
     import dfc
     import dfc.ops  # the verifier looks ops up
@@ -99,8 +122,18 @@ def read_graph(path: Path) -> Graph:
         verify(graph)
     except DfcError as e:
         raise DfcError.of(e.diagnostics, status=2) from e
+    digests = {p: p.data.sha256() for p in graph.parameters.values() if p.data is not None}
     for p in graph.parameters.values():
         p.data = None  # text names digests; the numbers are not here
+    if weights is not None:
+        from dfc.package import attach_weights
+
+        attach_weights(graph, Path(weights))
+        for p, digest in digests.items():
+            if p.data is not None and p.data.sha256() != digest:
+                message = f"{weights}: the numbers of !{p.name} are not those that {path} names"
+                help = "take the file that belongs to it, or the digest out of the text"
+                raise DfcError("D042", message, help=help)
     return graph
 
 

@@ -106,7 +106,8 @@ def _tensor(p: Parameter, name: str) -> ir.TensorProtocol:
         raise DfcError(
             "X004",
             f"the parameter `{p.name}` has no data, so its weights cannot be written",
-            help="load the weights before exporting",
+            help="compile it with its weights: `dfc compile MODEL --weights FILE.safetensors`, "
+            'or dfc.compile(..., weights="FILE.safetensors")',
         )
     return torch_tensor(p.data.tensor(), name)
 
