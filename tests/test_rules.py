@@ -47,6 +47,21 @@ def test_an_overload_is_that_overload() -> None:
     assert not fires(clauses, ONE + "y = add(x, x)\nreturn y")
 
 
+def test_a_number_less_a_tensor_is_a_subtraction() -> None:
+    """PyTorch writes `1 - x` as `rsub(x, 1)`: the first operand is what is subtracted."""
+    clauses = "match y = sub({})\nrewrite y = neg(x)"
+    text = ONE + "y = aten.rsub.Scalar(x, 1)\nreturn y"
+    assert fires(clauses.format("1, x"), text)
+    assert fires(clauses.format("1, other=x"), text)
+    assert not fires(clauses.format("x, 1"), text)
+    assert not fires("match y = aten.sub.Tensor(1, x)\nrewrite y = neg(x)", text)
+    assert fires("match y = rsub(x, 1)\nrewrite y = neg(x)", text)
+    text = "a: f32[2]\nb: f32[2]\ny = aten.rsub.Tensor(a, b, alpha={})\nreturn y"
+    clauses = "match y = sub(x, z, alpha=2)\nrewrite y = sub(sub(x, z), z)"
+    assert rewritten(clauses, text.format(2))[0].endswith("= sub(b, a)")
+    assert not fires("match y = sub(x, z)\nrewrite y = x", text.format(2))
+
+
 def test_what_a_pattern_does_not_name_has_its_default() -> None:
     clauses = "match y = add(a, b)\nrewrite y = a"
     text = "a: f32[2]\nb: f32[2]\ny = add(a, b, alpha={})\nreturn y"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from dfc.ir.expr import Expr
@@ -30,6 +30,10 @@ def commutes(base: str, alpha: Any = None) -> bool:
     """Whether an op's first two operands may change places: those of `a + 2 * b` may not."""
     return base in COMMUTATIVE and alpha in (None, 1)
 
+
+# The same op with its first two operands the other way round: `1 - x` is `rsub(x, 1)` in a graph.
+_REVERSED = {"sub": "rsub"}
+_OTHER_WAY = {"self": "other", "other": "self"}
 
 # Attributes that count dimensions, from the end when negative.
 _DIMENSIONS = frozenset({"dim", "dims", "dim0", "dim1", "start_dim", "end_dim", "axis"})
@@ -175,6 +179,12 @@ class Apply(Pattern):
     keywords: tuple[tuple[str, Pattern], ...]
     optional: bool
 
+    @cached_property
+    def bases(self) -> frozenset[str]:
+        """The ops that this may be."""
+        other = () if self.exact else (_REVERSED.get(self.base, self.base),)
+        return frozenset((self.base, *other))
+
     def match(self, x: Any, env: Env, m: Attempt) -> Iterator[Env]:
         m.step()
         node = x.node if isinstance(x, Value) else None
@@ -186,7 +196,7 @@ class Apply(Pattern):
             yield from self.arguments[0].match(x, env, m)
 
     def is_op(self, op: str) -> bool:
-        return op == self.exact if self.exact else base_of(op) == self.base
+        return op == self.exact if self.exact else base_of(op) in self.bases
 
     def on(self, node: Node, env: Env, m: Attempt) -> Iterator[Env]:
         """Match the arguments of a node of this op; those that are not named have their default."""
@@ -196,6 +206,8 @@ class Apply(Pattern):
         if len(names) < len(self.arguments) or any(k not in sig.names for k in named):
             m.fail(env, self, node, f"is {node.op}, which has other arguments")
             return
+        if base_of(node.op) != self.base:
+            named = [_OTHER_WAY.get(name, name) for name in named]
         for name in sig.names:
             if name not in named and not _is_default(node, name, sig):
                 value = shown(argument(node, name))
@@ -340,7 +352,7 @@ def root_bases(p: Pattern) -> frozenset[str]:
     if not isinstance(p, Apply):
         return frozenset()
     inner = root_bases(p.arguments[0]) if p.optional and p.arguments else frozenset()
-    return inner | {p.base}
+    return inner | p.bases
 
 
 def size(p: Pattern) -> int:
