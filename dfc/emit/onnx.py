@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from dfc.emit.onnx_export import Written
 
 OPSET = 20  # of files: every runtime of the last years reads it
+OLDEST_OPSET = 7  # that ONNX Runtime promises to run; before it, operands did not broadcast
 ENGINE_OPSET = 23  # of models for the ONNX Runtime at hand: the first with Attention
 IR_VERSION = 10
 
@@ -62,7 +63,7 @@ def build_onnx(
              X005 for an opset that does not exist.
     """
     onnx_ops.load()
-    _require_opset(opset)
+    require_opset(opset)
     _require_types(graph, opset)
     root = Root(opset, contrib, saturates)
     sizes = Sizes()
@@ -110,16 +111,16 @@ def _drop_unused(graph: ir.Graph, weights: Iterable[Val], inputs: Iterable[Val])
             graph.initializers.pop(v.name, None)
 
 
-def _require_opset(opset: object) -> None:
-    """Refuse what is no opset that the onnx library knows.
+def require_opset(opset: object) -> None:
+    """Refuse what is no opset that the onnx library knows and ONNX Runtime runs.
 
     Raises:  DfcError X005 (status 2).
     """
     from onnx.defs import onnx_opset_version
 
     known = onnx_opset_version()
-    if type(opset) is not int or not 1 <= opset <= known:
-        message = f"an opset is a whole number up to {known}, got {opset!r}"
+    if type(opset) is not int or not OLDEST_OPSET <= opset <= known:
+        message = f"an opset is a whole number from {OLDEST_OPSET} to {known}, got {opset!r}"
         raise DfcError("X005", message, help=f"{OPSET} is usual", status=2)
 
 

@@ -6,7 +6,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dfc.errors import did_you_mean
+from dfc.errors import DfcError, did_you_mean
 from dfc.lang import syntax as s
 from dfc.lang.source import Source
 from dfc.lang.wording import expression_text
@@ -60,6 +60,10 @@ def option_value(
     return convert(hint, x, source, [*names.data], name)
 
 
+# The least value of options of `verify` and `emit`.
+_LEAST = {"samples": 1, "atol": 0, "rtol": 0, "stages": 1}
+
+
 def plain_options(
     x: s.Step, known: Mapping[str, Any], what: str, source: Source, names: Names
 ) -> dict[str, Any]:
@@ -77,11 +81,29 @@ def plain_options(
             names.problems.say(source, "Q002", f"`{name}` is given twice", k.name.at)
         else:
             try:
-                made[name] = convert(hint, k.value, source, name=name)
+                made[name] = _in_bounds(name, convert(hint, k.value, source, name=name), k.value)
             except BadValue as e:
                 help = e.help or f"`{name}` is {kind_text(hint)}"
                 names.problems.say(source, e.code, f"`{name}`: {e.message}", e.at, help)
     return made
+
+
+def _in_bounds(name: str, value: Any, x: s.Expr) -> Any:
+    """The value of an option.
+
+    Raises:  BadValue where no value of this size is any good.
+    """
+    least = _LEAST.get(name)
+    if least is not None and not isinstance(value, str) and value < least:
+        raise BadValue(f"`{expression_text(x)}` is less than {least}", x.at)
+    if name == "opset":
+        from dfc.emit.onnx import require_opset
+
+        try:
+            require_opset(value)
+        except DfcError as e:
+            raise BadValue(e.message, x.at, e.diagnostics[0].help) from None
+    return value
 
 
 def _given(
