@@ -192,6 +192,19 @@ def test_a_program_that_is_traced_again_keeps_the_constants_of_its_cache(
     torch.testing.assert_close(found.past_key_values.layers[0].keys, held)
 
 
+def test_a_cache_goes_into_a_program_that_is_traced_again(stepping: dfc.Compiled) -> None:
+    """Its parts have the names that they have in one that is traced once."""
+    model = experts()
+    call = step(filled(model, 9, DynamicCache()), 9)
+    compiled = dfc.compile(model, (), call, STEP_SIZES, engine="eager", passes=["cse"])
+    names = [[i.name for i in g.inputs] for g in (compiled.graph, stepping.graph)]
+    assert names[0] == names[1]
+    call = step(filled(model, 12, DynamicCache()), 12)
+    with torch.no_grad():
+        found = compiled(**call).logits
+        torch.testing.assert_close(found, model(**call).logits)
+
+
 def test_a_cache_of_another_class_says_what_to_give() -> None:
     model = llama()
     cache = StaticCache(config=model.config, max_cache_len=8)

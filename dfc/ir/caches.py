@@ -18,6 +18,7 @@ from dfc.ir.tree import CACHE, PAIR_OF_CACHES, Named, Structure, Tree, children
 
 _CACHES = (CACHE, PAIR_OF_CACHES)
 _FIELDS = ["key_cache", "value_cache"]
+_SIDES = ["self", "cross"]  # of an encoder-decoder's pair of caches
 
 
 def register_caches() -> None:
@@ -33,7 +34,7 @@ def register_caches() -> None:
     if EncoderDecoderCache not in pytree.SUPPORTED_NODES:
         pytree.register_pytree_node(
             EncoderDecoderCache,
-            lambda c: ([c.self_attention_cache, c.cross_attention_cache], ["self", "cross"]),
+            lambda c: ([c.self_attention_cache, c.cross_attention_cache], _SIDES),
             lambda children, _: EncoderDecoderCache(*children),
             serialized_type_name=PAIR_OF_CACHES,
             flatten_with_keys_fn=lambda c: (
@@ -41,7 +42,7 @@ def register_caches() -> None:
                     (pytree.GetAttrKey("self_attention_cache"), c.self_attention_cache),
                     (pytree.GetAttrKey("cross_attention_cache"), c.cross_attention_cache),
                 ],
-                ["self", "cross"],
+                _SIDES,
             ),
         )
 
@@ -61,13 +62,10 @@ def register_caches() -> None:
         EncoderDecoderCache,
         Structure(
             PAIR_OF_CACHES,
-            lambda c: ([c.self_attention_cache, c.cross_attention_cache], _PAIR),
+            lambda c: ([c.self_attention_cache, c.cross_attention_cache], json.dumps(_SIDES)),
             lambda parts, _: EncoderDecoderCache(*parts),
         ),
     )
-
-
-_PAIR = json.dumps(["self", "cross"])
 
 
 @contextlib.contextmanager
@@ -98,12 +96,31 @@ def _hollow(cls: Any, definition: Any) -> Any:
         shell: Any = vars(cache).get("_dfc_parts")
         return shell or definition.flatten_fn(cache)  # type: ignore[no-any-return]
 
+    def taken_apart_by_keys(cache: Any) -> tuple[list[Any], Any]:
+        if "_dfc_parts" not in vars(cache):
+            return definition.flatten_with_keys_fn(cache)  # type: ignore[no-any-return]
+        parts, context = taken_apart(cache)
+        return list(zip(_keys(context), parts, strict=True)), context
+
     def put_together(parts: Any, context: Any) -> Any:
         shell = cls.__new__(cls)
         shell.__dict__["_dfc_parts"] = (list(parts), context)
         return shell
 
-    return definition._replace(flatten_fn=taken_apart, unflatten_fn=put_together)
+    return definition._replace(
+        flatten_fn=taken_apart,
+        flatten_with_keys_fn=taken_apart_by_keys,
+        unflatten_fn=put_together,
+    )
+
+
+def _keys(context: list[Any]) -> list[Any]:
+    """How torch's pytrees call the parts of a cache, which inputs of a program are named after."""
+    from torch.utils._pytree import GetAttrKey, MappingKey
+
+    if context == _SIDES:
+        return [GetAttrKey(f"{side}_attention_cache") for side in context]
+    return [MappingKey(field) for field in context[0]]
 
 
 def cache_context(windows: Sequence[int | None]) -> str:
