@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 pytest.importorskip("pygls")
 
 from lsprotocol import types as t
+from pygls.exceptions import JsonRpcInvalidParams
 from pygls.lsp.client import LanguageClient
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -233,3 +235,35 @@ def test_without_pygls_it_says_what_to_install() -> None:
     )
     assert done.returncode == 7 and done.stdout == ""
     assert "error[K002]" in done.stderr and "pip install 'dfc-compiler[lsp]'" in done.stderr
+
+
+def test_requests_that_cannot_be_met_are_answered_in_words(tmp_path: Path) -> None:
+    uri, missing = ((tmp_path / n).as_uri() for n in ("main.dfc", "missing.dfc"))
+
+    async def story(editor: Editor) -> None:
+        async def answer(method: str, **params: Any) -> Any:
+            number = f"raw {len(sent)}"
+            sent.append(Future())
+            editor.protocol._request_futures[number] = sent[-1]
+            message = {"method": f"textDocument/{method}", "params": params}
+            editor.protocol._send_data({"jsonrpc": "2.0", "id": number, **message})
+            return await asyncio.wait_for(asyncio.wrap_future(sent[-1]), WAIT_S)
+
+        sent: list[Future[Any]] = []
+        at = {"line": 0, "character": 0}
+        editor.open(uri, TEXT)
+        for method in ("completion", "hover", "definition", "documentSymbol", "formatting"):
+            options = {"tabSize": 2, "insertSpaces": True} if method == "formatting" else None
+            given = {"textDocument": {"uri": missing}, "position": at, "options": options}
+            with pytest.raises(JsonRpcInvalidParams, match=r"no document is open at .*missing.dfc"):
+                await answer(method, **given)
+        given = {"textDocument": {"uri": uri}, "position": at}
+        with pytest.raises(JsonRpcInvalidParams, match=r"/completion` cannot be read: .*context"):
+            await answer("completion", **given, context={"triggerKind": "often"})
+        with pytest.raises(JsonRpcInvalidParams, match=r"/hover` cannot be read: .*position"):
+            await answer("hover", textDocument={"uri": uri})
+        start = t.CompletionParams(t.TextDocumentIdentifier(uri), t.Position(0, 0))
+        assert await editor.text_document_completion_async(start) is not None  # and it goes on
+        assert await editor.end() == 0
+
+    with_editor(story)

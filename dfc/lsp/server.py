@@ -13,9 +13,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
+from urllib.parse import unquote
 
+from cattrs import transform_error
 from lsprotocol import types as t
+from pygls.exceptions import JsonRpcException, JsonRpcInvalidParams
 from pygls.lsp.server import LanguageServer
+from pygls.protocol import LanguageServerProtocol
 from pygls.uris import from_fs_path, to_fs_path
 
 import dfc
@@ -54,12 +58,34 @@ _SYMBOL = {
 }  # fmt: skip
 
 
+class Protocol(LanguageServerProtocol):
+    """Answers requests that do not say what they should: pygls would leave the editor waiting."""
+
+    def structure_message(self, data: dict[str, Any]) -> Any:
+        try:
+            return super().structure_message(data)
+        except JsonRpcException as e:
+            if "id" not in data or "method" not in data:
+                raise
+            cause = "; ".join(transform_error(e.__cause__)) if e.__cause__ else str(e)
+            problem = JsonRpcInvalidParams(f"`{data['method']}` cannot be read: {cause}")
+            self._send_response(data["id"], error=problem.to_response_error())
+            return None
+
+    def handle_message(self, message: Any) -> None:
+        if message is not None:  # it was answered when it was read
+            super().handle_message(message)
+
+
 class Server(LanguageServer):
     """The state of one connection: documents by address, and what is still to be looked at."""
 
     def __init__(self) -> None:
         super().__init__(
-            "dfc", dfc.__version__, text_document_sync_kind=t.TextDocumentSyncKind.Full
+            "dfc",
+            dfc.__version__,
+            text_document_sync_kind=t.TextDocumentSyncKind.Full,
+            protocol_cls=Protocol,
         )
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dfc-lsp")
         self.known: dict[str, tuple[int | None, Document]] = {}
@@ -67,8 +93,13 @@ class Server(LanguageServer):
         self.warm: Future[None] | None = None
 
     def document(self, uri: str) -> Document:
-        """The text of an address as it is now; made anew when its version has changed."""
-        found = self.workspace.get_text_document(uri)
+        """The text of an address as it is now; made anew when its version has changed.
+
+        Raises:  JsonRpcInvalidParams when the client has not opened it.
+        """
+        found = self.workspace.text_documents.get(unquote(uri))
+        if found is None:
+            raise JsonRpcInvalidParams(f"no document is open at {uri}")
         known = self.known.get(uri)
         if known is None or known[0] != found.version:
             self.known[uri] = (found.version, Document(found.source, to_fs_path(uri) or uri))
