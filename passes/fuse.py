@@ -39,7 +39,7 @@ class Journal:
 
     firings: list[Firing] = field(default_factory=list)
     refused: list[tuple[Rule, str, str]] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)  # rules that do not hold here, and why
+    left_out: dict[str, str] = field(default_factory=dict)  # rules of no use here, and why
     trying: Firing | None = None  # what is being done now: told when it fails half-way
 
     def __copy__(self) -> Journal:
@@ -84,9 +84,12 @@ class Fuse(Pass):
         journal = ctx.products.setdefault(JOURNAL, Journal())
         proved = proved_rules(self.rules)
         journal.left_out |= {name: found[0].message for name, found in proved.left_out.items()}
+        known = {*journal.left_out}
         matcher = Matcher(proved.rules)
         unread = {p for p in graph.parameters.values() if not p.use_count}
         done = _Run(self, matcher, journal, self._allowed(graph)).graph(graph)
+        for name in [n for n in journal.left_out if n not in known]:
+            ctx.note(f"fuse: {journal.left_out[name]}, so it is left out from there on")
         _drop_unread(graph, unread)
         return done
 
@@ -183,7 +186,15 @@ class _Run:
         for compiled in self.matcher.candidates(node):
             if self.done == self.options.limit:
                 return None
-            match = Attempt(compiled, graph, facts, explain=False).run(node)
+            if compiled.rule.full_name in self.journal.left_out:
+                continue
+            try:
+                match = Attempt(compiled, graph, facts, explain=False).run(node)
+            except DfcError as e:
+                if e.code != "R041":
+                    raise
+                self.journal.left_out[compiled.rule.full_name] = e.message
+                continue
             if match is None or not self.allowed(node):
                 continue
             if (match.rule.full_name, node) in self.skipped:

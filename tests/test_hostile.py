@@ -29,10 +29,13 @@ from dfc.lang.reader import expected_at, read_document
 from dfc.lang.selectors import parse_selector
 from dfc.lang.source import Source
 from dfc.lang.tokens import MAX_TOKENS, grammar, tokenize
+from dfc.passes.fuse import Fuse
 from dfc.recipe.resolve import check_source, resolve_all
 from dfc.rewrite.deciding import Facts
 from dfc.rewrite.match import Matcher
+from dfc.rewrite.pass_ import Context
 from dfc.rewrite.read_rules import read_rules, rules_of
+from dfc.rewrite.rulesets import instead
 from tests.random_documents import random_document
 
 HERE = Path(__file__).parent
@@ -341,6 +344,11 @@ def test_commutative_ops_match_in_a_bounded_number_of_orders() -> None:
         for node in graph.nodes:
             compiled.first(graph, node, Facts(graph))
     assert time.process_time() - start < SECONDS
+    ctx = Context()
+    with instead(rules_of(Source(f"dfc 1\nrule a {{\n{pattern}\n}}\n"), "orders")):
+        assert Fuse(rules=("orders",)).run(graph, ctx) == 0  # the rest goes on without it
+    (note,) = ctx.products["notes"]
+    assert "the rule `orders.a` took 100000 steps at one node, so it is left out" in note
 
 
 def test_bytes_that_are_no_text() -> None:
