@@ -165,8 +165,8 @@ def _listed(values: Any, shape: tuple[int, ...], lengths: Sequence[np.ndarray | 
         for outer in sizes[:axis]:
             lists = lists * outer
         each = np.repeat(sizes[axis], lists)
-        offsets = np.concatenate([[0], np.cumsum(each)]).astype(np.int32)
-        values = pa.ListArray.from_arrays(pa.array(offsets), values)
+        ends = np.concatenate([[0], np.cumsum(each)])
+        values = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), values)  # refuses too many
     return values
 
 
